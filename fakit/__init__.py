@@ -1,0 +1,1 @@
+"""fakit: feature-alignment knowledge distillation of transformer language models."""
