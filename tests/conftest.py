@@ -1,0 +1,55 @@
+"""What holds for every test: no network, one thread, the same random numbers."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import socket
+
+# Before torch, transformers and datasets are imported, and handed on to every process that a test starts.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "MPLBACKEND": "agg",
+}
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def is_loopback(host: str) -> bool:
+    """True for this machine's own addresses: `localhost`, 127.0.0.0/8, ::1."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _guarded(connect):
+    def guard(self: socket.socket, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not is_loopback(address[0]):
+            # RuntimeError, not OSError: code that falls back quietly without a network must not hide the attempt.
+            raise RuntimeError(f"A test asked for the network: {address}. Tests run offline; only loopback is allowed.")
+        return connect(self, address)
+
+    return guard
+
+
+socket.socket.connect = _guarded(socket.socket.connect)
+socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same seeds, in whatever order and process it runs."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
