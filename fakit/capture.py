@@ -1,0 +1,380 @@
+"""Run a model and keep what was asked for: hidden states, attention inputs, logits. The model stays as it was.
+
+Layers are numbered 0 (output of the embeddings) and i = 1…L (output of block i, before any final norm). Hidden states come from hooks
+on the blocks, not from the `hidden_states` tuple, whose last entry is normed in some families. Attention is taken where transformers
+hands it over, at the functions of `transformers.AttentionInterface`: there every implementation (eager, sdpa, flash) receives the same
+queries, keys and values, after rotary embedding, so the maps can be had although sdpa and flash never return them.
+"""
+
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fakit.losses.reduce import at_least_float32
+from fakit.models.blocks import find_blocks
+
+
+@dataclass
+class AttentionInputs:
+    """What one layer's attention function received. Queries (B, H, T, d_head); keys, values (B, H_kv, T, d_head)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None  # bool (True = may look) or additive float, (B or 1, H or 1, T, T); (B, T) under flash; None
+    scaling: float
+    causal: bool  # the function masks the future itself, because no mask says so
+    softcap: float | None = None
+    position_bias: Tensor | None = None  # (B or 1, H, T, T)
+
+    def scores(self) -> Tensor:
+        """Scaled, capped, biased and masked scores, before the softmax; masked pairs hold the smallest float. (B, H, T, T)"""
+        query, key = at_least_float32(self.query), at_least_float32(self.key)
+        key = key.repeat_interleave(
+            query.shape[1] // key.shape[1], dim=1
+        )  # grouped heads: (B, H_kv, T, d) -> (B, H, T, d)
+        scores = query @ key.transpose(-2, -1) * self.scaling  # (B, H, T, T)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.position_bias is not None:
+            scores = scores + self.position_bias
+        lowest = torch.finfo(scores.dtype).min
+        if self.causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, lowest)
+        if self.mask is not None:
+            mask = self.mask[:, None, None, :].bool() if self.mask.dim() == 2 else self.mask[..., : scores.shape[-1]]
+            if mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask, lowest)
+            else:
+                scores = (scores + mask).clamp_min(lowest)
+        return scores
+
+    def detach(self) -> "AttentionInputs":
+        return AttentionInputs(
+            **{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(self).items()}  # shallow: no copy
+        )
+
+
+@dataclass
+class Trace:
+    """What `capture` kept of one forward pass. Dictionaries are keyed by layer number.
+
+    Attributes:
+        hidden_states: {i: (B, T, d)}
+        attention: {i: AttentionInputs}, with `queries`, `keys` and `values` as views of it
+        maps: {i: (B, H, T, T)} where the model itself returned its maps (families without the attention interface)
+        logits: (B, T, V), (B, C), or None
+        mask: bool (B, T), True = a token, False = padding
+        causal: True when logits at t predict the token at t + 1
+        name: the model's class, for messages
+    """
+
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, AttentionInputs] = field(default_factory=dict)
+    maps: dict[int, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    name: str = "model"
+
+    @property
+    def queries(self) -> dict[int, Tensor]:
+        """{i: (B, H, T, d_head)}, as the attention function received them."""
+        return {i: a.query for i, a in self.attention.items()}
+
+    @property
+    def keys(self) -> dict[int, Tensor]:
+        """{i: (B, H_kv, T, d_head)}, before grouped heads are repeated."""
+        return {i: a.key for i, a in self.attention.items()}
+
+    @property
+    def values(self) -> dict[int, Tensor]:
+        """{i: (B, H_kv, T, d_head)}."""
+        return {i: a.value for i, a in self.attention.items()}
+
+    def attention_maps(self, layer: int) -> Tensor:
+        """Attention maps of one layer, before dropout, in float32 or better. (B, H, T, T)
+
+        Raises:
+            ValueError: the layer's attention was not captured; says which were.
+        """
+        if layer in self.maps:
+            return at_least_float32(self.maps[layer])
+        if layer not in self.attention:
+            raise ValueError(
+                f"attention of layer {layer} asked of a trace of {self.name} that holds attention of layers "
+                f"{sorted({*self.maps, *self.attention})}; capture(..., attentions=[{layer}]) keeps it."
+            )
+        return self.attention[layer].scores().softmax(-1)
+
+    def detach(self) -> "Trace":
+        """The same trace, cut from the graph. Nothing is copied."""
+        return Trace(
+            hidden_states={i: h.detach() for i, h in self.hidden_states.items()},
+            attention={i: a.detach() for i, a in self.attention.items()},
+            maps={i: m.detach() for i, m in self.maps.items()},
+            logits=None if self.logits is None else self.logits.detach(),
+            mask=self.mask,
+            causal=self.causal,
+            name=self.name,
+        )
+
+    def __repr__(self) -> str:
+        logits = None if self.logits is None else tuple(self.logits.shape)
+        attention = sorted({*self.maps, *self.attention})
+        return f"Trace({self.name}: hidden_states={sorted(self.hidden_states)}, attention={attention}, logits={logits})"
+
+
+def capture(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    hidden_states: Iterable[int] = (),
+    attentions: Iterable[int] = (),
+    logits: bool = True,
+) -> Trace:
+    """Run `model` on `batch` and keep the layers asked for. Follows torch's grad mode; leaves the model as it found it.
+
+    Args:
+        model: a transformers model.
+        batch: its inputs, input_ids (B, T) and mostly attention_mask (B, T). `labels` are left out: losses are the objective's.
+        hidden_states: layer numbers 0…L.
+        attentions: layer numbers 1…L.
+        logits: False ends the forward pass after the last layer asked for.
+
+    Raises:
+        ValueError: before the forward pass, for a layer the model does not have or a batch without inputs; after it, for a layer
+            whose attention could not be seen.
+
+    >>> trace = capture(model, batch, hidden_states=[0, 1, 3], attentions=[1, 3])  # doctest: +SKIP
+    >>> trace.hidden_states[3].shape, trace.attention_maps(3).shape  # doctest: +SKIP
+    """
+    hidden_states, attentions = sorted(set(hidden_states)), sorted(set(attentions))
+    blocks = find_blocks(model) if hidden_states or attentions else []
+    _check_layers(model, hidden_states, attentions, blocks)
+    inputs = _inputs(model, batch)
+    trace = Trace(mask=_token_mask(inputs), causal=is_causal_lm(model), name=type(model).__name__)
+    by_interface = not attentions or _uses_attention_interface(model)
+    if not by_interface:
+        inputs["output_attentions"] = True  # BLOOM, DeBERTa, XLNet …: only their own eager maps exist
+    last = None if logits or not by_interface else max([*hidden_states, *attentions], default=None)
+
+    recorder = _Recorder(trace, set(hidden_states), set(attentions) if by_interface else set(), last)
+    handles = recorder.hook(blocks)
+    try:
+        with _watching_attention(recorder) if recorder.attentions else _nothing():
+            outputs = model(**inputs)
+    except _EnoughSeen:
+        outputs = None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    if logits:
+        trace.logits = _logits(model, outputs)
+    if not by_interface:
+        trace.maps = _returned_maps(model, outputs, attentions)
+    missing = sorted(recorder.attentions - set(trace.attention))
+    if missing:
+        raise ValueError(
+            f"attention of layers {missing} asked of {type(model).__name__}, and none passed through transformers' attention "
+            "interface there: these blocks may have no attention. Ask for other layers, or leave the attention term out."
+        )
+    return trace
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[nn.Module]:
+    """Switch a model to eager attention (which returns maps) and back.
+
+    >>> with eager(model):  # doctest: +SKIP
+    ...     maps = model(**batch, output_attentions=True).attentions
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """True for a model whose logits at t predict token t + 1."""
+    return type(model).__name__ in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
+# -- the hooks --------------------------------------------------------------------------------------------------------
+
+
+class _EnoughSeen(Exception):
+    """Ends a forward pass whose remaining layers nobody asked for."""
+
+
+class _Recorder:
+    """Writes into a trace while the model runs. `layer` is the block the forward pass is in; blocks may be shared (ALBERT)."""
+
+    def __init__(self, trace: Trace, hidden_states: set[int], attentions: set[int], last: int | None):
+        self.trace, self.hidden_states, self.attentions, self.last = trace, hidden_states, attentions, last
+        self.layer = 0
+
+    def hook(self, blocks: list[nn.Module]) -> list:
+        handles = []
+        for block in dict.fromkeys(blocks):  # each module once, though it may serve several layers
+            numbers = [i for i, other in enumerate(blocks, 1) if other is block]
+            handles.append(block.register_forward_pre_hook(self._entering(numbers), with_kwargs=True))
+            handles.append(block.register_forward_hook(self._leaving))
+        return handles
+
+    def _entering(self, numbers: list[int]):
+        def pre_hook(block, args, kwargs):
+            # a shared block serves its layers in turn; any other one has exactly one number
+            self.layer = next((i for i in numbers if i > self.layer), numbers[0])
+            if self.layer == 1 and 0 in self.hidden_states:
+                self.trace.hidden_states[0] = args[0] if args else kwargs["hidden_states"]
+                if self.last == 0:
+                    raise _EnoughSeen
+
+        return pre_hook
+
+    def _leaving(self, block, args, output):
+        if self.layer in self.hidden_states:
+            self.trace.hidden_states[self.layer] = output[0] if isinstance(output, tuple) else output
+        if self.layer == self.last:
+            raise _EnoughSeen
+
+    def attention(self, module, query, key, value, mask, scaling, is_causal, softcap=None, position_bias=None, **_):
+        # the first call of a block is its self-attention; a decoder's cross-attention comes second
+        if self.layer not in self.attentions or self.layer in self.trace.attention:
+            return
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        self.trace.attention[self.layer] = AttentionInputs(
+            query,
+            key,
+            value,
+            mask=mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            # sdpa masks the future by itself when no mask does; flash does whenever the module is causal
+            causal=bool(causal) and (mask is None or mask.dim() == 2) and query.shape[2] > 1,
+            softcap=softcap,
+            position_bias=position_bias,
+        )
+
+
+_recorder: ContextVar[_Recorder | None] = ContextVar("fakit_recorder", default=None)
+_lock = threading.Lock()
+_watchers = 0  # captures under way in all threads: the last one out restores transformers' table
+_originals: dict[str, object] = {}
+
+
+@contextmanager
+def _watching_attention(recorder: _Recorder) -> Iterator[None]:
+    """While open, attention functions report their inputs to this thread's recorder, then do what they always do.
+
+    The functions are wrapped in transformers' own table, under their own names, so that no configuration changes and mask building,
+    kernels and gradient checkpointing see what they always see. Other threads' forward passes run through untouched.
+    """
+    global _watchers
+    table = ALL_ATTENTION_FUNCTIONS._global_mapping
+    with _lock:
+        if _watchers == 0:
+            _originals.update(table)
+            table.update({name: _reporting(function) for name, function in _originals.items()})
+            table["eager"] = _reporting(None)
+        _watchers += 1
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+        with _lock:
+            _watchers -= 1
+            if _watchers == 0:
+                table.pop("eager")
+                table.update(_originals)
+                _originals.clear()
+
+
+def _reporting(function):
+    def attention(module, query, key, value, attention_mask=None, *args, scaling=None, is_causal=None, **kwargs):
+        recorder = _recorder.get()
+        if recorder is not None:
+            recorder.attention(module, query, key, value, attention_mask, scaling, is_causal, **kwargs)
+        # eager has no entry in the table: each modelling file brings its own function
+        run = function or sys.modules[type(module).__module__].eager_attention_forward
+        if is_causal is not None:
+            kwargs["is_causal"] = is_causal
+        return run(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
+
+    return attention
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _uses_attention_interface(model: nn.Module) -> bool:
+    return any(
+        "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
+        for module in find_blocks(model)[0].modules()
+    )
+
+
+# -- inputs and outputs -----------------------------------------------------------------------------------------------
+
+
+def _check_layers(model: nn.Module, hidden_states: list[int], attentions: list[int], blocks: list[nn.Module]) -> None:
+    for what, asked, lowest in (("hidden state", hidden_states, 0), ("attention", attentions, 1)):
+        wrong = [i for i in asked if not lowest <= i <= len(blocks)]
+        if wrong:
+            raise ValueError(
+                f"{what} of layer {', '.join(map(str, wrong))} asked of a {len(blocks)}-layer model ({type(model).__name__}); "
+                f"it has layers {lowest}…{len(blocks)} (0 = embeddings, {len(blocks)} = last block)."
+            )
+
+
+def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if "input_ids" not in inputs and "inputs_embeds" not in inputs and "pixel_values" not in inputs:
+        raise ValueError(
+            f"a batch holds input_ids (B, T), inputs_embeds (B, T, d) or pixel_values; this one holds {sorted(batch)}. "
+            "Pass what the tokenizer or the collator returns."
+        )
+    device = next(model.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _token_mask(inputs: dict) -> Tensor | None:
+    if inputs.get("attention_mask") is not None and inputs["attention_mask"].dim() == 2:
+        return inputs["attention_mask"].bool()  # (B, T)
+    if "pixel_values" in inputs:
+        return None  # an image has no padding; its number of patches is the model's business
+    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
+def _logits(model: nn.Module, outputs) -> Tensor | None:
+    logits = getattr(outputs, "logits", None)
+    if logits is None and not hasattr(outputs, "last_hidden_state"):
+        raise ValueError(
+            f"{type(model).__name__} returned no logits (it returned {sorted(outputs.keys())}); capture(..., logits=False)."
+        )
+    return logits  # None for a bare encoder, which has no head
+
+
+def _returned_maps(model: nn.Module, outputs, attentions: list[int]) -> dict[int, Tensor]:
+    maps = getattr(outputs, "attentions", None)
+    if not maps or any(maps[i - 1] is None for i in attentions):
+        raise ValueError(
+            f"{type(model).__name__} does not use transformers' attention interface and returned no attention maps under "
+            f"{model.config._attn_implementation!r} attention; load it with attn_implementation='eager' or use `with eager(model):`."
+        )
+    return {i: maps[i - 1] for i in attentions}

@@ -1,0 +1,270 @@
+"""Layer maps: which teacher layer teaches which student layer.
+
+Layers are numbered as everywhere in the kit: 0 is the output of the embeddings, i = 1…L the output of block i.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+class WeightMatrix(Tensor):
+    """Weights by layer number: `weights[1, 2]` is the weight of student layer 1 on teacher layer 2. (S+1, T+1)
+
+    As small as the pairs allow; call it with the models' depths, `weights(3, 6)`, for the matrix of exactly (3+1, 6+1).
+    """
+
+    def __call__(self, student_layers: int, teacher_layers: int) -> Tensor:
+        full = torch.zeros(student_layers + 1, teacher_layers + 1)
+        rows, columns = self.shape
+        if rows > student_layers + 1 or columns > teacher_layers + 1:
+            raise ValueError(
+                f"the map reaches student layer {rows - 1} and teacher layer {columns - 1}; "
+                f"asked for models of {student_layers} and {teacher_layers} layers. Make the map for these depths."
+            )
+        full[:rows, :columns] = self.as_subclass(Tensor)
+        return full
+
+
+class LayerMap:
+    """Pairs (student layer, teacher layer), each with a weight (1 unless given).
+
+    Args:
+        pairs: the pairs, in any order; one student layer may have several teacher layers. They are kept sorted.
+        weights: one weight ≥ 0 a pair, their sum above 0. A loss over the map is the weighted mean over its pairs.
+        name: shown in figures and tables.
+
+    Raises:
+        ValueError: a pair that is not two whole numbers ≥ 0, a pair given twice, weights of another number or sign.
+
+    >>> LayerMap.uniform(3, 6)
+    LayerMap([(1, 2), (2, 4), (3, 6)], name='uniform')
+    """
+
+    def __init__(self, pairs: Iterable[Sequence[int]], weights: Iterable[float] | None = None, name: str = "custom"):
+        pairs = [tuple(pair) for pair in pairs]
+        for pair in pairs:
+            if len(pair) != 2 or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in pair):
+                raise ValueError(
+                    f"a layer map holds pairs (student layer, teacher layer) of whole numbers ≥ 0; found {pair!r}. "
+                    "0 is the embeddings, 1 the first block."
+                )
+        if len(set(pairs)) != len(pairs):
+            twice = sorted({pair for pair in pairs if pairs.count(pair) > 1})
+            raise ValueError(f"pairs given twice: {twice}. Give each pair once, and its importance as a weight.")
+        values = [1.0] * len(pairs) if weights is None else [float(w) for w in weights]
+        if len(values) != len(pairs):
+            raise ValueError(f"{len(pairs)} pairs but {len(values)} weights; give one weight a pair.")
+        if any(not w >= 0 for w in values) or (pairs and not sum(values) > 0):
+            raise ValueError(f"pair weights must be ≥ 0 with a sum above 0; found {values}.")
+        order = sorted(range(len(pairs)), key=lambda i: pairs[i])
+        self.pairs: list[tuple[int, int]] = [pairs[i] for i in order]
+        self.pair_weights: list[float] = [values[i] for i in order]
+        self.name = name
+        self._redraw = None  # random(): depths and seed, so that every epoch can draw anew
+
+    # -- strategies: S student layers, T teacher layers -----------------------------------------------------------
+
+    @classmethod
+    def uniform(cls, student_layers: int, teacher_layers: int) -> "LayerMap":
+        """Evenly spaced, last on last: j ↦ round(j·T/S). The default; TinyBERT (Jiao et al. 2020)."""
+        S, T = _depths(student_layers, teacher_layers)
+        return cls([(j, _spaced(j, S, T)) for j in range(1, S + 1)], name="uniform")
+
+    @classmethod
+    def last(cls, student_layers: int, teacher_layers: int) -> "LayerMap":
+        """The teacher's last layers: j ↦ T - S + j."""
+        S, T = _depths(student_layers, teacher_layers, name="last")
+        return cls([(j, T - S + j) for j in range(1, S + 1)], name="last")
+
+    @classmethod
+    def first(cls, student_layers: int, teacher_layers: int) -> "LayerMap":
+        """The teacher's first layers: j ↦ j."""
+        S, T = _depths(student_layers, teacher_layers, name="first")
+        return cls([(j, j) for j in range(1, S + 1)], name="first")
+
+    @classmethod
+    def skip(cls, student_layers: int, teacher_layers: int) -> "LayerMap":
+        """PKD's skip: as uniform, the student's last layer left to the outputs. Patient KD (Sun et al. 2019)."""
+        S, T = _depths(student_layers, teacher_layers)
+        if S < 2:
+            raise ValueError(
+                f"skip leaves the last of {S} student layers out and nothing remains; use LayerMap.uniform."
+            )
+        return cls([(j, _spaced(j, S, T)) for j in range(1, S)], name="skip")
+
+    @classmethod
+    def reverse(cls, student_layers: int, teacher_layers: int) -> "LayerMap":
+        """Uniform, upside down: j ↦ uniform(S + 1 - j). A control that should hurt if the order of layers matters."""
+        S, T = _depths(student_layers, teacher_layers)
+        return cls([(j, _spaced(S + 1 - j, S, T)) for j in range(1, S + 1)], name="reverse")
+
+    @classmethod
+    def all_to_one(cls, student_layers: int, teacher_layers: int, teacher_layer: int | None = None) -> "LayerMap":
+        """Every student layer on one teacher layer (the last unless given)."""
+        S, T = _depths(student_layers, teacher_layers)
+        target = T if teacher_layer is None else teacher_layer
+        if not 0 <= target <= T:
+            raise ValueError(f"teacher layer {target} asked of a {T}-layer teacher; it has 0 (embeddings) to {T}.")
+        return cls([(j, target) for j in range(1, S + 1)], name="all_to_one")
+
+    @classmethod
+    def random(cls, student_layers: int, teacher_layers: int, seed: int = 0) -> "LayerMap":
+        """S teacher layers drawn without return, in rising order, anew each epoch. RAIL-KD (Haidar et al. 2022).
+
+        `for_epoch(e)` gives epoch e's draw; the trainer asks for it at every epoch's start.
+        """
+        S, T = _depths(student_layers, teacher_layers, name="random")
+        drawn = sorted(random.Random(f"fakit {seed}").sample(range(1, T + 1), S))
+        layer_map = cls(zip(range(1, S + 1), drawn, strict=True), name="random")
+        layer_map._redraw = (S, T, seed)
+        return layer_map
+
+    @classmethod
+    def none(cls, student_layers: int | None = None, teacher_layers: int | None = None) -> "LayerMap":
+        """No pairs: the control without any layer matching. Depths are accepted, so that it stands in for any strategy."""
+        return cls([], name="none")
+
+    @classmethod
+    def from_similarity(cls, matrix, method: str = "monotone") -> "LayerMap":
+        """The map with the largest summed similarity, one teacher layer for each student layer 1…S.
+
+        Args:
+            matrix: (S+1) × (T+1), rows and columns by layer number; row and column 0 (embeddings) are not mapped.
+            method: "monotone" keeps the order of layers, strictly rising (dynamic programme); "assignment" does not
+                (Hungarian, each teacher layer at most once).
+
+        Raises:
+            ValueError: a matrix that is not two-dimensional, holds NaN, or has more student than teacher layers.
+        """
+        scores = torch.as_tensor(matrix, dtype=torch.float64)
+        if scores.dim() != 2 or min(scores.shape) < 2:
+            raise ValueError(
+                f"from_similarity wants a matrix (S+1) × (T+1) with the embeddings as row and column 0; found {tuple(scores.shape)}."
+            )
+        S, T = _depths(scores.shape[0] - 1, scores.shape[1] - 1, name=f"a {method} map")
+        if not torch.isfinite(scores[1:, 1:]).all():
+            where = [tuple(i + 1 for i in index) for index in (~torch.isfinite(scores[1:, 1:])).nonzero().tolist()]
+            raise ValueError(
+                f"the similarity matrix holds NaN or inf at (student, teacher) {where}; measure on more sequences first."
+            )
+        if method == "monotone":
+            pairs = _best_monotone(scores[1:, 1:].tolist())
+        elif method == "assignment":
+            from scipy.optimize import linear_sum_assignment
+
+            pairs = list(zip(*linear_sum_assignment(scores[1:, 1:].numpy(), maximize=True), strict=True))
+        else:
+            raise ValueError(f"method {method!r} is not known; choose 'monotone' or 'assignment'.")
+        return cls([(int(s) + 1, int(t) + 1) for s, t in pairs], name=f"similarity ({method})")
+
+    # -- what one asks of a map -----------------------------------------------------------------------------------
+
+    @property
+    def student_layers(self) -> list[int]:
+        """The student layers that take part, in rising order."""
+        return sorted({s for s, _ in self.pairs})
+
+    @property
+    def teacher_layers(self) -> list[int]:
+        """The teacher layers that take part, in rising order."""
+        return sorted({t for _, t in self.pairs})
+
+    @property
+    def weights(self) -> WeightMatrix:
+        """The (student, teacher) matrix of pair weights, by layer number; 0 where no pair is. See `WeightMatrix`."""
+        rows, columns = (max((pair[side] for pair in self.pairs), default=-1) + 1 for side in (0, 1))
+        matrix = torch.zeros(rows, columns)
+        for (s, t), weight in zip(self.pairs, self.pair_weights, strict=True):
+            matrix[s, t] = weight
+        return matrix.as_subclass(WeightMatrix)
+
+    def is_monotone(self) -> bool:
+        """True when deeper student layers never learn from shallower teacher layers."""
+        return all(t <= u for (_, t), (_, u) in pairwise(self.pairs))
+
+    def check(self, student_layers: int, teacher_layers: int) -> None:
+        """Raise ValueError when a pair names a layer that one of the models does not have."""
+        for (s, t), side, asked, depth in [
+            (pair, side, pair[k], depth)
+            for pair in self.pairs
+            for k, (side, depth) in enumerate((("student", student_layers), ("teacher", teacher_layers)))
+        ]:
+            if asked > depth:
+                raise ValueError(
+                    f"layer {asked} asked of a {depth}-layer {side} (pair ({s}, {t}) of {self!r}); the student has layers "
+                    f"0…{student_layers}, the teacher 0…{teacher_layers}. LayerMap.uniform({student_layers}, {teacher_layers}) fits."
+                )
+
+    def for_epoch(self, epoch: int) -> "LayerMap":
+        """The map of this epoch: a fresh draw for `random`, itself for every other map."""
+        if self._redraw is None or epoch == 0:
+            return self
+        S, T, seed = self._redraw
+        drawn = LayerMap.random(S, T, seed=f"{seed}, epoch {epoch}")
+        drawn._redraw = self._redraw
+        return drawn
+
+    def __iter__(self):
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, LayerMap):
+            return NotImplemented
+        return (self.pairs, self.pair_weights) == (other.pairs, other.pair_weights)
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.pairs), tuple(self.pair_weights)))
+
+    def __repr__(self) -> str:
+        weights = "" if len(set(self.pair_weights)) < 2 else f", weights={self.pair_weights}"
+        return f"LayerMap({self.pairs}{weights}, name={self.name!r})"
+
+    def _repr_markdown_(self) -> str:
+        if not self.pairs:
+            return f"**{self.name}**: no layer is matched"
+        return f"**{self.name}**: " + ", ".join(f"S{s} ← T{t}" for s, t in self.pairs)
+
+
+def _depths(student_layers: int, teacher_layers: int, name: str | None = None) -> tuple[int, int]:
+    if (
+        not (isinstance(student_layers, int) and isinstance(teacher_layers, int))
+        or min(student_layers, teacher_layers) < 1
+    ):
+        raise ValueError(
+            f"depths are whole numbers ≥ 1 (blocks, embeddings not counted); found student {student_layers!r}, teacher {teacher_layers!r}."
+        )
+    if name is not None and student_layers > teacher_layers:
+        raise ValueError(
+            f"{name} gives each of {student_layers} student layers its own teacher layer, and the teacher has {teacher_layers}; "
+            "use LayerMap.uniform, which may use a layer twice."
+        )
+    return student_layers, teacher_layers
+
+
+def _spaced(j: int, S: int, T: int) -> int:
+    """round(j·T/S), halves up, at least 1: exact in whole numbers, where round() would go to the even neighbour."""
+    return max(1, (2 * j * T + S) // (2 * S))
+
+
+def _best_monotone(scores: list[list[float]]) -> list[tuple[int, int]]:
+    """Strictly rising t(0) < t(1) < … with the largest Σ scores[s][t(s)]: dynamic programme, O(S·T)."""
+    S, T = len(scores), len(scores[0])
+    best = [[float("-inf")] * (T + 1) for _ in range(S + 1)]  # best[s][t]: first s rows within the first t columns
+    best[0] = [0.0] * (T + 1)
+    for s in range(1, S + 1):
+        for t in range(s, T + 1):
+            best[s][t] = max(best[s][t - 1], best[s - 1][t - 1] + scores[s - 1][t - 1])
+    pairs, t = [], T
+    for s in range(S, 0, -1):
+        while t > s and best[s][t] == best[s][t - 1]:
+            t -= 1
+        pairs.append((s - 1, t - 1))
+        t -= 1
+    return pairs[::-1]

@@ -1,0 +1,61 @@
+"""Attention alignment: does the student look where the teacher looks?
+
+Every function takes student maps (B, H, T, T), teacher maps (B, H, T, T), rows = queries summing to 1 over keys, and mask, bool
+(B, T), True = counts. A pair takes part when its query and its key both count; the mean is over valid queries (KL) or valid pairs (MSE).
+"""
+
+import torch
+from torch import Tensor
+
+from fakit.losses.reduce import at_least_float32, check_mask, check_same_shape, masked_mean
+
+_FIX = "Head counts that differ need Attention(..., heads='group-mean')."
+
+
+def _prepare(name: str, student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    check_same_shape(name, student, teacher, "B H T T", _FIX)
+    check_mask(name, mask, student.shape[0::2])
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
+    if mask is None:
+        return student, teacher, None
+    pairs = mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]  # (B, 1, T, T)
+    return student.masked_fill(~pairs, 0.0), teacher.masked_fill(~pairs, 0.0), pairs
+
+
+def _renormalised(maps: Tensor) -> Tensor:
+    """Rows that sum to 1 over the keys that are left, so that padding takes no part in the softmax either. (B, H, T, T)"""
+    total = maps.sum(-1, keepdim=True)
+    return maps / torch.where(total > 0, total, 1.0)
+
+
+def map_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """KL(A_T ‖ A_S) = Σ_k a_T log(a_T / a_S), mean over batch, heads and valid queries. MiniLM (Wang et al. 2020).
+
+    Where the teacher looks and the student gives exactly 0, the smallest normal float stands in, so the loss is large and finite.
+    """
+    student, teacher, pairs = _prepare("map_kl", student, teacher, mask)
+    if pairs is not None:
+        student, teacher = _renormalised(student), _renormalised(teacher)
+    tiny = torch.finfo(student.dtype).tiny
+    log_ratio = teacher.clamp_min(tiny).log() - student.clamp_min(tiny).log()  # (B, H, T, T)
+    queries = None if mask is None else mask[:, None, :].expand(student.shape[:3])  # (B, H, T)
+    return masked_mean((teacher * log_ratio).sum(-1), queries)
+
+
+def map_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of (a_S - a_T)² over batch, heads and valid (query, key) pairs: ‖A_S - A_T‖²_F of arXiv 2412.19449, as a mean."""
+    student, teacher, pairs = _prepare("map_mse", student, teacher, mask)
+    return masked_mean((student - teacher).square(), None if pairs is None else pairs.expand_as(student))
+
+
+def group_mean(maps: Tensor, heads: int) -> Tensor:
+    """Average neighbouring heads down to `heads`. (B, H, T, T) -> (B, heads, T, T); H must be a multiple of `heads`."""
+    if maps.shape[1] % heads:
+        raise ValueError(
+            f"group-mean averages {maps.shape[1]} heads in equal groups, and {maps.shape[1]} is no multiple of {heads}. "
+            f"Choose a student whose head count divides the teacher's."
+        )
+    return maps.unflatten(1, (heads, maps.shape[1] // heads)).mean(2)
+
+
+LOSSES = {"kl": map_kl, "mse": map_mse}

@@ -1,0 +1,50 @@
+"""What every loss shares: precision, shape checks, and the mean over valid positions."""
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """bf16 and fp16 are widened, float64 stays: a loss in half precision loses the small differences it is made of."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_same_shape(name: str, student: Tensor, teacher: Tensor, dims: str, fix: str) -> None:
+    """Raise ValueError unless both sides have one shape with as many dimensions as `dims` names ("B T d")."""
+    if student.shape != teacher.shape or student.dim() != len(dims.split()):
+        raise ValueError(
+            f"{name} compares two tensors of one shape ({', '.join(dims.split())}); "
+            f"student has {tuple(student.shape)}, teacher has {tuple(teacher.shape)}. {fix}"
+        )
+
+
+def check_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
+    """Raise ValueError unless `mask` is None or has `shape`, and (where that can be seen for free) counts something.
+
+    On an accelerator, looking into the mask would stop the stream in every step; an all-masked batch gives NaN there
+    instead, which `Breakdown.check` names at the next logging step.
+    """
+    if mask is None:
+        return
+    if mask.shape != shape:
+        raise ValueError(
+            f"{name} wants a mask of shape {tuple(shape)}, one entry a position; the mask has {tuple(mask.shape)}. "
+            "Pass the batch's attention_mask as bool (True = counts)."
+        )
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any():
+        raise ValueError(
+            f"{name} has no valid position in the whole batch: all {mask.numel()} entries of the mask are False. "
+            "True means 'counts': look at the collator, at truncation, or for an inverted mask."
+        )
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of `values` where `mask` is True; the mask is broadcast from the left. () float.
+
+    Masked entries are replaced before the sum, not multiplied by 0, so that NaN or inf in padding stays in padding, forward and
+    backward.
+    """
+    if mask is None:
+        return values.mean()
+    mask = mask.bool().reshape(mask.shape + (1,) * (values.dim() - mask.dim())).expand_as(values)
+    return values.masked_fill(~mask, 0.0).sum() / mask.sum()

@@ -1,0 +1,198 @@
+"""Look before training: do this teacher and this student fit, and if not, what is the fix?"""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fakit.models.blocks import depth
+from fakit.models.load import is_quantized
+
+
+@dataclass
+class Row:
+    """One thing that was looked at: `status` is "ok", "warning" or "error"; `fix` is empty when all is well."""
+
+    name: str
+    status: str
+    teacher: object
+    student: object
+    fix: str = ""
+
+
+@dataclass
+class PreflightReport:
+    """Rows of `preflight`; draws itself in a notebook, prints itself in a terminal."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """True when no row is an error; warnings may remain."""
+        return not self.errors
+
+    @property
+    def errors(self) -> list[Row]:
+        """The rows that forbid training."""
+        return [row for row in self.rows if row.status == "error"]
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no row {name!r}; rows: {[row.name for row in self.rows]}")
+
+    def raise_if_error(self) -> None:
+        """Raise ValueError with every error's two sides and its fix."""
+        if self.errors:
+            raise ValueError(
+                "teacher and student do not fit: "
+                + " ".join(f"{r.name}: teacher has {r.teacher}, student has {r.student}. {r.fix}" for r in self.errors)
+            )
+
+    def __str__(self) -> str:
+        marks = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
+        return "\n".join(
+            f"{marks[r.status]}  {r.name}: teacher {r.teacher}, student {r.student}{'. ' + r.fix if r.fix else ''}"
+            for r in self.rows
+        )
+
+    def _repr_markdown_(self) -> str:
+        marks = {"ok": "✓ ok", "warning": "⚠ warning", "error": "✗ **error**"}
+        lines = ["| | check | teacher | student | what to do |", "|---|---|---|---|---|"]
+        return "\n".join(
+            lines + [f"| {marks[r.status]} | {r.name} | {r.teacher} | {r.student} | {r.fix} |" for r in self.rows]
+        )
+
+
+def preflight(teacher: nn.Module, student: nn.Module, tokenizer=None, student_tokenizer=None) -> PreflightReport:
+    """Compare a teacher and a student before any work is done.
+
+    Args:
+        teacher, student: transformers models.
+        tokenizer: the teacher's, and the student's too unless `student_tokenizer` is given.
+
+    Returns:
+        a report whose rows are ok, warning or error, each with what both sides have and the fix.
+    """
+    report = PreflightReport()
+
+    def row(name: str, status: str, of_teacher, of_student, fix: str = "") -> None:
+        report.rows.append(Row(name, status, of_teacher, of_student, "" if status == "ok" else fix))
+
+    t, s = teacher.config.get_text_config(), student.config.get_text_config()
+    deeper = depth(student) > depth(teacher)
+    row(
+        "layers",
+        "warning" if deeper else "ok",
+        depth(teacher),
+        depth(student),
+        "A student deeper than its teacher is unusual.",
+    )
+    row(
+        "hidden size",
+        "ok" if t.hidden_size == s.hidden_size else "warning",
+        t.hidden_size,
+        s.hidden_size,
+        "Feature terms learn a linear projection; it is trained with the student and left out of the export.",
+    )
+    row(
+        "attention heads",
+        "ok" if t.num_attention_heads == s.num_attention_heads else "warning",
+        t.num_attention_heads,
+        s.num_attention_heads,
+        "One-to-one attention alignment is not possible: Attention(..., heads='group-mean').",
+    )
+    _task_rows(row, teacher, student, t, s)
+    if tokenizer is not None:
+        _tokenizer_rows(row, tokenizer, student_tokenizer or tokenizer, t, s)
+    _state_rows(row, teacher, student, t, s)
+    return report
+
+
+def _task_rows(row, teacher, student, t, s) -> None:
+    kinds = [type(m).__name__.split("For")[-1] if "For" in type(m).__name__ else "encoder" for m in (teacher, student)]
+    row(
+        "task head",
+        "ok" if kinds[0] == kinds[1] else "warning",
+        *kinds,
+        "Different heads: leave the output term out (outputs=None).",
+    )
+    classifies = kinds[0] == kinds[1] == "SequenceClassification"
+    if classifies:
+        labels = [list(m.config.id2label.values()) for m in (teacher, student)]
+        status = "ok" if labels[0] == labels[1] else "error" if len(labels[0]) != len(labels[1]) else "warning"
+        row(
+            "labels",
+            status,
+            *(_short(x) for x in labels),
+            "Load both with the same labels in the same order (num_labels, id2label).",
+        )
+    else:
+        same = t.vocab_size == s.vocab_size
+        row(
+            "vocabulary (logits)",
+            "ok" if same else "error",
+            t.vocab_size,
+            s.vocab_size,
+            f"If only padding rows differ, Outputs(vocab_size={min(t.vocab_size, s.vocab_size)}) cuts both to the shared true vocabulary; "
+            "if the tokenisers differ, token-by-token matching is not defined: retokenise, or leave the output term out.",
+        )
+
+
+def _tokenizer_rows(row, teacher_tokenizer, student_tokenizer, t, s) -> None:
+    vocabularies = [tokenizer.get_vocab() for tokenizer in (teacher_tokenizer, student_tokenizer)]
+    probe = "Distillation aligns 3 layers; naïve students don't."
+    pieces = [tokenizer(probe)["input_ids"] for tokenizer in (teacher_tokenizer, student_tokenizer)]
+    same = vocabularies[0] == vocabularies[1] and pieces[0] == pieces[1]
+    row(
+        "tokeniser",
+        "ok" if same else "error",
+        f"{type(teacher_tokenizer).__name__} of {len(vocabularies[0])}: {pieces[0][:6]}…",
+        f"{type(student_tokenizer).__name__} of {len(vocabularies[1])}: {pieces[1][:6]}…",
+        "Teacher and student tokenise differently, so position t is not the same token in both; use the teacher's tokeniser for the student.",
+    )
+    sizes = (len(vocabularies[0]), len(vocabularies[1]))
+    row(
+        "vocabulary fits the embeddings",
+        "ok" if sizes[0] <= t.vocab_size and sizes[1] <= s.vocab_size else "error",
+        f"{sizes[0]} of {t.vocab_size}",
+        f"{sizes[1]} of {s.vocab_size}",
+        "A token id beyond the embeddings would crash: model.resize_token_embeddings(len(tokenizer)).",
+    )
+
+
+def _state_rows(row, teacher, student, t, s) -> None:
+    lengths = [getattr(c, "max_position_embeddings", None) for c in (t, s)]
+    shorter = None not in lengths and lengths[1] < lengths[0]
+    row("longest sequence", "warning" if shorter else "ok", *lengths, f"Tokenise with max_length={lengths[1]}.")
+    row(
+        "mode",
+        "error" if teacher.training else "ok",
+        "train (dropout is on)" if teacher.training else "eval",
+        "train" if student.training else "eval",
+        "A teacher in train mode gives noisy targets: teacher.eval(); load_teacher does so.",
+    )
+    frozen = [not any(p.requires_grad for p in m.parameters()) for m in (teacher, student)]
+    row(
+        "trainable",
+        "error" if frozen[1] else "ok" if frozen[0] else "warning",
+        "no" if frozen[0] else "yes",
+        "no" if frozen[1] else "yes",
+        "The student has nothing to train: student.requires_grad_(True)."
+        if frozen[1]
+        else "Freeze the teacher, which saves memory: teacher.requires_grad_(False).",
+    )
+    precision = [
+        "quantised" if is_quantized(m) else str(next(m.parameters()).dtype).removeprefix("torch.")
+        for m in (teacher, student)
+    ]
+    row(
+        "precision",
+        "error" if is_quantized(student) else "ok",
+        *precision,
+        "A quantised student cannot be trained in full: load it unquantised, or train an adapter.",
+    )
+
+
+def _short(labels: list) -> str:
+    return f"{len(labels)}: {', '.join(map(str, labels[:4]))}{' …' if len(labels) > 4 else ''}"
