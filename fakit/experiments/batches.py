@@ -1,0 +1,44 @@
+"""Which texts each step sees: every batch holds the same share of labelled rows, in an order that the seed alone decides.
+
+With few labels and a large pool, shuffling both together would leave many batches without a label, and repeating the
+labelled rows only makes that rarer. So the order is laid out beforehand, one row of indices a batch, and the trainer
+walks through it. Arms of one seed see the labelled texts in the same order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def batch_plan(
+    labelled: int, pool: int, batches: int, batch_size: int, labelled_fraction: float = 0.5, seed: int = 0
+) -> np.ndarray:
+    """Row numbers for every batch: 0 … labelled − 1 are labelled rows, labelled … labelled + pool − 1 the pool's.
+
+    Each batch takes round(labelled_fraction · batch_size) labelled rows (at least one) and the rest from the pool; either
+    part is walked through in shuffled rounds, so that no row comes a second time before all of its part came once.
+    Without a pool, all rows are labelled.
+
+    Returns:
+        int64 (batches, batch_size); the labelled rows of a batch come first.
+
+    Example:
+        >>> batch_plan(labelled=2, pool=100, batches=2, batch_size=4, labelled_fraction=0.5).shape
+        (2, 4)
+    """
+    if labelled < 1:
+        raise ValueError(f"a training set needs labelled rows; found {labelled} labelled and {pool} unlabelled ones.")
+    each = batch_size if pool == 0 else min(batch_size, max(1, round(labelled_fraction * batch_size)))
+    # two generators: how many pool rows are drawn must not move the order of the labelled ones
+    labelled_rng, pool_rng = (np.random.default_rng([seed, stream]) for stream in (0, 1))
+    plan = np.empty((batches, batch_size), dtype=np.int64)
+    plan[:, :each] = _rounds(labelled, batches * each, labelled_rng).reshape(batches, each)
+    if each < batch_size:
+        plan[:, each:] = labelled + _rounds(pool, batches * (batch_size - each), pool_rng).reshape(batches, -1)
+    return plan
+
+
+def _rounds(rows: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` of the numbers 0 … rows − 1, one shuffled round after the other."""
+    rounds = [rng.permutation(rows) for _ in range(-(-count // rows))]
+    return np.concatenate(rounds)[:count] if rounds else np.empty(0, dtype=np.int64)

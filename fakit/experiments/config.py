@@ -1,0 +1,197 @@
+"""`ExperimentConfig`: one distillation run as one dataclass, the same object in a notebook and in a YAML file.
+
+Example:
+    >>> config = ExperimentConfig(task=TaskConfig("glosses", labels=1400), student=StudentConfig(layers=2))
+    >>> config.arm, config.run_id
+    ('all', 'glosses-all-s0-…')
+    >>> ExperimentConfig.from_yaml(config.to_yaml("run.yaml") and "run.yaml") == config
+    True
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from fakit.experiments.schema import Section, describe, did_you_mean, option
+from fakit.losses import attention as attention_losses
+from fakit.losses import features as feature_losses
+from fakit.losses import outputs as output_losses
+
+LAYER_MAPS = ("uniform", "last", "first", "skip", "reverse", "all_to_one", "random", "none")
+HEADS = ("one-to-one", "group-mean")
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+ARMS = {
+    "none": (),
+    "outputs": ("outputs",),
+    "features": ("features",),
+    "attention": ("attention",),
+    "all": ("features", "attention", "outputs"),
+}
+"""The study's arms: which transfer terms each keeps beside the task loss."""
+
+
+@dataclass(frozen=True)
+class TaskConfig(Section):
+    """What is learned: a task of the kit ("reviews", "glosses", "scans"), "glue/sst2", "hub:ID", or a path to data."""
+
+    section: ClassVar[str] = "task"
+    name: str = "glosses"
+    labels: int | None = option(None, at_least=1)  # labelled training examples the student sees; null: all
+    seed: int | None = option(None, at_least=0)  # of the labelled subset; null: the run's seed
+    options: dict[str, Any] = field(default_factory=dict)  # further keywords of load_task
+
+
+@dataclass(frozen=True)
+class TeacherConfig(Section):
+    """Who teaches: "embedded" (the kit's own teacher of the task), or a path or hub id for load_teacher."""
+
+    section: ClassVar[str] = "teacher"
+    id: str = "embedded"
+    adapter: str | None = None
+    quantize: str | None = option(None, choices=("8bit", "4bit"))
+
+
+@dataclass(frozen=True)
+class StudentConfig(Section):
+    """Who learns: the teacher shrunk to a number of evenly spaced layers, or to layers by number; or `path`."""
+
+    section: ClassVar[str] = "student"
+    layers: int | tuple[int, ...] = option(2, at_least=1)
+    hidden_size: int | None = option(None, at_least=1)
+    heads: int | None = option(None, at_least=1)
+    init: str = option("copy", choices=("copy", "random"))
+    path: str | None = None  # a saved model instead of a shrunken teacher
+
+
+@dataclass(frozen=True)
+class FeaturesConfig(Section):
+    """Hidden-state matching over the mapped layers."""
+
+    section: ClassVar[str] = "features"
+    loss: str = option("mse", choices=tuple(feature_losses.LOSSES))
+    weight: float = option(1.0, at_least=0.0)
+
+
+@dataclass(frozen=True)
+class AttentionConfig(Section):
+    """Attention-map matching over the mapped layers."""
+
+    section: ClassVar[str] = "attention"
+    loss: str = option("kl", choices=tuple(attention_losses.LOSSES))
+    weight: float = option(1.0, at_least=0.0)
+    heads: str = option("one-to-one", choices=HEADS)
+
+
+@dataclass(frozen=True)
+class OutputsConfig(Section):
+    """Output-distribution matching at a temperature."""
+
+    section: ClassVar[str] = "outputs"
+    loss: str = option("forward_kl", choices=tuple(output_losses.LOSSES))
+    temperature: float = option(2.0, above=0.0)
+    weight: float = option(1.0, at_least=0.0)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Section):
+    """How long and how fast. `steps` are optimiser steps; each takes `batch_size` × `accumulation` texts a process."""
+
+    section: ClassVar[str] = "training"
+    steps: int = option(600, at_least=1)
+    batch_size: int = option(32, at_least=1)
+    labelled_fraction: float = option(0.5, above=0.0, at_most=1.0)  # of each batch, where an unlabelled pool is used
+    learning_rate: float = option(2e-4, above=0.0)
+    scheduler: str = option("linear", choices=SCHEDULERS)
+    warmup: int | float = option(0.1, at_least=0)  # steps when ≥ 1, else a share of all steps
+    weight_decay: float = option(0.01, at_least=0.0)
+    bf16: bool = False
+    accumulation: int = option(1, at_least=1)
+    max_length: int = option(128, at_least=2)  # tokens
+    log_every: int = option(10, at_least=1)  # steps
+    eval_every: int | None = option(None, at_least=1)  # steps; null: at the end only
+    save_every: int | None = option(None, at_least=1)  # steps; null: no checkpoint
+
+    def _check(self) -> None:
+        if isinstance(self.warmup, float) and self.warmup >= 1 and not self.warmup.is_integer():
+            raise ValueError(
+                f"training.warmup: found {self.warmup}, expected whole steps (≥ 1) or a share of all steps (below 1)."
+            )
+
+
+@dataclass(frozen=True)
+class ExperimentConfig(Section):
+    """One run. A term set to null (None) is not computed; without any transfer term the student only sees labels."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    layer_map: str | tuple[tuple[int, int], ...] = option("uniform", choices=LAYER_MAPS)  # or pairs [student, teacher]
+    features: FeaturesConfig | None = field(default_factory=FeaturesConfig)
+    attention: AttentionConfig | None = field(default_factory=AttentionConfig)
+    outputs: OutputsConfig | None = field(default_factory=OutputsConfig)
+    task_weight: float | None = option(1.0, at_least=0.0)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    seed: int = option(0, at_least=0, at_most=2**32 - 1)
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    out: str | None = None  # the folder of the exported student and of checkpoints; null: nothing is saved
+    name: str | None = None  # the arm's name in tables; null: derived from the terms
+
+    def _check(self) -> None:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            allowed = ("auto", "cpu", "cuda", "cuda:0", "mps")
+            raise ValueError(
+                f"device: {self.device!r} is not one of {', '.join(allowed)}.{did_you_mean(self.device, allowed)}"
+            )
+        if not self.terms and not self.task_weight:
+            raise ValueError(
+                "features, attention, outputs, task_weight: all are null or of weight 0, so there is nothing to "
+                "learn from; give at least one a weight above 0."
+            )
+        if self.training.save_every and not self.out:
+            raise ValueError(
+                f"training.save_every: found {describe(self.training.save_every)} and no `out`; checkpoints need a "
+                "folder: set out: runs/my-student, or save_every: null."
+            )
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The transfer terms that are on: of "features", "attention", "outputs", those with a weight above 0."""
+        names = ("features", "attention", "outputs")
+        return tuple(name for name in names if getattr(self, name) is not None and getattr(self, name).weight > 0)
+
+    @property
+    def arm(self) -> str:
+        """The arm in tables: `name` when given, else "none", "outputs", … "all", or the terms joined by "+"."""
+        named = {terms: arm for arm, terms in ARMS.items()}
+        return self.name or named.get(self.terms, "+".join(self.terms))
+
+    @property
+    def run_id(self) -> str:
+        """Task, arm and seed, then a hash of all but `out`, which decides nothing: "glosses-all-s0-1f6c2a9d"."""
+        content = {key: value for key, value in self.to_dict().items() if key != "out"}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{_slug(self.task.name)}-{_slug(self.arm)}-s{self.seed}-{digest}"
+
+    def with_arm(self, arm: str) -> ExperimentConfig:
+        """This experiment with only an arm's terms kept, for the controls of a study.
+
+        Raises:
+            ValueError: for an unknown arm, or one that needs a term this experiment does not have.
+        """
+        if arm not in ARMS:
+            raise ValueError(f"arm: {arm!r} is not one of {', '.join(ARMS)}.{did_you_mean(arm, ARMS)}")
+        lacking = [term for term in ARMS[arm] if term not in self.terms]
+        if lacking:
+            raise ValueError(
+                f"arm {arm!r} needs the terms {', '.join(ARMS[arm])}; this experiment has "
+                f"{', '.join(self.terms) or 'none'}. Give {lacking[0]} a mapping with a weight above 0."
+            )
+        return self.replace(**{term: None for term in self.terms if term not in ARMS[arm]})
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[-40:]

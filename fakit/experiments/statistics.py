@@ -1,0 +1,260 @@
+"""What paired seeds allow one to claim: means and differences with intervals, the share of a gap that was closed.
+
+Two arms that share a seed share the student's first weights, the labelled texts and their order, so the difference of
+one seed is free of what these do to both. All intervals are over seeds, at 95 % unless asked otherwise, and name n.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+LOWER_IS_BETTER = frozenset({"cer", "wer", "perplexity", "bits_per_byte", "loss", "nll", "ece", "brier", "kl", "mse"})
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate over n seeds with its interval; `low` and `high` are nan where n = 1 gives none."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    level: float = 0.95
+    p: float | None = None  # two-sided, of "the true mean is 0"
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+    def format(self, scale: float = 1.0, digits: int = 3, sign: bool = False) -> str:
+        """ "+3.2 [1.0, 5.4]", each number times `scale`."""
+        plus = "+" if sign else ""
+        mean, low, high = (format(value * scale, f"{plus}.{digits}f") for value in (self.mean, self.low, self.high))
+        return mean if math.isnan(self.low) else f"{mean} [{low}, {high}]"
+
+    def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.format()} (n = {self.n} seed: no interval)"
+        return f"{self.format()} ({self.level:.0%} interval, n = {self.n} seeds)"
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean of one value a seed with its Student t interval: mean ± t(n − 1) · s / √n.
+
+    Raises:
+        ValueError: without a value, or when one is not finite (an unfinished or diverged run is no number to average).
+    """
+    x = _finite("values", values)
+    n, mean = len(x), float(x.mean())
+    if n == 1:
+        return Interval(mean, math.nan, math.nan, 1, level)
+    error = float(x.std(ddof=1)) / math.sqrt(n)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+    if error == 0:
+        p = 1.0 if mean == 0 else 0.0
+    else:
+        p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    return Interval(mean, mean - half, mean + half, n, level, p)
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean of values[i] − baseline[i] over seeds i, with its t interval and the paired t test's p.
+
+    Raises:
+        ValueError: when the two have different lengths, i.e. are not paired.
+    """
+    a, b = _paired(values, baseline)
+    return mean_interval(a - b, level)
+
+
+def paired_bootstrap(
+    values: Sequence[float], baseline: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """The same difference with a percentile bootstrap interval: pairs are drawn again with replacement.
+
+    For many pairs (predictions of two students on the same test rows). Over three to five seeds it is too narrow: there
+    the t interval of `paired_difference` is the honest one.
+    """
+    a, b = _paired(values, baseline)
+    difference = a - b
+    rng = np.random.default_rng(seed)
+    chunk = max(1, 4_000_000 // len(difference))  # at most 32 MB of indices at once
+    means = np.concatenate(
+        [
+            difference[rng.integers(0, len(difference), (min(chunk, resamples - start), len(difference)))].mean(axis=1)
+            for start in range(0, resamples, chunk)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    # twice the smaller tail, the observed difference counted as one of the draws (so never 0)
+    tail = min((means <= 0).sum(), (means >= 0).sum())
+    p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
+    return Interval(float(difference.mean()), float(low), float(high), len(difference), level, p)
+
+
+@dataclass(frozen=True)
+class GapClosed:
+    """(distilled − baseline) / (teacher − baseline), or why there is none."""
+
+    value: Interval | None
+    gap: Interval
+    reason: str = ""
+
+    @property
+    def available(self) -> bool:
+        return self.value is not None
+
+    def __str__(self) -> str:
+        return self.value.format(100, 0) + " %" if self.value else f"not available: {self.reason}"
+
+
+def gap_closed(
+    distilled: Sequence[float], baseline: Sequence[float], teacher: Sequence[float] | float, level: float = 0.95
+) -> GapClosed:
+    """The share of the teacher's lead over the baseline that distillation closed, for scores and for error rates alike.
+
+    The interval is Fieller's for a ratio of paired means: all shares r for which the mean of (distilled − baseline) −
+    r · (teacher − baseline) is within its t interval of 0. It is bounded exactly when the gap's own interval excludes
+    0; otherwise the share is not available.
+
+    Args:
+        distilled, baseline: one score a seed, paired.
+        teacher: one score a seed, or one for all.
+    """
+    d, b = _paired(distilled, baseline)
+    t = np.full_like(b, teacher) if isinstance(teacher, int | float) else _paired(teacher, baseline)[0]
+    gain, lead = d - b, t - b
+    gap = mean_interval(lead, level)
+    n = len(gain)
+    if n == 1:
+        return GapClosed(None, gap, "one seed gives the gap no interval")
+    if not gap.excludes_zero:
+        return GapClosed(None, gap, f"the gap's own interval includes 0: {gap.format()}")
+    s = np.cov(gain, lead, ddof=1) / n * float(stats.t.ppf((1 + level) / 2, n - 1)) ** 2
+    a, half_b, c = gap.mean**2 - s[1, 1], gain.mean() * gap.mean - s[0, 1], gain.mean() ** 2 - s[0, 0]
+    root = math.sqrt(max(0.0, half_b**2 - a * c))
+    low, high = (half_b - root) / a, (half_b + root) / a
+    return GapClosed(Interval(float(gain.mean() / gap.mean), float(low), float(high), n, level), gap)
+
+
+def retention(
+    student: Sequence[float], teacher: Sequence[float] | float, higher_is_better: bool = True, level: float = 0.95
+) -> Interval:
+    """Student's share of the teacher's score, 1 when it keeps all; of an error rate the inverse share.
+
+    Raises:
+        ValueError: where the ratio has no meaning, i.e. a denominator is not above 0.
+    """
+    s = _finite("student", student)
+    t = np.full_like(s, teacher) if isinstance(teacher, int | float) else _paired(teacher, student)[0]
+    above, below = (s, t) if higher_is_better else (t, s)
+    if (below <= 0).any():
+        raise ValueError(
+            f"retention divides by the {'teacher' if higher_is_better else 'student'}'s score, found {below.min():g}; "
+            "it needs scores above 0. Use paired_difference instead."
+        )
+    return mean_interval(above / below, level)
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Holm's step-down correction: adjusted p values in the order given; nan stays nan and counts as no test."""
+    p = np.asarray(p_values, dtype=float)
+    adjusted = np.full_like(p, np.nan)
+    order = [i for i in np.argsort(p, kind="stable") if not math.isnan(p[i])]
+    running = 0.0
+    for rank, i in enumerate(order):
+        running = max(running, min(1.0, (len(order) - rank) * p[i]))
+        adjusted[i] = running
+    return adjusted
+
+
+def paired_table(runs: pd.DataFrame, metric: str, baseline_arm: str, level: float = 0.95) -> pd.DataFrame:
+    """Every task × arm: its mean, and its paired difference to the task's baseline arm over the seeds both have.
+
+    Args:
+        runs: `RunStore.runs()`, with columns task, arm, seed and `metric`, e.g. "score" or "test.accuracy".
+        metric: the column compared.
+        baseline_arm: the arm taken off, e.g. "none".
+
+    Returns:
+        One row a task and arm, columns: task, arm, n, seeds, mean, low, high; difference, difference_low,
+        difference_high; gain, gain_low, gain_high, the same with a positive sign for "better" (by the column
+        `higher_is_better` for "score", else by the metric's name); p (paired t test) and p_holm over all comparisons
+        of the task; pairs = seeds in common; unpaired = seeds that one of the two lacks.
+
+    Raises:
+        ValueError: naming what is missing: a column, the baseline arm, or a run recorded twice for one task, arm, seed.
+    """
+    for column in ("task", "arm", "seed", metric):
+        if column not in runs:
+            raise ValueError(
+                f"{column!r} is not a column of these runs, which have {', '.join(map(str, runs.columns))}."
+            )
+    runs = runs.dropna(subset=[metric])
+    twice = runs[runs.duplicated(["task", "arm", "seed"], keep=False)]
+    if len(twice):
+        first = twice.iloc[0]
+        raise ValueError(
+            f"{first['task']}, arm {first['arm']}, seed {first['seed']} is there more than once, so seeds do not pair; "
+            "choose the runs of one configuration first."
+        )
+    rows = []
+    for task, of_task in runs.groupby("task", sort=False):
+        arms = {arm: group.set_index("seed")[metric].astype(float) for arm, group in of_task.groupby("arm", sort=False)}
+        if baseline_arm not in arms:
+            raise ValueError(f"arm {baseline_arm!r} is not among the runs of {task}, which have {', '.join(arms)}.")
+        sign = 1 if _higher_is_better(of_task, metric) else -1
+        of_task_rows = [
+            {"task": task, "arm": arm, **_compare(scores, arms[baseline_arm], arm == baseline_arm, sign, level)}
+            for arm, scores in arms.items()
+        ]
+        for row, p in zip(of_task_rows, holm([row["p"] for row in of_task_rows]), strict=True):
+            rows.append(row | {"p_holm": p})
+    return pd.DataFrame(rows)
+
+
+def _compare(scores: pd.Series, baseline: pd.Series, is_baseline: bool, sign: int, level: float) -> dict:
+    own = mean_interval(scores.to_numpy(), level)
+    row = {"n": own.n, "seeds": sorted(scores.index.tolist()), "mean": own.mean, "low": own.low, "high": own.high}
+    common = [seed for seed in scores.index if seed in baseline.index]
+    nothing = Interval(math.nan, math.nan, math.nan, 0, level)
+    pair = paired_difference(scores[common], baseline[common], level) if common and not is_baseline else nothing
+    return row | {
+        "difference": pair.mean,
+        "difference_low": pair.low,
+        "difference_high": pair.high,
+        "gain": sign * pair.mean,
+        "gain_low": pair.low if sign > 0 else -pair.high,
+        "gain_high": pair.high if sign > 0 else -pair.low,
+        "p": math.nan if pair.p is None else pair.p,
+        "pairs": len(common),
+        "unpaired": sorted(set(scores.index) ^ set(baseline.index)),
+    }
+
+
+def _higher_is_better(runs: pd.DataFrame, metric: str) -> bool:
+    if metric == "score" and "higher_is_better" in runs:
+        return bool(runs["higher_is_better"].iloc[0])
+    return metric.rpartition(".")[2] not in LOWER_IS_BETTER
+
+
+def _finite(name: str, values: Sequence[float]) -> np.ndarray:
+    x = np.asarray(values, dtype=float)
+    if x.ndim != 1 or len(x) == 0:
+        raise ValueError(f"{name}: expected one number a seed, found shape {x.shape}.")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name}: not all are finite: {x.tolist()}. Leave out diverged runs by name and say so.")
+    return x
+
+
+def _paired(values: Sequence[float], baseline: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _finite("values", values), _finite("baseline", baseline)
+    if len(a) != len(b):
+        raise ValueError(f"paired values need one baseline each: found {len(a)} values and {len(b)} baselines.")
+    return a, b

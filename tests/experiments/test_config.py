@@ -1,0 +1,189 @@
+import itertools
+
+import pytest
+import yaml
+
+from fakit.experiments.config import (
+    ARMS,
+    LAYER_MAPS,
+    AttentionConfig,
+    ExperimentConfig,
+    FeaturesConfig,
+    OutputsConfig,
+    StudentConfig,
+    TaskConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
+
+FULL = ExperimentConfig(
+    task=TaskConfig("glue/sst2", labels=500, seed=7, options={"text": "sentence", "nested": {"a": [1, 2]}}),
+    teacher=TeacherConfig("some/model", adapter="data/adapters/x", quantize="8bit"),
+    student=StudentConfig(layers=(1, 3, 5), hidden_size=64, heads=4, init="random", path="models/ünï"),
+    layer_map=((1, 2), (2, 4)),
+    features=FeaturesConfig("cosine", 0.3),
+    attention=AttentionConfig("mse", 10.0, "group-mean"),
+    outputs=OutputsConfig("jsd", 4.0, 0.5),
+    task_weight=None,
+    training=TrainingConfig(7, 3, 0.25, 5e-5, "cosine", 2, 0.0, True, 4, 16, 1, 2, 3),
+    seed=2**32 - 1,
+    device="cuda:1",
+    out="runs/here",
+    name="my arm: 50 %",
+)
+
+
+def _variants():
+    """Every combination of terms on and off, with the layer maps and task weights going round."""
+    maps = itertools.cycle((*LAYER_MAPS, ((1, 1),), ((1, 6), (2, 3))))
+    for n, (features, attention, outputs) in enumerate(itertools.product((True, False), repeat=3)):
+        for layers, init in itertools.product((1, (2, 4)), ("copy", "random")):
+            yield ExperimentConfig(
+                student=StudentConfig(layers=layers, init=init),
+                layer_map=next(maps),
+                features=FeaturesConfig("normalised_mse", 1 / 3) if features else None,
+                attention=AttentionConfig(weight=1e-7) if attention else None,
+                outputs=OutputsConfig(temperature=n + 0.1) if outputs else None,
+                task_weight=0.1 + n,
+                training=TrainingConfig(learning_rate=10.0 ** -(n + 1), warmup=n),
+                seed=n,
+                name=None if n % 2 else "null",  # text that YAML would read as nothing unless quoted
+            )
+
+
+@pytest.mark.parametrize("config", [ExperimentConfig(), FULL, *_variants()], ids=lambda config: config.run_id)
+def test_a_config_survives_yaml_and_dict_unchanged(config, tmp_path):
+    config.to_yaml(tmp_path / "run.yaml")
+    again = ExperimentConfig.from_yaml(tmp_path / "run.yaml")
+    assert again == config
+    assert again.run_id == config.run_id
+    assert ExperimentConfig.from_dict(config.to_dict()) == config
+    assert yaml.safe_load(config.to_yaml()) == config.to_dict()
+
+
+def test_full_config_differs_from_the_default_in_every_key():
+    """Otherwise the round trip above would not notice a key that is never written."""
+
+    def leaves(data, path=()):
+        for key, value in data.items():
+            yield from leaves(value, (*path, key)) if isinstance(value, dict) and value else [((*path, key), value)]
+
+    default = dict(leaves(ExperimentConfig().to_dict()))
+    assert {path for path, value in leaves(FULL.to_dict()) if default.get(path, "absent") == value} == set()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"trainng": {}}, ["trainng", "training", "layer_map", "Did you mean 'training'?"]),
+        ({"training": {"step": 3}}, ["training.step:", "batch_size", "Did you mean 'steps'?"]),
+        (
+            {"outputs": {"loss": "foward_kl"}},
+            ["outputs.loss", "'foward_kl'", "jsd", "Did you mean 'forward_kl'?"],
+        ),
+        ({"features": {"loss": "l7"}}, ["features.loss", "mse, cosine"]),
+        ({"layer_map": "unifrom"}, ["layer_map", "all_to_one", "Did you mean 'uniform'?"]),
+        ({"layer_map": [[1, 2], [3]]}, ["layer_map", "[[1, 2], [3]]", "pairs of whole numbers"]),
+        ({"teacher": {"quantize": "8-bit"}}, ["teacher.quantize", "8bit, 4bit"]),
+        ({"training": {"steps": "many"}}, ["training.steps", "'many' (text)", "a whole number"]),
+        ({"training": {"steps": 2.5}}, ["training.steps", "2.5 (number)"]),
+        ({"training": {"steps": True}}, ["training.steps", "True (yes/no)"]),
+        ({"training": {"steps": 0}}, ["training.steps", "found 0", "at least 1"]),
+        ({"training": {"bf16": 1}}, ["training.bf16", "true or false"]),
+        ({"training": {"learning_rate": float("nan")}}, ["training.learning_rate", "a number"]),
+        ({"training": {"labelled_fraction": 1.5}}, ["training.labelled_fraction", "at most 1.0"]),
+        ({"training": {"warmup": 1.5}}, ["training.warmup", "1.5", "a share"]),
+        ({"outputs": {"temperature": 0}}, ["outputs.temperature", "above 0.0"]),
+        ({"features": {"weight": -1}}, ["features.weight", "at least 0.0"]),
+        ({"features": "none"}, ["features", "a mapping with keys loss, weight", "Write null"]),
+        ({"training": None}, ["training", "None (nothing)", "a mapping"]),
+        ({"task": {"options": [1]}}, ["task.options", "a mapping"]),
+        ({"device": "gpu"}, ["device", "'gpu'", "cuda:0"]),
+        ({"seed": 2**32}, ["seed", "at most"]),
+        ({"training": {"save_every": 5}}, ["training.save_every", "out"]),
+        (
+            {"features": None, "attention": {"weight": 0}, "outputs": None, "task_weight": 0},
+            ["task_weight", "nothing to learn from"],
+        ),
+        ([], ["the top level", "[] (list)", "a mapping"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_answered_with_its_path_and_the_allowed_ones(data, words):
+    with pytest.raises(ValueError) as error:
+        ExperimentConfig.from_dict(data)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_keyword_construction_is_checked_as_a_file_is():
+    with pytest.raises(ValueError, match=r"outputs\.temperature: found -1"):
+        OutputsConfig(temperature=-1)
+    with pytest.raises(ValueError, match=r"student\.init: 'copied'.*Did you mean 'copy'"):
+        StudentConfig(init="copied")
+
+
+def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
+    (tmp_path / "run.yaml").write_text("training: {learning_rate: 5e-4}\nlayer_map: none\nfeatures: null\n")
+    config = ExperimentConfig.from_yaml(tmp_path / "run.yaml")
+    assert config.training.learning_rate == 0.0005
+    assert config.layer_map == "none"
+    assert config.features is None
+
+
+def test_yaml_errors_name_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    with pytest.raises(ValueError, match=r"run\.yaml: no such file.*none"):
+        ExperimentConfig.from_yaml(path)
+    path.write_text("training: {steps: 0}")
+    with pytest.raises(ValueError, match=r"run\.yaml: training\.steps: found 0"):
+        ExperimentConfig.from_yaml(path)
+    path.write_text("training: [unclosed")
+    with pytest.raises(ValueError, match=r"run\.yaml: (?s:.*)expected ',' or ']'"):
+        ExperimentConfig.from_yaml(path)
+    path.write_text("features:\n  weight: 1\n  weight: 0.3\n")
+    with pytest.raises(ValueError, match=r"weight: given twice, in lines 2 and 3"):
+        ExperimentConfig.from_yaml(path)
+    path.write_text("!!python/object/apply:os.system ['true']")
+    with pytest.raises(ValueError, match="could not determine a constructor"):
+        ExperimentConfig.from_yaml(path)
+
+
+def test_replace_reaches_nested_keys_and_leaves_the_original():
+    config = ExperimentConfig()
+    changed = config.replace(seed=3, features=None, outputs={"loss": "jsd"}, **{"training.steps": 5, "task.labels": 9})
+    assert (changed.seed, changed.features, changed.outputs.loss) == (3, None, "jsd")
+    assert (changed.training.steps, changed.task.labels) == (5, 9)
+    assert changed.training.batch_size == config.training.batch_size
+    assert config == ExperimentConfig()
+    with pytest.raises(ValueError, match=r"trainin\.steps: unknown key.*Did you mean 'training'"):
+        config.replace(**{"trainin.steps": 5})
+    with pytest.raises(ValueError, match=r"training\.stepz: unknown key.*Did you mean 'steps'"):
+        config.replace(**{"training.stepz": 5})
+    with pytest.raises(ValueError, match="features: is None"):
+        changed.replace(**{"features.weight": 1})
+
+
+def test_run_id_is_stable_and_follows_the_content():
+    config = ExperimentConfig(task=TaskConfig("scans"), seed=4)
+    prefix, _, digest = config.run_id.rpartition("-")
+    assert prefix == "scans-all-s4"
+    assert len(digest) == 8 and int(digest, 16) >= 0
+    assert config.replace(out="elsewhere").run_id == config.run_id
+    others = {config.replace(seed=5).run_id, config.replace(**{"training.learning_rate": 1e-5}).run_id, config.run_id}
+    assert len(others) == 3
+    # pinned: a change of this hash makes every recorded run look as if it had not been run
+    assert ExperimentConfig().run_id == "glosses-all-s0-285ea9b4"
+
+
+def test_arms_keep_their_terms_and_nothing_else():
+    config = ExperimentConfig()
+    for arm, terms in ARMS.items():
+        assert config.with_arm(arm).terms == terms
+        assert config.with_arm(arm).arm == arm
+        assert config.with_arm(arm).training == config.training
+    assert config.replace(outputs=None).arm == "features+attention"
+    assert config.replace(name="mine").arm == "mine"
+    assert config.replace(features={"weight": 0}).terms == ("attention", "outputs")
+    with pytest.raises(ValueError, match=r"'al' is not one of none, outputs.*Did you mean 'all'"):
+        config.with_arm("al")
+    with pytest.raises(ValueError, match=r"arm 'all' needs the terms.*has features, outputs"):
+        config.replace(attention=None).with_arm("all")

@@ -1,0 +1,187 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from fakit.experiments.statistics import (
+    gap_closed,
+    holm,
+    mean_interval,
+    paired_bootstrap,
+    paired_difference,
+    paired_table,
+    retention,
+)
+
+
+def test_mean_interval_by_hand():
+    # mean 2, s = 1, n = 3, t(2) = 4.302653: half width 4.302653 / √3 = 2.484138
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert interval.mean == 2.0
+    assert interval.low == pytest.approx(2 - 2.4841377, abs=1e-6)
+    assert interval.high == pytest.approx(2 + 2.4841377, abs=1e-6)
+    assert (interval.n, interval.level) == (3, 0.95)
+    assert str(interval) == "2.000 [-0.484, 4.484] (95% interval, n = 3 seeds)"
+
+
+def test_one_seed_gives_no_interval():
+    interval = mean_interval([0.7])
+    assert interval.mean == 0.7 and math.isnan(interval.low) and interval.p is None
+    assert not interval.excludes_zero
+    assert str(interval) == "0.700 (n = 1 seed: no interval)"
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_paired_difference_against_scipy(seed, level):
+    rng = np.random.default_rng(seed)
+    b = rng.normal(0.7, 0.05, 4 + seed)
+    a = b + rng.normal(0.02, 0.03, 4 + seed)
+    found = paired_difference(a, b, level)
+    reference = stats.ttest_rel(a, b)
+    low, high = reference.confidence_interval(level)
+    assert (found.low, found.high, found.p) == pytest.approx((low, high, reference.pvalue), rel=1e-9)
+    assert found.mean == pytest.approx(np.mean(a) - np.mean(b))
+
+
+def test_pairing_removes_what_seeds_share():
+    baseline = np.array([0.1, 0.5, 0.9])
+    pair = paired_difference(baseline + np.array([0.01, 0.012, 0.011]), baseline)
+    assert pair.excludes_zero
+    assert pair.high - pair.low < 0.006
+    assert stats.ttest_ind(baseline + 0.011, baseline).pvalue > 0.9
+
+
+def test_equal_differences_have_no_spread():
+    same = paired_difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
+    above = paired_difference([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
+    assert (above.mean, above.low, above.high, above.p) == (1, 1, 1, 0)
+
+
+def test_wrong_input_is_named():
+    with pytest.raises(ValueError, match="found 2 values and 3 baselines"):
+        paired_difference([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match=r"not all are finite: .*nan"):
+        mean_interval([1.0, math.nan])
+    with pytest.raises(ValueError, match="one number a seed, found shape"):
+        mean_interval([])
+
+
+def test_bootstrap_agrees_with_scipy_and_with_the_normal_law():
+    rng = np.random.default_rng(0)
+    b = rng.normal(size=400)
+    a = b + rng.normal(0.1, 1.0, size=400)
+    found = paired_bootstrap(a, b, resamples=20_000, seed=1)
+    reference = stats.bootstrap(((a - b),), np.mean, n_resamples=20_000, method="percentile", rng=2).confidence_interval
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.005)
+    normal = stats.ttest_rel(a, b)
+    assert found.p == pytest.approx(normal.pvalue, abs=0.015)
+    assert paired_bootstrap(a, b, resamples=500, seed=3) == paired_bootstrap(a, b, resamples=500, seed=3)
+    sure = paired_bootstrap(b + 1, b, resamples=999)
+    assert sure.p == pytest.approx(2 / 1000)  # never 0: the data are one of the draws
+    assert paired_bootstrap(b, b, resamples=99).p == 1
+
+
+def test_gap_closed_by_hand():
+    closed = gap_closed([0.80, 0.81, 0.79], [0.70, 0.72, 0.68], 0.90)
+    assert closed.available
+    assert closed.value.mean == pytest.approx(0.10 / 0.20)
+    # Fieller by its definition: at either end the mean of gain − r · gap sits exactly on its t limit
+    gain, gap = np.array([0.10, 0.09, 0.11]), np.array([0.20, 0.18, 0.22])
+    for end in (closed.value.low, closed.value.high):
+        rest = gain - end * gap
+        t = abs(rest.mean()) / (rest.std(ddof=1) / math.sqrt(3))
+        assert t == pytest.approx(stats.t.ppf(0.975, 2), rel=1e-6) or rest.std() < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_gap_closed_interval_holds_just_the_shares_the_data_allow(seed):
+    rng = np.random.default_rng(seed)
+    baseline = rng.normal(0.6, 0.02, 5)
+    distilled, teacher = baseline + rng.normal(0.1, 0.02, 5), 0.85 + rng.normal(0, 0.01, 5)
+    closed = gap_closed(distilled, baseline, teacher).value
+    for share in np.linspace(-0.5, 1.5, 81):
+        allowed = stats.ttest_1samp(distilled - baseline - share * (teacher - baseline), 0).pvalue >= 0.05
+        assert allowed == (closed.low <= share <= closed.high)
+
+
+def test_gap_closed_of_an_error_rate_has_the_same_sign():
+    score = gap_closed([0.9, 0.91, 0.92], [0.8, 0.82, 0.81], [0.95, 0.96, 0.94])
+    error = gap_closed([0.1, 0.09, 0.08], [0.2, 0.18, 0.19], [0.05, 0.04, 0.06])
+    assert error.value.mean == pytest.approx(score.value.mean)
+    assert (error.value.low, error.value.high) == pytest.approx((score.value.low, score.value.high))
+
+
+def test_gap_closed_is_not_available_without_a_gap():
+    closed = gap_closed([0.8, 0.9, 0.7], [0.75, 0.85, 0.95], 0.86)
+    assert not closed.available and closed.value is None
+    assert not closed.gap.excludes_zero
+    assert "the gap's own interval includes 0" in str(closed)
+    assert "one seed" in str(gap_closed([0.8], [0.7], 0.9))
+
+
+def test_retention_by_hand():
+    assert retention([0.8, 0.9], 1.0).mean == pytest.approx(0.85)
+    assert retention([0.2, 0.4], [0.1, 0.1], higher_is_better=False).mean == pytest.approx((0.5 + 0.25) / 2)
+    with pytest.raises(ValueError, match="divides by the teacher's score, found 0"):
+        retention([0.8], 0.0)
+
+
+def test_holm_by_hand():
+    # sorted .01 .02 .03 .04 times 4 3 2 1 = .04 .06 .06 .04, then made monotone
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
+    found = holm([0.01, math.nan, 0.02])
+    assert found[[0, 2]] == pytest.approx([0.02, 0.02]) and math.isnan(found[1])
+
+
+def _runs():
+    scores = {
+        ("glosses", "none"): {0: 0.70, 1: 0.72, 2: 0.71},
+        ("glosses", "all"): {0: 0.80, 1: 0.81, 2: 0.82, 3: 0.99},
+        ("glosses", "outputs"): {0: 0.80, 1: 0.80, 2: 0.81},
+        ("scans", "none"): {0: 0.20, 1: 0.21, 2: 0.22},
+        ("scans", "all"): {0: 0.10, 1: 0.12, 2: 0.11},
+    }
+    rows = [
+        {"task": task, "arm": arm, "seed": seed, "score": score, "higher_is_better": task != "scans", "cer": score}
+        for (task, arm), of_arm in scores.items()
+        for seed, score in of_arm.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_paired_table_compares_seeds_in_common():
+    table = paired_table(_runs(), "score", "none").set_index(["task", "arm"])
+    row = table.loc[("glosses", "all")]
+    assert (row["n"], row["pairs"], row["seeds"], row["unpaired"]) == (4, 3, [0, 1, 2, 3], [3])
+    reference = stats.ttest_rel([0.80, 0.81, 0.82], [0.70, 0.72, 0.71])
+    assert row["p"] == pytest.approx(reference.pvalue)
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx(tuple(reference.confidence_interval()))
+    assert row["gain"] == row["difference"] == pytest.approx(0.1)
+    assert row["mean"] == pytest.approx(np.mean([0.80, 0.81, 0.82, 0.99]))
+    p = [table.loc[("glosses", arm), "p"] for arm in ("all", "outputs")]
+    assert [table.loc[("glosses", arm), "p_holm"] for arm in ("all", "outputs")] == pytest.approx(list(holm(p)))
+    assert table.loc[("glosses", "none"), ["difference", "p", "p_holm"]].isna().all()
+
+
+def test_paired_table_turns_error_rates_round():
+    for metric in ("score", "cer"):
+        row = paired_table(_runs().query("task == 'scans'"), metric, "none").set_index("arm").loc["all"]
+        assert row["difference"] == pytest.approx(-0.1)
+        assert row["gain"] == pytest.approx(0.1)
+        assert row["gain_low"] == -row["difference_high"] and row["gain_high"] == -row["difference_low"]
+        assert row["gain_low"] <= row["gain"] <= row["gain_high"]
+
+
+def test_paired_table_names_what_is_missing():
+    runs = _runs()
+    with pytest.raises(ValueError, match=r"'f1' is not a column .* task, arm, seed, score"):
+        paired_table(runs, "f1", "none")
+    with pytest.raises(ValueError, match="arm 'outputs' is not among the runs of scans, which have none, all"):
+        paired_table(runs, "score", "outputs")
+    with pytest.raises(ValueError, match="glosses, arm none, seed 0 is there more than once"):
+        paired_table(pd.concat([runs, runs.head(1)]), "score", "none")
