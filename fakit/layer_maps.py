@@ -83,7 +83,7 @@ class LayerMap:
     @classmethod
     def first(cls, student_layers: int, teacher_layers: int) -> "LayerMap":
         """The teacher's first layers: j ↦ j."""
-        S, T = _depths(student_layers, teacher_layers, name="first")
+        S, _ = _depths(student_layers, teacher_layers, name="first")
         return cls([(j, j) for j in range(1, S + 1)], name="first")
 
     @classmethod
@@ -145,7 +145,7 @@ class LayerMap:
             raise ValueError(
                 f"from_similarity wants a matrix (S+1) × (T+1) with the embeddings as row and column 0; found {tuple(scores.shape)}."
             )
-        S, T = _depths(scores.shape[0] - 1, scores.shape[1] - 1, name=f"a {method} map")
+        _depths(scores.shape[0] - 1, scores.shape[1] - 1, name=f"a {method} map")
         if not torch.isfinite(scores[1:, 1:]).all():
             where = [tuple(i + 1 for i in index) for index in (~torch.isfinite(scores[1:, 1:])).nonzero().tolist()]
             raise ValueError(

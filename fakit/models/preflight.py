@@ -167,7 +167,7 @@ def _state_rows(row, teacher, student, t, s) -> None:
     row("longest sequence", "warning" if shorter else "ok", *lengths, f"Tokenise with max_length={lengths[1]}.")
     row(
         "mode",
-        "error" if teacher.training else "ok",
+        "warning" if teacher.training else "ok",
         "train (dropout is on)" if teacher.training else "eval",
         "train" if student.training else "eval",
         "A teacher in train mode gives noisy targets: teacher.eval(); load_teacher does so.",

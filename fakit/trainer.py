@@ -1,0 +1,246 @@
+"""Training for real: `DistillationTrainer` is a `transformers.Trainer` whose model is student + projections in one module.
+
+Everything that lives in the Trainer therefore works as documented there: Accelerate, mixed precision, accumulation, gradient
+checkpointing, checkpoints, resume, callbacks, TensorBoard. The student exports without projections, as a plain transformers model.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from fakit.capture import Trace, capture, is_causal_lm
+from fakit.models.blocks import depth
+from fakit.models.load import is_quantized
+from fakit.models.preflight import preflight
+from fakit.objective import Breakdown, Needs, Objective, task_loss
+
+_PROJECTIONS, _OBJECTIVE = "projections.safetensors", "objective.json"
+
+
+class Distiller(nn.Module):
+    """Student, projections and the way from a batch to a loss, in one trainable module.
+
+    The teacher is held but not registered: it is not trained, saved, counted or wrapped. All of the work happens in `forward`, so whatever
+    wraps the module (DDP, autocast, compile) sees it.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, objective: Objective):
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self._teacher = (teacher,)  # a tuple hides it from nn.Module's bookkeeping
+        self.breakdown: Breakdown | None = None  # of the last training step, detached
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    @property
+    def config(self):
+        """The student's, for whatever asks the model in training for its configuration."""
+        return self.student.config
+
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        """Recompute the student's activations in the backward pass."""
+        self.student.gradient_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the student's activations again."""
+        self.student.gradient_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """True while the student recomputes its activations."""
+        return self.student.is_gradient_checkpointing
+
+    def forward(self, labels: Tensor | None = None, **inputs) -> dict[str, Tensor]:
+        """loss () and, in eval mode, logits; there the loss is the task's alone where labels say it, without the teacher."""
+        if not self.training and labels is not None:
+            logits = capture(self.student, inputs).logits
+            return {"loss": task_loss(logits, labels, is_causal_lm(self.student)), "logits": logits}
+        theirs = None
+        if self.objective.needs_teacher():
+            with torch.no_grad():
+                theirs = _trace(self.teacher, inputs, self.objective.needs("teacher"))
+        ours = _trace(self.student, inputs, self.objective.needs("student", labels is not None))
+        breakdown = self.objective(ours, theirs, labels)
+        self.breakdown = breakdown.detach()
+        return {"loss": breakdown.total} | ({} if self.training else {"logits": ours.logits})
+
+
+def _trace(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
+    return capture(model, inputs, needs.hidden_states, needs.attentions, needs.logits)
+
+
+class DistillationTrainer(Trainer):
+    """A `transformers.Trainer` for a teacher, a student and an objective.
+
+    Args:
+        teacher: frozen here and put in eval mode; moved to the training device unless quantised.
+        student: trained; `trainer.save_model(folder)` and `trainer.student.save_pretrained(folder)` export it alone.
+        objective: its projections are made here and trained, and checkpointed beside the student.
+        args: `transformers.TrainingArguments`.
+        teacher_tokenizer: compared with `processing_class` before training, if both are given.
+        kwargs: everything else of `transformers.Trainer` (train_dataset, eval_dataset, data_collator, processing_class, compute_metrics,
+            callbacks, optimizers …).
+
+    Logs, beside the Trainer's own: each term before weighting under its name, each layer pair as "features/S1_T2", averaged over the steps
+    since the last log. `trainer.objective.weights` may be set while training.
+
+    Raises:
+        ValueError: before any work, when teacher, student and objective do not fit: what both sides have, and the fix.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        student: PreTrainedModel,
+        objective: Objective,
+        args=None,
+        teacher_tokenizer=None,
+        **kwargs,
+    ):
+        check_fit(teacher, student, objective, teacher_tokenizer, kwargs.get("processing_class"))
+        objective.prepare(*(m.config.get_text_config().hidden_size for m in (student, teacher)))
+        teacher.eval().requires_grad_(False)
+        super().__init__(model=Distiller(teacher, student, objective), args=args, **kwargs)
+        if not is_quantized(teacher):
+            teacher.to(self.args.device)
+        self.teacher, self.student, self.objective = teacher, student, objective
+        self.add_callback(_EpochCallback(objective))
+        self._sums: dict[str, Tensor] = {}  # of terms since the last log, on the device: nothing waits for them
+        self._steps = 0
+        self._is_checkpoint = False
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective's total; the breakdown goes into the running means of the log."""
+        outputs = model(**inputs)
+        breakdown = self.accelerator.unwrap_model(model).breakdown
+        if model.training and breakdown is not None:
+            for name, value in _flat(breakdown).items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+            self._steps += 1
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the terms' means since the last log; on an accelerator this is where a NaN is found and named."""
+        if "loss" in logs and self._steps:
+            self.accelerator.unwrap_model(self.model).breakdown.check()
+            logs |= {name: (total / self._steps).item() for name, total in self._sums.items()}
+            self._sums, self._steps = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self):
+        # the columns worth keeping are those that the student's forward pass takes, not the wrapper's
+        if self._signature_columns is None:
+            model, self.model = self.model, self.accelerator.unwrap_model(self.model).student
+            super()._set_signature_columns_if_needed()
+            self.model = model
+
+    # -- checkpoints: the student as transformers writes it, the rest beside it ------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Export the student (and the tokenizer, if the trainer has one). Checkpoints also hold projections and weights."""
+        self._is_checkpoint = _internal_call
+        super().save_model(output_dir, _internal_call=_internal_call)
+        self._is_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        distiller = self.accelerator.unwrap_model(self.model)
+        state = distiller.state_dict() if state_dict is None else state_dict
+        student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
+        distiller.student.save_pretrained(folder, state_dict=student)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self._is_checkpoint:
+            rest = {k.removeprefix("objective."): v for k, v in state.items() if k.startswith("objective.")}
+            save_file({k: v.contiguous() for k, v in rest.items()}, folder / _PROJECTIONS)
+            (folder / _OBJECTIVE).write_text(json.dumps(_settings(distiller.objective), indent=2))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        missing = [name for name in ("config.json", _PROJECTIONS, _OBJECTIVE) if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder} is no checkpoint of a DistillationTrainer: {', '.join(missing)} missing. Give a checkpoint-N folder of this "
+                "trainer's output_dir; an exported student starts a new run instead."
+            )
+        distiller = self.accelerator.unwrap_model(self.model if model is None else model)
+        student = type(distiller.student).from_pretrained(folder, dtype=torch.float32)
+        distiller.student.load_state_dict(student.state_dict())
+        projections = load_file(folder / _PROJECTIONS)
+        ours = distiller.objective.state_dict()
+        if {k: v.shape for k, v in projections.items()} != {k: v.shape for k, v in ours.items()}:
+            raise ValueError(
+                f"{folder} holds projections {sorted(projections)}, this objective has {sorted(ours)}: resume with the layer map and the "
+                "widths that the run was started with."
+            )
+        distiller.objective.load_state_dict(projections)
+        settings = json.loads((folder / _OBJECTIVE).read_text())
+        distiller.objective.weights.update(settings["weights"])
+        if settings["temperature"] is not None and distiller.objective.outputs is not None:
+            distiller.objective.outputs.temperature = settings["temperature"]
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def check_fit(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    objective: Objective,
+    teacher_tokenizer=None,
+    student_tokenizer=None,
+) -> None:
+    """Raise ValueError when these three cannot train together: both sides and the fix, before any work."""
+    objective.check_layers(depth(student), depth(teacher))
+    both = teacher_tokenizer is not None and student_tokenizer is not None
+    report = preflight(teacher, student, teacher_tokenizer if both else None, student_tokenizer if both else None)
+    outputs = objective.outputs
+    if outputs is None or outputs.vocab_size is not None:  # logits are not compared, or cut to what is shared
+        report.rows = [row for row in report.rows if row.name not in ("labels", "vocabulary (logits)")]
+    report.raise_if_error()
+
+    s, t = student.config.get_text_config(), teacher.config.get_text_config()
+    if objective.features is not None and objective.features.projection is None and s.hidden_size != t.hidden_size:
+        raise ValueError(
+            f"the student is {s.hidden_size} wide, the teacher {t.hidden_size}, and Features(projection=None) allows no projection; "
+            "use projection='linear', or a student of the teacher's width."
+        )
+    heads = (s.num_attention_heads, t.num_attention_heads)
+    if objective.attention is not None and objective.attention.heads == "one-to-one" and heads[0] != heads[1]:
+        raise ValueError(
+            f"one-to-one attention alignment: the student has {heads[0]} heads, the teacher {heads[1]}. "
+            f"Use Attention(..., heads='group-mean'), or shrink(teacher, heads={heads[1]})."
+        )
+
+
+class _EpochCallback(TrainerCallback):
+    """A random layer map is drawn anew at every epoch's start."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.objective.set_epoch(int(state.epoch or 0))
+
+
+def _flat(breakdown: Breakdown) -> dict[str, Tensor]:
+    layers = {f"{n}/S{s}_T{t}": v for n, pairs in breakdown.per_layer.items() for (s, t), v in pairs.items()}
+    return {**breakdown.terms, **layers}
+
+
+def _settings(objective: Objective) -> dict:
+    temperature = None if objective.outputs is None else objective.outputs.temperature
+    return {"weights": dict(objective.weights), "temperature": temperature}
