@@ -1,0 +1,219 @@
+"""Measures beside CKA. None dominates (Klabunde et al., ReSi, 2025): show two families, and each with its null.
+
+Every function takes x (n, p) and y (n, q), rows paired, and returns a float; ``compare(x, y, measure=…)`` adds the null band.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cka import _matrices
+from .hsic import centre, centred_gram, check_estimator, double
+
+
+def procrustes(x: Tensor, y: Tensor) -> float:
+    """Orthogonal Procrustes similarity in [0, 1]: ‖XᵀY‖_* of centred features of unit Frobenius norm; 1 = equal up to a rotation.
+
+    ‖X − YQ‖²_F at the best orthogonal Q is 2 − 2 × this (Williams et al., 2021; Ding et al., 2021). With few rows and wide
+    features a rotation fits anything: independent Gaussians at n = 30, d = 768 score .98 or more. Read it beside its null.
+
+    Raises:
+        ValueError: row counts differ, or a side is constant.
+    """
+    factors = []
+    for name, z in zip("xy", _matrices(x, y), strict=True):
+        z = centre(z)
+        norm = torch.linalg.matrix_norm(z)
+        if norm == 0:
+            raise ValueError(f"{name} is constant over its {len(z)} rows: it has no shape to align")
+        factors.append(z / norm)
+    x, y = factors
+    # ‖XᵀY‖_* on the smaller side: with Xᵀ = QR the orthogonal Q changes no singular value
+    if max(x.shape[1], y.shape[1]) > len(x):
+        x, y = (torch.linalg.qr(z.T, mode="r").R.T for z in (x, y))  # (n, min(n, p))
+    return float(torch.linalg.svdvals(x.T @ y).sum())
+
+
+def mutual_knn(x: Tensor, y: Tensor, k: int = 10) -> float:
+    """Mutual k-nearest-neighbour alignment in [0, 1]: the share of a row's k nearest rows (cosine) on which both agree.
+
+    Independent data give k / (n − 1) on average. Source: Huh et al., The Platonic Representation Hypothesis (2024).
+
+    Raises:
+        ValueError: row counts differ, or k is not in 1 … n − 1.
+    """
+    x, y = _unit_rows(x, y, k)
+    both = _neighbours(x @ x.T, k) & _neighbours(y @ y.T, k)
+    return float(both.sum() / (k * len(x)))
+
+
+def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:
+    """Centred kernel nearest-neighbour alignment: debiased CKA over pairs that are neighbours in both representations.
+
+    Σ α_ij K°_ij L°_ij over its norm, α_ij = 1 where j is among the k nearest of i in x and in y, K° the U-centred cosine
+    Gram matrix; k = n − 1 is debiased CKA of the unit rows. Source: Huh et al. (2024), eq. 10 with the debiased centring.
+    Their code masks before it centres and adds 1e-6 to the denominator, so its numbers differ. NaN where nothing is shared.
+
+    Raises:
+        ValueError: row counts differ, fewer than 4 rows, or k is not in 1 … n − 1.
+    """
+    x, y = _unit_rows(x, y, k)
+    check_estimator("debiased", len(x))
+    gram_x, gram_y = x @ x.T, y @ y.T
+    near_x, near_y = _neighbours(gram_x, k), _neighbours(gram_y, k)
+    a, b = centred_gram(gram_x, "debiased"), centred_gram(gram_y, "debiased")
+    own = (a * a * near_x).sum() * (b * b * near_y).sum()
+    return float((a * b * (near_x & near_y)).sum() / own.sqrt())
+
+
+def svcca(x: Tensor, y: Tensor, variance: float = 0.99) -> float:
+    """Mean canonical correlation of the leading principal components that keep ``variance`` of each side (Raghu et al., 2017).
+
+    Raises:
+        ValueError: row counts differ, variance not in (0, 1], or no more rows than features: every correlation would be 1.
+    """
+    if not 0 < variance <= 1:
+        raise ValueError(f"variance is {variance}: it is the share to keep, in (0, 1]")
+    bases = []
+    for z in _more_rows_than_features(x, y, "svcca"):
+        u, s, _ = torch.linalg.svd(z, full_matrices=False)
+        share = s.square().cumsum(0) / s.square().sum()
+        bases.append(u[:, : int((share < variance - 1e-12).sum()) + 1])
+    return float(torch.linalg.svdvals(bases[0].T @ bases[1]).clamp_max(1).mean())
+
+
+def pwcca(x: Tensor, y: Tensor) -> float:
+    """Canonical correlations, each weighted by how much of x its direction carries (Morcos et al., 2018). Not symmetric.
+
+    Raises:
+        ValueError: row counts differ, or no more rows than features.
+    """
+    x, y = _more_rows_than_features(x, y, "pwcca")
+    bases = [_basis(z) for z in (x, y)]
+    u, correlations, _ = torch.linalg.svd(bases[0].T @ bases[1], full_matrices=False)
+    weights = (x.T @ (bases[0] @ u)).abs().sum(0)
+    return float((weights * correlations.clamp_max(1)).sum() / weights.sum())
+
+
+def rsa(x: Tensor, y: Tensor) -> float:
+    """Representational similarity analysis: Spearman of the two dissimilarity matrices, 1 − Pearson between rows.
+
+    Source: Kriegeskorte et al. (2008). Needs 3 rows; a constant row has no correlation with any other.
+
+    Raises:
+        ValueError: row counts differ, fewer than 3 rows, or a constant row.
+    """
+    from scipy.stats import spearmanr
+
+    x, y = _matrices(x, y)
+    if len(x) < 3:
+        raise ValueError(f"rsa compares pairs of rows and needs at least 3 rows, found {len(x)}")
+    i, j = torch.triu_indices(len(x), len(x), offset=1, device=x.device)
+    dissimilarities = []
+    for name, z in (("x", x), ("y", y)):
+        z = z - z.mean(1, keepdim=True)
+        norms = z.norm(dim=1, keepdim=True)
+        if (norms == 0).any():
+            raise ValueError(
+                f"row {int((norms == 0).flatten().nonzero()[0])} of {name} is constant: it correlates with nothing"
+            )
+        z = z / norms
+        dissimilarities.append((1 - z @ z.T)[i, j].cpu().numpy())
+    return float(spearmanr(*dissimilarities).statistic)
+
+
+@dataclass(frozen=True)
+class RogueDimensions:
+    """The features that carry most of a layer's variance, largest first.
+
+    Attributes:
+        dimensions: feature numbers of the top k.
+        shares: the share of the total variance each carries.
+        width: how many features there are.
+    """
+
+    dimensions: tuple[int, ...]
+    shares: tuple[float, ...]
+    width: int
+
+    @property
+    def share(self) -> float:
+        """Variance share of the top k together."""
+        return sum(self.shares)
+
+    @property
+    def expected(self) -> float:
+        """What k features would carry were all alike: k / d."""
+        return len(self.dimensions) / self.width
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{d} ({share:.1%})" for d, share in zip(self.dimensions, self.shares, strict=True))
+        return (
+            f"The top {len(self.dimensions)} of {self.width} dimensions carry {self.share:.1%} of the variance "
+            f"(alike they would carry {self.expected:.1%}): {each}"
+        )
+
+    def _repr_markdown_(self) -> str:
+        rows = [f"| {d} | {share:.1%} |" for d, share in zip(self.dimensions, self.shares, strict=True)]
+        return "\n".join(["| dimension | share of variance |", "|---|---|", *rows, "", str(self).split(":")[0] + "."])
+
+
+def rogue_dimensions(x: Tensor, k: int = 3, mask: Tensor | None = None) -> RogueDimensions:
+    """Which few features carry most of the variance (Timkey & van Schijndel, 2021): linear CKA sees little else.
+
+    One shared dimension at 50× makes independent features look identical; ``cka(…, standardized=True)`` undoes it.
+
+    Args:
+        x: (n, d), or (B, T, d) with mask.
+        k: how many to report.
+        mask: bool (B, T), True where a token counts.
+
+    Raises:
+        ValueError: k not in 1 … d, no valid token, or a constant layer.
+    """
+    x = double(x)
+    if x.dim() == 3:
+        x = x.flatten(0, 1) if mask is None else x[mask.to(x.device).bool()]
+    if x.dim() != 2 or not len(x):
+        raise ValueError(f"no rows to measure: x has shape {tuple(x.shape)} after masking, expected (n, d)")
+    if not 1 <= k <= x.shape[1]:
+        raise ValueError(f"k is {k}, x has {x.shape[1]} features: choose 1 … {x.shape[1]}")
+    variances = centre(x).square().mean(0)
+    if variances.sum() == 0:
+        raise ValueError(f"x is constant over its {len(x)} rows: it has no variance to share out")
+    top = (variances / variances.sum()).topk(k)
+    return RogueDimensions(tuple(top.indices.tolist()), tuple(top.values.tolist()), x.shape[1])
+
+
+def _unit_rows(x: Tensor, y: Tensor, k: int) -> Sequence[Tensor]:
+    x, y = _matrices(x, y)
+    if not 1 <= k < len(x):
+        raise ValueError(f"k is {k} neighbours among {len(x)} rows: choose 1 … {len(x) - 1}")
+    return [torch.nn.functional.normalize(z, dim=1) for z in (x, y)]
+
+
+def _neighbours(gram: Tensor, k: int) -> Tensor:
+    """bool (n, n): j among the k most similar rows of i, never i itself."""
+    near = gram.clone().fill_diagonal_(-torch.inf).topk(k, dim=1).indices
+    return torch.zeros_like(gram, dtype=torch.bool).scatter_(1, near, True)
+
+
+def _more_rows_than_features(x: Tensor, y: Tensor, name: str) -> list[Tensor]:
+    x, y = _matrices(x, y)
+    n, widest = len(x), max(x.shape[1], y.shape[1])
+    if n <= widest:
+        raise ValueError(
+            f"{name} needs more rows than features, found n = {n}, p = {x.shape[1]}, q = {y.shape[1]}: with fewer, every "
+            "canonical correlation is 1; give more rows, or use cka"
+        )
+    return [centre(z) for z in (x, y)]
+
+
+def _basis(z: Tensor) -> Tensor:
+    """Orthonormal columns spanning z's, without directions that rounding alone made."""
+    u, s, _ = torch.linalg.svd(z, full_matrices=False)
+    return u[:, s > s[0] * len(z) * torch.finfo(z.dtype).eps]
