@@ -1,0 +1,34 @@
+"""Figures: plain results in, a `Figure` out (plotly, its static twin as SVG, and a sentence). They know no model."""
+
+from fakit.figures.attention import attention_pair, head_matching, rollout
+from fakit.figures.fidelity import layer_errors, memory_bars, reliability
+from fakit.figures.figure import Figure
+from fakit.figures.maps import layer_map
+from fakit.figures.results import paired_differences, pareto, retention, scores_by_arm, weight_sensitivity
+from fakit.figures.similarity import bias_curve, rogue_dimensions, similarity_heatmap
+from fakit.figures.story import distillation_story, softened
+from fakit.figures.training import gradient_bars, gradient_conflict, loss_curves
+
+__all__ = [
+    "Figure",
+    "attention_pair",
+    "bias_curve",
+    "distillation_story",
+    "gradient_bars",
+    "gradient_conflict",
+    "head_matching",
+    "layer_errors",
+    "layer_map",
+    "loss_curves",
+    "memory_bars",
+    "paired_differences",
+    "pareto",
+    "reliability",
+    "retention",
+    "rogue_dimensions",
+    "rollout",
+    "scores_by_arm",
+    "similarity_heatmap",
+    "softened",
+    "weight_sensitivity",
+]

@@ -1,0 +1,230 @@
+"""Attention: teacher, student and difference; which head resembles which; rollout to the input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fakit.figures.drawing import (
+    axis_id,
+    axis_key,
+    canvas,
+    colour_bar,
+    hatch,
+    heat_axes,
+    label_width,
+    matrix,
+    outline,
+    panel_title,
+    panels,
+)
+from fakit.figures.figure import Figure
+from fakit.figures.theme import DIFFERENCE, DISTANCE, HEATMAP, STUDENT, TEACHER, ramp
+
+LONGEST = 14  # characters of a token label
+
+
+def _short(token: str) -> str:
+    token = str(token).replace("\n", "⏎").replace("<", "&lt;")
+    return token if len(token) <= LONGEST else token[: LONGEST - 1] + "…"
+
+
+def attention_pair(
+    teacher_map: Any,
+    student_map: Any,
+    tokens: Sequence[str],
+    mask: Any = None,
+    title: str = "Attention of teacher and student",
+    teacher_name: str = "teacher",
+    student_name: str = "student",
+) -> Figure:
+    """Teacher, student and their difference (student − teacher), one cell a pair of query (row) and key (column).
+
+    Args:
+        teacher_map: (T, T), rows sum to 1 over the keys that count.
+        student_map: (T, T).
+        tokens: T strings.
+        mask: what counts: bool (T,) (True = a token, not padding) or bool (T, T) (True = the query may see the key, as
+            under a causal mask). Cells that do not count are hatched, not zero.
+        title: short title.
+        teacher_name: heading of the first panel, e.g. "teacher, T6 head 3".
+        student_name: heading of the second.
+
+    Raises:
+        ValueError: maps of different shapes, or tokens or mask that do not fit them.
+    """
+    teacher, student = matrix(teacher_map, "teacher_map"), matrix(student_map, "student_map")
+    length = len(tokens)
+    if teacher.shape != (length, length) or student.shape != (length, length):
+        raise ValueError(
+            f"{length} tokens need maps ({length}, {length}); found teacher {teacher.shape}, student {student.shape}: "
+            "pass one head of one sequence, or a mean over heads"
+        )
+    counts = np.ones((length, length), bool) if mask is None else np.asarray(mask, bool)
+    if counts.shape == (length,):
+        counts = counts[:, None] & counts[None, :]
+    if counts.shape != (length, length):
+        raise ValueError(f"mask has shape {counts.shape}; {length} tokens need ({length},) or ({length}, {length})")
+    if not counts.any():
+        raise ValueError("no pair of tokens counts under this mask: there is nothing to draw")
+    labels = [_short(token) for token in tokens]
+    side, below = label_width(labels) + 24, label_width(labels) + 74
+    width = 960
+    figure = canvas(title, (width, 330 + below), {"l": side, "r": 16, "t": 72, "b": below})
+    drawn = [np.where(counts, values, np.nan) for values in (teacher, student, student - teacher)]
+    top = max(float(np.nanmax(drawn[0])), float(np.nanmax(drawn[1])), 1e-6)
+    reach = max(float(np.nanmax(np.abs(drawn[2]))), 1e-6)
+    heads = (teacher_name, student_name, "student − teacher")
+    styles = ((ramp(TEACHER), 0.0, top), (ramp(STUDENT), 0.0, top), (DIFFERENCE, -reach, reach))
+    plot_height = 330 - 72
+    for number, (values, head, (scale, low, high), domain) in enumerate(
+        zip(drawn, heads, styles, panels(3, 0.035), strict=True)
+    ):
+        figure.update_layout(
+            {
+                axis_key("x", number): {
+                    "domain": domain,
+                    "anchor": axis_id("y", number),
+                    "matches": None if number == 0 else "x",
+                },
+                axis_key("y", number): {"anchor": axis_id("x", number), "matches": None if number == 0 else "y"},
+            }
+        )
+        ticks = [low, (low + high) / 2, high]
+        bar = colour_bar(
+            "attention" if number < 2 else "difference",
+            across=True,
+            x=sum(domain) / 2,
+            y=-(label_width(labels) + 12) / plot_height,
+            length=(domain[1] - domain[0]) * 0.9,
+            tickvals=ticks,
+            ticktext=[f"{tick:+.2f}" if number == 2 and tick else f"{tick:.2f}" for tick in ticks],
+        )
+        figure.add_heatmap(
+            z=values,
+            zmin=low,
+            zmax=high,
+            colorscale=scale,
+            colorbar=bar,
+            xaxis=axis_id("x", number),
+            yaxis=axis_id("y", number),
+            hovertext=[
+                [
+                    f"{q} → {k}<br>{head}: " + (f"{v:.3f}" if np.isfinite(v) else "masked")
+                    for k, v in zip(labels, row, strict=True)
+                ]
+                for q, row in zip(labels, values, strict=True)
+            ],
+            hoverinfo="text",
+        )
+        heat_axes(figure, labels, labels, number, down=True)
+        if number:
+            figure.update_layout({axis_key("y", number): {"showticklabels": False}})
+        if strokes := hatch(~counts, number):
+            figure.add_trace(strokes)
+        panel_title(figure, number, head)
+    gap = np.nanargmax(np.abs(drawn[2]))
+    q, k = np.unravel_index(gap, (length, length))
+    total = 0.5 * np.nansum(np.abs(drawn[2]), axis=1)[counts.any(1)].mean()
+    summary = (
+        f"Teacher and student maps differ by a total variation of {total:.2f} a row on average; most at {tokens[q]} → {tokens[k]} "
+        f"(teacher {teacher[q, k]:.2f}, student {student[q, k]:.2f})."
+    )
+    hidden = "Hatched: masked, takes no part. " if not counts.all() else ""
+    return Figure(
+        figure, summary, f"Rows are queries, columns keys. {hidden}Teacher and student share one scale, 0 to {top:.2f}."
+    )
+
+
+def head_matching(
+    matrix_: Any,
+    assignment: Sequence[tuple[int, int]] | None = None,
+    title: str = "Distance between heads (Jensen–Shannon)",
+) -> Figure:
+    """Student heads (rows) against teacher heads (columns): bright = alike; the chosen match is framed.
+
+    Args:
+        matrix_: (H_S, H_T) Jensen–Shannon distances in [0, 1] (square root of the divergence in bits).
+        assignment: (student head, teacher head) pairs, e.g. of the Hungarian method.
+        title: short title.
+
+    Raises:
+        ValueError: not a matrix, or values outside [0, 1].
+    """
+    values = matrix(matrix_, "head distances")
+    if np.nanmin(values) < -1e-6 or np.nanmax(values) > 1 + 1e-6:
+        raise ValueError(
+            f"Jensen–Shannon distances lie in [0, 1]; found {np.nanmin(values):.3f} to {np.nanmax(values):.3f}"
+        )
+    rows, columns = ([f"{letter}{i}" for i in range(n)] for letter, n in zip("st", values.shape, strict=True))
+    figure = canvas(title, HEATMAP, {"l": 66, "r": 92, "t": 64, "b": 56})
+    roomy = (HEATMAP[0] - 158) / len(columns) >= 34
+    figure.add_heatmap(
+        z=values,
+        zmin=0,
+        zmax=1,
+        colorscale=DISTANCE,
+        colorbar=colour_bar("distance"),
+        text=[[f"{v:.2f}" for v in row] for row in values] if roomy else None,
+        texttemplate="%{text}" if roomy else None,
+        hovertemplate="student head %{y}, teacher head %{x}<br>distance %{z:.3f}<extra></extra>",
+    )
+    heat_axes(figure, [r[1:] for r in rows], [c[1:] for c in columns])
+    figure.update_xaxes(title="teacher head").update_yaxes(title="student head")
+    for row, column in assignment or ():
+        outline(figure, row, column)
+    summary = (
+        f"Distances between {len(rows)} student and {len(columns)} teacher heads: median {np.nanmedian(values):.2f}"
+    )
+    if assignment:
+        matched = [values[row, column] for row, column in assignment]
+        summary += f", matched heads {np.mean(matched):.2f} on average"
+    return Figure(figure, summary + ".", "Framed: the matched heads." if assignment else "")
+
+
+def rollout(
+    teacher: Any,
+    student: Any,
+    tokens: Sequence[str],
+    title: str = "Attention rollout to the input tokens",
+) -> Figure:
+    """How much of one position's attention reaches each input token, through all layers, in both models.
+
+    Args:
+        teacher: (T,) shares that sum to 1.
+        student: (T,), or None.
+        tokens: T strings.
+        title: short title.
+
+    Raises:
+        ValueError: a length that is not T.
+    """
+    labels = [_short(token) for token in tokens]
+    below = label_width(labels) + 20
+    figure = canvas(title, (960 if len(labels) > 16 else 720, 320 + below), {"b": below}, barmode="group", bargap=0.25)
+    tops = []
+    for role, values in ((TEACHER, teacher), (STUDENT, student)):
+        if values is None:
+            continue
+        values = np.asarray(values, float)
+        if values.shape != (len(labels),):
+            raise ValueError(
+                f"the {role.name}'s rollout has shape {values.shape}; {len(labels)} tokens need ({len(labels)},)"
+            )
+        figure.add_bar(
+            x=np.arange(len(labels)),
+            y=values,
+            name=role.name,
+            marker=role.bar(),
+            customdata=labels,
+            hovertemplate=f"{role.name}, %{{customdata}}: %{{y:.3f}}<extra></extra>",
+        )
+        tops.append(f"the {role.name} looks most at {tokens[int(values.argmax())]} ({values.max():.2f})")
+    figure.update_xaxes(
+        tickvals=np.arange(len(labels)), ticktext=labels, tickangle=-90, range=(-0.6, len(labels) - 0.4)
+    )
+    figure.update_xaxes(showgrid=False).update_yaxes(rangemode="tozero", title="share of attention")
+    sentence = ", ".join(tops)
+    return Figure(figure, f"{sentence[0].upper()}{sentence[1:]}, of {len(labels)} tokens.")

@@ -1,0 +1,85 @@
+"""`Figure`: a plotly figure that also has a picture and a sentence."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from fakit.figures import static
+from fakit.figures.theme import SMALL, TEXT
+
+LINE = 17  # px a line of caption
+PLOTLY = "application/vnd.plotly.v1+json"
+
+
+class Figure:
+    """A plotly figure, its static twin and its one-sentence summary, in one object.
+
+    Args:
+        plotly: the interactive figure; it is used as it is, not copied.
+        summary: one sentence with the key numbers: what a screen reader, a terminal or a diff gets.
+        caption: a sentence drawn under the picture in both forms; the figure grows by the lines it needs.
+
+    A notebook shows it by `_repr_mimebundle_`: plotly JSON where there is a renderer, else SVG, else the sentence.
+    """
+
+    def __init__(self, plotly: go.Figure, summary: str, caption: str = "") -> None:
+        if not summary.strip():
+            raise ValueError("a figure needs a summary: one sentence with its key numbers; found an empty string")
+        self.plotly = plotly
+        self.summary = " ".join(summary.split())
+        self.caption = " ".join(caption.split())
+        if self.caption:
+            self._draw_caption()
+
+    def _draw_caption(self) -> None:
+        layout = self.plotly.layout
+        width = layout.width or layout.template.layout.width or 720
+        margin = layout.margin.to_plotly_json()
+        below = margin.get("b", 56)
+        room = width - margin.get("l", 70) - 8
+        lines = textwrap.wrap(self.caption, width=max(30, int(room / 6.9)))
+        self.plotly.add_annotation(
+            name="caption",
+            text="<br>".join(lines),
+            showarrow=False,
+            align="left",
+            font={"size": SMALL, "color": TEXT},
+            x=0,
+            xref="paper",
+            xanchor="left",
+            y=0,
+            yref="paper",
+            yanchor="top",
+            yshift=-below - 2,
+        )
+        extra = LINE * len(lines) + 12
+        self.plotly.update_layout(height=(layout.height or 360) + extra, margin={**margin, "b": below + extra})
+
+    def svg(self) -> str:
+        """The static twin: an SVG document with real text, a title and a description."""
+        return static.to_svg(self.plotly, self.summary)
+
+    def save(self, path: str | Path) -> Path:
+        """Write `.svg` or `.png` (the static twin) or `.html` (interactive, plotly.js inside, no network)."""
+        path = Path(path)
+        if path.suffix == ".svg":
+            path.write_text(self.svg(), encoding="utf-8")
+        elif path.suffix == ".png":
+            path.write_bytes(static.to_png(self.plotly))
+        elif path.suffix == ".html":
+            self.plotly.write_html(path, include_plotlyjs=True, full_html=True)
+        else:
+            raise ValueError(f"cannot save a figure as {path.suffix or path.name!r}: use .svg, .png or .html")
+        return path
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, object]:
+        spec = json.loads(self.plotly.to_json())  # NaN becomes null, arrays plotly's base64: strict JSON
+        spec["config"] = {"displaylogo": False}
+        return {PLOTLY: spec, "image/svg+xml": self.svg(), "text/plain": self.summary}
+
+    def __repr__(self) -> str:
+        return self.summary

@@ -1,0 +1,137 @@
+"""One example of every figure, from seeded numbers: what the tests draw, and what a developer looks at.
+
+`python tests/figures/gallery.py DIR` writes each as SVG and one HTML page with the interactive forms.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fakit import figures as draw
+
+TOKENS = ["[CLS]", "the", "film", "is", "not", "as", "bad", "as", "they", "say", ",", "really", "[SEP]"]
+ARMS = ("none", "outputs", "features", "attention", "all")
+
+
+def _attention(rng, sharp):
+    scores = np.exp(sharp * rng.normal(size=(len(TOKENS), len(TOKENS))))
+    return scores / scores.sum(1, keepdims=True)
+
+
+def _summary(rng, tasks, arms, centre, spread):
+    rows = []
+    for task in tasks:
+        for i, name in enumerate(arms):
+            seeds = centre + 0.4 * spread * i + spread * rng.normal(size=5) * 0.5
+            half = 2.776 * seeds.std(ddof=1) / np.sqrt(5)
+            mean = seeds.mean()
+            rows.append(
+                {"task": task, "arm": name, "mean": mean, "low": mean - half, "high": mean + half, "seeds": list(seeds)}
+            )
+    return rows
+
+
+def examples() -> dict[str, draw.Figure]:
+    """name → Figure, every public figure function at least once."""
+    rng = np.random.default_rng(0)
+    cka = np.clip(
+        1 - 0.16 * np.abs(np.arange(4)[:, None] * 2 - np.arange(7)) + 0.03 * rng.normal(size=(4, 7)), -0.01, 0.99
+    )
+    cka[0, 5:] = -0.004
+    teacher, student = _attention(rng, 1.6), _attention(rng, 0.8)
+    causal = np.tril(np.ones((len(TOKENS), len(TOKENS)), bool))
+    logits = {"teacher": np.array([3.2, 1.1, -0.4]), "student": np.array([2.0, 1.3, 0.2])}
+
+    def soft(name, tau):
+        powers = np.exp(logits[name] / tau)
+        return powers / powers.sum()
+
+    steps = np.arange(0, 300, 3)
+    history = [
+        {"step": int(s), "task": 0.7 * np.exp(-s / 150), "features": 1.2 * np.exp(-s / 80) + 0.1, "attention": 0.5 * np.exp(-s / 60) + 0.05,
+         "outputs": 0.9 * np.exp(-s / 100) + 0.08, "learning_rate": 1e-4} for s in steps
+    ]  # fmt: skip
+    for row in history:
+        row["total"] = row["task"] + row["features"] + row["attention"] + row["outputs"]
+    long = 120
+    wide = np.tril(np.exp(-np.abs(np.subtract.outer(np.arange(long), np.arange(long))) / 8.0))
+    wide /= wide.sum(1, keepdims=True)
+    shares = {
+        name: rng.dirichlet(np.r_[k, np.ones(100)])
+        for name, k in (("T0", 2), ("T3", 60), ("T6", 30), ("S1", 20), ("S3", 8))
+    }
+    bins = {
+        name: [
+            {"confidence": c, "accuracy": np.clip(c - gap * c, 0, 1), "count": int(400 * c**3)}
+            for c in np.linspace(0.4, 0.97, 8)
+        ]
+        for name, gap in (("teacher", 0.03), ("student", 0.14))
+    }
+    n = [16, 32, 64, 128, 256, 512, 1024]
+    biased = np.array([768 / (768 + k) for k in n]) + 0.01 * rng.normal(size=(20, 7))
+    tasks = ("glosses", "reviews", "scans")
+    return {
+        "story": draw.distillation_story(),
+        "story_12_to_24": draw.distillation_story([(i, 2 * i) for i in range(1, 13)], 12, 24),
+        "softened": draw.softened({t: (soft("teacher", t), soft("student", t)) for t in (1, 2, 4, 8)}, ["positive", "neutral", "negative"]),
+        "map": draw.layer_map([(1, 2), (2, 4), (3, 6)], 3, 6),
+        "map_similarity": draw.layer_map([(1, 6), (2, 4), (3, 2)], 3, 6, cka, title="Layer map ‘reverse’"),
+        "map_12_to_24": draw.layer_map([(i, 2 * i) for i in range(1, 13)], 12, 24, np.full((13, 25), 0.62)),
+        "similarity": draw.similarity_heatmap(cka, null=0.12, low=cka - 0.05, high=cka + 0.05, map_pairs=[(1, 2), (2, 4), (3, 6)]),
+        "similarity_25": draw.similarity_heatmap(np.linspace(0, 1, 13 * 25).reshape(13, 25), null=0.2),
+        "bias": draw.bias_curve(n, biased, 0.01 * rng.normal(size=(20, 7))),
+        "rogue": draw.rogue_dimensions(shares),
+        "attention": draw.attention_pair(teacher, student, TOKENS),
+        "attention_causal": draw.attention_pair(
+            np.tril(teacher) / np.tril(teacher).sum(1, keepdims=True), np.tril(student) / np.tril(student).sum(1, keepdims=True),
+            TOKENS, causal, teacher_name="teacher, T6, head 3", student_name="student, S3, head 3",
+        ),
+        "attention_long": draw.attention_pair(wide, wide[:, ::1] * 0.9, [f"tok{i}" for i in range(long)], np.tril(np.ones((long, long), bool))),
+        "heads": draw.head_matching(rng.uniform(0.1, 0.9, size=(12, 12)), [(i, (5 * i) % 12) for i in range(12)]),
+        "rollout": draw.rollout(teacher[0], student[0], TOKENS),
+        "losses": draw.loss_curves(history, events=[{"step": 120, "name": "features", "old": 1.0, "new": 0.3}]),
+        "gradients": draw.gradient_bars({"features": 2.31, "attention": 0.42, "outputs": 1.17, "task": 0.66}),
+        "conflict": draw.gradient_conflict(
+            [[1, 0.4, 0.2, -0.1], [0.4, 1, 0.3, 0.05], [0.2, 0.3, 1, 0.7], [-0.1, 0.05, 0.7, 1]], ["features", "attention", "outputs", "task"]
+        ),
+        "differences": draw.paired_differences(_summary(rng, tasks, ARMS[1:], -0.4, 2.5), metrics={t: "points gained over ‘none’" for t in tasks}),
+        "scores": draw.scores_by_arm(
+            _summary(rng, tasks, ARMS, 80, 3),
+            {"glosses": {"teacher": 91.2}, "reviews": {"teacher": 90.1}, "scans": {"teacher": 92.0, "leave as is": 78.0}},
+            {"glosses": "accuracy (%)", "reviews": "accuracy (%)", "scans": "characters right (%)"},
+        ),
+        "scores_one": draw.scores_by_arm(_summary(rng, tasks[:1], (*ARMS, "all, equal compute"), 80, 3), {"glosses": {"teacher": 91.2}}, {"glosses": "accuracy (%)"}),
+        "retention": draw.retention(_summary(rng, tasks, ARMS, 0.88, 0.03)),
+        "pareto": draw.pareto(
+            [{"name": "teacher", "cost": 22.7, "quality": 91, "low": 90.2, "high": 91.8}, {"name": "all", "cost": 12.1, "quality": 89, "low": 88, "high": 90},
+             {"name": "none", "cost": 12.4, "quality": 82, "low": 80, "high": 84}, {"name": "features, 2 layers", "cost": 6.2, "quality": 85, "low": 83.5, "high": 86.5}]
+        ),
+        "sensitivity": draw.weight_sensitivity(
+            [{"term": t, "weight": w, "mean": m, "low": m - 1, "high": m + 1.2, "seeds": [m - 0.6, m, m + 0.7]}
+             for t in ("features", "attention", "outputs") for w, m in ((0, 80), (0.1, 82), (1, 85), (10, 83))]
+        ),
+        "reliability": draw.reliability(bins),
+        "layer_errors": draw.layer_errors({"8bit": [0, 0.004, 0.006, 0.009, 0.012, 0.011, 0.015], "4bit": [0, 0.05, 0.08, 0.09, 0.12, 0.13, 0.14]}),
+        "memory": draw.memory_bars(
+            {"full precision": {"teacher": 28e9, "student": 14e9, "gradients": 14e9, "optimiser": 28e9, "activations": 6e9},
+             "8-bit teacher": {"teacher": 7.6e9, "student": 14e9, "gradients": 14e9, "optimiser": 28e9, "activations": 6e9},
+             "4-bit teacher": {"teacher": 4.1e9, "student": 14e9, "gradients": 14e9, "optimiser": 28e9, "activations": 6e9}}, limit=80e9,
+        ),
+    }  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    """Write every example to `folder`."""
+    from plotly.offline import get_plotlyjs
+
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [f"<meta charset=utf-8><script>{get_plotlyjs()}</script>"]
+    for name, figure in examples().items():
+        figure.save(folder / f"{name}.svg")
+        parts.append(figure.plotly.to_html(include_plotlyjs=False, full_html=False))
+    (folder / "gallery.html").write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
