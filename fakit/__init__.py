@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fakit.models.load import load_teacher
     from fakit.models.shrink import shrink
     from fakit.objective import Attention, Features, Objective, Outputs, Task
-    from fakit.preflight import preflight
+    from fakit.models.preflight import preflight
     from fakit.teacher_cache import TeacherCache
     from fakit.trainer import DistillationTrainer
 
@@ -38,7 +38,7 @@ _EXPORTS = {
     "Trace": "fakit.capture",
     "capture": "fakit.capture",
     "load_teacher": "fakit.models.load",
-    "preflight": "fakit.preflight",
+    "preflight": "fakit.models.preflight",
     "shrink": "fakit.models.shrink",
 }
 __all__ = sorted(_EXPORTS)
