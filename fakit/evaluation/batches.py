@@ -1,0 +1,62 @@
+"""How evaluation runs a model: as it would be used, quickly, and leaving it as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every submodule's own training flag restored after, also after an exception."""
+    found = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in found.items():
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs go."""
+    return next(model.parameters()).device
+
+
+def to_device(batch, device: torch.device) -> dict[str, Tensor]:
+    """A collated batch as a plain dict of tensors on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def rows_of(dataset) -> list[dict]:
+    """The encoded examples; ValueError where there are none or they are no encoded examples."""
+    rows = list(dataset)
+    if not rows:
+        raise ValueError("the dataset is empty; evaluation needs at least one encoded example")
+    if "input_ids" not in rows[0]:
+        raise ValueError(
+            f"the dataset has columns {sorted(rows[0])}, evaluation needs input_ids and attention_mask; "
+            "encode it first: task.encode('test', tokenizer)"
+        )
+    return rows
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first: little padding, and a batch that does not fit fails at
+    once."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} was asked; use at least 1")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def length_sorted_batches(
+    rows: Sequence[dict], collator: Callable, batch_size: int, device: torch.device
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Collated batches on `device` with the indices of their rows."""
+    for indices in by_length([len(row["input_ids"]) for row in rows], batch_size):
+        yield indices, to_device(collator([rows[index] for index in indices]), device)

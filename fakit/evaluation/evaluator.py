@@ -1,0 +1,167 @@
+"""`evaluate`: the numbers that belong to a task, in one pass over an encoded dataset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fakit.evaluation import calibration, metrics
+from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of
+from fakit.evaluation.fidelity import Agreement
+from fakit.evaluation.generation import generation_metrics
+from fakit.evaluation.language_modeling import label_nll
+
+KINDS = ("sequence-classification", "regression", "causal-lm")
+UNLABELLED = -100
+
+
+def evaluate(
+    model,
+    dataset,
+    collator: Callable,
+    task,
+    tokenizer=None,
+    batch_size: int = 64,
+    teacher=None,
+    max_examples: int = 200,
+) -> dict[str, float]:
+    """Evaluate a model on an encoded dataset, by the metrics of the task's kind.
+
+    | kind | keys |
+    |---|---|
+    | sequence-classification | accuracy, f1 (binary for two classes, else macro), matthews, ece, nll, brier |
+    | regression | pearson, spearman, mse |
+    | causal-lm | perplexity, nll of the labelled tokens; cer, cer_copy (given a tokenizer and a task of source, target) |
+
+    cer is that of greedy decoding from the source, cer_copy that of leaving the source as it is.
+
+    With a teacher also: agreement (share of equal top-1) and kl (teacher ‖ student, nats); for causal-lm cr@k and
+        mor@k, k = 5;
+    for regression teacher_pearson and teacher_mse.
+
+    Batches go by length, dropout is off, and models keep their device and training mode. Rows with label -100 count for
+    the agreement with the teacher only; for causal-lm the labelled tokens alone count, everywhere.
+
+    Args:
+        model: a transformers model. dataset: encoded examples (input_ids, attention_mask, labels).
+        collator: pads a list of examples to a batch of tensors.
+        task: a TextTask; its kind, label_names and columns are read.
+        tokenizer: to decode generated text; None leaves cer out.
+        teacher: compared on the same batches; same classes or vocabulary.
+        max_examples: generate for the first so many lines.
+
+    Raises:
+        ValueError: unknown kind, an empty or unlabelled dataset, logits of another size than labels or teacher.
+    """
+    if task.kind not in KINDS:
+        raise ValueError(f"evaluate: the task's kind is {task.kind!r}; known are {', '.join(KINDS)}")
+    if task.kind == "causal-lm":
+        results = _language_modeling(model, dataset, collator, batch_size, teacher)
+        if tokenizer is not None and {"source", "target"} <= set(task.test.column_names):
+            generated = generation_metrics(model, dataset, tokenizer, max_examples, batch_size=batch_size)
+            results |= {name: generated.metrics[name] for name in ("cer", "cer_copy")}
+        return results
+
+    logits, labels = _predict(model, dataset, collator, batch_size)  # (N, C), (N,)
+    teacher_logits = None if teacher is None else predictions(teacher, dataset, collator, batch_size)
+    if labels is None or not (labelled := labels != UNLABELLED).any():
+        raise ValueError(
+            f"evaluate: none of the {len(logits)} rows has a label (column labels, -100 = none); evaluate on a "
+            "labelled split, or compare with a teacher alone through Agreement"
+        )
+    if task.kind == "regression":
+        return _regression(logits, labels, labelled, teacher_logits)
+    return _classification(logits, labels, labelled, teacher_logits, task.label_names)
+
+
+def predictions(model, dataset, collator: Callable, batch_size: int = 64) -> Tensor:
+    """Logits (N, C), float32 on the CPU, in the order of the dataset; labels may be absent.
+
+    They carry no gradient and may serve as fixed targets of a loss.
+    """
+    return _predict(model, dataset, collator, batch_size)[0]
+
+
+def _predict(model, dataset, collator, batch_size) -> tuple[Tensor, Tensor | None]:
+    rows = rows_of(dataset)
+    logits, labels = [None] * len(rows), [None] * len(rows)
+    # no_grad, not inference_mode: an inference tensor could never take part in a loss.
+    with torch.no_grad(), eval_mode(model):
+        for indices, batch in length_sorted_batches(rows, collator, batch_size, device_of(model)):
+            batch_labels = batch.pop("labels", None)
+            output = model(**batch).logits.float().cpu()
+            if output.ndim != 2:
+                raise ValueError(
+                    f"predictions: the model gives logits of shape {tuple(output.shape)}, (B, C) was expected; "
+                    "use a sequence classifier, or a task of kind 'causal-lm'"
+                )
+            for row, index in enumerate(indices):
+                logits[index] = output[row]
+                labels[index] = None if batch_labels is None else batch_labels[row].cpu()
+    return torch.stack(logits), None if labels[0] is None else torch.stack(labels)
+
+
+def _classification(logits, labels, labelled, teacher_logits, label_names) -> dict[str, float]:
+    classes = logits.shape[1]
+    if label_names is not None and len(label_names) != classes:
+        raise ValueError(
+            f"evaluate: the model has {classes} classes, the task has {len(label_names)}: {label_names[:5]}…; "
+            "load the model with num_labels of the task"
+        )
+    results = {}
+    if teacher_logits is not None:
+        results = Agreement(k=None).update(logits, teacher_logits).compute()
+    logits, labels = logits[labelled], labels[labelled]
+    predicted = logits.argmax(dim=-1)
+    return {
+        "accuracy": metrics.accuracy(predicted, labels),
+        "f1": metrics.f1(predicted, labels, average="binary" if classes == 2 else "macro"),
+        "matthews": metrics.matthews(predicted, labels),
+        "ece": calibration.expected_calibration_error(logits, labels),
+        "nll": calibration.negative_log_likelihood(logits, labels),
+        "brier": calibration.brier_score(logits, labels),
+    } | results
+
+
+def _regression(logits, labels, labelled, teacher_logits) -> dict[str, float]:
+    scores = _single_output(logits, "model")
+    results = {
+        "pearson": metrics.pearson(scores[labelled], labels[labelled]),
+        "spearman": metrics.spearman(scores[labelled], labels[labelled]),
+        "mse": float((scores[labelled] - labels[labelled].double()).square().mean()),
+    }
+    if teacher_logits is not None:
+        teacher_scores = _single_output(teacher_logits, "teacher")
+        results["teacher_pearson"] = metrics.pearson(scores, teacher_scores)
+        results["teacher_mse"] = float((scores - teacher_scores).square().mean())
+    return results
+
+
+def _single_output(logits: Tensor, who: str) -> Tensor:
+    if logits.shape[1] != 1:
+        raise ValueError(
+            f"evaluate: a regression needs one output, the {who} has {logits.shape[1]}; load it with num_labels=1"
+        )
+    return logits[:, 0].double()
+
+
+def _language_modeling(model, dataset, collator, batch_size, teacher) -> dict[str, float]:
+    nll, tokens = 0.0, 0
+    agreement = None if teacher is None else Agreement()
+    with torch.no_grad(), eval_mode(model), eval_mode(model if teacher is None else teacher):
+        for _, batch in length_sorted_batches(rows_of(dataset), collator, batch_size, device_of(model)):
+            labels = batch.pop("labels")  # (B, T)
+            logits = model(**batch, use_cache=False).logits  # (B, T, V)
+            batch_nll, batch_tokens = label_nll(logits, labels)
+            nll, tokens = nll + batch_nll, tokens + batch_tokens
+            if teacher is not None:
+                device = device_of(teacher)
+                teacher_logits = teacher(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits
+                agreement.update(logits[:, :-1], teacher_logits[:, :-1].to(logits.device), labels[:, 1:] != UNLABELLED)
+    if tokens == 0:
+        raise ValueError("evaluate: no labelled token (all labels are -100); evaluate on a labelled split")
+    results = {"perplexity": math.exp(nll / tokens), "nll": nll / tokens}
+    return results if agreement is None else results | agreement.compute()

@@ -1,0 +1,197 @@
+"""Greedy generation from a causal language model, and what the texts are worth.
+
+For tasks that map a source to a target (`scans`: noisy line → clean line) a row is prompt + target in one sequence,
+with labels -100 on the prompt: the labels say where to cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from fakit.evaluation.batches import by_length, device_of, eval_mode, rows_of
+from fakit.evaluation.metrics import bleu, cer, rouge
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Texts that a model wrote, beside what it was given and what was wanted; (N,) each.
+
+    `metrics` holds "cer", "bleu", "rouge1", "rouge2", "rougeL", the same of leaving the source as it is under "…_copy",
+    and "bleu_signature" is the protocol of both BLEU values.
+    """
+
+    sources: list[str]
+    references: list[str]
+    outputs: list[str]
+    metrics: dict[str, float]
+    bleu_signature: str
+
+    def _repr_markdown_(self) -> str:
+        def cell(text: str) -> str:
+            return text.replace("|", "\\|").replace("\n", " ")
+
+        rows = zip(self.sources[:5], self.outputs[:5], self.references[:5], strict=True)
+        lines = ["| source | output | reference |", "|---|---|---|"]
+        lines += [f"| {cell(source)} | {cell(output)} | {cell(reference)} |" for source, output, reference in rows]
+        return "\n".join([*lines, "", self._summary()])
+
+    def __str__(self) -> str:
+        return self._summary()
+
+    def _summary(self) -> str:
+        values = self.metrics
+        return (
+            f"{len(self.outputs)} lines: CER {values['cer']:.3f} (source as it is: {values['cer_copy']:.3f}), "
+            f"BLEU {values['bleu']:.1f} ({values['bleu_copy']:.1f}), "
+            f"ROUGE-L {values['rougeL']:.3f} ({values['rougeL_copy']:.3f})"
+        )
+
+
+def generate(
+    model,
+    prompts: Sequence[Sequence[int]],
+    eos_token_id: int,
+    pad_token_id: int,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """Continue each prompt greedily until the end-of-sequence token.
+
+    Prompts are padded on the left and masked, so that a batch gives what each prompt gives alone. Sampling options in
+    the model's own generation_config are not used.
+
+    Args:
+        model: a causal language model.
+        prompts: token ids, one list a prompt.
+        eos_token_id: stops a sequence. pad_token_id: fills on the left (any id, it is masked).
+        max_new_tokens: a sequence that never ends is cut here.
+        batch_size: prompts per batch; those of similar length go together.
+
+    Returns:
+        The new token ids of each prompt, without the end-of-sequence token, in the order of `prompts`.
+
+    Raises:
+        ValueError: no prompts, an empty prompt, or prompt + new tokens exceed the model's positions.
+    """
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        empty = [index for index, prompt in enumerate(prompts) if not len(prompt)]
+        raise ValueError(
+            f"generate: {len(prompts)} prompts, empty ones at {empty[:5]}; give each at least one token (a BOS, say)"
+        )
+    longest = max(len(prompt) for prompt in prompts)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_new_tokens < 1 or (positions and longest + max_new_tokens > positions):
+        raise ValueError(
+            f"generate: the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked of a model with "
+            f"{positions} positions; shorten the prompts or lower max_new_tokens (at least 1)"
+        )
+    outputs: list[list[int]] = [[] for _ in prompts]
+    with torch.no_grad(), eval_mode(model), _greedy(model, eos_token_id, pad_token_id, max_new_tokens):
+        for indices in by_length([len(prompt) for prompt in prompts], batch_size):
+            width = max(len(prompts[index]) for index in indices)
+            ids = torch.full((len(indices), width), pad_token_id)  # (B, T), padded on the left
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(indices):
+                ids[row, width - len(prompts[index]) :] = torch.as_tensor(prompts[index])
+                mask[row, width - len(prompts[index]) :] = 1
+            device = device_of(model)
+            generated = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))[:, width:].tolist()
+            for index, tokens in zip(indices, generated, strict=True):
+                outputs[index] = tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
+    return outputs
+
+
+@contextmanager
+def _greedy(model, eos_token_id: int, pad_token_id: int, max_new_tokens: int) -> Iterator[None]:
+    """Swap the model's generation_config: `generate` would fill what we leave open (penalties, sampling) from it."""
+    from transformers import GenerationConfig
+
+    found = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = found
+
+
+def split_prompts(rows: Sequence[dict], eos_token_id: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Cut encoded rows where the labels begin.
+
+    Args:
+        rows: encoded examples with input_ids and labels (T,), labels -100 on the prompt.
+
+    Returns:
+        prompts and targets as token ids, targets without the end-of-sequence token.
+
+    Raises:
+        ValueError: a row has no labelled token, or none that is not labelled (plain language modelling has no prompt).
+    """
+    prompts, targets = [], []
+    for number, row in enumerate(rows):
+        ids, labels = [int(token) for token in row["input_ids"]], [int(label) for label in row["labels"]]
+        cut = next((position for position, label in enumerate(labels) if label != -100), 0)
+        if cut == 0:
+            raise ValueError(
+                f"row {number} has no prompt: {sum(label != -100 for label in labels)} of its {len(labels)} tokens are "
+                "labelled; generation needs labels -100 on the source part and target tokens after it"
+            )
+        prompts.append(ids[:cut])
+        target = [token for token, label in zip(ids[cut:], labels[cut:], strict=True) if label != -100]
+        targets.append(target[: target.index(eos_token_id)] if eos_token_id in target else target)
+    return prompts, targets
+
+
+def generation_metrics(
+    model,
+    dataset,
+    tokenizer,
+    max_examples: int = 200,
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    separator: str = "\n",
+) -> Generations:
+    """Decode greedily from the prompts of an encoded dataset, and score against its targets and against copying.
+
+    Args:
+        model: a causal language model. tokenizer: with pad and eos tokens.
+        dataset: encoded rows, labels -100 on the prompt (see `split_prompts`).
+        max_examples: the first so many rows.
+        max_new_tokens: None takes the longest target of these rows + 16, one limit for all, as far as the positions
+            reach.
+        separator: ends a prompt and is no part of the source.
+    """
+    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"generation needs an eos and a pad token, {type(tokenizer).__name__} has eos {tokenizer.eos_token!r} "
+            f"and pad {tokenizer.pad_token!r}; set tokenizer.pad_token = tokenizer.eos_token"
+        )
+    prompts, targets = split_prompts(rows_of(dataset)[:max_examples], tokenizer.eos_token_id)
+    if max_new_tokens is None:
+        max_new_tokens = max(len(target) for target in targets) + 16
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions:
+            max_new_tokens = min(max_new_tokens, positions - max(len(prompt) for prompt in prompts))
+    outputs = generate(model, prompts, tokenizer.eos_token_id, tokenizer.pad_token_id, max_new_tokens, batch_size)
+
+    def decode(sequences: list[list[int]]) -> list[str]:
+        # Cleaning up blanks before punctuation would change what CER counts.
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return [tokenizer.decode(ids, **options) for ids in sequences]
+
+    sources = [source.removesuffix(separator) for source in decode(prompts)]
+    references, texts = decode(targets), decode(outputs)
+    own, signature = _scores(texts, references)
+    copied, _ = _scores(sources, references)
+    metrics = own | {f"{name}_copy": value for name, value in copied.items()}
+    return Generations(sources, references, texts, metrics, signature)
+
+
+def _scores(texts: list[str], references: list[str]) -> tuple[dict[str, float], str]:
+    score = bleu(texts, references)
+    return {"cer": cer(texts, references), "bleu": score.value} | rouge(texts, references), score.signature
