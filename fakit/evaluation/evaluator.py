@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fakit.evaluation import calibration, metrics
-from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of
+from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of, to_device
 from fakit.evaluation.fidelity import Agreement
 from fakit.evaluation.generation import generation_metrics
 from fakit.evaluation.language_modeling import label_nll
@@ -154,12 +154,15 @@ def _language_modeling(model, dataset, collator, batch_size, teacher) -> dict[st
     with torch.no_grad(), eval_mode(model), eval_mode(model if teacher is None else teacher):
         for _, batch in length_sorted_batches(rows_of(dataset), collator, batch_size, device_of(model)):
             labels = batch.pop("labels")  # (B, T)
+            if (batch["attention_mask"][:, 0] == 0).any():
+                # Padded on the left: without this, learned positions would count the padding.
+                batch["position_ids"] = (batch["attention_mask"].cumsum(dim=-1) - 1).clamp_min(0)
             logits = model(**batch, use_cache=False).logits  # (B, T, V)
             batch_nll, batch_tokens = label_nll(logits, labels)
             nll, tokens = nll + batch_nll, tokens + batch_tokens
             if teacher is not None:
                 device = device_of(teacher)
-                teacher_logits = teacher(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits
+                teacher_logits = teacher(**to_device(batch, device), use_cache=False).logits
                 agreement.update(logits[:, :-1], teacher_logits[:, :-1].to(logits.device), labels[:, 1:] != UNLABELLED)
     if tokens == 0:
         raise ValueError("evaluate: no labelled token (all labels are -100); evaluate on a labelled split")
