@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from fakit.losses.reduce import at_least_float32, check_mask, check_same_shape, masked_mean
+from fakit.losses.streamed import streamed_map_kl
+
+__all__ = ["LOSSES", "group_mean", "map_kl", "map_mse", "streamed_map_kl"]
 
 _FIX = "Head counts that differ need Attention(..., heads='group-mean')."
 
