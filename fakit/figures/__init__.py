@@ -7,6 +7,7 @@ from fakit.figures.maps import layer_map
 from fakit.figures.results import paired_differences, pareto, retention, scores_by_arm, weight_sensitivity
 from fakit.figures.similarity import bias_curve, rogue_dimensions, similarity_heatmap
 from fakit.figures.story import distillation_story, softened
+from fakit.figures.terms import loss_bars
 from fakit.figures.training import gradient_bars, gradient_conflict, loss_curves
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "head_matching",
     "layer_errors",
     "layer_map",
+    "loss_bars",
     "loss_curves",
     "memory_bars",
     "paired_differences",

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from fakit.figures.theme import LINES, SMALL, TEMPLATE, TEXT, Role
 
 MARGIN = {"l": 70, "r": 24, "t": 76, "b": 56}
-HATCH_INK = "rgba(119,119,119,0.9)"
+HATCH_INK = "#9A9A9A"  # on the dark end of every scale, and on both pages
 
 
 def canvas(title: str, size: tuple[int, int] = LINES, margin: dict | None = None, **layout: Any) -> go.Figure:
@@ -113,13 +113,18 @@ def heat_axes(
 
 
 def hatch(cells: np.ndarray, number: int = 0, name: str = "") -> go.Scatter | None:
-    """Diagonal strokes over the True cells of (rows, columns), merged along each diagonal; None where there are none."""
+    """Diagonal strokes over the True cells of (rows, columns), about 24 across; None where there are no such cells.
+
+    Strokes are merged along each diagonal, so that half a 128 × 128 map costs some 24 lines and not 8,000.
+    """
     cells = np.asarray(cells, bool)
     if not cells.any():
         return None
-    rows, columns = cells.shape
-    flipped = cells[:, ::-1]  # diagonals of the flipped matrix are the anti-diagonals: strokes that lean like "/"
-    every = max(1, int(np.ceil(max(rows, columns) / 24)))
+    across = max(cells.shape)
+    fine, every = max(1, round(24 / across)), max(1, round(across / 24))  # strokes a cell, or cells a stroke
+    fine_cells = np.kron(cells, np.ones((fine, fine), bool))
+    rows, columns = fine_cells.shape
+    flipped = fine_cells[:, ::-1]  # diagonals of the flipped matrix are the anti-diagonals
     x: list[float | None] = []
     y: list[float | None] = []
     for offset in range(-rows + 1, columns):
@@ -127,15 +132,15 @@ def hatch(cells: np.ndarray, number: int = 0, name: str = "") -> go.Scatter | No
             continue
         run = np.diagonal(flipped, offset).astype(int)
         change = np.flatnonzero(np.diff(np.concatenate([[0], run, [0]])))
-        row0, column0 = max(0, -offset), columns - 1 - max(0, offset)
+        row0, column0 = max(0, -offset), columns - max(0, offset)
         for first, last in zip(change[::2], change[1::2], strict=True):
-            x += [column0 - first + 0.5, column0 - last + 0.5, None]
-            y += [row0 + first - 0.5, row0 + last - 0.5, None]
+            x += [(column0 - first) / fine - 0.5, (column0 - last) / fine - 0.5, None]
+            y += [(row0 + first) / fine - 0.5, (row0 + last) / fine - 0.5, None]
     return go.Scatter(
         x=x,
         y=y,
         mode="lines",
-        line={"color": HATCH_INK, "width": 1.2},
+        line={"color": HATCH_INK, "width": 1},
         hoverinfo="skip",
         name=name,
         showlegend=bool(name),
@@ -175,6 +180,18 @@ def band(x: Any, low: Any, high: Any, role: Role, number: int = 0, name: str = "
         xaxis=axis_id("x", number),
         yaxis=axis_id("y", number),
     )
+
+
+def log_axis(values: Iterable[float], air: float = 0.08) -> dict:
+    """plotly axis attributes for a logarithmic axis around the positive `values`: range and plain-number ticks."""
+    kept = [value for value in values if np.isfinite(value) and value > 0]
+    low, high = (np.log10(edge(kept)) if kept else default for edge, default in ((min, -1.0), (max, 1.0)))
+    pad = max(0.1, air * (high - low))
+    steps = (1, 2, 5) if high - low < 2 else (1,)
+    ticks = [step * 10.0**e for e in range(int(np.floor(low)) - 1, int(np.ceil(high)) + 1) for step in steps]
+    ticks = [tick for tick in ticks if low - pad <= np.log10(tick) <= high + pad]
+    labels = [f"{tick:g}" for tick in ticks]
+    return {"type": "log", "range": (low - pad, high + pad), "tickvals": ticks, "ticktext": labels}
 
 
 def records(table: Any, required: Sequence[str], what: str) -> list[dict]:

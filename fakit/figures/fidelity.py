@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fakit.figures.drawing import canvas, check_keys, distinct, label_width, note, records
+from fakit.figures.drawing import canvas, check_keys, distinct, label_width, log_axis, note, records
 from fakit.figures.figure import Figure
 from fakit.figures.theme import BASELINE, ROLES, SMALL, TEXT, Role, model_role
 
@@ -122,10 +122,8 @@ def layer_errors(
         range=(-0.4, count - 0.6),
         zeroline=False,
     )
-    figure.update_yaxes(
-        title=error_label,
-        **({"type": "log", "exponentformat": "power", "dtick": 1} if log else {"rangemode": "tozero"}),
-    )
+    axis = log_axis(value for values in lines.values() for value in values) if log else {"rangemode": "tozero"}
+    figure.update_yaxes(title=error_label, **axis)
     parts = [
         f"{name} {values[-1]:.2g} at {labels[-1]} (largest {np.nanmax(values):.2g} at {labels[int(np.nanargmax(values))]})"
         for name, values in lines.items()
@@ -155,7 +153,7 @@ def memory_bars(
     scale, unit = next((pair for pair in UNITS if max(*totals.values(), limit or 0) >= pair[0]), UNITS[-1])
     setups, kinds = list(parts)[::-1], distinct(part for sizes in parts.values() for part in sizes)
     side = label_width(setups) + 16
-    figure = canvas(title, (720, 170 + 44 * len(setups)), {"l": side, "t": 96, "r": 84}, barmode="stack", bargap=0.35)
+    figure = canvas(title, (720, 190 + 44 * len(setups)), {"l": side, "t": 116, "r": 84}, barmode="stack", bargap=0.35)
     for position, kind in enumerate(kinds):
         role = _style(kind, position)
         figure.add_bar(
@@ -167,6 +165,9 @@ def memory_bars(
             hovertemplate=f"%{{y}}, {kind}: %{{x:.3g}} {unit}<extra></extra>",
         )
     top = max(*totals.values(), limit or 0) / scale
+    figure.update_layout(
+        legend={"y": 1 + 20 / (44 * len(setups) + 18)}
+    )  # 20 px above the plot: the limit's label lies between
     for place, name in enumerate(setups):
         note(
             figure,

@@ -12,6 +12,7 @@ from fakit.figures import static
 from fakit.figures.theme import SMALL, TEXT
 
 LINE = 17  # px a line of caption
+CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
@@ -41,7 +42,7 @@ class Figure:
         margin = layout.margin.to_plotly_json()
         below = margin.get("b", 56)
         room = width - margin.get("l", 70) - 8
-        lines = textwrap.wrap(self.caption, width=max(30, int(room / 6.9)))
+        lines = textwrap.wrap(self.caption, width=max(30, int(room / 6.4)))
         self.plotly.add_annotation(
             name="caption",
             text="<br>".join(lines),
@@ -71,14 +72,14 @@ class Figure:
         elif path.suffix == ".png":
             path.write_bytes(static.to_png(self.plotly))
         elif path.suffix == ".html":
-            self.plotly.write_html(path, include_plotlyjs=True, full_html=True)
+            self.plotly.write_html(path, include_plotlyjs=True, full_html=True, config=CONFIG)
         else:
             raise ValueError(f"cannot save a figure as {path.suffix or path.name!r}: use .svg, .png or .html")
         return path
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, object]:
         spec = json.loads(self.plotly.to_json())  # NaN becomes null, arrays plotly's base64: strict JSON
-        spec["config"] = {"displaylogo": False}
+        spec["config"] = CONFIG
         return {PLOTLY: spec, "image/svg+xml": self.svg(), "text/plain": self.summary}
 
     def __repr__(self) -> str:

@@ -55,10 +55,12 @@ def layer_map(
             x=ends[0], y=ends[1], mode="lines", line=line, text=hover, hoverinfo="text", name=f"S{student}–T{teacher}"
         )
         if alike is not None:
-            along = 0.5 if number % 2 == 0 else 0.36  # neighbours at two heights, so that numbers do not touch
+            along = (
+                0.24 if number % 2 == 0 else 0.38
+            )  # near the pupils, where links lie apart; neighbours at two heights
             x = ends[0][0] + along * (ends[0][1] - ends[0][0])
             note(figure, f"{alike:.2f}", x, along, font={"size": SMALL, "color": "#FFFFFF"}, bgcolor="#00704F")
-    size = float(np.clip(560 / (widest + 1), 18, 40))
+    size = float(np.clip(400 / (widest + 1), 12, 36))
     step = int(np.ceil(30 * (widest + 1) / 600))
     mapped = ({student for student, _ in pairs}, {teacher for _, teacher in pairs})
     for y, role, layers, used in ((0, STUDENT, student_layers, mapped[0]), (1, TEACHER, teacher_layers, mapped[1])):
@@ -77,7 +79,7 @@ def layer_map(
         )
         for i in numbers:
             if i % step == 0:
-                shift = (size / 2 + 10) * (1 if y else -1)
+                shift = size / 2 + 11 if y else -0.62 * size - 12
                 note(
                     figure,
                     f"{role.letter}{i}",

@@ -6,7 +6,7 @@ interval, computed elsewhere (`fakit.experiments.statistics`), and `seeds` holds
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from fakit.figures.drawing import (
     distinct,
     interval,
     label_width,
+    log_axis,
     note,
     panel_title,
     panels,
@@ -89,6 +90,13 @@ def _forest(rows: list[dict], title: str, tasks: list[str], arms: list[str], met
     return figure
 
 
+def _fit(figure: go.Figure, number: int, rows: list[dict], also: Iterable[float]) -> None:
+    """A range for panel `number` that holds every interval, every seed and the values in `also`."""
+    ends = [value for row in rows for value in (row["low"], row["high"], *_seeds(row))] + list(also)
+    air = 0.06 * ((max(ends) - min(ends)) or 1)
+    figure.update_layout({axis_key("x", number): {"range": (min(ends) - air, max(ends) + air), "zeroline": False}})
+
+
 def paired_differences(
     table: Any,
     baseline: str = "none",
@@ -113,9 +121,7 @@ def paired_differences(
     figure = _forest(rows, title or f"Paired differences from ‘{baseline}’", tasks, arms, axes)
     for number, task in enumerate(tasks):
         mine = [row for row in rows if row["task"] == task]
-        ends = [value for row in mine for value in (row["low"], row["high"], 0.0, *_seeds(row))]
-        air = 0.06 * ((max(ends) - min(ends)) or 1)
-        figure.update_layout({axis_key("x", number): {"range": (min(ends) - air, max(ends) + air), "zeroline": False}})
+        _fit(figure, number, mine, [0.0])
         line = {"color": TEXT, "width": 1.5, "dash": "dot"}
         x, y = axis_id("x", number), f"{axis_id('y', number)} domain"
         figure.add_shape(type="line", x0=0, x1=0, y0=0, y1=1, xref=x, yref=y, line=line, layer="below")
@@ -160,6 +166,7 @@ def scores_by_arm(
     lines = {name for task in tasks for name in references.get(task, {})}
     figure.update_layout(margin={"t": 72 + 18 * min(len(lines), 3)})
     for number, task in enumerate(tasks):
+        _fit(figure, number, [row for row in rows if row["task"] == task], references.get(task, {}).values())
         for level, (name, value) in enumerate(references.get(task, {}).items()):
             role = TEACHER if name.lower().startswith("teacher") else BASELINE
             x, y = axis_id("x", number), f"{axis_id('y', number)} domain"
@@ -269,7 +276,7 @@ def pareto(
     middle = float(np.median(cost))
     for position, row in enumerate(rows):
         role: Role = TEACHER if "teacher" in row["name"].lower() else arm(row["name"], position)
-        place = "middle right" if row["cost"] <= middle else "middle left"
+        place = "bottom right" if row["cost"] <= middle else "top left"  # beside the bar and the step line
         low, high = row.get("low", row["quality"]), row.get("high", row["quality"])
         figure.add_scatter(
             x=[row["cost"]],
@@ -283,18 +290,11 @@ def pareto(
             name=row["name"],
             hovertemplate=f"{row['name']}<br>{cost_label}: %{{x:.4g}}<br>{quality_label}: %{{y:.4g}}<extra></extra>",
         )
-    low, high = min(cost), max(cost)
     if log:
-        pad = max(0.12, 0.12 * np.log10(high / low))
-        ticks = [
-            m * 10.0**e for e in range(int(np.floor(np.log10(low))) - 1, int(np.log10(high)) + 2) for m in (1, 2, 5)
-        ]
-        limits = (np.log10(low) - pad, np.log10(high) + pad)
-        ticks = [t for t in ticks if limits[0] <= np.log10(t) <= limits[1]]
-        figure.update_xaxes(type="log", range=limits, tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
+        figure.update_xaxes(**log_axis(cost, 0.12))
     else:
-        pad = 0.12 * ((high - low) or 1)
-        figure.update_xaxes(range=(low - pad, high + pad))
+        pad = 0.12 * ((max(cost) - min(cost)) or 1)
+        figure.update_xaxes(range=(min(cost) - pad, max(cost) + pad))
     figure.update_xaxes(title=cost_label).update_yaxes(title=quality_label)
     best = "; ".join(f"{rows[i]['name']} ({cost[i]:.3g}, {quality[i]:.3g})" for i in front)
     return Figure(

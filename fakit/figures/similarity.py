@@ -9,7 +9,7 @@ import numpy as np
 
 from fakit.figures.drawing import band, canvas, check_keys, colour_bar, hatch, heat_axes, matrix, names, outline
 from fakit.figures.figure import Figure
-from fakit.figures.theme import BASELINE, HEATMAP, SIMILARITY, SMALL, STUDENT, TEACHER
+from fakit.figures.theme import BASELINE, HEATMAP, SIMILARITY, SMALL, STUDENT, TEACHER, pattern
 
 
 def similarity_heatmap(
@@ -201,12 +201,11 @@ def rogue_dimensions(shares: Mapping[str, Any], title: str = "Variance carried b
     figure = canvas(title, margin={"t": 96}, barmode="stack", bargap=0.3)
     for (name, first, last), colour, shape in zip(steps, colours, ("", "/", ".", ""), strict=True):
         heights = [100 * float(values[first:last].sum()) for values in ordered.values()]
-        pattern = {"shape": shape, "fgcolor": "#FFFFFF", "size": 7, "solidity": 0.25} if shape else {}
         figure.add_bar(
             x=list(ordered),
             y=heights,
             name=name,
-            marker={"color": colour, "pattern": pattern},
+            marker={"color": colour, "pattern": pattern(shape, colour), "line": {"width": 0}},
             hovertemplate=f"%{{x}}, {name}: %{{y:.1f}} % of the variance<extra></extra>",
         )
     figure.update_xaxes(title="layer", type="category", showgrid=False)

@@ -214,6 +214,9 @@ class Twin:
             getattr(axes, f"set_{name}lim")(*edges)
         elif known is not None:
             getattr(axes, f"set_{name}lim")(-0.5, len(known) - 0.5)
+        elif source.rangemode == "tozero":
+            low, high = getattr(axes, f"get_{name}lim")()
+            getattr(axes, f"set_{name}lim")(min(low, 0) if axes.dataLim.min[int(name == "y")] < 0 else 0, high)
         if source.autorange == "reversed" and not target.get_inverted():
             target.set_inverted(True)
         target.set_tick_params(color=TEXT, labelcolor=TEXT, labelsize=SMALL * PT, length=4 * PT, width=0.75)
@@ -223,6 +226,9 @@ class Twin:
         if ticks is not None:
             text = None if labels is None else [plain(label) for label in labels]
             target.set_ticks([float(tick) for tick in ticks], text)
+            target.set_minor_locator(NullLocator())
+        elif source.type == "log":
+            target.set_major_formatter(lambda value, _: f"{value:g}")
             target.set_minor_locator(NullLocator())
         if source.tickangle:
             turned = {"rotation": -source.tickangle, "rotation_mode": "anchor", "ha": "right", "va": "center"}
@@ -237,7 +243,8 @@ class Twin:
         if source.showgrid is not False and known is None:
             target.grid(True, color=rgba(GRID), linewidth=0.75)
         low, high = sorted(getattr(axes, f"get_{name}lim")())
-        if source.zeroline is not False and source.type != "log" and low < 0 < high and known is None:
+        wanted = source.zeroline is True or (name == "y" and source.zeroline is None)  # as the template has it
+        if wanted and source.type != "log" and low < 0 < high and known is None:
             line = axes.axhline if name == "y" else axes.axvline
             line(0, color=TEXT, linewidth=0.75, zorder=0.9)
         if source.title.text:

@@ -36,7 +36,6 @@ SYMBOLS = {
     "line-ew": "_",
 }
 HATCHES = {"": "", "/": "///", "\\": "\\\\\\", "x": "xx", ".": "..", "-": "---", "|": "|||", "+": "++"}
-SMOOTH = 40 * 40  # above so many cells a heatmap becomes one embedded image instead of vector cells
 Rgba = tuple[float, float, float, float]
 
 
@@ -243,14 +242,6 @@ def _bar_text(trace: Any, axes: Any, centre: np.ndarray, base: np.ndarray, lengt
 # ---- heatmap -------------------------------------------------------------------------------------------------------
 
 
-def _edges(centres: np.ndarray) -> np.ndarray:
-    """Cell borders around evenly or unevenly spaced centres: n → n + 1."""
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    middle = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])
-
-
 def _heatmap(twin: Twin, trace: Any, axes: Any) -> None:
     values = np.array([[np.nan if v is None else v for v in row] for row in trace.z], float)
     rows, columns = values.shape
@@ -261,16 +252,21 @@ def _heatmap(twin: Twin, trace: Any, axes: Any) -> None:
             "a heatmap of the kit fixes its colorscale, zmin and zmax; found one that leaves them to plotly"
         )
     palette, norm = colour_map(trace.colorscale), Normalize(trace.zmin, trace.zmax)
-    x_edges, y_edges = _edges(x.astype(float)), _edges(y.astype(float))
-    cells = np.ma.masked_invalid(values)
-    if values.size <= SMOOTH:  # an edge in the cell's own colour closes the hairline gaps that SVG renderers leave
-        axes.pcolormesh(x_edges, y_edges, cells, cmap=palette, norm=norm, edgecolors="face", linewidth=0.3, zorder=1)
-    else:
-        extent = (x_edges[0], x_edges[-1], y_edges[0], y_edges[-1])
-        style = {"origin": "lower", "aspect": "auto", "interpolation": "none", "zorder": 1}
-        axes.imshow(cells, extent=extent, cmap=palette, norm=norm, **style)
-    axes.set_xlim(x_edges[0], x_edges[-1])
-    axes.set_ylim(y_edges[0], y_edges[-1])
+    for name, centres in (("x", x), ("y", y)):
+        if len(centres) > 2 and np.ptp(np.diff(centres)) > 1e-6:
+            raise ValueError(
+                f"the static twin draws heatmaps of equal cells; the {name} of this one are unevenly spaced"
+            )
+    half_x = (x[1] - x[0]) / 2 if columns > 1 else 0.5
+    half_y = (y[1] - y[0]) / 2 if rows > 1 else 0.5
+    extent = (x[0] - half_x, x[-1] + half_x, y[0] - half_y, y[-1] + half_y)
+    style = {
+        "origin": "lower",
+        "aspect": "auto",
+        "interpolation": "none",
+        "zorder": 1,
+    }  # one image: no seams between cells
+    axes.imshow(np.ma.masked_invalid(values), extent=extent, cmap=palette, norm=norm, **style)
     if trace.text is not None:
         size = (trace.textfont.size or SMALL) * PT
         for i, j in np.ndindex(rows, columns):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -35,27 +36,17 @@ def check_pairs(pairs: Sequence[tuple[int, int]], student_layers: int, teacher_l
     return made
 
 
-def _box(
-    figure: go.Figure, x: float, y: float, width: float, height: float, text: str, role: Role, solid: bool
-) -> None:
+def _box(figure: go.Figure, x: float, y: float, width: float, role: Role, solid: bool) -> None:
+    """A layer: filled for the embeddings, tinted for a block."""
     figure.add_shape(
         type="rect",
         x0=x - width / 2,
         x1=x + width / 2,
-        y0=y - height / 2,
-        y1=y + height / 2,
+        y0=y - 0.23,
+        y1=y + 0.23,
         fillcolor=role.colour if solid else role.tint(0.12),
-        line={"color": role.colour, "width": 1.5, "dash": role.dash if not solid else "solid"},
+        line={"color": role.colour, "width": 1.5, "dash": "solid" if solid else role.dash},
         layer="below",
-    )
-    note(
-        figure,
-        text,
-        x,
-        y,
-        font={"size": SMALL, "color": "#FFFFFF" if solid else TEXT},
-        xanchor="center",
-        yanchor="middle",
     )
 
 
@@ -96,61 +87,50 @@ def distillation_story(
     figure = canvas(
         "Distillation by feature alignment", (960, 430), {"l": 20, "r": 20, "t": 48, "b": 16}, showlegend=False
     )
-    teacher_y, student_y, left, right = 3.0, 1.0, 1.15, 8.4
+    teacher_y, student_y, left, right, end = 3.0, 1.0, 2.15, 7.5, 8.45
 
     def places(layers: int) -> np.ndarray:
         return np.linspace(left, right, layers + 1)
 
     tops, bottoms = places(teacher_layers), places(student_layers)
-    figure.add_scatter(
-        x=[0, 10], y=[0, 4], mode="markers", marker={"opacity": 0}, hoverinfo="skip"
-    )  # gives the axes a trace
+    figure.add_scatter(x=[0, 10], y=[0, 4], mode="markers", marker={"opacity": 0}, hoverinfo="skip")  # shapes need axes
     for y, role, xs in ((teacher_y, TEACHER, tops), (student_y, STUDENT, bottoms)):
-        _link(figure, xs[0] - 0.5, y, 9.9, y, role, 1.5)
-        width = min(0.62, (right - left) / len(xs) * 0.82)
-        step = max(1, int(np.ceil(0.4 / ((right - left) / len(xs)))))
+        pitch = (right - left) / max(len(xs) - 1, 1)
+        width, step = min(0.6, 0.78 * pitch), int(np.ceil(0.36 / pitch))
+        for x, after in zip(xs, [*xs[1:], None], strict=True):
+            _link(figure, x + width / 2, y, end - 0.45 if after is None else after - width / 2, y, role, 1.5)
         for i, x in enumerate(xs):
-            _box(figure, x, y, width, 0.46, f"{role.letter}{i}" if i % step == 0 else "", role, i == 0)
-        _box(figure, 9.4, y, 0.9, 0.46, "outputs", role, False)
-        note(figure, f"<b>{role.name}</b>", 0.0, y + 0.16, xanchor="left", font={"size": 14, "color": role.colour})
-        frozen = "frozen" if role is TEACHER else "learns"
-        note(figure, frozen, 0.0, y - 0.16, xanchor="left")
-    if {"features", "attention"} & set(terms):
+            _box(figure, x, y, width, role, solid=i == 0)
+            if i % step == 0:
+                inside = width >= 0.42
+                ink = "#FFFFFF" if inside and i == 0 else TEXT
+                outside = 0.0 if inside else 0.36 if role is TEACHER else -0.36
+                note(figure, f"{role.letter}{i}", x, y + outside, font={"size": SMALL, "color": ink})
+        _box(figure, end, y, 0.9, role, solid=False)
+        note(figure, "outputs", end, y)
+        note(figure, f"<b>{role.name}</b>", 0.0, y + 0.14, xanchor="left", font={"size": 14, "color": role.colour})
+        note(figure, "frozen" if role is TEACHER else "learns", 0.0, y - 0.16, xanchor="left")
+    matched = [name for name in ("features", "attention") if name in terms]
+    if matched:
         for student, teacher in pairs:
             _link(figure, bottoms[student], student_y + 0.24, tops[teacher], teacher_y - 0.24, ALIGNED)
-        together = " + ".join(name for name in ("features", "attention") if name in terms)
-        what = " and ".join(
-            part for part, name in (("hidden states", "features"), ("attention maps", "attention")) if name in terms
-        )
-        note(figure, f"<b>{together}</b>", 0.0, 2.14, xanchor="left", font={"size": 13, "color": ALIGNED.colour})
-        note(figure, f"{what},<br>layer to layer", 0.0, 1.98, xanchor="left", yanchor="top", align="left")
+        heading = {"xanchor": "left", "font": {"size": 13, "color": ALIGNED.colour}}
+        note(figure, f"<b>{' + '.join(matched)}</b>", 0.0, 2.2, **heading)
+        what = "<br>".join(terms[name].replace(" of mapped layers", "") for name in matched)
+        note(figure, f"{what}<br>of mapped layers", 0.0, 2.06, xanchor="left", yanchor="top", align="left")
     if "outputs" in terms:
-        _link(figure, 9.4, student_y + 0.24, 9.4, teacher_y - 0.24, EXTRA)
-        note(figure, "<b>outputs</b>", 9.3, 2.14, xanchor="right", font={"size": 13, "color": EXTRA.colour})
-        note(
-            figure,
-            terms["outputs"].replace(" output", "<br>output"),
-            9.3,
-            1.98,
-            xanchor="right",
-            yanchor="top",
-            align="right",
-        )
+        _link(figure, end, student_y + 0.24, end, teacher_y - 0.24, EXTRA)
+        note(figure, "<b>outputs</b>", end + 0.14, 2.2, xanchor="left", font={"size": 13, "color": EXTRA.colour})
+        text = "<br>".join(textwrap.wrap(terms["outputs"], 16))
+        note(figure, text, end + 0.14, 2.06, xanchor="left", yanchor="top", align="left")
     if "task" in terms:
-        _link(figure, 9.4, student_y - 0.24, 9.4, 0.42, STUDENT, 1.5)
-        note(
-            figure,
-            f"<b>task</b>: {terms['task']}",
-            9.85,
-            0.24,
-            xanchor="right",
-            font={"size": 13, "color": STUDENT.colour},
-        )
-    note(figure, "embeddings", tops[0], teacher_y + 0.42, xanchor="center")
+        _link(figure, end, student_y - 0.24, end, 0.42, STUDENT, 1.5)
+        note(figure, f"<b>task: {terms['task']}</b>", end, 0.24, font={"size": 13, "color": STUDENT.colour})
     formula = "loss = " + " + ".join(f"w{i} · {name}" for i, name in enumerate(terms, 1))
     note(figure, formula, 0.0, 0.24, xanchor="left", font={"size": 14, "color": TEXT})
+    note(figure, "embeddings", tops[0], teacher_y + (0.4 if tops[1] - tops[0] >= 0.54 else 0.6))
     hidden = {"visible": False, "showgrid": False, "zeroline": False}
-    figure.update_xaxes(range=(-0.05, 10), **hidden).update_yaxes(range=(0, 3.7), **hidden)
+    figure.update_xaxes(range=(-0.05, 10), **hidden).update_yaxes(range=(0, 3.75), **hidden)
     mapped = ", ".join(f"S{s}←T{t}" for s, t in pairs) or "no layer"
     summary = (
         f"A student of {student_layers} layers learns from a teacher of {teacher_layers}: {mapped}; "

@@ -25,6 +25,13 @@ HEATMAP = (560, 480)
 PAIR = (960, 420)
 
 
+def pattern(shape: str, colour: str) -> dict:
+    """plotly bar `pattern` of white strokes on `colour`; empty for no shape."""
+    if not shape:
+        return {}
+    return {"shape": shape, "bgcolor": colour, "fgcolor": "#FFFFFF", "fgopacity": 0.9, "size": 7, "solidity": 0.2}
+
+
 @dataclass(frozen=True)
 class Role:
     """How one actor is drawn: its name, colour, plotly dash, plotly marker symbol, letter and bar pattern."""
@@ -46,8 +53,7 @@ class Role:
 
     def bar(self) -> dict:
         """plotly `marker` attributes for bars: the pattern tells bars apart without colour."""
-        pattern = {"shape": self.pattern, "fgcolor": "#FFFFFF", "size": 7, "solidity": 0.25} if self.pattern else {}
-        return {"color": self.colour, "pattern": pattern, "line": {"color": self.colour, "width": 1}}
+        return {"color": self.colour, "pattern": pattern(self.pattern, self.colour), "line": {"width": 0}}
 
     def tint(self, alpha: float) -> str:
         """The role's colour as `rgba(…)`, for bands."""
@@ -116,7 +122,7 @@ def ramp(role: Role) -> Scale:
     """One light-to-dark ramp of the role's hue, for attention and other shares that start at zero."""
     red, green, blue = (int(role.colour[i : i + 2], 16) for i in (1, 3, 5))
     light = "#{:02x}{:02x}{:02x}".format(*(round(c + (255 - c) * 0.92) for c in (red, green, blue)))
-    dark = "#{:02x}{:02x}{:02x}".format(*(round(c * 0.35) for c in (red, green, blue)))
+    dark = "#{:02x}{:02x}{:02x}".format(*(round(c * 0.55) for c in (red, green, blue)))
     return [[0.0, light], [0.55, role.colour], [1.0, dark]]
 
 
@@ -151,6 +157,7 @@ def _template() -> go.layout.Template:
         },
         legend={
             "orientation": "h",
+            "traceorder": "normal",
             "x": 0,
             "xanchor": "left",
             "y": 1,
@@ -158,11 +165,12 @@ def _template() -> go.layout.Template:
             "bgcolor": "rgba(0,0,0,0)",
             "font": {"size": SMALL, "color": TEXT},
         },
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": TEXT, "activecolor": TEACHER.colour},
         hoverlabel={"font": {"family": FONT, "size": SMALL}},
         width=LINES[0],
         height=LINES[1],
         margin={"l": 70, "r": 24, "t": 76, "b": 56},
-        xaxis=axis,
+        xaxis={**axis, "zeroline": False},
         yaxis=axis,
         colorscale={"sequential": SIMILARITY, "diverging": DIFFERENCE},
     )

@@ -14,6 +14,7 @@ from fakit.figures.drawing import (
     distinct,
     heat_axes,
     label_width,
+    log_axis,
     matrix,
     note,
     records,
@@ -92,10 +93,11 @@ def loss_curves(
         figure.add_shape(type="line", x0=event["step"], x1=event["step"], y0=0, y1=1, yref="y domain", line=line)
         label = f"{event['name']} {event['old']:g} → {event['new']:g}"
         note(figure, label, event["step"], 1, yref="y domain", yanchor="top", xanchor="left", xshift=4)
-    figure.update_xaxes(title="step")
-    axis = {"type": "log"} if log else {"rangemode": "tozero"}
+    first, last = (edge(row["step"] for row in rows) for edge in (min, max))
+    figure.update_xaxes(title="step", range=(first, max(last, first + 1)), zeroline=False)
+    drawn = [row[name] for row in rows for name in terms if isinstance(row.get(name), numeric)]
+    axis = log_axis(drawn) if log else {"rangemode": "tozero"}
     figure.update_yaxes(title="weighted loss" if weighted else "loss before weighting", **axis)
-    last = max(row["step"] for row in rows)
     return Figure(figure, f"Over {last:g} steps: {', '.join(parts)}.")
 
 

@@ -91,6 +91,7 @@ def examples() -> dict[str, draw.Figure]:
         "heads": draw.head_matching(rng.uniform(0.1, 0.9, size=(12, 12)), [(i, (5 * i) % 12) for i in range(12)]),
         "rollout": draw.rollout(teacher[0], student[0], TOKENS),
         "losses": draw.loss_curves(history, events=[{"step": 120, "name": "features", "old": 1.0, "new": 0.3}]),
+        "loss_bars": draw.loss_bars({"features": 0.41, "outputs": 0.92, "task": 1.3}, {"features": 1.0, "attention": 0.0, "outputs": 0.5, "task": 1.0}),
         "gradients": draw.gradient_bars({"features": 2.31, "attention": 0.42, "outputs": 1.17, "task": 0.66}),
         "conflict": draw.gradient_conflict(
             [[1, 0.4, 0.2, -0.1], [0.4, 1, 0.3, 0.05], [0.2, 0.3, 1, 0.7], [-0.1, 0.05, 0.7, 1]], ["features", "attention", "outputs", "task"]
