@@ -13,6 +13,7 @@ from .hsic import (
     double,
     gram_scale,
     hsic_matrix,
+    median_distance,
     paired_rows,
     ratio,
     rbf_gram,
@@ -62,26 +63,23 @@ def cka(
         >>> round(cka(x, 3 * x + 1), 6)
         1.0
     """
-    x, y = _matrices(x, y)
+    x, y = paired_matrices(x, y)
     if kernel not in ("linear", "rbf"):
         raise ValueError(f"kernel {kernel!r} is unknown: choose 'linear' or 'rbf'")
     if standardized:
         x, y = standardise(x), standardise(y)
-    if clusters is None:
-        check_estimator(estimator, x.shape[0])
-        sums = hsic_matrix([x], [y], estimator) if kernel == "linear" else _kernel_hsic(x, y, estimator, bandwidth)
+    labels = torch.arange(x.shape[0]) if clusters is None else cluster_labels(clusters, x.shape[0])
+    labels = labels.to(x.device)
+    check_estimator(estimator, len(labels.unique()), "rows" if clusters is None else "clusters")
+    if clusters is not None and kernel == "linear" and estimator == "debiased":
+        return float(_exact_clusters(x, y, labels))
+    rows_drawn = labels[None] if clusters is None else draw_rows(labels, draws, seed)  # (draws, clusters)
+    if kernel == "linear":
+        sums = [hsic_matrix([x[rows]], [y[rows]], estimator) for rows in rows_drawn]
     else:
-        labels = _labels(clusters, x.shape[0]).to(x.device)
-        check_estimator(estimator, int(labels.max()) + 1, "clusters")
-        if kernel == "linear" and estimator == "debiased":
-            return float(_exact_clusters(x, y, labels))
-        sums = (0.0, 0.0, 0.0)
-        for rows in draw_rows(labels, draws, seed):
-            if kernel == "linear":
-                new = hsic_matrix([x[rows]], [y[rows]], estimator)
-            else:
-                new = _kernel_hsic(x[rows], y[rows], estimator, bandwidth)
-            sums = tuple(a + b for a, b in zip(sums, new, strict=True))
+        sigmas = bandwidth * median_distance(x, "x"), bandwidth * median_distance(y, "y")
+        sums = [_rbf_hsic(x[rows], y[rows], estimator, sigmas) for rows in rows_drawn]
+    sums = [sum(parts) for parts in zip(*sums, strict=True)]
     value, reasons = ratio(*sums, names=("x", "y"))
     warn_reasons(reasons)
     return float(value)
@@ -121,7 +119,7 @@ def cka_matrix(
 
 def hsic(x: Tensor, y: Tensor, estimator: str = "debiased") -> float:
     """HSIC of (n, p) and (n, q) with linear kernels. Debiased, its mean is the squared norm of the covariance matrix."""
-    x, y = _matrices(x, y)
+    x, y = paired_matrices(x, y)
     check_estimator(estimator, x.shape[0])
     return float(hsic_matrix([x], [y], estimator)[0])
 
@@ -140,7 +138,7 @@ def draw_rows(labels: Tensor, draws: int, seed: int) -> Tensor:
     return order[sizes.cumsum(0) - sizes + turn]
 
 
-def _matrices(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def paired_matrices(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     x, y = double(x), double(y)
     for name, z in (("x", x), ("y", y)):
         if z.dim() != 2:
@@ -155,7 +153,7 @@ def _matrices(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def _labels(clusters: Tensor | Sequence[int], n: int) -> Tensor:
+def cluster_labels(clusters: Tensor | Sequence[int], n: int) -> Tensor:
     clusters = torch.as_tensor(clusters)
     if clusters.shape != (n,):
         raise ValueError(
@@ -176,7 +174,7 @@ def _exact_clusters(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
     return StreamingCKA(clusters=True).update([padded[0]], [padded[1]], mask).matrix()
 
 
-def _kernel_hsic(x: Tensor, y: Tensor, estimator: str, bandwidth: float) -> tuple[Tensor, Tensor, Tensor]:
-    k, m = (centred_gram(rbf_gram(z, bandwidth), estimator) for z in (x, y))
+def _rbf_hsic(x: Tensor, y: Tensor, estimator: str, sigmas: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+    k, m = (centred_gram(rbf_gram(z, sigma), estimator) for z, sigma in zip((x, y), sigmas, strict=True))
     scale = gram_scale(x.shape[0], estimator)
     return (k * m).sum().view(1, 1) / scale, (k * k).sum().view(1) / scale, (m * m).sum().view(1) / scale

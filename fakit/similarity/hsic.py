@@ -131,17 +131,36 @@ def gram_scale(n: int, estimator: str) -> float:
     return n * (n - 3) if estimator == "debiased" else (n - 1) ** 2
 
 
-def rbf_gram(x: Tensor, bandwidth: float = 1.0) -> Tensor:
-    """RBF kernel (n, n) minus 1, σ = ``bandwidth`` × the median distance between two rows (Kornblith et al., 2019).
+def median_distance(x: Tensor, name: str) -> float:
+    """Median distance between two rows of (n, p), the unit RBF bandwidths are given in; ValueError where it is 0."""
+    squares = _squared_distances(centre(x))
+    i, j = torch.triu_indices(*squares.shape, offset=1, device=x.device)
+    median = float(squares[i, j].median().sqrt())
+    if median == 0:
+        raise ValueError(f"most rows of {name} coincide, so that an RBF kernel has no bandwidth: use kernel='linear'")
+    return median
+
+
+def rbf_gram(x: Tensor, sigma: float) -> Tensor:
+    """RBF kernel (n, n) minus 1, exp(−‖x_i − x_j‖² / 2σ²) − 1.
 
     Centring removes the constant; leaving it out here is what keeps digits when the bandwidth is large and K ≈ 1.
     """
-    x = centre(x)
-    squares = (x * x).sum(-1)
-    distances = (squares[:, None] + squares - 2 * x @ x.T).clamp_min(0)
-    upper = torch.triu_indices(*distances.shape, offset=1, device=x.device)
-    sigma_squared = bandwidth**2 * distances[upper[0], upper[1]].median()  # the median distance, squared
-    return torch.expm1(-distances / (2 * sigma_squared)).fill_diagonal_(0)
+    return torch.expm1(-_squared_distances(centre(x)) / (2 * sigma**2)).fill_diagonal_(0)
+
+
+def _squared_distances(x: Tensor) -> Tensor:
+    squares = x.square().sum(-1)
+    return (squares[:, None] + squares - 2 * x @ x.T).clamp_min(0)
+
+
+def above_rounding(hsic: Tensor, terms: Tensor) -> Tensor:
+    """``hsic`` with 0 where it is nothing but the rounding error of the ``terms`` it is a difference of.
+
+    Debiased self-HSIC is a sum of squares, and exactly 0 when all rows (or all but one) are equal: dividing by the rounding
+    error that is computed instead would give an arbitrary similarity.
+    """
+    return torch.where(hsic > 1e-13 * terms, hsic, 0.0)
 
 
 def cheaper_route(n: int, student_widths: Sequence[int], teacher_widths: Sequence[int]) -> str:
@@ -196,8 +215,8 @@ def hsic_matrix(
             return norm - n / (n - 2) * products + totals / ((n - 1) * (n - 2))
 
         cross = debias(cross, a @ b.T, a.sum(1)[:, None] * b.sum(1))
-        self_x = debias(self_x, a.square().sum(1), a.sum(1) ** 2)
-        self_y = debias(self_y, b.square().sum(1), b.sum(1) ** 2)
+        self_x = above_rounding(debias(self_x, a.square().sum(1), a.sum(1) ** 2), self_x)
+        self_y = above_rounding(debias(self_y, b.square().sum(1), b.sum(1) ** 2), self_y)
     scale = gram_scale(n, estimator)
     return cross / scale, self_x / scale, self_y / scale
 
@@ -205,8 +224,8 @@ def hsic_matrix(
 def ratio(cross: Tensor, self_x: Tensor, self_y: Tensor, names: tuple[str, str] = ("student layer", "teacher layer")):
     """CKA = HSIC(X,Y) / √(HSIC(X,X)·HSIC(Y,Y)) of all pairs (S, T), and why some are NaN (tuple of sentences).
 
-    A self-HSIC ≤ 0 (constant features, or so few rows that noise outweighs signal) has no square root worth having: the
-    pair is NaN and the reason is warned about. Clamping it or adding an epsilon would invent a similarity instead.
+    A self-HSIC ≤ 0 (all rows equal, or all but one under the debiased estimator) has no similarity: the pair is NaN and the
+    reason is warned about. Clamping it or adding an epsilon would invent a value instead.
     """
     reasons = []
     for name, values in zip(names, (self_x, self_y), strict=True):
@@ -214,7 +233,7 @@ def ratio(cross: Tensor, self_x: Tensor, self_y: Tensor, names: tuple[str, str] 
             if not value > 0:
                 label = f"{name} {i}" if name.endswith("layer") else name
                 reasons.append(
-                    f"CKA is NaN: HSIC of {label} with itself is {value:.3g}, not above 0 (constant or too few rows)"
+                    f"CKA is NaN: HSIC of {label} with itself is {value:.3g}, not above 0: its rows do not differ"
                 )
     valid = (self_x > 0)[:, None] & (self_y > 0)
     product = torch.where(valid, self_x[:, None] * self_y, 1.0)

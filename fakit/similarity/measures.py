@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cka import _matrices
+from .cka import paired_matrices
 from .hsic import centre, centred_gram, check_estimator, double
 
 
@@ -19,13 +19,13 @@ def procrustes(x: Tensor, y: Tensor) -> float:
     """Orthogonal Procrustes similarity in [0, 1]: ‖XᵀY‖_* of centred features of unit Frobenius norm; 1 = equal up to a rotation.
 
     ‖X − YQ‖²_F at the best orthogonal Q is 2 − 2 × this (Williams et al., 2021; Ding et al., 2021). With few rows and wide
-    features a rotation fits anything: independent Gaussians at n = 30, d = 768 score .98 or more. Read it beside its null.
+    features a rotation fits anything: independent Gaussians at n = 30, d = 768 score .99. Read it beside its null.
 
     Raises:
         ValueError: row counts differ, or a side is constant.
     """
     factors = []
-    for name, z in zip("xy", _matrices(x, y), strict=True):
+    for name, z in zip("xy", paired_matrices(x, y), strict=True):
         z = centre(z)
         norm = torch.linalg.matrix_norm(z)
         if norm == 0:
@@ -109,7 +109,7 @@ def rsa(x: Tensor, y: Tensor) -> float:
     """
     from scipy.stats import spearmanr
 
-    x, y = _matrices(x, y)
+    x, y = paired_matrices(x, y)
     if len(x) < 3:
         raise ValueError(f"rsa compares pairs of rows and needs at least 3 rows, found {len(x)}")
     i, j = torch.triu_indices(len(x), len(x), offset=1, device=x.device)
@@ -190,7 +190,7 @@ def rogue_dimensions(x: Tensor, k: int = 3, mask: Tensor | None = None) -> Rogue
 
 
 def _unit_rows(x: Tensor, y: Tensor, k: int) -> Sequence[Tensor]:
-    x, y = _matrices(x, y)
+    x, y = paired_matrices(x, y)
     if not 1 <= k < len(x):
         raise ValueError(f"k is {k} neighbours among {len(x)} rows: choose 1 … {len(x) - 1}")
     return [torch.nn.functional.normalize(z, dim=1) for z in (x, y)]
@@ -203,7 +203,7 @@ def _neighbours(gram: Tensor, k: int) -> Tensor:
 
 
 def _more_rows_than_features(x: Tensor, y: Tensor, name: str) -> list[Tensor]:
-    x, y = _matrices(x, y)
+    x, y = paired_matrices(x, y)
     n, widest = len(x), max(x.shape[1], y.shape[1])
     if n <= widest:
         raise ValueError(

@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .hsic import check_estimator, double, hsic_matrix, paired_rows, ratio, valid_rows, warn_reasons
+from .hsic import above_rounding, check_estimator, double, hsic_matrix, paired_rows, ratio, valid_rows, warn_reasons
 
 
 class _Moments:
@@ -112,9 +112,10 @@ class StreamingCKA:
         students, teachers = range(self._split), range(self._split, len(self._pilot))
         hsic = self._debiased if estimator == "debiased" else self._biased
         cross = torch.stack([torch.stack([hsic(s, t) for t in teachers]) for s in students])
-        values, reasons = ratio(
-            cross, torch.stack([hsic(s, s) for s in students]), torch.stack([hsic(t, t) for t in teachers])
-        )
+        own = [
+            above_rounding(hsic(i, i), self._tokens[i, i].c.square().sum() / self.n**2) for i in (*students, *teachers)
+        ]
+        values, reasons = ratio(cross, torch.stack(own[: self._split]), torch.stack(own[self._split :]))
         warn_reasons(reasons)
         return values
 
@@ -144,7 +145,7 @@ class StreamingCKA:
     def _add_clusters(self, rows: list[Tensor], mask: Tensor) -> None:
         mask = mask[mask.any(1)].to(rows[0].device)  # a sequence without a valid token is no sequence
         lengths = mask.sum(1)  # (B,)
-        share = (1.0 / lengths).to(self.dtype)  # each token's weight: a mean over its sequence
+        share = 1 / lengths.to(self.dtype)  # each token's weight: a mean over its sequence
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=mask.device), lengths)  # (N,)
         weight = share[owner]
         means = [x.new_zeros(len(lengths), x.shape[1]).index_add_(0, owner, x * weight[:, None]) for x in rows]

@@ -17,8 +17,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from .cka import _labels, _matrices, cka, draw_rows
-from .hsic import centre, centred_gram, check_estimator, gram_scale, paired_rows, ratio, standardise
+from .cka import cka, cluster_labels, draw_rows, paired_matrices
+from .hsic import above_rounding, centre, centred_gram, check_estimator, gram_scale, paired_rows, ratio, standardise
 from .results import Similarity, SimilarityMatrix
 
 
@@ -235,8 +235,8 @@ def compare(
             an interval.
         clusters: (n,) the sequence each row belongs to; values are means over ``draws`` of one row each.
     """
-    x, y = _matrices(x, y)
-    labels = torch.arange(len(x)) if clusters is None else _labels(clusters, len(x))
+    x, y = paired_matrices(x, y)
+    labels = torch.arange(len(x)) if clusters is None else cluster_labels(clusters, len(x))
     rows = draw_rows(labels, 1 if clusters is None else draws, seed)  # (draws, n)
     n, groups = rows.shape[1], None if clusters is None else rows.shape[1]
     if measure is cka:
@@ -267,7 +267,7 @@ def _sums(grams: Tensor, split: int, orders: Tensor, estimator: str) -> tuple[Te
     twice = torch.where(i == j, 1.0, 2.0).to(grams)
     halves = centred[:, i, j]  # (S + T, n(n+1)/2)
     cross = (halves[:split] * twice) @ halves[split:].T / scale
-    own = (halves * halves * twice).sum(1) / scale
+    own = above_rounding((halves * halves * twice).sum(1) / scale, grams.square().sum((1, 2)) / scale)
     # Permuting either side is the same: move the one with fewer layers.
     moved, fixed = (
         (slice(0, split), slice(split, None)) if split <= len(grams) - split else (slice(split, None), slice(0, split))

@@ -1,0 +1,163 @@
+"""Streaming and minibatch CKA (fakit.similarity.streaming): exact for any split, any offset, in constant memory."""
+
+import pytest
+import torch
+
+from fakit.similarity import MinibatchCKA, StreamingCKA, cka, cka_matrix
+
+
+def gaussian(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def layers(seed, *rows):
+    z = gaussian(seed, *rows, 4)
+    students = [z @ gaussian(seed + i, 4, 6) + gaussian(seed + 10 + i, *rows, 6) for i in range(2)]
+    teachers = [z @ gaussian(seed + 20 + i, 4, 9) + gaussian(seed + 30 + i, *rows, 9) for i in range(3)]
+    return students, teachers
+
+
+def streamed(stream, students, teachers, splits, mask=None):
+    pieces = [[x.split(splits) for x in side] for side in (students, teachers)]
+    masks = [None] * len(splits) if mask is None else mask.split(splits)
+    for i in range(len(splits)):
+        stream.update([x[i] for x in pieces[0]], [y[i] for y in pieces[1]], masks[i])
+    return stream
+
+
+SPLITS = [[60], [1, 59], [7, 1, 30, 22], [1] * 60]
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+@pytest.mark.parametrize("estimator", ["debiased", "biased"])
+def test_equals_all_rows_at_once(splits, shift, estimator):
+    students, teachers = layers(0, 60)
+    stream = streamed(StreamingCKA(), [x + shift for x in students], [y - shift for y in teachers], splits)
+    expected = cka_matrix(students, teachers, estimator=estimator)
+    # a shift of 1e4 costs the input itself 4 of its 16 digits
+    torch.testing.assert_close(stream.matrix(estimator), expected, rtol=1e-10, atol=0)
+    assert stream.n == 60
+
+
+@pytest.mark.parametrize("splits", [[30], [1, 29], [10, 3, 17]])
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_clusters_equal_cka_with_labels_whatever_the_split(splits, shift):
+    students, teachers = layers(1, 30, 7)
+    mask = torch.arange(7) < torch.arange(30)[:, None] % 7 + 1
+    labels = torch.arange(30)[:, None].expand(30, 7)[mask]
+    shifted = [[x + shift for x in side] for side in (students, teachers)]
+    stream = streamed(StreamingCKA(clusters=True), *shifted, splits, mask)
+    expected = [[cka(x[mask], y[mask], clusters=labels) for y in teachers] for x in students]
+    torch.testing.assert_close(stream.matrix(), torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0)
+    assert stream.n == 30
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_padding_changes_nothing(clusters):
+    students, teachers = layers(2, 12, 8)
+    mask = torch.arange(8) < torch.tensor([8, 1, 3, 5, 8, 2, 4, 6, 7, 8, 0, 3])[:, None]
+    short = StreamingCKA(clusters).update(students, teachers, mask).matrix()
+    for junk in (100.0, torch.nan, torch.inf):
+        padded = [
+            [torch.cat([torch.where(mask[..., None], x, junk), torch.full((12, 5, x.shape[2]), junk)], 1) for x in side]
+            for side in (students, teachers)
+        ]
+        wide = torch.cat([mask, torch.zeros(12, 5, dtype=torch.bool)], 1)
+        torch.testing.assert_close(StreamingCKA(clusters).update(*padded, wide).matrix(), short, rtol=1e-12, atol=0)
+
+
+def test_rows_of_tokens_are_the_valid_tokens():
+    students, teachers = layers(2, 12, 8)
+    mask = torch.arange(8) < torch.arange(12)[:, None] % 8 + 1
+    expected = cka_matrix([x[mask] for x in students], [y[mask] for y in teachers])
+    torch.testing.assert_close(StreamingCKA().update(students, teachers, mask).matrix(), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(cka_matrix(students, teachers, mask), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_sequences_of_one_token_are_rows():
+    students, teachers = layers(3, 20)
+    rows = StreamingCKA().update(students, teachers).matrix()
+    torch.testing.assert_close(
+        StreamingCKA(clusters=True).update(students, teachers).matrix(), rows, rtol=1e-10, atol=0
+    )
+
+
+def test_padding_kept_as_rows_would_invent_similarity():
+    x, y = gaussian(0, 32, 16, 48), gaussian(1, 32, 16, 48)
+    mask = (torch.arange(16) < 8).expand(32, 16)
+    x, y = (torch.where(mask[..., None], z, 5.0) for z in (x, y))  # half the rows: the same padding vector
+    assert StreamingCKA().update([x], [y]).matrix().item() > 0.9
+    assert abs(StreamingCKA().update([x], [y], mask).matrix().item()) < 0.05
+
+
+def test_float32_products_stay_close():
+    students, teachers = layers(4, 500)
+    fast = StreamingCKA(dtype=torch.float32)
+    fast = streamed(fast, [x + 100 for x in students], [y + 100 for y in teachers], [100] * 5)
+    torch.testing.assert_close(fast.matrix(), cka_matrix(students, teachers), rtol=1e-5, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_rows():
+    def held(stream):
+        tensors = [t for moments in stream._tokens.values() for t in vars(moments).values()]
+        return sum(t.numel() for t in [*tensors, *stream._pilot, *stream._sum, *stream._squares])
+
+    stream = StreamingCKA()
+    stream.update(*layers(0, 10))
+    after_ten = held(stream)
+    for seed in range(20):
+        stream.update(*layers(seed, 100))
+    assert stream.n == 2010
+    assert held(stream) == after_ten
+    # 6 pairs of 6 × 9, 2 of 6 × 6 and 3 of 9 × 9, and vectors
+    assert 6 * 54 + 2 * 36 + 3 * 81 <= after_ten < 2 * (6 * 54 + 2 * 36 + 3 * 81)
+
+
+def test_minibatch_of_one_batch_is_exact_and_of_many_close():
+    students, teachers = layers(5, 400)
+    exact = cka_matrix(students, teachers)
+    torch.testing.assert_close(MinibatchCKA().update(students, teachers).matrix(), exact, rtol=1e-10, atol=0)
+    many = streamed(MinibatchCKA(), students, teachers, [40] * 10)
+    assert many.batches == 10
+    torch.testing.assert_close(many.matrix(), exact, rtol=0, atol=0.03)
+
+
+def test_minibatch_is_the_ratio_of_sums_and_not_the_mean_of_ratios():
+    x, y = gaussian(0, 12, 5), gaussian(0, 12, 5) + gaussian(1, 12, 5)
+    y[:6] *= 10
+    got = streamed(MinibatchCKA(), [x], [y], [6, 6]).matrix().item()
+    ratios = [cka(x[:6], y[:6]), cka(x[6:], y[6:])]
+    assert abs(got - sum(ratios) / 2) > 1e-3
+
+
+def test_a_constant_layer_is_nan_with_its_name():
+    students, teachers = layers(6, 20)
+    for flow in (StreamingCKA(), StreamingCKA(clusters=True), MinibatchCKA()):
+        flow.update([students[0], torch.full((20, 3), 0.1)], teachers)
+        with pytest.warns(RuntimeWarning, match="student layer 1 with itself is 0"):
+            matrix = flow.matrix()
+        assert matrix[1].isnan().all()
+        assert not matrix[0].isnan().any()
+
+
+def test_refusals():
+    students, teachers = layers(7, 6, 5)
+    with pytest.raises(ValueError, match="no valid token"):
+        StreamingCKA().update(students, teachers, torch.zeros(6, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask has shape \(5, 6\)"):
+        StreamingCKA().update(students, teachers, torch.ones(5, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match="teacher layer 2 holds NaN"):
+        StreamingCKA().update(students, [*teachers[:2], torch.full((6, 5, 9), torch.nan)])
+    with pytest.raises(ValueError, match="at least 4 rows, found 0"):
+        StreamingCKA().matrix()
+    with pytest.raises(ValueError, match="debiased estimator only"):
+        StreamingCKA(clusters=True).update(students, teachers).matrix("biased")
+    stream = StreamingCKA().update(students, teachers)
+    with pytest.raises(ValueError, match=r"widths \[6\].*first one had \[6, 6\]"):
+        stream.update(students[:1], teachers)
+    with pytest.raises(ValueError, match="at least 4 rows a batch, found 3"):
+        MinibatchCKA().update([torch.ones(3, 2)], [torch.ones(3, 2)])
+    with pytest.raises(ValueError, match="no batch yet"):
+        MinibatchCKA().matrix()
