@@ -1,0 +1,220 @@
+"""What the browser tests share: a page that is watched, a JupyterLab that is driven like a person drives it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from playwright.sync_api import Browser, Page, Route
+
+# The page's own figures: drawn by plotly, or an SVG or a bitmap inside an output (icons are no figures).
+PLOTLY = ".js-plotly-plot"
+STATIC = '[data-mime-type^="image/"] > *, .jp-OutputArea-output > svg, .jp-OutputArea-output img'
+MARKS = """element => element.tagName === 'IMG'
+    ? Number(element.complete && element.naturalWidth > 0)
+    : element.querySelectorAll('path, text, image').length"""
+
+
+def is_local(url: str) -> bool:
+    """True for what stays on this machine: files, data in the page itself, and loopback addresses."""
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https", "ws", "wss"):
+        return parts.hostname in ("127.0.0.1", "localhost", "::1")
+    return parts.scheme in ("file", "data", "blob", "about", "chrome-error")
+
+
+@dataclass
+class Watched:
+    """A page, what it asked of the network (blocked), and every error that it reported."""
+
+    page: Page
+    external: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def assert_clean(self) -> None:
+        assert not self.external, f"the page asked the network for {self.external}"
+        assert not self.errors, "the page reported:\n" + "\n".join(self.errors)
+
+
+@contextlib.contextmanager
+def watched(browser: Browser, **options) -> Iterator[Watched]:
+    """A new page without network beyond loopback; `options` as of `Browser.new_context`."""
+    context = browser.new_context(service_workers="block", viewport={"width": 1280, "height": 900}, **options)
+    try:
+        page = context.new_page()
+        seen = Watched(page)
+
+        def route(route: Route) -> None:
+            if is_local(route.request.url):
+                route.continue_()
+            else:
+                seen.external.append(route.request.url)
+                route.abort()
+
+        def console(message) -> None:
+            if message.type == "error":
+                seen.errors.append(f"console error: {message.text} ({message.location.get('url')})")
+
+        context.route("**/*", route)
+        page.on("console", console)
+        page.on("pageerror", lambda error: seen.errors.append(f"page error: {error}"))
+        page.on("websocket", lambda ws: None if is_local(ws.url) else seen.external.append(ws.url))
+        yield seen
+    finally:
+        context.close()
+
+
+def figures(page: Page) -> list[dict]:
+    """Every figure of the page, scrolled to: {"kind": "plotly" | "static", "width": px, "height": px, "marks": n}.
+
+    `marks` counts what is drawn inside (paths, text, bitmaps), so that an empty frame is seen as what it is.
+    """
+    found = []
+    for kind, selector in (("plotly", PLOTLY), ("static", STATIC)):
+        for element in page.locator(selector).all():
+            if kind == "static" and element.evaluate("element => !!element.closest('.js-plotly-plot')"):
+                continue  # plotly's own hidden parts
+            element.evaluate("element => element.scrollIntoView()")
+            box = element.bounding_box() or {"width": 0, "height": 0}
+            marks = element.evaluate(MARKS)
+            found.append({"kind": kind, "width": box["width"], "height": box["height"], "marks": marks})
+    return found
+
+
+def assert_figures_visible(page: Page, at_least: int = 1) -> list[dict]:
+    """Every figure has a box of some size with something drawn in it, and there are `at_least` so many."""
+    found = figures(page)
+    assert len(found) >= at_least, f"{len(found)} figures on the page, expected at least {at_least}"
+    for number, figure in enumerate(found):
+        assert figure["width"] > 100 and figure["height"] > 50 and figure["marks"] > 0, f"figure {number}: {figure}"
+    return found
+
+
+# --- JupyterLab ------------------------------------------------------------------------------------------------------
+
+# Without these a news dialog covers the page, and cells off the screen are not in the DOM.
+OVERRIDES = {
+    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
+    "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
+}
+FINISHED = """() => {
+    const status = document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status;
+    const cells = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')];
+    const prompt = cell => cell.querySelector('.jp-InputPrompt').textContent.trim();
+    const empty = cell => cell.querySelector('.cm-content')?.textContent.trim() === '';
+    const failed = document.querySelector('[data-mime-type="application/vnd.jupyter.stderr"]');
+    return status === 'idle' && cells.length > 0 && cells.every(cell => prompt(cell) !== '[*]:')
+        && (failed || cells.every(cell => empty(cell) || /[0-9]/.test(prompt(cell))));
+}"""
+
+
+@dataclass
+class Notebook:
+    """A notebook open in JupyterLab."""
+
+    path: Path
+    watch: Watched
+
+    @property
+    def page(self) -> Page:
+        return self.watch.page
+
+    def wait_idle(self, timeout: float = 120) -> None:
+        """Wait until a kernel is connected and idle (seconds)."""
+        # The indicator alone says idle before there is a kernel; Run would then ask for one in a dialog.
+        self.page.locator("#jp-main-statusbar").get_by_text("(ipykernel) | Idle").wait_for(timeout=timeout * 1000)
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=timeout * 1000)
+
+    def run_all(self, timeout: float = 300) -> None:
+        """Run > Run All Cells, and wait until every cell has run or one has failed (seconds)."""
+        self.wait_idle()
+        self.page.get_by_role("menuitem", name="Run", exact=True).click()
+        self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        self.page.wait_for_function(FINISHED, timeout=timeout * 1000)
+
+    def outputs(self, mime: str) -> list[str]:
+        """The text of every output of a MIME type, as `application/vnd.jupyter.stderr`."""
+        return self.page.locator(f'.jp-OutputArea-output[data-mime-type="{mime}"]').all_inner_texts()
+
+    def save(self) -> dict:
+        """Save, and return the notebook as it then lies on the disk."""
+        before = self.path.stat().st_mtime_ns
+        self.page.keyboard.press("Control+s")
+        deadline = time.monotonic() + 30
+        while self.path.stat().st_mtime_ns == before:
+            assert time.monotonic() < deadline, f"{self.path.name} was not saved"
+            self.page.wait_for_timeout(100)
+        return json.loads(self.path.read_text())
+
+    def assert_clean(self) -> None:
+        """No cell failed or wrote to stderr; the page reported no error and asked nothing of the network."""
+        wrote = self.outputs("application/vnd.jupyter.stderr")  # JupyterLab shows tracebacks as stderr
+        assert not wrote, "a cell failed or wrote to stderr:\n" + "\n".join(wrote)
+        self.watch.assert_clean()
+
+
+@dataclass
+class Lab:
+    """A running JupyterLab over one folder; `open` a notebook of it in a watched page."""
+
+    url: str
+    folder: Path
+    browser: Browser
+
+    @contextlib.contextmanager
+    def open(self, name: str, **options) -> Iterator[Notebook]:
+        with watched(self.browser, **options) as watch:
+            watch.page.goto(f"{self.url}/lab/tree/{name}?reset")
+            notebook = Notebook(self.folder / name, watch)
+            notebook.wait_idle()
+            yield notebook
+
+
+@contextlib.contextmanager
+def running_lab(browser: Browser, folder: Path, scratch: Path) -> Iterator[Lab]:
+    """Start JupyterLab on `folder`; settings, workspaces and runtime files are those of `scratch` alone."""
+    settings = scratch / "settings"
+    settings.mkdir(parents=True)
+    (settings / "overrides.json").write_text(json.dumps(OVERRIDES))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    directories = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+    environment = os.environ | {name: str(scratch / name.lower()) for name in directories}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
+    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
+    command += ["--IdentityProvider.token=", f"--LabApp.app_settings_dir={settings}"]
+    log = scratch / "jupyterlab.log"
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as server:
+        try:
+            _wait_for(f"{url}/api/status", server, log)
+            yield Lab(url, folder, browser)
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def _wait_for(url: str, server: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"JupyterLab did not start within {seconds} s:\n{log.read_text()[-3000:]}")
+        time.sleep(0.2)

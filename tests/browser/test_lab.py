@@ -1,0 +1,62 @@
+"""JupyterLab in a real browser: a notebook runs, its figures are drawn, its widgets answer to the keyboard."""
+
+from __future__ import annotations
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from tests.browser.pages import assert_figures_visible
+
+FIGURE = """
+import plotly.graph_objects as go
+go.Figure(go.Scatter(x=[1, 2, 3], y=[4, 1, 2]), layout={"title": "three points"})
+"""
+SLIDER = """
+import ipywidgets as widgets
+slider = widgets.IntSlider(value=3, min=0, max=10, description="layers", continuous_update=False)
+readout = widgets.HTML("3 layers")
+slider.observe(lambda change: setattr(readout, "value", f"{change.new} layers"), "value")
+widgets.VBox([slider, readout])
+"""
+
+
+def write(lab, name: str, *sources: str) -> str:
+    notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, lab.folder / name)
+    return name
+
+
+def test_a_notebook_runs_draws_and_answers_to_the_keyboard(lab):
+    with lab.open(write(lab, "widgets_and_figures.ipynb", FIGURE, SLIDER)) as notebook:
+        notebook.run_all()
+        page = notebook.page
+        page.wait_for_selector(".js-plotly-plot .main-svg")
+        assert [figure["kind"] for figure in assert_figures_visible(page)] == ["plotly"]
+        readout = page.locator(".widget-html-content")
+        assert readout.inner_text() == "3 layers"
+        page.locator(".noUi-handle").focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        page.get_by_text("5 layers").wait_for()
+        saved = notebook.save()
+        assert "widgets" not in saved["metadata"]
+        assert [cell["execution_count"] for cell in saved["cells"]] == [1, 2]
+        notebook.assert_clean()
+
+
+def test_a_cell_that_fails_is_seen(lab):
+    with lab.open(write(lab, "fails.ipynb", "1 / 0", "print('never')")) as notebook:
+        notebook.run_all()
+        with pytest.raises(AssertionError, match="ZeroDivisionError"):
+            notebook.assert_clean()
+
+
+def test_a_request_that_leaves_the_machine_is_blocked_and_seen(lab):
+    code = "from IPython.display import HTML\nHTML('<img src=\"https://example.org/pixel.png\">')"
+    with lab.open(write(lab, "asks.ipynb", code)) as notebook:
+        notebook.run_all()
+        notebook.page.locator('img[src="https://example.org/pixel.png"]').wait_for(state="attached")
+        with pytest.raises(AssertionError, match=r"example\.org/pixel"):
+            notebook.assert_clean()
