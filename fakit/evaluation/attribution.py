@@ -1,9 +1,9 @@
 """Which words did it? Layer integrated gradients on the embeddings of two classifiers, compared, and put to the test.
 
     teacher_scores = attribute(teacher, tokenizer, texts)
-    student_scores = attribute(student, tokenizer, texts, targets=teacher_scores.targets)      # the same question to
-    both compare(teacher_scores, student_scores)          # same answer for the same reason?
-    deletion(student, tokenizer, student_scores)     # and is the reason the model's own?
+    student_scores = attribute(student, tokenizer, texts, targets=teacher_scores.targets)  # the same question to both
+    compare(teacher_scores, student_scores)         # same answer for the same reason?
+    deletion(student, tokenizer, student_scores)    # and is the reason the model's own?
 
 Source: Sundararajan, Taly, Yan 2017 (integrated gradients), by captum.
 """
@@ -25,8 +25,8 @@ class Attributions:
     """Token attributions of N texts, lists of arrays (T_i,) of each text's own length.
 
     Attributes:
-        input_ids: token ids. tokens: their spelling. special: True where the tokeniser put the token, not the text
-            (score 0).
+        input_ids: token ids. tokens: their spelling.
+        special: True where the token comes from the tokeniser, not from the text; its score is 0.
         scores: summed over the embedding's width; positive speaks for the target.
         targets: (N,) class whose logit is explained.
         outputs, baselines: (N,) that logit for the text, and with every token of the text replaced by `baseline_token`.
@@ -60,8 +60,7 @@ def attribute(
 ) -> Attributions:
     """Attribute a sequence classifier's logit to the tokens of each text.
 
-    The path runs from the text with every token of its own replaced by `baseline_token` (special tokens stay) to the
-    text.
+    The path starts where every token of the text is `baseline_token` (special tokens stay) and ends at the text.
 
     Args:
         model: a transformers sequence classifier (or regressor, one output). Its weights need no gradient.
@@ -73,8 +72,7 @@ def attribute(
         baseline_token: None takes the pad token. A decoder that finds the last token by its pad id needs another one.
 
     Raises:
-        ValueError: no texts, as many targets as texts missing, a class the model has not, no baseline token, a text
-            without tokens.
+        ValueError: no texts, a text without tokens, targets of another number or beyond the classes, no baseline token.
     """
     if isinstance(texts, str) or not len(texts):
         raise ValueError("attribute: give a list with at least one text")
@@ -85,10 +83,9 @@ def attribute(
     parts = []
     with eval_mode(model):
         for start in range(0, len(texts), batch_size):
-            chosen = (
-                None if targets is None else torch.as_tensor(np.asarray(targets[start : start + batch_size])).long()
-            )
-            batch = _encode(tokenizer, list(texts[start : start + batch_size]), max_length, device_of(model))
+            part = slice(start, start + batch_size)
+            batch = _encode(tokenizer, list(texts[part]), max_length, device_of(model))
+            chosen = None if targets is None else torch.as_tensor(np.asarray(targets[part])).long()
             parts.append(_attribute_batch(model, tokenizer, batch, chosen, baseline_id, steps))
     joined = {name: [item for part in parts for item in part[name]] for name in parts[0]}
     arrays = {name: np.array(joined.pop(name)) for name in ("targets", "outputs", "baselines", "delta")}
@@ -161,14 +158,14 @@ def compare(first: Attributions, second: Attributions) -> dict[str, np.ndarray]:
     for index in range(len(first)):
         if not np.array_equal(first.input_ids[index], second.input_ids[index]):
             raise ValueError(
-                f"compare: text {index} has tokens {first.tokens[index][:6]}… on one side, {second.tokens[index][:6]}… on "
-                "the other; attribute the same texts with the same tokenizer and max_length"
+                f"compare: text {index} has tokens {first.tokens[index][:6]}… on one side, "
+                f"{second.tokens[index][:6]}… on the other; attribute the same texts with the same tokenizer and max_length"
             )
     if not np.array_equal(first.targets, second.targets):
         index = int(np.flatnonzero(first.targets != second.targets)[0])
         raise ValueError(
-            f"compare: text {index} is explained for class {first.targets[index]} on one side, {second.targets[index]} on "
-            "the other; pass targets=first.targets when attributing the second model"
+            f"compare: text {index} is explained for class {first.targets[index]} on one side, "
+            f"{second.targets[index]} on the other; pass targets=first.targets when attributing the second model"
         )
     cosines, ranks = [], []
     for x, y, special in zip(first.scores, second.scores, first.special, strict=True):
@@ -196,8 +193,8 @@ def deletion(
 
     Returns:
         "fraction" (steps + 1,) share of tokens deleted, 0…1;
-        "ordered" (N, steps + 1) and "random" (N, random_orders, steps + 1): P(target) (a regressor's output) along the
-        way; "gain" (N,): mean over the way of random − ordered; above 0: faithful beyond chance.
+        "ordered" (N, steps + 1), "random" (N, random_orders, steps + 1): P(target), or a regressor's output, on the way;
+        "gain" (N,): mean over the way of random − ordered; above 0: faithful beyond chance.
     """
     if steps < 1 or random_orders < 1:
         raise ValueError(f"deletion: steps={steps}, random_orders={random_orders} were asked; use at least 1 each")
@@ -242,7 +239,7 @@ def _token_id(tokenizer, token: str | None) -> int:
     found = None if token is None else tokenizer.convert_tokens_to_ids(token)
     if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
         raise ValueError(
-            f"attribution: {token!r} is no token of {type(tokenizer).__name__} (its pad token is {tokenizer.pad_token!r}); pass "
-            " baseline_token= a token of the vocabulary, e.g. tokenizer.mask_token"
+            f"attribution: {token!r} is no token of {type(tokenizer).__name__} (its pad token is "
+            f"{tokenizer.pad_token!r}); pass baseline_token= a token of the vocabulary, e.g. tokenizer.mask_token"
         )
     return found

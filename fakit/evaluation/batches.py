@@ -45,8 +45,7 @@ def rows_of(dataset) -> list[dict]:
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first: little padding, and a batch that does not fit fails at
-    once."""
+    """Indices in batches of similar length: little padding. Longest first: what does not fit fails at once."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} was asked; use at least 1")
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])

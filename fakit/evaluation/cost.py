@@ -1,5 +1,4 @@
-"""What a model costs: parameters, FLOPs, latency, memory. Everything is measured; nothing is estimated from a formula
-of ours."""
+"""What a model costs: parameters, FLOPs, latency, memory; counted or measured, never estimated by a formula of ours."""
 
 from __future__ import annotations
 
@@ -98,8 +97,7 @@ def training_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one forward pass: median and quartiles over `runs`, with `threads` CPU threads of torch, on
-    `device`."""
+    """Seconds of one forward pass: median and quartiles of `runs`, with `threads` CPU threads of torch, on `device`."""
 
     median: float
     lower_quartile: float
@@ -140,10 +138,9 @@ def latency(model: nn.Module, batch: dict[str, Tensor], runs: int = 30, warmup: 
 def peak_memory(step: Callable[[], object], device: str | torch.device = "cpu") -> int:
     """Bytes of tensors alive at once while `step` runs, beyond those alive before it (so weights are not counted).
 
-    CUDA: torch.cuda.max_memory_allocated. CPU: the highest running sum of torch's own allocations and releases,
-        recorded by the
-    profiler; the resident size of the process would miss what the allocator reuses and add what others do. Both leave
-    out scratch memory that a library takes without torch.
+    CUDA: torch.cuda.max_memory_allocated. CPU: the highest running sum of torch's own allocations and releases, as its
+    profiler records them; the resident size of the process would miss memory that is reused and add what other threads
+    do. Both leave out scratch memory that a library takes without torch.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -214,8 +211,8 @@ def _is_quantised(model: nn.Module) -> bool:
 def _check_countable(model: nn.Module) -> None:
     if _is_quantised(model):
         raise ValueError(
-            "FLOPs: the model has bitsandbytes layers (8-bit or 4-bit), whose kernels torch's counter does not see: it would "
-            "count attention alone; count the same model loaded without quantize=, the products have the same shapes"
+            "FLOPs: the model has bitsandbytes layers (8-bit or 4-bit), whose kernels torch's counter does not see: it "
+            "would count attention alone; count the same model loaded without quantize=, the products have the same shapes"
         )
 
 

@@ -34,13 +34,11 @@ def evaluate(
     |---|---|
     | sequence-classification | accuracy, f1 (binary for two classes, else macro), matthews, ece, nll, brier |
     | regression | pearson, spearman, mse |
-    | causal-lm | perplexity, nll of the labelled tokens; cer, cer_copy (given a tokenizer and a task of source, target) |
+    | causal-lm | perplexity and nll of the labelled tokens; from source to target also cer and cer_copy |
 
     cer is that of greedy decoding from the source, cer_copy that of leaving the source as it is.
-
-    With a teacher also: agreement (share of equal top-1) and kl (teacher ‖ student, nats); for causal-lm cr@k and
-        mor@k, k = 5;
-    for regression teacher_pearson and teacher_mse.
+    With a teacher also: agreement (share of equal top-1) and kl (teacher ‖ student, nats), for causal-lm cr@5 and
+    mor@5 too; for regression teacher_pearson and teacher_mse.
 
     Batches go by length, dropout is off, and models keep their device and training mode. Rows with label -100 count for
     the agreement with the teacher only; for causal-lm the labelled tokens alone count, everywhere.
@@ -49,7 +47,8 @@ def evaluate(
         model: a transformers model. dataset: encoded examples (input_ids, attention_mask, labels).
         collator: pads a list of examples to a batch of tensors.
         task: a TextTask; its kind, label_names and columns are read.
-        tokenizer: to decode generated text; None leaves cer out.
+        tokenizer: to decode generated text (None leaves cer out), and where teacher and student pad their vocabulary
+            to different sizes, to know the size that they share.
         teacher: compared on the same batches; same classes or vocabulary.
         max_examples: generate for the first so many lines.
 
@@ -59,7 +58,8 @@ def evaluate(
     if task.kind not in KINDS:
         raise ValueError(f"evaluate: the task's kind is {task.kind!r}; known are {', '.join(KINDS)}")
     if task.kind == "causal-lm":
-        results = _language_modeling(model, dataset, collator, batch_size, teacher)
+        shared_vocabulary = None if tokenizer is None else len(tokenizer)
+        results = _language_modeling(model, dataset, collator, batch_size, teacher, shared_vocabulary)
         if tokenizer is not None and {"source", "target"} <= set(task.test.column_names):
             generated = generation_metrics(model, dataset, tokenizer, max_examples, batch_size=batch_size)
             results |= {name: generated.metrics[name] for name in ("cer", "cer_copy")}
@@ -87,7 +87,7 @@ def predictions(model, dataset, collator: Callable, batch_size: int = 64) -> Ten
 
 def _predict(model, dataset, collator, batch_size) -> tuple[Tensor, Tensor | None]:
     rows = rows_of(dataset)
-    logits, labels = [None] * len(rows), [None] * len(rows)
+    order, logits, labels = [], [], []
     # no_grad, not inference_mode: an inference tensor could never take part in a loss.
     with torch.no_grad(), eval_mode(model):
         for indices, batch in length_sorted_batches(rows, collator, batch_size, device_of(model)):
@@ -98,10 +98,11 @@ def _predict(model, dataset, collator, batch_size) -> tuple[Tensor, Tensor | Non
                     f"predictions: the model gives logits of shape {tuple(output.shape)}, (B, C) was expected; "
                     "use a sequence classifier, or a task of kind 'causal-lm'"
                 )
-            for row, index in enumerate(indices):
-                logits[index] = output[row]
-                labels[index] = None if batch_labels is None else batch_labels[row].cpu()
-    return torch.stack(logits), None if labels[0] is None else torch.stack(labels)
+            order += indices
+            logits.append(output)
+            labels.append(batch_labels)
+    found = torch.tensor(order).argsort()  # back to the order of the dataset
+    return torch.cat(logits)[found], None if labels[0] is None else torch.cat(labels).cpu()[found]
 
 
 def _classification(logits, labels, labelled, teacher_logits, label_names) -> dict[str, float]:
@@ -148,12 +149,16 @@ def _single_output(logits: Tensor, who: str) -> Tensor:
     return logits[:, 0].double()
 
 
-def _language_modeling(model, dataset, collator, batch_size, teacher) -> dict[str, float]:
+def _language_modeling(model, dataset, collator, batch_size, teacher, shared_vocabulary) -> dict[str, float]:
     nll, tokens = 0.0, 0
     agreement = None if teacher is None else Agreement()
     with torch.no_grad(), eval_mode(model), eval_mode(model if teacher is None else teacher):
         for _, batch in length_sorted_batches(rows_of(dataset), collator, batch_size, device_of(model)):
-            labels = batch.pop("labels")  # (B, T)
+            labels = batch.pop("labels", None)  # (B, T)
+            if labels is None:
+                raise ValueError(
+                    f"evaluate: a batch has {sorted(batch)}, but no labels; encode the dataset with its targets"
+                )
             if (batch["attention_mask"][:, 0] == 0).any():
                 # Padded on the left: without this, learned positions would count the padding.
                 batch["position_ids"] = (batch["attention_mask"].cumsum(dim=-1) - 1).clamp_min(0)
@@ -161,9 +166,13 @@ def _language_modeling(model, dataset, collator, batch_size, teacher) -> dict[st
             batch_nll, batch_tokens = label_nll(logits, labels)
             nll, tokens = nll + batch_nll, tokens + batch_tokens
             if teacher is not None:
-                device = device_of(teacher)
-                teacher_logits = teacher(**to_device(batch, device), use_cache=False).logits
-                agreement.update(logits[:, :-1], teacher_logits[:, :-1].to(logits.device), labels[:, 1:] != UNLABELLED)
+                teacher_logits = teacher(**to_device(batch, device_of(teacher)), use_cache=False).logits.to(
+                    logits.device
+                )
+                sizes = {logits.shape[-1], teacher_logits.shape[-1]}
+                if len(sizes) == 2 and shared_vocabulary is not None and min(sizes) >= shared_vocabulary:
+                    logits, teacher_logits = logits[..., :shared_vocabulary], teacher_logits[..., :shared_vocabulary]
+                agreement.update(logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:] != UNLABELLED)
     if tokens == 0:
         raise ValueError("evaluate: no labelled token (all labels are -100); evaluate on a labelled split")
     results = {"perplexity": math.exp(nll / tokens), "nll": nll / tokens}

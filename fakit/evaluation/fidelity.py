@@ -71,16 +71,16 @@ class Agreement:
         student, teacher = student_logits.detach()[keep].float(), teacher_logits.detach()[keep].float()  # (N, V) each
         if len(student) == 0:
             return self
-        self.positions += len(student)
-        self._add("agreement", (student.argmax(-1) == teacher.argmax(-1)).double())
+        values = {"agreement": student.argmax(-1) == teacher.argmax(-1)}
         log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
         p = log_p.exp()
         # Where the teacher gives no probability at all (a logit of -inf) the term is 0, not 0 · inf.
-        self._add("kl", torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1))
+        values["kl"] = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
         if self.k is not None:
-            consistent, overlap = ranking_agreement(student, teacher, self.k)
-            self._add(f"cr@{self.k}", consistent)
-            self._add(f"mor@{self.k}", overlap)
+            values[f"cr@{self.k}"], values[f"mor@{self.k}"] = ranking_agreement(student, teacher, self.k)
+        for name, each in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + each.double().sum().item()
+        self.positions += len(student)
         return self
 
     def compute(self) -> dict[str, float]:
@@ -95,9 +95,6 @@ class Agreement:
                 "Agreement: no valid position was counted; call update with a mask that has True somewhere"
             )
         return {name: total / self.positions for name, total in self._sums.items()}
-
-    def _add(self, name: str, values: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + values.double().sum().item()
 
 
 def attention_jsd(student_maps: Tensor, teacher_maps: Tensor, mask: Tensor | None = None) -> Tensor:

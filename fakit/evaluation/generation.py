@@ -86,8 +86,8 @@ def generate(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_new_tokens < 1 or (positions and longest + max_new_tokens > positions):
         raise ValueError(
-            f"generate: the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked of a model with "
-            f"{positions} positions; shorten the prompts or lower max_new_tokens (at least 1)"
+            f"generate: the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked of a model "
+            f"with {positions} positions; shorten the prompts or lower max_new_tokens (at least 1)"
         )
     outputs: list[list[int]] = [[] for _ in prompts]
     with torch.no_grad(), eval_mode(model), _greedy(model, eos_token_id, pad_token_id, max_new_tokens):
@@ -171,6 +171,8 @@ def generation_metrics(
             f"generation needs an eos and a pad token, {type(tokenizer).__name__} has eos {tokenizer.eos_token!r} "
             f"and pad {tokenizer.pad_token!r}; set tokenizer.pad_token = tokenizer.eos_token"
         )
+    if max_examples < 1:
+        raise ValueError(f"generation_metrics: max_examples={max_examples} was asked; use at least 1")
     prompts, targets = split_prompts(rows_of(dataset)[:max_examples], tokenizer.eos_token_id)
     if max_new_tokens is None:
         max_new_tokens = max(len(target) for target in targets) + 16

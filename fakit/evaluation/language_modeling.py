@@ -64,10 +64,9 @@ def perplexity(
     """Score every token once, each with at least `window − stride` tokens of context where the text has them.
 
     A window of `window` tokens moves on by `stride`; in each, only the tokens that no earlier window scored count.
-    Texts of a list
-    are read apart: no context crosses from one to the next. Special tokens that the tokeniser adds (a BOS) give context
-        and
-    are not scored; without one, the first token of a text has no context, so neither it nor its bytes count.
+    Texts of a list are read apart: no context crosses from one to the next. Special tokens that the tokeniser adds (a
+    BOS) give context and are not scored; without one, the first token of a text has no context, so neither it nor its
+    bytes count.
 
     Args:
         model: a causal language model. tokenizer: its (fast) tokeniser.

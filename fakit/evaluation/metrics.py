@@ -45,8 +45,7 @@ def f1(predictions, labels, average: str = "binary") -> float:
 
     Args:
         predictions, labels: (N,) classes.
-        average: "binary" (of class 1, as GLUE reports MRPC and QQP) or "macro" (unweighted mean over the classes that
-            occur).
+        average: "binary" (of class 1, as GLUE reports MRPC and QQP) or "macro" (mean over the classes that occur).
 
     Raises:
         ValueError: unknown average; "binary" with classes other than 0 and 1.
@@ -109,8 +108,7 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, flo
 
 
 def cer(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """Character error rate of the corpus, (S + D + I) / N: edits of all lines over characters of all references
-    (jiwer).
+    """Character error rate by jiwer, (S + D + I) / N: edits of all lines over characters of all references.
 
     Every character counts, leading and trailing blanks too (jiwer's default would strip them). May exceed 1.
     """

@@ -174,6 +174,24 @@ def test_causal_lm(gpt2, side, batch_size):
     assert set(result) == {"nll", "perplexity", "agreement", "kl", "cr@5", "mor@5"}
 
 
+def test_vocabularies_padded_to_different_sizes_are_compared_over_the_tokenizers(gpt2, characters):
+    student, teacher, tokenizer, dataset = (
+        gpt2(layers=1, seed=1, vocab_size=35),
+        gpt2(vocab_size=48),
+        characters(),
+        lines(),
+    )
+    result = evaluate(student, dataset, collator, PROSE, tokenizer, teacher=teacher)
+    p, q = [], []
+    for row in dataset:
+        for side, model in ((p, teacher), (q, student)):
+            logits = one_by_one(model, [row])[0, :, : len(tokenizer)]
+            side += [logits[i - 1].log_softmax(-1) for i, label in enumerate(row["labels"]) if label != -100]
+    p, q = torch.stack(p), torch.stack(q)
+    assert result["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert result["nll"] == pytest.approx(evaluate(student, dataset, collator, PROSE)["nll"])
+
+
 def test_source_and_target_add_cer(gpt2, characters):
     model, tokenizer, dataset = gpt2(), characters(), lines()
     assert set(evaluate(model, dataset, collator, LINES)) == {"nll", "perplexity"}
@@ -225,5 +243,7 @@ def test_errors(bert, gpt2):
         predictions(gpt2(), dataset, collator)
     with pytest.raises(ValueError, match="no labelled token"):
         evaluate(gpt2(), lines().map(lambda row: {"labels": [-100] * len(row["labels"])}), collator, PROSE)
+    with pytest.raises(ValueError, match=r"\['attention_mask', 'input_ids'\], but no labels"):
+        evaluate(gpt2(), lines().remove_columns("labels"), collator, PROSE)
     with pytest.raises(ValueError, match=r"student logits.*35\).*teacher logits.*40\)"):
         evaluate(gpt2(), lines(), collator, PROSE, teacher=gpt2(vocab_size=40))

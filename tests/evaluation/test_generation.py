@@ -136,9 +136,11 @@ def test_the_default_limit_is_the_longest_target_and_a_margin(gpt2, characters):
     assert len(generation_metrics(model, crowded, tokenizer).outputs[0]) <= 48 - 41
 
 
-def test_a_tokenizer_without_pad(gpt2, characters):
+def test_errors_of_the_metrics(gpt2, characters):
     tokenizer = characters()
     dataset = Dataset.from_list([row(tokenizer, "a", "b")])
+    with pytest.raises(ValueError, match="max_examples=0"):
+        generation_metrics(gpt2(), dataset, tokenizer, max_examples=0)
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match=r"pad None.*set tokenizer.pad_token"):
         generation_metrics(gpt2(), dataset, tokenizer)
