@@ -1,0 +1,27 @@
+"""Experiments: configured, run, recorded, compared, reported.
+
+config = ExperimentConfig.from_yaml("configs/distill_glosses.yaml")
+result = run_experiment(config, store="runs")
+store = run_study(StudyConfig.from_yaml("configs/study.yaml"), out="runs/study")
+report("runs/study")
+"""
+
+from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.run import RunResult, run_experiment
+from fakit.experiments.statistics import gap_closed, paired_bootstrap, paired_difference, paired_table, retention
+from fakit.experiments.store import RunStore
+from fakit.experiments.study import StudyConfig, run_study
+
+__all__ = [
+    "ExperimentConfig",
+    "RunResult",
+    "RunStore",
+    "StudyConfig",
+    "gap_closed",
+    "paired_bootstrap",
+    "paired_difference",
+    "paired_table",
+    "retention",
+    "run_experiment",
+    "run_study",
+]

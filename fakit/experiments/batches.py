@@ -1,4 +1,4 @@
-"""Which texts each step sees: every batch holds the same share of labelled rows, in an order that the seed alone decides.
+"""Which texts each step sees: every batch holds the same share of labelled rows, in an order the seed alone decides.
 
 With few labels and a large pool, shuffling both together would leave many batches without a label, and repeating the
 labelled rows only makes that rarer. So the order is laid out beforehand, one row of indices a batch, and the trainer
@@ -15,7 +15,7 @@ def batch_plan(
 ) -> np.ndarray:
     """Row numbers for every batch: 0 … labelled − 1 are labelled rows, labelled … labelled + pool − 1 the pool's.
 
-    Each batch takes round(labelled_fraction · batch_size) labelled rows (at least one) and the rest from the pool; either
+    Each batch takes round(labelled_fraction · batch_size) labelled rows (at least one), the rest from the pool; either
     part is walked through in shuffled rounds, so that no row comes a second time before all of its part came once.
     Without a pool, all rows are labelled.
 

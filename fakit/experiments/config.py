@@ -40,8 +40,8 @@ class TaskConfig(Section):
 
     section: ClassVar[str] = "task"
     name: str = "glosses"
-    labels: int | None = option(None, at_least=1)  # labelled training examples the student sees; null: all
-    seed: int | None = option(None, at_least=0)  # of the labelled subset; null: the run's seed
+    labels: int | str | None = option(None, at_least=1, choices=("all",))  # labelled examples; null: the task's default
+    seed: int | None = option(None, at_least=0)  # of the labelled subset; null: see build_task
     options: dict[str, Any] = field(default_factory=dict)  # further keywords of load_task
 
 

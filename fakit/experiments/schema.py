@@ -142,15 +142,9 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
     if value is None and types.NoneType in arms:
         return None
     for arm in arms:
-        if isinstance(arm, type) and issubclass(arm, Section):
-            if isinstance(value, arm):
-                return value
-            if isinstance(value, Mapping):
-                return arm.from_dict(value)
-        else:
-            found = _as(value, arm)
-            if found is not _NO:
-                return found
+        found = _as(value, arm)
+        if found is not _NO:
+            return found
     expected = " or ".join(_words(arm) for arm in arms)
     off = types.NoneType in arms and str(value).lower() in ("none", "off", "no", "false")
     cure = " Write null to leave it out." if off else ""
@@ -173,8 +167,10 @@ _NO = object()  # "this hint does not take the value", where None is itself a va
 
 
 def _as(value: Any, hint: Any) -> Any:
-    """`value` as one simple hint (bool, int, float, str, dict, tuple[X, ...], tuple[X, Y]); `_NO` if it is not one."""
+    """`value` as one hint (a Section, bool, int, float, str, dict, tuple[X, ...], tuple[X, Y]); `_NO` if it is none."""
     origin = typing.get_origin(hint) or hint
+    if issubclass(origin, Section):
+        return value if isinstance(value, origin) else origin.from_dict(value) if isinstance(value, Mapping) else _NO
     if origin is bool or origin is str:
         return value if isinstance(value, origin) else _NO
     if origin is int:
@@ -206,7 +202,8 @@ def _words(hint: Any) -> str:
         return "a mapping"
     if origin is tuple:
         inner = typing.get_args(hint)[0]
-        return "a list of pairs of whole numbers" if typing.get_origin(inner) is tuple else "a list of whole numbers"
+        kinds = {int: "whole numbers", str: "names"}
+        return f"a list of {kinds.get(inner, 'pairs of whole numbers' if typing.get_args(inner) else 'mappings')}"
     return f"a mapping with keys {', '.join(hint.keys())}"
 
 

@@ -1,0 +1,219 @@
+"""From a configuration to the parts of a run: task, teacher, student, objective, training rows, arguments.
+
+`run_experiment` puts them together; a notebook may take single parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fakit.experiments.batches import batch_plan
+from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.schema import did_you_mean
+from fakit.layer_maps import LayerMap
+from fakit.objective import Attention, Features, Objective, Outputs, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+    from fakit.tasks import TextTask
+
+
+def build_task(config: ExperimentConfig) -> TextTask:
+    """The task with its labelled subset, chosen by `task.seed`.
+
+    By default that is the run's seed for the kit's own tasks, whose held-out texts are fixed. Elsewhere it is 0, because
+    there the same seed may carve the test split: it must not change between runs, nor reach what a teacher was trained on.
+    """
+    from fakit.tasks import load_task
+    from fakit.tasks.embedded import EMBEDDED
+
+    default = config.seed if config.task.name in EMBEDDED else 0
+    seed = default if config.task.seed is None else config.task.seed
+    return load_task(config.task.name, labels=config.task.labels, seed=seed, **config.task.options)
+
+
+def build_teacher(
+    config: ExperimentConfig, task: TextTask, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen teacher and its tokenizer.
+
+    Raises:
+        ValueError: "embedded" for a task without an embedded teacher, or a classifier of another number of classes.
+    """
+    from fakit.tasks.embedded import EMBEDDED, embedded_teacher
+
+    if config.teacher.id == "embedded":
+        if config.task.name not in EMBEDDED:
+            raise ValueError(
+                f"teacher.id: 'embedded' was asked for the task {config.task.name!r}; teachers are embedded for "
+                f"{', '.join(EMBEDDED)}. Give a path or hub id of a model trained on your task."
+                + did_you_mean(config.task.name, EMBEDDED)
+            )
+        teacher, tokenizer = embedded_teacher(config.task.name, quantize=config.teacher.quantize, device=device)
+    else:
+        from transformers import AutoTokenizer
+
+        from fakit.models.load import load_teacher, resolve_model
+
+        teacher = load_teacher(
+            config.teacher.id,
+            task=task.model_task,
+            quantize=config.teacher.quantize,
+            adapter=config.teacher.adapter,
+            device=device,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.teacher.id))
+    if task.num_labels is not None and teacher.config.num_labels != task.num_labels:
+        raise ValueError(
+            f"the teacher {config.teacher.id} has {teacher.config.num_labels} outputs, the task {task.name} has "
+            f"{task.num_labels} ({', '.join(map(str, (task.label_names or ['one score'])[:4]))} …); "
+            "fine-tune the teacher on this task first, or give the adapter that does."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and kin; masks and labels leave padding out either way
+        teacher.config.pad_token_id = tokenizer.pad_token_id  # the student's, too: its configuration is a copy
+    return teacher, tokenizer
+
+
+def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: TextTask) -> PreTrainedModel:
+    """The trainable student: the teacher shrunk, or the model saved at `student.path`. Draws from torch's generator."""
+    if config.student.path is None:
+        from fakit.models.shrink import shrink
+
+        student = config.student
+        layers = student.layers if isinstance(student.layers, int) else list(student.layers)
+        return shrink(teacher, layers, hidden_size=student.hidden_size, heads=student.heads, init=student.init)
+
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from fakit.models.load import resolve_model
+
+    auto, options = AutoModelForCausalLM, {}
+    if task.model_task == "sequence-classification":
+        auto, options = AutoModelForSequenceClassification, {"num_labels": task.num_labels}
+    model = auto.from_pretrained(resolve_model(config.student.path), dtype=torch.float32, **options)
+    return model.to(teacher.device)
+
+
+def build_layer_map(config: ExperimentConfig, student_layers: int, teacher_layers: int) -> LayerMap:
+    """The layer map of a strategy's name, or of explicit pairs (student layer, teacher layer)."""
+    if not isinstance(config.layer_map, str):
+        layer_map = LayerMap(config.layer_map)
+    elif config.layer_map == "random":
+        layer_map = LayerMap.random(student_layers, teacher_layers, seed=config.seed)
+    else:
+        layer_map = getattr(LayerMap, config.layer_map)(student_layers, teacher_layers)
+    layer_map.check(student_layers, teacher_layers)
+    return layer_map
+
+
+def build_objective(config: ExperimentConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> Objective:
+    """The objective of the configured terms, with projections where the widths differ."""
+    from fakit.models.blocks import depth
+
+    features, attention, outputs = config.features, config.attention, config.outputs
+    objective = Objective(
+        build_layer_map(config, depth(student), depth(teacher)),
+        features=features and Features(features.loss, weight=features.weight),
+        attention=attention and Attention(attention.loss, weight=attention.weight, heads=attention.heads),
+        outputs=outputs and Outputs(outputs.loss, temperature=outputs.temperature, weight=outputs.weight),
+        task=None if config.task_weight is None else Task(weight=config.task_weight),
+    )
+    return objective.prepare(student.config.hidden_size, teacher.config.hidden_size)
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Encoded rows and the order in which the steps take them.
+
+    Attributes:
+        rows: encoded labelled rows, then the pool's (labels -100).
+        plan: (batches, batch_size) row numbers, see `batch_plan`.
+        labelled: how many of the rows carry a label.
+    """
+
+    rows: Dataset
+    plan: np.ndarray
+    labelled: int
+
+    def dataset(self) -> Dataset:
+        """The rows in the order of the plan: what a trainer with sequential sampling walks through."""
+        return self.rows.select(self.plan.ravel().tolist())
+
+    def typical_batches(self, count: int = 4) -> list[list[dict]]:
+        """`count` planned batches that stand for all: at evenly spaced ranks of their padded length."""
+        lengths = np.array([len(ids) for ids in self.rows["input_ids"]])
+        ranks = np.argsort(lengths[self.plan].max(axis=1), kind="stable")
+        chosen = ranks[((np.arange(count) + 0.5) / count * len(ranks)).astype(int)]
+        return [self.rows.select(self.plan[batch].tolist()).to_list() for batch in chosen]
+
+
+def build_training_rows(
+    config: ExperimentConfig, task: TextTask, tokenizer: PreTrainedTokenizerBase, processes: int = 1
+) -> TrainingRows:
+    """Labelled rows, and the unlabelled pool when a transfer term is on; without one, unlabelled text teaches nothing."""
+    from datasets import concatenate_datasets
+
+    training = config.training
+    parts = [task.encode("train", tokenizer, training.max_length)]
+    if config.terms and task.pool is not None:
+        pool = task.encode("pool", tokenizer, training.max_length)
+        parts.append(pool.cast(parts[0].features))
+    labelled = len(parts[0])
+    rows = concatenate_datasets(parts)
+    plan = batch_plan(
+        labelled,
+        len(rows) - labelled,
+        batches=training.steps * training.accumulation * processes,
+        batch_size=training.batch_size,
+        labelled_fraction=training.labelled_fraction,
+        seed=config.seed,
+    )
+    return TrainingRows(rows, plan, labelled)
+
+
+def build_arguments(config: ExperimentConfig, folder: str | Path, progress: bool = True) -> TrainingArguments:
+    """transformers' TrainingArguments of a configuration; checkpoints go to `folder`.
+
+    Batches are taken in order (`train_sampling_strategy="sequential"`): the rows come in the planned order already.
+    """
+    from transformers import TrainingArguments
+
+    training = config.training
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: {config.device!r} was asked and torch sees no GPU here; set device: cpu, or auto.")
+    if ":" in config.device:
+        torch.cuda.set_device(config.device)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=64,
+        gradient_accumulation_steps=training.accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.scheduler,
+        warmup_steps=training.warmup,
+        weight_decay=training.weight_decay,
+        bf16=training.bf16,
+        # the Trainer takes bf16 on a CPU only where it is told that a CPU it is
+        use_cpu=config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available()),
+        seed=config.seed,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        logging_steps=training.log_every,
+        eval_strategy="steps" if training.eval_every else "no",
+        eval_steps=training.eval_every,
+        save_strategy="steps" if training.save_every else "no",
+        save_steps=training.save_every or 500,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=not progress,
+        dataloader_pin_memory=config.device not in ("cpu", "mps") and torch.cuda.is_available(),
+    )

@@ -1,0 +1,216 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+from fakit.experiments.build import build_objective, build_student, build_task, build_teacher, build_training_rows
+from fakit.experiments.run import RunResult, evaluate_baselines, run_experiment
+from fakit.experiments.store import RunStore
+
+
+def _parts(config):
+    task = build_task(config)
+    teacher, tokenizer = build_teacher(config, task)
+    return task, teacher, tokenizer
+
+
+def test_a_run_from_configuration_to_store(config, tmp_path):
+    config = config.replace(out=str(tmp_path / "student"), **{"training.eval_every": 3})
+    store = RunStore.open(tmp_path / "runs")
+    result = run_experiment(config, store, progress=False)
+
+    assert (result.arm, result.seed, result.metric, result.steps) == ("all", 0, "accuracy", 6)
+    assert (result.labelled, result.unlabelled) == (30, 150)
+    assert result.score == result.test["accuracy"]
+    assert result.score * 60 == pytest.approx(round(result.score * 60))  # a share of the 60 test texts
+    assert result.validation["accuracy"] * 40 == pytest.approx(round(result.validation["accuracy"] * 40))
+    assert 0 <= result.test["agreement"] <= 1 and "agreement" not in result.validation
+
+    # what the store gives back is what the run returned
+    again = RunResult.from_store(store, config.run_id)
+    assert again == RunResult(**{**vars(result), "history": again.history})
+    logged = {entry["step"]: entry for entry in again.history}
+    assert sorted(logged) == [2, 3, 4, 6]
+    assert {"loss", "features", "attention", "outputs", "task"} <= logged[2].keys()
+    assert "eval_loss" in logged[3] and {"loss", "eval_loss"} <= logged[6].keys()
+    assert store.runs()["config.training.steps"].tolist() == [6]
+    json.dumps(result.record(), allow_nan=False)
+
+    # the exported student is a plain transformers model and gives the same answers
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    batch = tokenizer(["the cat purrs here", "one barks"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(**batch).logits, result.student.eval()(**batch).logits, rtol=0, atol=1e-6)
+    assert type(config).from_yaml(tmp_path / "student" / "experiment.yaml") == config
+    assert "test accuracy" in str(result) and "| accuracy |" in result._repr_markdown_()
+
+
+def test_a_recorded_run_is_not_run_again(config, tmp_path):
+    first = run_experiment(config, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=rf"{config.run_id} is recorded in .* already\. resume=True"):
+        run_experiment(config, tmp_path, progress=False)
+    again = run_experiment(config, tmp_path, resume=True, progress=False)
+    assert (again.finished, again.score, again.student) == (first.finished, first.score, None)
+    assert len(RunStore(tmp_path)) == 1
+
+
+class _Stop(TrainerCallback):
+    """Break off as a power cut would: in the middle of a run, after a checkpoint."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_a_broken_run_goes_on_from_its_checkpoint_to_the_same_student(config, tmp_path):
+    whole = run_experiment(config.replace(out=str(tmp_path / "a"), **{"training.save_every": 2}), progress=False)
+    broken = config.replace(out=str(tmp_path / "b"), **{"training.save_every": 2})
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(broken, callbacks=[_Stop()], progress=False)
+    assert not (tmp_path / "b" / "config.json").exists()
+    resumed = run_experiment(broken, resume=True, progress=False)
+    assert resumed.test == whole.test
+    for (name, ours), theirs in zip(
+        resumed.student.state_dict().items(), whole.student.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
+    assert [entry["step"] for entry in resumed.history] == [entry["step"] for entry in whole.history]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_gives_another(config):
+    first, again, other = (run_experiment(c, progress=False) for c in (config, config, config.replace(seed=1)))
+    assert first.test == again.test
+    assert first.history == again.history
+    assert first.history[0]["loss"] != other.history[0]["loss"]
+
+
+def test_arms_of_one_seed_are_paired(config):
+    """The same first weights and the same labelled texts in the same order."""
+    students, labelled = {}, {}
+    for arm in ("none", "all"):
+        of_arm = config.replace(seed=3).with_arm(arm).replace(**{"student.init": "random"})
+        task, teacher, tokenizer = _parts(of_arm)
+        torch.manual_seed(of_arm.seed)
+        students[arm] = build_student(of_arm, teacher, task)
+        rows = build_training_rows(of_arm, task, tokenizer)
+        labelled[arm] = [row for row in rows.dataset()["input_ids"] if row in rows.rows[: rows.labelled]["input_ids"]]
+        pool = 0 if arm == "none" else 150
+        assert (rows.labelled, len(rows.rows)) == (30, 30 + pool)
+        labels = torch.tensor(rows.dataset()["labels"]).view(6, 8)
+        assert (labels != -100).sum(dim=1).tolist() == [8 if arm == "none" else 4] * 6
+    for ours, theirs in zip(students["none"].parameters(), students["all"].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_flops_of_a_step_grow_by_the_teacher_and_leave_the_run_alone(config):
+    """Counted by hand: 2 · rows · in · out for each linear layer, forward 1 × and backward 2 ×; attention 4 · B · T² · d."""
+    none, everything = (run_experiment(config.with_arm(arm), progress=False) for arm in ("none", "all"))
+    assert everything.flops == everything.flops_per_step * 6
+    # the student of `none` and of `all` does the same products; the teacher adds a forward of twice the layers
+    ratio = everything.flops_per_step / none.flops_per_step
+    assert 1 + 2 / 3 * 0.8 < ratio < 1 + 2 / 3 * 1.3
+    doubled = run_experiment(config.with_arm("none").replace(**{"training.accumulation": 2}), progress=False)
+    assert doubled.flops_per_step == pytest.approx(2 * none.flops_per_step, rel=0.15)
+
+
+def test_a_causal_task_reports_the_error_rate_and_the_copy_baseline(config, world):
+    config = config.replace(
+        task={"name": str(world / "pairs.jsonl"), "options": {"validation": 4, "test": 6, "pool": 30}},
+        teacher={"id": str(world / "causal")},
+        student={"layers": 1},
+        **{"training.max_length": 128, "training.steps": 2},
+    )
+    result = run_experiment(config, progress=False)
+    assert (result.metric, result.higher_is_better) == ("cer", False)
+    assert {"cer", "cer_copy", "perplexity", "agreement"} <= result.test.keys()
+    baselines = {record["arm"]: record for record in evaluate_baselines(config)}
+    assert set(baselines) == {"teacher", "untrained", "copy"}
+    # every t was written f: the copy's error rate is the share of t among the characters
+    targets = [row for row in build_task(config).test["target"]]
+    assert baselines["copy"]["score"] == pytest.approx(sum(t.count("t") for t in targets) / sum(map(len, targets)))
+    assert baselines["copy"]["score"] == result.test["cer_copy"]
+
+
+def test_baselines_of_a_classification(config):
+    baselines = {record["arm"]: record for record in evaluate_baselines(config)}
+    assert set(baselines) == {"teacher", "untrained"}
+    task, teacher, tokenizer = _parts(config)
+    rows = [tokenizer(text, return_tensors="pt") for text in task.test["text"]]
+    with torch.no_grad():
+        right = [
+            teacher(**row).logits.argmax().item() == label for row, label in zip(rows, task.test["label"], strict=True)
+        ]
+    assert baselines["teacher"]["score"] == pytest.approx(sum(right) / len(right))
+    assert baselines["teacher"]["parameters"] == sum(p.numel() for p in teacher.parameters())
+    assert all(record["kind"] == "baseline" for record in baselines.values())
+
+
+def test_the_objective_is_the_configured_one(config):
+    config = config.replace(
+        layer_map=[[1, 3], [2, 4]],
+        features={"loss": "cosine", "weight": 0.25},
+        attention=None,
+        outputs={"loss": "jsd", "temperature": 3.0, "weight": 2.0},
+        student={"layers": 2, "hidden_size": 8},
+    )
+    task, teacher, _ = _parts(config)
+    student = build_student(config, teacher, task)
+    objective = build_objective(config, student, teacher)
+    assert objective.layer_map.pairs == [(1, 3), (2, 4)]
+    assert dict(objective.weights) == {"features": 0.25, "outputs": 2.0, "task": 1.0}
+    assert (objective.features.loss, objective.outputs.loss, objective.outputs.temperature) == ("cosine", "jsd", 3.0)
+    assert {name: tuple(p.shape) for name, p in objective.projections.named_parameters()} == {
+        "S1_T3.weight": (16, 8),
+        "S2_T4.weight": (16, 8),
+    }
+    pairs = {
+        "uniform": [(1, 2), (2, 4)],
+        "last": [(1, 3), (2, 4)],
+        "first": [(1, 1), (2, 2)],
+        "reverse": [(1, 4), (2, 2)],
+        "all_to_one": [(1, 4), (2, 4)],
+        "none": [],
+    }
+    for name, expected in pairs.items():
+        assert build_objective(config.replace(layer_map=name), student, teacher).layer_map.pairs == expected
+
+
+def test_a_saved_model_may_be_the_student(config, tmp_path):
+    first = run_experiment(config.replace(out=str(tmp_path)), progress=False)
+    task, teacher, _ = _parts(config)
+    student = build_student(config.replace(student={"path": str(tmp_path)}), teacher, task)
+    for ours, theirs in zip(student.parameters(), first.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": {"id": "embedded"}}, r"'embedded' was asked for the task .*teachers are embedded for reviews"),
+        ({"layer_map": [[1, 5]]}, r"5"),
+        ({"student": {"layers": 5}}, r"5 layers asked of a teacher of 4"),
+        ({"task": {"name": "revews"}}, r"no task 'revews'"),
+        ({"device": "cuda:7"}, r"device: 'cuda:7' was asked and torch sees no GPU"),
+        ({"student": {"layers": 2, "heads": 1, "hidden_size": 8}}, r"heads"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_before_any_step(config, changes, message, tmp_path):
+    if "cuda" in str(changes) and torch.cuda.is_available():
+        changes = {"device": "cuda:99"}
+    with pytest.raises(ValueError, match=message):
+        run_experiment(config.replace(**changes), tmp_path / "runs", callbacks=[_Never()], progress=False)
+    assert len(RunStore.open(tmp_path / "runs")) == 0
+
+
+class _Never(TrainerCallback):
+    def on_train_begin(self, *_, **__):
+        pytest.fail("training began")
+
+
+def test_a_teacher_of_other_classes_is_refused(config, world, tmp_path):
+    rows = [{"text": f"the {word} {word} {n}", "label": word} for n in range(60) for word in "ab"]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"has 3 outputs, the task .* has 2 \(a, b"):
+        run_experiment(config.replace(task={"name": str(tmp_path / "two.jsonl")}), progress=False)
