@@ -7,13 +7,16 @@ report("runs/study")
 """
 
 from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.report import Report, report
 from fakit.experiments.run import RunResult, run_experiment
 from fakit.experiments.statistics import gap_closed, paired_bootstrap, paired_difference, paired_table, retention
 from fakit.experiments.store import RunStore
 from fakit.experiments.study import StudyConfig, run_study
+from fakit.experiments.table import study_table
 
 __all__ = [
     "ExperimentConfig",
+    "Report",
     "RunResult",
     "RunStore",
     "StudyConfig",
@@ -21,7 +24,9 @@ __all__ = [
     "paired_bootstrap",
     "paired_difference",
     "paired_table",
+    "report",
     "retention",
     "run_experiment",
     "run_study",
+    "study_table",
 ]

@@ -87,9 +87,11 @@ def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: Text
     if config.student.path is None:
         from fakit.models.shrink import shrink
 
-        student = config.student
-        layers = student.layers if isinstance(student.layers, int) else list(student.layers)
-        return shrink(teacher, layers, hidden_size=student.hidden_size, heads=student.heads, init=student.init)
+        asked = config.student
+        layers = asked.layers if isinstance(asked.layers, int) else list(asked.layers)
+        student = shrink(teacher, layers, hidden_size=asked.hidden_size, heads=asked.heads, init=asked.init)
+        student.get_input_embeddings().requires_grad_(not asked.freeze_embeddings)
+        return student
 
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -99,6 +101,7 @@ def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: Text
     if task.model_task == "sequence-classification":
         auto, options = AutoModelForSequenceClassification, {"num_labels": task.num_labels}
     model = auto.from_pretrained(resolve_model(config.student.path), dtype=torch.float32, **options)
+    model.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
     return model.to(teacher.device)
 
 

@@ -65,6 +65,9 @@ class StudentConfig(Section):
     heads: int | None = option(None, at_least=1)
     init: str = option("copy", choices=("copy", "random"))
     path: str | None = None  # a saved model instead of a shrunken teacher
+    freeze_embeddings: bool = (
+        False  # keep the copied word embeddings: less to train, and less to forget with few labels
+    )
 
 
 @dataclass(frozen=True)

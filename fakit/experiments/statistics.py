@@ -183,10 +183,10 @@ def paired_table(runs: pd.DataFrame, metric: str, baseline_arm: str, level: floa
         baseline_arm: the arm taken off, e.g. "none".
 
     Returns:
-        One row a task and arm, columns: task, arm, n, seeds, mean, low, high; difference, difference_low,
-        difference_high; gain, gain_low, gain_high, the same with a positive sign for "better" (by the column
-        `higher_is_better` for "score", else by the metric's name); p (paired t test) and p_holm over all comparisons
-        of the task; pairs = seeds in common; unpaired = seeds that one of the two lacks.
+        One row a task and arm, columns: task, arm, n, seeds, scores (one a seed), mean, low, high; difference,
+        difference_low, difference_high; gain, gain_low, gain_high, gains (one a pair), the same with a positive sign
+        for "better" (by the column `higher_is_better` for "score", else by the metric's name); p (paired t test) and
+        p_holm over all comparisons of the task; pairs = seeds in common; unpaired = seeds that one of the two lacks.
 
     Raises:
         ValueError: naming what is missing: a column, the baseline arm, or a run recorded twice for one task, arm, seed.
@@ -221,10 +221,12 @@ def paired_table(runs: pd.DataFrame, metric: str, baseline_arm: str, level: floa
 
 def _compare(scores: pd.Series, baseline: pd.Series, is_baseline: bool, sign: int, level: float) -> dict:
     own = mean_interval(scores.to_numpy(), level)
-    row = {"n": own.n, "seeds": sorted(scores.index.tolist()), "mean": own.mean, "low": own.low, "high": own.high}
-    common = [seed for seed in scores.index if seed in baseline.index]
+    scores = scores.sort_index()
+    row = {"n": own.n, "seeds": scores.index.tolist(), "scores": scores.tolist()}
+    row |= {"mean": own.mean, "low": own.low, "high": own.high}
+    common = [] if is_baseline else [seed for seed in scores.index if seed in baseline.index]
     nothing = Interval(math.nan, math.nan, math.nan, 0, level)
-    pair = paired_difference(scores[common], baseline[common], level) if common and not is_baseline else nothing
+    pair = paired_difference(scores[common], baseline[common], level) if common else nothing
     return row | {
         "difference": pair.mean,
         "difference_low": pair.low,
@@ -232,9 +234,10 @@ def _compare(scores: pd.Series, baseline: pd.Series, is_baseline: bool, sign: in
         "gain": sign * pair.mean,
         "gain_low": pair.low if sign > 0 else -pair.high,
         "gain_high": pair.high if sign > 0 else -pair.low,
+        "gains": (sign * (scores[common] - baseline[common])).tolist(),
         "p": math.nan if pair.p is None else pair.p,
         "pairs": len(common),
-        "unpaired": sorted(set(scores.index) ^ set(baseline.index)),
+        "unpaired": [] if is_baseline else sorted(set(scores.index) ^ set(baseline.index)),
     }
 
 

@@ -1,0 +1,203 @@
+"""`report`: tables and figures of recorded runs, as files that open from disk without a network."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from fakit.experiments.store import RunStore
+from fakit.experiments.table import scale, study_table, to_markdown
+
+if TYPE_CHECKING:
+    from fakit.figures import Figure
+
+
+@dataclass
+class Report:
+    """A finished report: prints itself in a terminal, draws itself in a notebook.
+
+    Attributes:
+        path: the folder written: report.html, report.md, table.csv, runs.csv, figures/NAME.svg.
+        table: `study_table` of the runs. text: the report in markdown. figures: by name.
+    """
+
+    path: Path
+    table: pd.DataFrame
+    text: str
+    figures: dict[str, Figure] = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.text}\nWritten to {self.path / 'report.html'}"
+
+    def _repr_markdown_(self) -> str:
+        return self.text
+
+
+def report(runs_dir: str | Path | RunStore, out: str | Path | None = None) -> Report:
+    """Compare the runs of a directory and write what came out.
+
+    Args:
+        runs_dir: what `fakit distill` or `run_study` wrote.
+        out: the folder to write to; `runs_dir`/report by default.
+
+    Raises:
+        ValueError: the folder holds no runs (says what was looked for and found), or none that is finished.
+    """
+    store = runs_dir if isinstance(runs_dir, RunStore) else RunStore(runs_dir)
+    table = study_table(store)
+    folder = Path(out) if out is not None else store.path / "report"
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    figures = study_figures(table)
+    for name, figure in figures.items():
+        figure.save(folder / "figures" / f"{name}.svg")
+    table.drop(columns=[c for c in ("scores", "gains_over_none", "gains_over_outputs") if c in table]).to_csv(
+        folder / "table.csv", index=False
+    )
+    store.runs().to_csv(folder / "runs.csv", index=False)
+    text = _text(store, table, figures)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(_page(text, figures), encoding="utf-8")
+    return Report(folder, table, text, figures)
+
+
+def study_figures(table: pd.DataFrame) -> dict[str, Figure]:
+    """Figures of a `study_table`, those that its runs allow: intervals need two seeds, differences the arm "none"."""
+    from fakit.figures import paired_differences, pareto, scores_by_arm
+
+    runs = table[(table["kind"] == "run") & (table["n"] > 1)]
+    if runs.empty:
+        return {}
+    runs = runs.assign(factor=[scale(metric)[0] for metric in runs["metric"]])
+    titles = {row["task"]: f"{row['metric']}{scale(row['metric'])[1]}" for _, row in runs.iterrows()}
+    scores = [_row(row, row["mean"], row["low"], row["high"], row["scores"]) for _, row in runs.iterrows()]
+    figures = {"scores_by_arm": scores_by_arm(scores, references=_references(table), metrics=titles)}
+    for baseline in ("none", "outputs"):
+        gain = f"gain_over_{baseline}"
+        compared = runs[runs[f"pairs_with_{baseline}"] > 1] if gain in runs else runs[:0]
+        rows = [
+            _row(row, row[gain], row[f"{gain}_low"], row[f"{gain}_high"], row[f"gains_over_{baseline}"])
+            for _, row in compared.iterrows()
+        ]
+        if rows:
+            axes = {task: f"gain in test {title.replace(' %', '')} (points)" for task, title in titles.items()}
+            figures[f"gain_over_{baseline}"] = paired_differences(rows, baseline=baseline, metrics=axes)
+    for task, rows in runs.dropna(subset=["flops"]).groupby("task", sort=False):
+        label, quality = _quality(rows.iloc[0])
+        points = [
+            {
+                "name": r["arm"],
+                "cost": r["flops"] / 1e12,
+                **dict(zip(("quality", "low", "high"), quality(r), strict=True)),
+            }
+            for _, r in rows.iterrows()
+        ]
+        name = f"pareto_{re.sub(r'[^a-z0-9]+', '_', str(task).lower()).strip('_')[-40:]}"
+        figures[name] = pareto(
+            points, "training compute (TFLOPs, teacher included)", label, title=f"{task}: what compute buys"
+        )
+    return figures
+
+
+def _row(row: pd.Series, mean: float, low: float, high: float, seeds: list[float]) -> dict:
+    f = row["factor"]
+    return {
+        "task": row["task"],
+        "arm": row["arm"],
+        "mean": f * mean,
+        "low": f * low,
+        "high": f * high,
+        "seeds": [f * value for value in seeds],
+    }
+
+
+def _references(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """The teacher, and the copied input where it is a baseline, for lines behind the scores."""
+    names = {"teacher": "teacher", "copy": "input left as it is"}
+    found: dict[str, dict[str, float]] = {}
+    for _, row in table[(table["kind"] == "baseline") & table["arm"].isin(names)].iterrows():
+        found.setdefault(row["task"], {})[names[row["arm"]]] = scale(row["metric"])[0] * row["mean"]
+    return found
+
+
+def _quality(row: pd.Series) -> tuple[str, Callable[[pd.Series], tuple[float, float, float]]]:
+    """An axis on which up is better: the score, or an error rate taken from 1, or a perplexity with its sign turned."""
+    metric = row["metric"]
+    factor, unit = scale(metric)
+    if row["higher_is_better"]:
+        return f"test {metric}{unit}", lambda r: (factor * r["mean"], factor * r["low"], factor * r["high"])
+    top = 100.0 if factor == 100 else 0.0
+    label = f"100 − test {metric}{unit}" if top else f"− test {metric}"
+    return label, lambda r: (top - factor * r["mean"], top - factor * r["high"], top - factor * r["low"])
+
+
+def _text(store: RunStore, table: pd.DataFrame, figures: dict[str, Figure]) -> str:
+    manifest = store.manifest
+    runs = table[table["kind"] == "run"]
+    seeds = sorted({seed for of_arm in runs["seeds"] for seed in of_arm}) if len(runs) else []
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items() if version)
+    machine = manifest["machine"]
+    lines = [
+        f"# {manifest['what']}",
+        "",
+        f"{int(runs['n'].sum())} runs, seeds {', '.join(map(str, seeds)) or 'none'}. Made {manifest['created']} with {versions}; "
+        f"{machine['processor']}, {machine['threads']} of {machine['cores']} threads, GPU: {machine['gpu'] or 'none'}.",
+        "",
+        to_markdown(table),
+        "In brackets: 95 % intervals over seeds (Student t). Gains are paired by seed, in the metric's points; positive is "
+        "better. Gap closed: of the way from `none` to the teacher (Fieller's interval), – where the gap itself is not sure. "
+        "TFLOPs: all of training, the teacher's forward passes included. In italics: baselines, one evaluation each.",
+        "",
+    ]
+    lines += [f"![{figure.summary}](figures/{name}.svg)\n" for name, figure in figures.items()]
+    if not figures:
+        lines.append("No figure: intervals need at least two seeds of an arm.\n")
+    return "\n".join(lines)
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark }
+table { border-collapse: collapse; font-size: 14px; margin: 1rem 0; display: block; overflow-x: auto }
+td, th { border-bottom: 1px solid #8886; padding: .3rem .6rem; text-align: left; font-variant-numeric: tabular-nums }
+figure { margin: 1.5rem 0 } svg { max-width: 100%; height: auto }
+"""
+
+
+def _page(text: str, figures: dict[str, Figure]) -> str:
+    """The same report as one HTML file, pictures inside it."""
+    body = []
+    for block in text.split("\n\n"):
+        lines = block.strip().splitlines()
+        if not lines or lines[0].startswith("!["):
+            continue
+        if lines[0].startswith("# "):
+            body.append(f"<h1>{_inline(lines[0][2:])}</h1>")
+        elif lines[0].startswith("|"):
+            body.append(_html_table(lines))
+        else:
+            body.append(f"<p>{_inline(' '.join(lines))}</p>")
+    for figure in figures.values():
+        svg = figure.svg()
+        body.append(
+            f"<figure>{svg[svg.index('<svg') :]}<figcaption>{html.escape(figure.summary)}</figcaption></figure>"
+        )
+    title = html.escape(text.splitlines()[0].removeprefix("# "))
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+
+
+def _html_table(lines: list[str]) -> str:
+    rows = [[_inline(cell.strip()) for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _inline(text: str) -> str:
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return re.sub(r"\*([^*]+)\*", r"<em>\1</em>", text)

@@ -1,0 +1,150 @@
+"""The table of a study: task × arm, with means, paired differences and what they cost. README's table is this one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from fakit.experiments.statistics import Interval, gap_closed, paired_table
+from fakit.experiments.store import RunStore
+
+SOFT_LABELS = "outputs"  # the arm that is plain soft-label distillation
+UNSCALED = frozenset({"perplexity", "bits_per_byte", "nll", "loss", "mse"})  # not shown in percent
+_COMPARISON = {  # columns of paired_table → of study_table, {} the baseline arm
+    "gain": "gain_over_{}",
+    "gain_low": "gain_over_{}_low",
+    "gain_high": "gain_over_{}_high",
+    "gains": "gains_over_{}",
+    "p_holm": "p_holm_over_{}",
+    "pairs": "pairs_with_{}",
+}
+
+
+def study_table(store: RunStore, level: float = 0.95) -> pd.DataFrame:
+    """One row a task and arm, then the baselines of each task.
+
+    Columns: task, arm, kind ("run" or "baseline"), metric, higher_is_better, n, seeds, scores, mean, low, high; for each
+    X of none and outputs that the task was run with: gain_over_X, …_low, …_high, gains_over_X (one a pair),
+    p_holm_over_X, pairs_with_X; gap_closed, …_low, …_high from none to the teacher (nan where not available); steps, flops (training, mean),
+    agreement (with the teacher, mean).
+
+    Raises:
+        ValueError: the store holds no finished run.
+    """
+    runs = store.runs()
+    if runs.empty:
+        raise ValueError(f"{store.path} holds no finished run yet; `fakit distill CONFIG.yaml` or run_study adds some.")
+    runs = runs.assign(arm=distinct_arms(runs))
+    baselines = runs[runs["kind"] == "baseline"]
+    parts = []
+    for task in runs["task"].unique():
+        trained = runs[(runs["task"] == task) & (runs["kind"] == "run")]
+        beside = baselines[baselines["task"] == task]
+        if len(trained):
+            teacher = beside.loc[beside["arm"] == "teacher", "score"]
+            parts.append(_task_table(trained, teacher.iloc[0] if len(teacher) else None, level))
+        parts.append(_baseline_rows(beside))
+    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def distinct_arms(runs: pd.DataFrame) -> pd.Series:
+    """Arm names that tell configurations apart: "all", or "all · layer_map=reverse" where one arm was run in several ways."""
+    names = runs["arm"].copy()
+    ignored = ("config.seed", "config.out", "config.name", "config.device")
+    keys = [column for column in runs if column.startswith("config.") and column not in ignored]
+    for _, group in runs.groupby(["task", "arm", "kind"], sort=False):
+        if not group["seed"].duplicated().any():
+            continue
+        varying = [key for key in keys if group[key].map(repr).nunique() > 1]
+        for index, row in group.iterrows():
+            changes = [f"{key.removeprefix('config.')}={row[key]}" for key in varying]
+            names[index] = " · ".join([row["arm"], *changes])
+    return names
+
+
+def scale(metric: str) -> tuple[float, str]:
+    """How a metric is shown: (100, "%") for shares, (1, "") for perplexity and its kind."""
+    return (1.0, "") if metric in UNSCALED else (100.0, " %")
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """The table for people: one block a task, means ± intervals, differences with a sign, what they cost."""
+    blocks = []
+    for task, rows in table.groupby("task", sort=False):
+        first = rows.iloc[0]
+        _, unit = scale(first["metric"])
+        better = "higher" if first["higher_is_better"] else "lower"
+        over = [
+            arm
+            for arm in ("none", SOFT_LABELS)
+            if f"gain_over_{arm}" in rows and rows[f"gain_over_{arm}"].notna().any()
+        ]
+        heads = [f"{task}", f"test {first['metric']}{unit} ({better} is better)"]
+        heads += [f"gain over {arm}" for arm in over] + ["gap closed", "agreement", "seeds", "steps", "TFLOPs"]
+        blocks.append("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+        blocks += ["| " + " | ".join(_cells(row, over)) + " |" for _, row in rows.iterrows()]
+        blocks.append("")
+    return "\n".join(blocks)
+
+
+def _task_table(trained: pd.DataFrame, teacher: float | None, level: float) -> pd.DataFrame:
+    arms = trained["arm"].unique()
+    own = paired_table(trained, "score", "none" if "none" in arms else arms[0], level)
+    table = own[["task", "arm", "n", "seeds", "scores", "mean", "low", "high"]].copy()
+    table.insert(2, "kind", "run")
+    table.insert(3, "metric", trained["metric"].iloc[0])
+    table.insert(4, "higher_is_better", bool(trained["higher_is_better"].iloc[0]))
+    for baseline in (arm for arm in ("none", SOFT_LABELS) if arm in arms):
+        gains = paired_table(trained, "score", baseline, level)
+        for column, name in _COMPARISON.items():
+            table[name.format(baseline)] = gains[column]
+    by_arm = trained.groupby("arm", sort=False)
+    means = by_arm[["steps", "flops"]].mean(numeric_only=False)
+    if "test.agreement" in trained:
+        means["agreement"] = by_arm["test.agreement"].mean()
+    table = table.join(means, on="arm")
+    if teacher is not None and "none" in arms:
+        closed = [_gap_closed(trained, arm, teacher, level) for arm in table["arm"]]
+        for column, values in zip(
+            ("gap_closed", "gap_closed_low", "gap_closed_high"), zip(*closed, strict=True), strict=True
+        ):
+            table[column] = values
+    return table
+
+
+def _gap_closed(trained: pd.DataFrame, arm: str, teacher: float, level: float) -> tuple[float, float, float]:
+    scores = {name: trained[trained["arm"] == name].set_index("seed")["score"].sort_index() for name in (arm, "none")}
+    common = scores[arm].index.intersection(scores["none"].index)
+    if arm == "none" or common.empty:
+        return (math.nan,) * 3
+    closed = gap_closed(scores[arm][common], scores["none"][common], float(teacher), level)
+    return (closed.value.mean, closed.value.low, closed.value.high) if closed.value else (math.nan,) * 3
+
+
+def _baseline_rows(beside: pd.DataFrame) -> pd.DataFrame:
+    columns = ["task", "arm", "kind", "metric", "higher_is_better"]
+    table = beside[columns].assign(n=1, mean=beside["score"])
+    return table.assign(agreement=beside["test.agreement"]) if "test.agreement" in beside else table
+
+
+def _cells(row: pd.Series, over: list[str]) -> list[str]:
+    factor, _ = scale(row["metric"])
+    digits = 1 if factor == 100 else 2
+    cells = [f"*{row['arm']}*" if row["kind"] == "baseline" else row["arm"]]
+    cells.append(_interval(row, "mean", "low", "high").format(factor, digits))
+    for arm in over:
+        name = f"gain_over_{arm}"
+        cells.append(_interval(row, name, f"{name}_low", f"{name}_high").format(factor, digits, sign=True))
+    cells.append(_interval(row, "gap_closed", "gap_closed_low", "gap_closed_high").format(100, 0) + " %")
+    cells.append(f"{100 * row.get('agreement', math.nan):.1f} %")
+    is_run = row["kind"] == "run"
+    cells += [str(row["n"]) if is_run else "–", f"{row['steps']:.0f}" if is_run else "–"]
+    cells.append(f"{row.get('flops', math.nan) / 1e12:.1f}")
+    return ["–" if "nan" in cell else cell for cell in cells]
+
+
+def _interval(row: pd.Series, mean: str, low: str, high: str) -> Interval:
+    values: list[Any] = [row.get(name, math.nan) for name in (mean, low, high)]
+    return Interval(*map(float, values), n=row["n"])

@@ -1,0 +1,156 @@
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from fakit.experiments.report import report
+from fakit.experiments.store import RunStore
+from fakit.experiments.table import study_table, to_markdown
+
+SCORES = {
+    ("glosses", "none"): [0.75, 0.76, 0.74],
+    ("glosses", "outputs"): [0.80, 0.82, 0.81],
+    ("glosses", "all"): [0.81, 0.83, 0.81],
+    ("glosses", "none, equal compute"): [0.76, 0.77, 0.75],
+    ("scans", "none"): [0.20, 0.22, 0.21],
+    ("scans", "outputs"): [0.15, 0.16, 0.17],
+    ("scans", "all"): [0.12, 0.13, 0.15],
+}
+BASELINES = {
+    ("glosses", "teacher"): 0.85,
+    ("glosses", "untrained"): 0.40,
+    ("scans", "teacher"): 0.08,
+    ("scans", "copy"): 0.13,
+}
+
+
+def _record(task, arm, seed, score, kind="run", **more):
+    metric = "cer" if task == "scans" else "accuracy"
+    record = {
+        "run_id": f"{task}-{arm}-{seed}-{len(more)}",
+        "kind": kind,
+        "task": task,
+        "arm": arm,
+        "seed": seed,
+        "metric": metric,
+        "score": score,
+        "higher_is_better": task != "scans",
+        "test": {metric: score},
+        "config": {"layer_map": "uniform", "seed": seed},
+    }
+    if kind == "run":
+        record["test"]["agreement"] = 0.9
+        record |= {"steps": 150 if "equal" in arm else 100, "flops": 1e12 if arm == "none" else 1.5e12}
+    return {**record, **more}
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = RunStore.open(tmp_path / "runs", what="a made-up study")
+    for (task, arm), scores in SCORES.items():
+        for seed, score in enumerate(scores):
+            store.append_run(_record(task, arm, seed, score))
+    for (task, arm), score in BASELINES.items():
+        store.append_run(_record(task, arm, 0, score, kind="baseline"))
+    return store
+
+
+def test_study_table_holds_the_numbers_of_the_statistics(store):
+    table = study_table(store).set_index(["task", "arm"])
+    assert len(table) == len(SCORES) + len(BASELINES)
+    row = table.loc[("glosses", "all")]
+    low, high = stats.ttest_rel(SCORES["glosses", "all"], SCORES["glosses", "outputs"]).confidence_interval()
+    assert (row["gain_over_outputs_low"], row["gain_over_outputs_high"]) == pytest.approx((low, high))
+    assert row["gain_over_none"] == pytest.approx(np.mean(SCORES["glosses", "all"]) - 0.75)
+    assert row["gains_over_none"] == pytest.approx([0.06, 0.07, 0.07])
+    assert row["gap_closed"] == pytest.approx((np.mean(SCORES["glosses", "all"]) - 0.75) / (0.85 - 0.75))
+    assert row["gap_closed_low"] < row["gap_closed"] < row["gap_closed_high"]
+    assert (row["n"], row["steps"], row["flops"], row["agreement"]) == (3, 100, 1.5e12, pytest.approx(0.9))
+    scans = table.loc[("scans", "all")]
+    assert scans["gain_over_none"] == pytest.approx(0.21 - np.mean(SCORES["scans", "all"]))  # fewer errors: positive
+    assert scans["gain_over_none_low"] < scans["gain_over_none"] < scans["gain_over_none_high"]
+    assert scans["gap_closed"] == pytest.approx((0.21 - np.mean(SCORES["scans", "all"])) / (0.21 - 0.08))
+    assert np.isnan(table.loc[("glosses", "none"), "gap_closed"])
+    assert table.loc[("scans", "copy"), "mean"] == 0.13
+    assert (table.loc[table["kind"] == "baseline", "n"] == 1).all()
+
+
+def test_markdown_says_the_same(store):
+    text = to_markdown(study_table(store))
+    glosses, scans = text.split("\n\n")[:2]
+    assert glosses.startswith("| glosses | test accuracy % (higher is better) | gain over none | gain over outputs |")
+    assert scans.startswith("| scans | test cer % (lower is better) |")
+    cells = {row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]] for row in text.splitlines() if row}
+    half = stats.t.ppf(0.975, 2) * np.std([75, 76, 74], ddof=1) / np.sqrt(3)
+    none = glosses.splitlines()[2].split("|")
+    assert none[2].strip() == f"75.0 [{75 - half:.1f}, {75 + half:.1f}]"
+    assert [cell.strip() for cell in none[3:5]] == ["–", f"{-6:+.1f} [{-6 - half:+.1f}, {-6 + half:+.1f}]"]
+    assert cells["none, equal compute"][-3:] == ["3", "150", "1.5"]
+    assert cells["*copy*"] == ["13.0", "–", "–", "–", "–", "–", "–", "–"]
+    assert "nan" not in text
+    widths = {row.count("|") for row in text.splitlines() if row}
+    assert len(widths) == 1
+
+
+def test_a_report_is_written_and_needs_no_network(store, tmp_path):
+    made = report(store.path, tmp_path / "out")
+    names = {"scores_by_arm", "gain_over_none", "gain_over_outputs", "pareto_glosses", "pareto_scans"}
+    assert set(made.figures) == names
+    assert {path.stem for path in (tmp_path / "out" / "figures").iterdir()} == names
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == len(names)
+    assert not re.findall(r'(?:src|href)="(?!#)[^"]*"', page.replace('xlink:href="#', 'href="#'))
+    assert "<script" not in page and "@import" not in page
+    body = page[page.index("<table>") : page.index("</table>")]
+    assert len(ElementTree.fromstring(body + "</table>").findall("tbody/tr")) == 4 + 2
+    assert "<td>none, equal compute</td>" in page and "<em>teacher</em>" in page
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text == made._repr_markdown_() and text in str(made)
+    assert "a made-up study" in text and "21 runs, seeds 0, 1, 2" in text
+    for name in re.findall(r"\]\(figures/(\w+)\.svg\)", text):
+        ElementTree.parse(tmp_path / "out" / "figures" / f"{name}.svg")
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert table["mean"].tolist() == pytest.approx(study_table(store)["mean"].tolist())
+    assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == 25
+
+
+def test_figures_show_gains_with_better_to_the_right(store):
+    made = report(store)
+    assert made.path == store.path / "report"
+    summary = made.figures["gain_over_none"].summary
+    low, high = stats.ttest_rel(SCORES["scans", "none"], SCORES["scans", "all"]).confidence_interval()
+    assert (
+        f"all on scans {100 * (0.21 - np.mean(SCORES['scans', 'all'])):+.3g} ({100 * low:+.3g} to {100 * high:+.3g})"
+        in summary
+    )
+    assert "teacher 8" in made.figures["scores_by_arm"].summary
+
+
+def test_one_run_makes_a_report_without_intervals(tmp_path):
+    store = RunStore.open(tmp_path)
+    store.append_run(_record("glosses", "all", 0, 0.8))
+    made = report(store)
+    assert made.figures == {}
+    assert "| all | 80.0 |" in made.text and "two seeds" in made.text
+
+
+def test_runs_of_one_arm_in_several_ways_are_told_apart(store):
+    for seed, score in enumerate([0.70, 0.71, 0.72]):
+        config = {"layer_map": "reverse", "seed": seed}
+        store.append_run(_record("glosses", "all", seed, score, run_id=f"reverse-{seed}", config=config))
+    table = study_table(store).set_index(["task", "arm"])
+    assert table.loc[("glosses", "all · layer_map=reverse"), "mean"] == pytest.approx(0.71)
+    assert table.loc[("glosses", "all · layer_map=uniform"), "mean"] == pytest.approx(np.mean(SCORES["glosses", "all"]))
+    assert ("scans", "all") in table.index and ("glosses", "none") in table.index
+
+
+def test_no_runs_no_report(tmp_path):
+    with pytest.raises(ValueError, match=r"is no runs directory: looked for manifest\.json, found no such folder"):
+        report(tmp_path / "nowhere")
+    RunStore.create(tmp_path / "empty")
+    with pytest.raises(ValueError, match="holds no finished run yet"):
+        report(tmp_path / "empty")
+    assert not (tmp_path / "empty" / "report").exists()
