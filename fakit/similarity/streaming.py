@@ -14,18 +14,20 @@ from .hsic import above_rounding, check_estimator, double, hsic_matrix, paired_r
 class _Moments:
     """Σ over rows of a pair's products: C = Σ w x yᵀ (p, q), Σ w gʸ x (p,), Σ w gˣ y (q,), Σ w gˣ gʸ, with g a number a row."""
 
-    def __init__(self) -> None:
-        self.c: Tensor | float = 0.0
-        self.px: Tensor | float = 0.0
-        self.py: Tensor | float = 0.0
-        self.gg: Tensor | float = 0.0
+    def __init__(self, p: int, q: int, device: torch.device) -> None:
+        self.c, self.px, self.py, self.gg = (
+            torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((p, q), (p,), (q,), ())
+        )
 
     def add(self, x: Tensor, y: Tensor, gx: Tensor, gy: Tensor, weight: Tensor | None) -> None:
         wx, wgx = (x, gx) if weight is None else (x * weight[:, None], gx * weight)
-        self.c = self.c + (wx.T @ y).double()
-        self.px = self.px + (wx.T @ gy).double()
-        self.py = self.py + (y.T @ wgx).double()
-        self.gg = self.gg + (wgx @ gy).double()
+        if x.dtype == torch.float64:
+            self.c.addmm_(wx.T, y)  # in place: a copy of C an update would cost more than a small batch's product
+        else:
+            self.c += wx.T @ y
+        self.px += wx.T @ gy
+        self.py += y.T @ wgx
+        self.gg += wgx @ gy
 
 
 class StreamingCKA:
@@ -126,8 +128,12 @@ class StreamingCKA:
         self._sum = [torch.zeros_like(pilot) for pilot in self._pilot]
         self._squares = [pilot.new_zeros(()) for pilot in self._pilot]
         pairs = [*product(range(split), range(split, len(rows))), *((i, i) for i in range(len(rows)))]
-        self._tokens = {pair: _Moments() for pair in pairs}
-        self._means = {pair: _Moments() for pair in pairs} if self.clusters else self._tokens
+
+        def moments() -> dict[tuple[int, int], _Moments]:
+            return {(i, j): _Moments(len(self._pilot[i]), len(self._pilot[j]), rows[0].device) for i, j in pairs}
+
+        self._tokens = moments()
+        self._means = moments() if self.clusters else self._tokens
         self._within = {pair: self._pilot[0].new_zeros(()) for pair in pairs} if self.clusters else {}
 
     def _add_rows(self, rows: list[Tensor]) -> None:
