@@ -235,7 +235,8 @@ def _joined(parts: list[Dataset], held_out: list[Dataset]) -> Dataset | None:
     from datasets import concatenate_datasets
 
     parts = [part for part in parts if len(part)]
-    return distinct(concatenate_datasets(parts), *held_out) if parts else None
+    rows = distinct(concatenate_datasets(parts), *held_out) if parts else []
+    return rows or None
 
 
 def _size(asked: int | float | None, rows: int, split: str, name: str) -> int:

@@ -80,7 +80,7 @@ def read(path: Path) -> Dataset | DatasetDict:
         if suffix == ".parquet":
             frame = pandas.read_parquet(path)
         elif suffix in (".json", ".jsonl"):
-            frame = pandas.read_json(path, lines=True, convert_dates=False, dtype=False)
+            frame = pandas.read_json(path, lines=True, dtype=False)
         else:  # only an empty cell is missing: "NA", "null" and "None" are words
             frame = pandas.read_csv(path, sep="\t" if suffix == ".tsv" else ",", keep_default_na=False, na_values=[""])
     except (ValueError, OSError, EOFError) as error:  # parser errors of pandas and pyarrow are ValueErrors
