@@ -72,12 +72,19 @@ def attribute(
         baseline_token: None takes the pad token. A decoder that finds the last token by its pad id needs another one.
 
     Raises:
-        ValueError: no texts, a text without tokens, targets of another number or beyond the classes, no baseline token.
+        ValueError: no texts, a text without tokens, targets of another number or beyond the classes, no baseline token,
+            a 4-bit model on a CPU (8-bit works).
     """
     if isinstance(texts, str) or not len(texts):
         raise ValueError("attribute: give a list with at least one text")
     if targets is not None and len(targets) != len(texts):
         raise ValueError(f"attribute: {len(targets)} targets for {len(texts)} texts; give one each, or None")
+    if any(getattr(weight, "quant_state", None) is not None and weight.is_cpu for weight in model.parameters()):
+        # Once bitsandbytes has packed them for the CPU's 4-bit kernel, no gradient passes.
+        raise ValueError(
+            "attribute: the model has 4-bit weights on a CPU, which let no gradient through to the embeddings; "
+            "load it with quantize='8bit' or None, or on a GPU"
+        )
     baseline_token = tokenizer.pad_token if baseline_token is None else baseline_token
     baseline_id = _token_id(tokenizer, baseline_token)
     parts = []

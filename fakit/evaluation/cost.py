@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -138,8 +139,8 @@ def latency(model: nn.Module, batch: dict[str, Tensor], runs: int = 30, warmup: 
 def peak_memory(step: Callable[[], object], device: str | torch.device = "cpu") -> int:
     """Bytes of tensors alive at once while `step` runs, beyond those alive before it (so weights are not counted).
 
-    CUDA: torch.cuda.max_memory_allocated. CPU: the highest running sum of torch's own allocations and releases, as its
-    profiler records them; the resident size of the process would miss memory that is reused and add what other threads
+    CUDA: torch.cuda.max_memory_allocated. CPU: the highest running sum of what torch allocates and releases meanwhile, as
+    its profiler records it; the resident size of the process would miss memory that is reused and add what other threads
     do. Both leave out scratch memory that a library takes without torch.
     """
     device = torch.device(device)
@@ -152,6 +153,7 @@ def peak_memory(step: Callable[[], object], device: str | torch.device = "cpu") 
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         raise ValueError(f"peak_memory: device {device} was asked; it is measured on 'cpu' and 'cuda'")
+    gc.collect()  # or garbage of earlier work, let go inside, makes torch warn of releases that it cannot measure
     profile = torch.autograd.profiler.profile(profile_memory=True)
     with _silent_native_stderr():  # kineto announces every start and stop there, at any log level
         profile.__enter__()

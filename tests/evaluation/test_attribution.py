@@ -161,6 +161,24 @@ def test_a_regressor_is_followed_by_its_output(bert, words):
     np.testing.assert_allclose(curve["ordered"][:, -1], result.baselines, atol=1e-4)
 
 
+def test_an_eight_bit_model_is_attributed_a_four_bit_one_on_a_cpu_refused(bert, words, tmp_path):
+    from transformers import BertForSequenceClassification, BitsAndBytesConfig
+
+    model = bert()
+    model.save_pretrained(tmp_path)
+    expected = attribute(model, words, TEXTS[:2], targets=[1, 1], steps=32)
+
+    def load(**options):
+        return BertForSequenceClassification.from_pretrained(
+            tmp_path, quantization_config=BitsAndBytesConfig(llm_int8_skip_modules=["classifier"], **options)
+        )
+
+    result = attribute(load(load_in_8bit=True), words, TEXTS[:2], targets=[1, 1], steps=32)
+    assert compare(expected, result)["cosine"].min() > 0.9
+    with pytest.raises(ValueError, match=r"4-bit weights on a CPU.*quantize='8bit'"):
+        attribute(load(load_in_4bit=True), words, TEXTS[:2])
+
+
 def test_errors(bert, words):
     model = bert()
     with pytest.raises(ValueError, match="at least one text"):

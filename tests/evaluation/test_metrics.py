@@ -88,7 +88,7 @@ def test_rouge_by_hand_with_the_stemmer():
     assert both["rouge1"] == pytest.approx(scores["rouge1"] / 2)
 
 
-def test_rouge_does_not_take_hypothesis_for_reference_in_length():
+def test_rouge_of_unequal_lengths():
     assert rouge(["a b c d"], ["a"])["rouge1"] == pytest.approx(2 * 0.25 * 1 / 1.25)
 
 
