@@ -88,7 +88,7 @@ def formula(tex: str, display: bool = False) -> str:
     """TeX as inline SVG (outlines in the text's colour, labelled by the TeX), or as `<code>` where mathtext fails."""
     source = " ".join(tex.split())
     lines = re.sub(r"\\(begin|end)\{[a-z]+\*?\}|&", "", source).split(r"\\") if display else [source]
-    size = 18.0 if display else 16.0  # px
+    size = 21.0 if display else 18.0  # px; STIX runs small beside a sans of 16
     try:
         drawn = [_outlines(line.strip(), size) for line in lines if line.strip()]
     except (ValueError, RuntimeError):

@@ -1,0 +1,337 @@
+"""What a notebook's setup cell and its exercises use.
+
+    session = setup(PROFILE, seed=SEED, device=DEVICE, model=MODEL)
+    steps = session.pick(quick=30, workshop=200, full=2000)
+
+    exercise = Exercise("Write the debiased HSIC.", check, hints=["nudge", "sketch", "solution"])
+    exercise.check(my_hsic)        # an empty stub says "not done yet", a known wrong answer what is wrong with it
+
+Everything here draws itself as plain HTML and markdown: no widget, so that it shows on GitHub and in a report too.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import platform
+import random
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PROFILES = ("quick", "workshop", "full")
+DONE, NOT_YET, WRONG = "passes", "not done yet", "not right"
+_MARKS = {DONE: ("✓", "#009E73"), NOT_YET: ("…", "#7A7A7A"), WRONG: ("✗", "#D55E00")}
+_HINTS = ("A nudge", "A sketch", "The solution")
+
+
+# ---- setup ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Session:
+    """What `setup` found and set; draws itself as a table.
+
+    Attributes:
+        profile: "quick", "workshop" or "full".
+        seed: the seed of python, numpy and torch.
+        device: where models go, e.g. "cpu" or "cuda:0".
+        model: what the parameters cell asked for; None is the embedded default.
+        facts: name → value, as the table shows them.
+    """
+
+    profile: str
+    seed: int
+    device: str
+    model: str | None
+    facts: dict[str, str] = field(repr=False)
+
+    def pick(self, *, quick: Any, workshop: Any = None, full: Any = None) -> Any:
+        """The value for this profile; a larger profile that is left out takes the next smaller one's."""
+        chosen = {"quick": quick, "workshop": quick if workshop is None else workshop}
+        chosen["full"] = chosen["workshop"] if full is None else full
+        return chosen[self.profile]
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th scope='row'>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self.facts.items())
+        return f"<table>{rows}</table>"
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:13} {value}" for name, value in self.facts.items())
+
+    __repr__ = __str__
+
+
+def setup(
+    profile: str = "quick",
+    seed: int = 0,
+    device: str | None = None,
+    model: str | None = None,
+) -> Session:
+    """Seed python, numpy and torch, set the plotly template, and say what this notebook runs on.
+
+    Args:
+        profile: "quick" (CI, 2 CPU cores), "workshop" (a class) or "full".
+        seed: a whole number ≥ 0.
+        device: "cpu", "cuda", "cuda:1", "mps"; None or "auto" takes a GPU where there is one.
+        model: passed through, for the table.
+
+    Raises:
+        ValueError: an unknown profile, a seed that is no whole number ≥ 0, or a device that this machine has not.
+    """
+    import numpy as np
+    import torch
+
+    if profile not in PROFILES:
+        raise ValueError(f"PROFILE = {profile!r} is not known: use one of {', '.join(PROFILES)}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"SEED = {seed!r}: a whole number from 0 to 2³² − 1 is needed")
+    device = _device(device)
+    random.seed(seed)
+    np.random.seed(seed)  # libraries that draw from numpy's global state
+    torch.manual_seed(seed)  # the CPU and every GPU
+
+    from fakit.figures import theme
+
+    theme.use_template()
+    gpu = torch.device(device)
+    if gpu.type == "cuda":
+        memory = (
+            f"{torch.cuda.mem_get_info(gpu)[0] / 1e9:.1f} GB free of {torch.cuda.mem_get_info(gpu)[1] / 1e9:.1f} GB"
+        )
+        where = f"{device} ({torch.cuda.get_device_name(gpu)})"
+    else:
+        memory, where = _memory(), device
+    facts = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "fakit": _version("fakit"),
+        "device": where,
+        "memory": memory,
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "seed": str(seed),
+        "profile": profile,
+        "model": model or "embedded default",
+    }
+    return Session(profile, seed, device, model, facts)
+
+
+def _device(asked: str | None) -> str:
+    import torch
+
+    mps = torch.backends.mps.is_available()
+    if asked in (None, "auto"):
+        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ValueError(f"DEVICE = {asked!r} is no device: use None, 'cpu', 'cuda', 'cuda:0' or 'mps'") from error
+    count = torch.cuda.device_count()
+    if (device.type == "cuda" and (device.index or 0) >= count) or (device.type == "mps" and not mps):
+        raise ValueError(
+            f"DEVICE = {asked!r}: this machine has {count} CUDA devices{'' if mps else ' and no MPS'}; DEVICE = None takes what is there"
+        )
+    return asked
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _memory() -> str:
+    """Free and total memory of the machine, where the system tells."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = dict(re.findall(r"^(\w+):\s+(\d+) kB", file.read(), re.MULTILINE))
+        return f"{int(found['MemAvailable']) / 1e6:.1f} GB free of {int(found['MemTotal']) / 1e6:.1f} GB"
+    except (OSError, KeyError):
+        pass
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    except (AttributeError, OSError, ValueError):
+        return "unknown"
+
+
+# ---- exercises -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a check found: `status` is "passes", "not done yet" or "not right", `message` says why. True if it passes."""
+
+    status: str
+    message: str
+
+    def __bool__(self) -> bool:
+        return self.status == DONE
+
+    def _repr_markdown_(self) -> str:
+        mark, colour = _MARKS[self.status]
+        return f"<span style='color:{colour}'>**{mark} {self.status}**</span> {self.message}"
+
+    def __repr__(self) -> str:
+        return f"{_MARKS[self.status][0]} {self.status}: {self.message}"
+
+
+@dataclass(frozen=True)
+class _Page:
+    """Markdown that draws itself."""
+
+    text: str
+
+    def _repr_markdown_(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return re.sub(r"</?(details|summary|b|br)>", "", self.text).strip()
+
+
+def is_empty(answer: Any) -> bool:
+    """Whether an answer is still the stub: None, Ellipsis, an empty text, or a function whose body does nothing.
+
+    A function does nothing when its body, without the docstring, is only `...`, `pass`, `return`, `return None`,
+    `return ...` or `raise NotImplementedError`.
+    """
+    if answer is None or answer is ... or (isinstance(answer, str) and not answer.strip()):
+        return True
+    if isinstance(answer, (list, tuple)) and answer:
+        return all(part is None or part is ... for part in answer)
+    if not inspect.isfunction(answer):
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(answer)))
+    except (OSError, TypeError, SyntaxError):
+        return False  # a lambda inside an expression, or no source at hand: then it is an answer
+    function = next(
+        (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))), None
+    )
+    return function is not None and all(_idle(statement) for statement in function.body)
+
+
+def _idle(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Pass):
+        return True
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)  # a docstring or `...`
+    if isinstance(statement, ast.Return):
+        value = statement.value
+        return value is None or (isinstance(value, ast.Constant) and value.value in (None, ...))
+    if isinstance(statement, ast.Raise):
+        raised = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
+        return isinstance(raised, ast.Name) and raised.id == "NotImplementedError"
+    return False
+
+
+class Exercise:
+    """A question, a check that answers specifically, and a ladder of hints.
+
+    Args:
+        question: markdown.
+        check: takes the answer and returns None or True where it is right, and a message that says what is wrong (a
+            string) or False where it is not; what it raises on an odd answer is shown, never thrown into Run All.
+        hints: up to three markdown texts: nudge, sketch, solution.
+        done: what a right answer is told.
+
+    Example:
+        >>> exercise = Exercise("2 + 2?", lambda x: None if x == 4 else "that is 2 · 3" if x == 6 else False)
+        >>> exercise.check(6)
+        ✗ not right: that is 2 · 3
+        >>> exercise.check(...)
+        … not done yet: replace the stub with your answer, then run this cell again.
+    """
+
+    def __init__(
+        self,
+        question: str,
+        check: Callable[[Any], str | bool | None],
+        hints: Sequence[str] = (),
+        done: str = "well done.",
+    ) -> None:
+        if len(hints) > len(_HINTS):
+            raise ValueError(f"an exercise has up to three hints (nudge, sketch, solution); found {len(hints)}")
+        self.question = question
+        self.done = done
+        self._check = check
+        self._hints = tuple(hints)
+
+    def check(self, answer: Any = None) -> Result:
+        """Judge an answer; a stub is "not done yet" and costs nothing, so Run All stays green."""
+        if is_empty(answer):
+            return Result(NOT_YET, "replace the stub with your answer, then run this cell again.")
+        try:
+            verdict = self._check(answer)
+        except NotImplementedError:
+            return Result(NOT_YET, "a part of it still raises NotImplementedError.")
+        except Exception as error:
+            return Result(WRONG, f"checking it raised `{type(error).__name__}: {error}`")
+        if verdict is None or verdict is True:
+            return Result(DONE, self.done)
+        if verdict is False:
+            return Result(WRONG, "have a look at the first hint." if self._hints else "try again.")
+        if isinstance(verdict, str):
+            return Result(WRONG, verdict)
+        raise TypeError(
+            f"the check of an exercise returns None, a bool or a message; it returned {type(verdict).__name__}"
+        )
+
+    def hints(self) -> _Page:
+        """The ladder of hints, each collapsed."""
+        named = zip(_HINTS[: len(self._hints)], self._hints, strict=True)
+        return _Page("\n\n".join(f"<details><summary>{name}</summary>\n\n{text}\n\n</details>" for name, text in named))
+
+    def _repr_markdown_(self) -> str:
+        return f"**Exercise.** {self.question}"
+
+    def __repr__(self) -> str:
+        return f"Exercise: {self.question}"
+
+
+class predict:
+    """A predict-first question: shown before the cell that answers it, revealed after.
+
+    Args:
+        question: markdown.
+        options: the possible answers, lettered a, b, c …
+
+    Example:
+        >>> guess = predict("Does more temperature flatten?", ["yes", "no"])
+        >>> guess.reveal("a", because="logits are divided by it", mine="b")
+        The answer is a) yes: logits are divided by it. You said b) no.
+    """
+
+    def __init__(self, question: str, options: Sequence[str]) -> None:
+        if len(options) < 2:
+            raise ValueError(f"a prediction needs at least two options; found {len(options)}")
+        self.question = question
+        self.options = {chr(ord("a") + i): option for i, option in enumerate(options)}
+
+    def reveal(self, answer: str, because: str = "", mine: str | None = None) -> _Page:
+        """The answer (a letter), why, and what the reader said; `mine` None or "" is a prediction not made.
+
+        Raises:
+            ValueError: `answer` or `mine` is none of the letters.
+        """
+        for name, letter in (("answer", answer), ("mine", mine)):
+            if letter not in self.options and not (name == "mine" and (is_empty(letter))):
+                raise ValueError(f"{name} = {letter!r}: the options are {', '.join(self.options)}")
+        text = f"The answer is <b>{answer}) {self.options[answer]}</b>" + (f": {because}." if because else ".")
+        if is_empty(mine):
+            return _Page(text)
+        right = " As you said." if mine == answer else f" You said {mine}) {self.options[mine]}."
+        return _Page(text + right)
+
+    def _repr_markdown_(self) -> str:
+        listed = "\n".join(f"- {letter}) {option}" for letter, option in self.options.items())
+        return f"**Predict first.** {self.question}\n\n{listed}"
+
+    def __repr__(self) -> str:
+        return f"Predict first. {self.question} " + " ".join(f"{k}) {v}" for k, v in self.options.items())
