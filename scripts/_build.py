@@ -65,7 +65,7 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 
 
 def register(path: Path, *, source: str, licence: str, script: str) -> None:
-    """Enter a file below `data/` into `data/manifest.json`, which loading checks: size, sha256, origin, licence, script."""
+    """Enter a file below `data/` into `data/manifest.json`, which loading checks; entries of files that are gone leave it."""
     manifest_path = DATA / "manifest.json"
     manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {"files": []}
     content = path.read_bytes()
@@ -78,7 +78,7 @@ def register(path: Path, *, source: str, licence: str, script: str) -> None:
         "licence": licence,
         "script": script,
     }
-    others = [known for known in manifest["files"] if known["file"] != name]
+    others = [known for known in manifest["files"] if known["file"] != name and (DATA / known["file"]).exists()]
     manifest["files"] = sorted([*others, entry], key=lambda known: known["file"])
     manifest_path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     print(f"{name}: {len(content):,} bytes, sha256 {entry['sha256'][:12]}…")

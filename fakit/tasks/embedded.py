@@ -9,10 +9,14 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fakit.tasks.scans import add_scan_noise
 from fakit.tasks.splits import labelled_subset
 from fakit.tasks.task import TextTask
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -118,8 +122,8 @@ def load_embedded(name: str, *, labels: int | str | None = None, seed: int = 0, 
     if kind not in (None, *kinds):
         raise ValueError(f"{name} has no kind {kind!r}; choose {' or '.join(map(repr, kinds))}.")
     kind = kind or own
-    build = {"causal-lm": _scan_pairs, "regression": _scores}.get(kind, _classes)
-    splits = {split: build(rows, split == "pool") for split, rows in _read(name).items()}
+    path = checked_file(f"{name}.jsonl.gz")
+    splits = _splits(path, path.stat().st_mtime_ns, kind)
     world = splits["train"] if name == "scans" else splits["teacher_train"]
     labels = about.labels if labels is None else labels
     return TextTask(
@@ -179,29 +183,31 @@ def checked_folder(name: str) -> Path:
     return data_dir() / name
 
 
-def _read(name: str) -> dict[str, list[dict]]:
-    splits: dict[str, list[dict]] = {}
-    with gzip.open(checked_file(f"{name}.jsonl.gz"), "rt", encoding="utf-8") as lines:
+@cache  # a study loads a task once a run; `changed` makes a rebuilt file a new entry
+def _splits(path: Path, changed: int, kind: str) -> dict[str, Dataset]:
+    rows: dict[str, list[dict]] = {}
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
-            splits.setdefault(row["split"], []).append(row)
-    return splits
+            rows.setdefault(row["split"], []).append(row)
+    build = {"causal-lm": _scan_pairs, "regression": _scores}.get(kind, _classes)
+    return {split: build(members, split == "pool") for split, members in rows.items()}
 
 
-def _classes(rows: list[dict], unlabelled: bool):
+def _classes(rows: list[dict], unlabelled: bool) -> Dataset:
     return _dataset(rows, text="text") if unlabelled else _dataset(rows, text="text", label="label")
 
 
-def _scores(rows: list[dict], unlabelled: bool):
+def _scores(rows: list[dict], unlabelled: bool) -> Dataset:
     return _dataset(rows, text="text") if unlabelled else _dataset(rows, text="text", label="score")
 
 
-def _scan_pairs(rows: list[dict], unlabelled: bool):
+def _scan_pairs(rows: list[dict], unlabelled: bool) -> Dataset:
     pairs = [{"source": add_scan_noise(row["text"]), "target": row["text"]} for row in rows]
     return _dataset(pairs, source="source") if unlabelled else _dataset(pairs, source="source", target="target")
 
 
-def _dataset(rows: list[dict], **columns: str):
+def _dataset(rows: list[dict], **columns: str) -> Dataset:
     from datasets import Dataset
 
     return Dataset.from_dict({name: [row[column] for row in rows] for name, column in columns.items()})
