@@ -1,0 +1,61 @@
+"""The kit's widgets in JupyterLab: moved by the keyboard alone, they change what Python holds and what the page shows."""
+
+from __future__ import annotations
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_notebook
+
+from tests.browser.pages import assert_figures_visible
+
+WEIGHTS = """
+import torch
+from fakit import Features, LayerMap, Objective, Trace
+from fakit.widgets import loss_weights
+
+objective = Objective(LayerMap([(1, 1)]), Features("mse", weight=1.0))
+student, teacher = (Trace(hidden_states={1: torch.full((1, 2, 4), x)}, mask=torch.ones(1, 2, dtype=bool)) for x in (0.0, 1.0))
+panel = loss_weights(objective, student, teacher)
+panel
+"""
+# a callback that leaves a trace on the page: what Python holds, written by Python
+ECHO = """
+import ipywidgets
+echo = ipywidgets.HTML()
+panel.sliders["features"].observe(lambda change: setattr(echo, "value", f"objective holds {objective.weights['features']:.2f}"), "value")
+echo
+"""
+CHOOSER = """
+from fakit.widgets import layer_map_chooser
+chooser = layer_map_chooser(2, 6)
+chooser
+"""
+
+
+def test_a_weight_moved_by_the_keyboard_reaches_the_objective(lab):
+    notebook = new_notebook(cells=[new_code_cell(source) for source in (WEIGHTS, ECHO, CHOOSER)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, lab.folder / "moved.ipynb")
+    with lab.open("moved.ipynb") as opened:
+        opened.run_all()
+        page = opened.page
+        page.get_by_text("Total 1; the largest part is features").wait_for()
+        handle = page.locator(".noUi-handle").first
+        handle.focus()
+        for _ in range(3):
+            page.keyboard.press("ArrowLeft")
+        page.get_by_text("objective holds 0.85").wait_for()
+        page.get_by_text("Total 0.85; the largest part is features").wait_for()
+        page.get_by_text("0.85 × 1 = 0.85").wait_for()  # drawn by plotly, inside the widget
+
+        page.get_by_role("button", name="skip").focus()
+        page.keyboard.press("Tab")  # the next strategy
+        page.keyboard.press("Space")
+        page.get_by_text("S1 ← T6, S2 ← T3; not in the order of depth").wait_for()
+        page.get_by_text("Layer map ‘reverse’").wait_for()
+
+        assert len(assert_figures_visible(page, at_least=2)) == 2
+        saved = opened.save()
+        assert "widgets" not in saved["metadata"]
+        pictures = [out["data"] for cell in saved["cells"] for out in cell["outputs"] if "image/svg+xml" in out["data"]]
+        assert len(pictures) == 2
+        opened.assert_clean()
