@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from fakit.capture import Trace, capture
     from fakit.layer_maps import LayerMap
     from fakit.models.load import load_teacher
+    from fakit.models.preflight import preflight
     from fakit.models.shrink import shrink
     from fakit.objective import Attention, Features, Objective, Outputs, Task
-    from fakit.models.preflight import preflight
     from fakit.teacher_cache import TeacherCache
     from fakit.trainer import DistillationTrainer
 

@@ -18,9 +18,16 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, Page, Route
 
-# The page's own figures: drawn by plotly, or an SVG or a bitmap inside an output (icons are no figures).
+# Figures: drawn by plotly, or an SVG or a bitmap in an output of JupyterLab or of a report (icons are none).
 PLOTLY = ".js-plotly-plot"
-STATIC = '[data-mime-type^="image/"] > *, .jp-OutputArea-output > svg, .jp-OutputArea-output img'
+STATIC = ", ".join(
+    [
+        '[data-mime-type^="image/"] > *',
+        ".jp-OutputArea-output img",
+        ".fakit-figure > .static:not([hidden]) > svg",
+        ".thumb > svg",
+    ]
+)
 MARKS = """element => element.tagName === 'IMG'
     ? Number(element.complete && element.naturalWidth > 0)
     : element.querySelectorAll('path, text, image').length"""
@@ -99,6 +106,15 @@ def assert_figures_visible(page: Page, at_least: int = 1) -> list[dict]:
     for number, figure in enumerate(found):
         assert figure["width"] > 100 and figure["height"] > 50 and figure["marks"] > 0, f"figure {number}: {figure}"
     return found
+
+
+def open_report(watch: Watched, path: Path, seconds: float = 120) -> list[dict]:
+    """Open a report's page from the disk, as a double click does, and see each of its figures; returns them."""
+    watch.page.goto(path.resolve().as_uri())
+    figures_of_page = watch.page.locator("figure.fakit-figure").count()
+    if figures_of_page:
+        watch.page.wait_for_selector('body[data-figures="ready"]', timeout=seconds * 1000)
+    return assert_figures_visible(watch.page, at_least=figures_of_page)
 
 
 # --- JupyterLab ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""The commands: `fakit run`, `distill`, `study` and `report`; each calls the function that a notebook would call."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(args: argparse.Namespace) -> int:
+    from fakit.notebooks import exit_status, run_notebooks
+
+    return exit_status(run_notebooks(args.notebooks, args.out, args.profile, only=args.only, jobs=args.jobs))
+
+
+def distill(args: argparse.Namespace) -> int:
+    from fakit.experiments import ExperimentConfig, run_experiment
+
+    config = ExperimentConfig.from_yaml(args.config)
+    if config.out is None:  # the run id does not depend on `out`, so --resume finds the folder again
+        config = config.replace(out=str(args.out / config.run_id))
+    result = run_experiment(config, store=args.out, resume=args.resume)
+    if os.environ.get("RANK", "0") == "0":  # `accelerate launch` starts one process a device
+        print(result)
+        print(f"The student is in {config.out}, the run in {args.out}; `fakit report {args.out}` compares its runs.")
+    return 0
+
+
+def study(args: argparse.Namespace) -> int:
+    from fakit.experiments import StudyConfig, run_study
+
+    store = run_study(StudyConfig.from_yaml(args.config), args.out, workers=args.workers)
+    print(f"{len(store)} runs are recorded in {store.path}; `fakit report {store.path}` compares them.")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from fakit.experiments import report
+
+    print(report(args.runs, args.out))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top = argparse.ArgumentParser(prog="fakit", description="Feature-alignment distillation of transformer models.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(function.__name__, parents=[common], help=help, description=help)
+        added.set_defaults(function=function)
+        return added
+
+    sub = command(run, "Execute the notebooks and write them as HTML pages.")
+    sub.add_argument("--profile", default="quick", help="quick, workshop or full: how long they train (%(default)s)")
+    sub.add_argument("--only", metavar="02,05", help="these notebooks, by number or name; all by default")
+    sub.add_argument("--out", type=Path, default=Path("reports"), help="where the pages go (%(default)s)")
+    sub.add_argument("--jobs", type=int, default=2, help="notebooks side by side (%(default)s)")
+    sub.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="where they are (%(default)s)")
+
+    sub = command(distill, "Train, evaluate, export and record the student of one experiment.")
+    sub.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint (training.save_every)")
+    sub.add_argument("--out", type=Path, default=Path("runs"), help="the runs directory (%(default)s)")
+
+    sub = command(study, "Run the experiments of a study that are not recorded yet.")
+    sub.add_argument("config", type=Path, metavar="STUDY.yaml")
+    sub.add_argument("--out", type=Path, default=Path("runs/study"), help="the runs directory (%(default)s)")
+    sub.add_argument("--workers", type=int, default=1, help="processes side by side (%(default)s)")
+
+    sub = command(report, "Compare recorded runs: tables and figures.")
+    sub.add_argument("runs", type=Path, metavar="RUNS_DIR")
+    sub.add_argument("--out", type=Path, help="where the report goes (RUNS_DIR/report)")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 1 a notebook failed, 2 something asked for cannot be done."""
+    args = parser().parse_args(argv)
+    try:
+        return args.function(args)
+    except ValueError as error:
+        if args.debug:
+            raise
+        print("\n".join([f"fakit: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""The commands: what is typed reaches the functions, what they refuse is one message, and each really runs."""
+
+# ruff: noqa: F811  (an argument that asks for a fixture has the fixture's name)
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from fakit.__main__ import main
+from fakit.experiments import ExperimentConfig, RunStore, StudyConfig
+from tests.experiments.conftest import config, world  # noqa: F401 (fixtures: a toy teacher and texts on disk)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def experiment(config, tmp_path):
+    """The file of a small experiment; nothing of it names where the student goes."""
+    path = tmp_path / "experiment.yaml"
+    config.replace(**{"training.steps": 4}).to_yaml(path)
+    return path
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Stands in for the notebooks: records what was asked, answers with the statuses it is given."""
+    from fakit import notebooks
+
+    class Asked(dict):
+        statuses = ("ok",)
+
+    calls = Asked()
+
+    def run_notebooks(notebooks_dir, out, profile, only, jobs):
+        calls.update(notebooks_dir=notebooks_dir, out=out, profile=profile, only=only, jobs=jobs)
+        return [notebooks.NotebookResult("00", "00_a", "A", "Why?", status=status) for status in calls.statuses]
+
+    monkeypatch.setattr(notebooks, "run_notebooks", run_notebooks)
+    return calls
+
+
+def test_run_hands_on_what_is_typed(asked):
+    assert main(["run", "--profile", "workshop", "--only", "02,05", "--out", "pages", "--jobs", "3"]) == 0
+    assert asked == dict(notebooks_dir=Path("notebooks"), out=Path("pages"), profile="workshop", only="02,05", jobs=3)
+
+
+def test_run_without_options_is_the_quick_profile_of_all_notebooks(asked):
+    assert main(["run"]) == 0
+    assert asked == dict(notebooks_dir=Path("notebooks"), out=Path("reports"), profile="quick", only=None, jobs=2)
+
+
+def test_run_fails_where_a_notebook_fails(asked):
+    asked.statuses = ("ok", "failed")
+    assert main(["run"]) == 1
+
+
+# --- distill, report ---------------------------------------------------------------------------------------------------
+
+
+def test_distill_exports_records_and_report_reads(experiment, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    assert main(["distill", str(experiment), "--out", str(runs)]) == 0
+    (record,) = RunStore(runs).records()
+    assert record["run_id"] == ExperimentConfig.from_yaml(experiment).run_id
+    assert record["steps"] == 4
+    student = AutoModelForSequenceClassification.from_pretrained(runs / record["run_id"])
+    assert student.config.num_hidden_layers == 2
+    said = capsys.readouterr().out
+    assert str(runs / record["run_id"]) in said and f"fakit report {runs}" in said
+
+    assert main(["report", str(runs)]) == 0
+    assert f"Written to {runs / 'report' / 'report.html'}" in capsys.readouterr().out
+    assert main(["report", str(runs), "--out", str(tmp_path / "elsewhere")]) == 0
+    table = pd.read_csv(tmp_path / "elsewhere/table.csv")
+    assert table["mean"].tolist() == pytest.approx([record["score"]])
+
+
+def test_distill_goes_on_from_a_checkpoint_and_returns_what_is_recorded(config, tmp_path, capsys):
+    path, runs = tmp_path / "experiment.yaml", tmp_path / "runs"
+    saving = config.replace(**{"training.save_every": 2, "training.steps": 4, "out": str(tmp_path / "student")})
+    saving.to_yaml(path)
+    assert main(["distill", str(path), "--out", str(runs)]) == 0
+    whole = RunStore(runs).records()
+    assert main(["distill", str(path), "--out", str(runs)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["distill", str(path), "--out", str(runs), "--resume"]) == 0
+    assert RunStore(runs).records() == whole
+
+    # as if the power had failed after step 2
+    shutil.rmtree(tmp_path / "student/checkpoints/checkpoint-4")
+    shutil.rmtree(runs)
+    assert main(["distill", str(path), "--out", str(runs), "--resume"]) == 0
+    (again,) = RunStore(runs).records()
+    assert (again["steps"], again["test"]) == (4, whole[0]["test"])
+
+
+def test_a_config_that_names_its_student_folder_keeps_it(config, tmp_path):
+    path = tmp_path / "experiment.yaml"
+    config.replace(**{"training.steps": 1, "out": str(tmp_path / "mine")}).to_yaml(path)
+    assert main(["distill", str(path), "--out", str(tmp_path / "runs")]) == 0
+    assert (tmp_path / "mine/model.safetensors").is_file()
+    assert sorted(item.name for item in (tmp_path / "runs").iterdir() if item.is_dir()) == []
+
+
+# --- study -----------------------------------------------------------------------------------------------------------
+
+
+def test_study_runs_and_continues(experiment, tmp_path, capsys):
+    path, runs = tmp_path / "study.yaml", tmp_path / "runs"
+    path.write_text("experiments: [experiment.yaml]\narms: [none, all]\nseeds: [0]\nequal_compute: []\n")
+    assert main(["study", str(path), "--out", str(runs)]) == 0
+    arms = [record["arm"] for record in RunStore(runs).records()]
+    assert sorted(arms) == ["all", "none", "teacher", "untrained"]
+    assert "4 runs are recorded" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("seeds: [0]", "seeds: [0, 1]"))
+    assert main(["study", str(path), "--out", str(runs)]) == 0
+    assert "2 of 4 runs are recorded" in capsys.readouterr().out
+    assert len(RunStore(runs).records()) == 6
+
+
+def test_the_shipped_configurations_are_readable():
+    files = sorted((ROOT / "configs").glob("*.yaml"))
+    assert {"study.yaml", "distill_glosses.yaml"} <= {path.name for path in files}
+    for path in files:
+        (StudyConfig if path.name.startswith("study") else ExperimentConfig).from_yaml(path)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_done_is_one_message_and_status_2(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"fakit: {tmp_path} is no runs directory")
+    assert "Traceback" not in captured.err
+
+
+def test_a_wrong_key_is_answered_with_the_allowed_ones(experiment, capsys):
+    experiment.write_text(experiment.read_text().replace("steps:", "stepz:"))
+    assert main(["distill", str(experiment)]) == 2
+    said = capsys.readouterr().err
+    assert "stepz" in said and "steps" in said and "batch_size" in said
+
+
+def test_the_run_of_a_study_that_failed_is_named(experiment, tmp_path, capsys):
+    ExperimentConfig.from_yaml(experiment).replace(**{"student.layers": 9}).to_yaml(experiment)
+    path = tmp_path / "study.yaml"
+    path.write_text("experiments: [experiment.yaml]\narms: [none]\nseeds: [0]\nequal_compute: []\nbaselines: false\n")
+    assert main(["study", str(path), "--out", str(tmp_path / "runs")]) == 2
+    said = capsys.readouterr().err
+    assert "9" in said and "in the run " in said and "arm none, seed 0" in said
+
+
+def test_debug_shows_where(tmp_path):
+    with pytest.raises(ValueError, match="no runs directory"):
+        main(["report", str(tmp_path), "--debug"])
+
+
+def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["distil"])
+    assert stopped.value.code == 2
+    assert "run" in (said := capsys.readouterr().err) and "distill" in said and "study" in said and "report" in said
+
+
+def test_the_module_and_the_installed_command_are_the_same():
+    script = Path(sys.executable).with_name("fakit")
+    helps = [
+        subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for command in ([str(script)], [sys.executable, "-m", "fakit"])
+    ]
+    assert helps[0] == helps[1] and "distill" in helps[0]
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import json, sys
+from fakit.__main__ import parser
+parser().format_help()
+print(json.dumps([name for name in ("torch", "transformers", "plotly", "nbclient") if name in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
