@@ -65,9 +65,7 @@ class StudentConfig(Section):
     heads: int | None = option(None, at_least=1)
     init: str = option("copy", choices=("copy", "random"))
     path: str | None = None  # a saved model instead of a shrunken teacher
-    freeze_embeddings: bool = (
-        False  # keep the copied word embeddings: less to train, and less to forget with few labels
-    )
+    freeze_embeddings: bool = False  # keep the copied word embeddings: less to train and, with few labels, to forget
 
 
 @dataclass(frozen=True)

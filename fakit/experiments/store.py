@@ -59,23 +59,25 @@ class RunStore:
     def create(cls, path: str | Path, what: str = "distillation runs") -> RunStore:
         """Make a new runs directory. Raises ValueError when one is there already, or the folder holds other files."""
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not _is_free(path):
             raise ValueError(
                 f"{path}: asked for a new runs directory, found {_listing(path)}. "
                 f"Open it with RunStore({str(path)!r}) if it holds runs, or choose an empty folder."
             )
-        path.mkdir(parents=True, exist_ok=True)
-        partial = path / "manifest.json.partial"
-        partial.write_text(json.dumps(_manifest(what), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path / "manifest.json")  # the manifest is there whole or not at all
-        return cls(path)
+        return cls.open(path, what)
 
     @classmethod
     def open(cls, path: str | Path, what: str = "distillation runs") -> RunStore:
         """Open a runs directory, or create it where the folder is missing or empty."""
         path = Path(path)
-        is_new = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-        return cls.create(path, what) if is_new else cls(path)
+        if _is_free(path):
+            path.mkdir(parents=True, exist_ok=True)
+            with _locked(path):
+                if _is_free(path):  # another process may have been first
+                    partial = path / "manifest.json.partial"
+                    partial.write_text(json.dumps(_manifest(what), indent=2) + "\n", encoding="utf-8")
+                    partial.replace(path / "manifest.json")  # the manifest is there whole or not at all
+        return cls(path)
 
     def append_run(self, record: Mapping[str, Any]) -> None:
         """Write one finished run. Raises ValueError without a run_id, or when that run is recorded already."""
@@ -176,9 +178,7 @@ class RunStore:
     @contextmanager
     def _writing(self):
         """Hold the directory for one write, as two studies may share it, and start from whole lines."""
-        with (self.path / ".lock").open("a") as lock:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(self.path):
             for name in ("runs.jsonl", "steps.jsonl"):
                 self._set_rest_aside(self.path / name)
             yield
@@ -202,6 +202,27 @@ class RunStore:
             f"{path}: a last line of {len(content) - whole} bytes, cut short by a kill, was moved to {path.name}.rest.",
             stacklevel=5,
         )
+
+
+@contextmanager
+def _locked(path: Path):
+    """Hold a folder itself, so that no lock file lies about."""
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _is_free(path: Path) -> bool:
+    """Missing, or a folder with nothing in it but what an interrupted creation leaves."""
+    if not path.exists():
+        return True
+    return path.is_dir() and {item.name for item in path.iterdir()} <= {"manifest.json.partial"}
 
 
 def _json(value: Any) -> Any:

@@ -155,7 +155,7 @@ for n in range(int(sys.argv[3])):
 
 
 def test_two_writers_at_once_lose_nothing(tmp_path):
-    RunStore.create(tmp_path)
+    tmp_path = tmp_path / "made by whoever comes first"
     command = [sys.executable, "-c", _WRITER, str(tmp_path)]
     writers = [subprocess.Popen([*command, name, "60"], stdout=subprocess.DEVNULL) for name in "ab"]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]

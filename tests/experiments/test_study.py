@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from fakit.experiments import study as study_module
@@ -157,3 +159,14 @@ def test_the_patched_names_are_the_real_ones():
     """`_without_training` stands in for these two; it must not outlive a renaming."""
     assert study_module.run_experiment is run_experiment
     assert study_module.evaluate_baselines is evaluate_baselines
+
+
+def test_the_kits_own_files_are_valid():
+    folder = Path(__file__).parents[2] / "configs"
+    study = StudyConfig.from_yaml(folder / "study.yaml")
+    assert [experiment.task.name for experiment in study.experiments] == ["reviews", "glosses", "scans"]
+    assert len(study.seeds) >= 3 and study.equal_compute == ("none",)
+    for path in folder.glob("distill_*.yaml"):
+        config = ExperimentConfig.from_yaml(path)
+        assert config.arm == "all"
+        assert config in study.experiments
