@@ -8,8 +8,8 @@ queries, keys and values, after rotary embedding, so the maps can be had althoug
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -34,13 +34,21 @@ class AttentionInputs:
     causal: bool  # the function masks the future itself, because no mask says so
     softcap: float | None = None
     position_bias: Tensor | None = None  # (B or 1, H, T, T)
+    sinks: Tensor | None = None  # (H,): a learned score that takes its share of every row (GPT-OSS)
+
+    def maps(self) -> Tensor:
+        """Attention maps before dropout. Rows sum to 1, or to less where a sink takes its share. (B, H, T, T)"""
+        scores = self.scores()
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)  # (B, H, T, 1)
+        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
 
     def scores(self) -> Tensor:
         """Scaled, capped, biased and masked scores, before the softmax; masked pairs hold the smallest float. (B, H, T, T)"""
         query, key = at_least_float32(self.query), at_least_float32(self.key)
-        key = key.repeat_interleave(
-            query.shape[1] // key.shape[1], dim=1
-        )  # grouped heads: (B, H_kv, T, d) -> (B, H, T, d)
+        groups = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(groups, dim=1)  # grouped heads: (B, H_kv, T, d) -> (B, H, T, d)
         scores = query @ key.transpose(-2, -1) * self.scaling  # (B, H, T, T)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
@@ -114,7 +122,7 @@ class Trace:
                 f"attention of layer {layer} asked of a trace of {self.name} that holds attention of layers "
                 f"{sorted({*self.maps, *self.attention})}; capture(..., attentions=[{layer}]) keeps it."
             )
-        return self.attention[layer].scores().softmax(-1)
+        return self.attention[layer].maps()
 
     def detach(self) -> "Trace":
         """The same trace, cut from the graph. Nothing is copied."""
@@ -152,7 +160,7 @@ def capture(
 
     Raises:
         ValueError: before the forward pass, for a layer the model does not have or a batch without inputs; after it, for a layer
-            whose attention could not be seen.
+            whose hidden state or attention could not be seen.
 
     >>> trace = capture(model, batch, hidden_states=[0, 1, 3], attentions=[1, 3])  # doctest: +SKIP
     >>> trace.hidden_states[3].shape, trace.attention_maps(3).shape  # doctest: +SKIP
@@ -163,52 +171,36 @@ def capture(
     inputs = _inputs(model, batch)
     trace = Trace(mask=_token_mask(inputs), causal=is_causal_lm(model), name=type(model).__name__)
     by_interface = not attentions or _uses_attention_interface(model)
-    if not by_interface:
-        inputs["output_attentions"] = True  # BLOOM, DeBERTa, XLNet …: only their own eager maps exist
+    if not by_interface:  # BLOOM, DeBERTa, Falcon …: only their own eager maps exist
+        _check_eager(model)
+        inputs["output_attentions"] = True
     last = None if logits or not by_interface else max([*hidden_states, *attentions], default=None)
 
     recorder = _Recorder(trace, set(hidden_states), set(attentions) if by_interface else set(), last)
+    token = _recorder.set(recorder)
     handles = recorder.hook(blocks)
     try:
-        with _watching_attention(recorder) if recorder.attentions else _nothing():
+        with _watching_attention() if recorder.attentions else nullcontext():
             outputs = model(**inputs)
     except _EnoughSeen:
         outputs = None
     finally:
         for handle in handles:
             handle.remove()
+        _recorder.reset(token)
 
+    _check_seen(trace, hidden_states, sorted(recorder.attentions))
     if logits:
         trace.logits = _logits(model, outputs)
     if not by_interface:
         trace.maps = _returned_maps(model, outputs, attentions)
-    missing = sorted(recorder.attentions - set(trace.attention))
-    if missing:
-        raise ValueError(
-            f"attention of layers {missing} asked of {type(model).__name__}, and none passed through transformers' attention "
-            "interface there: these blocks may have no attention. Ask for other layers, or leave the attention term out."
-        )
     return trace
 
 
-@contextmanager
-def eager(model: nn.Module) -> Iterator[nn.Module]:
-    """Switch a model to eager attention (which returns maps) and back.
-
-    >>> with eager(model):  # doctest: +SKIP
-    ...     maps = model(**batch, output_attentions=True).attentions
-    """
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield model
-    finally:
-        model.set_attn_implementation(before)
-
-
 def is_causal_lm(model: nn.Module) -> bool:
-    """True for a model whose logits at t predict token t + 1."""
-    return type(model).__name__ in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    """True for a model whose logits at t predict token t + 1: a causal language model of transformers, or a subclass of one."""
+    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return any(kind.__name__ in names for kind in type(model).__mro__)
 
 
 # -- the hooks --------------------------------------------------------------------------------------------------------
@@ -219,7 +211,7 @@ class _EnoughSeen(Exception):
 
 
 class _Recorder:
-    """Writes into a trace while the model runs. `layer` is the block the forward pass is in; blocks may be shared (ALBERT)."""
+    """Writes into a trace while the model runs. `layer` is the block the forward pass is in; one module may serve several layers."""
 
     def __init__(self, trace: Trace, hidden_states: set[int], attentions: set[int], last: int | None):
         self.trace, self.hidden_states, self.attentions, self.last = trace, hidden_states, attentions, last
@@ -234,7 +226,9 @@ class _Recorder:
         return handles
 
     def _entering(self, numbers: list[int]):
-        def pre_hook(block, args, kwargs):
+        def pre_hook(block, args, kwargs=None):
+            if _recorder.get() is not self:  # another thread's forward pass through the same model
+                return
             # a shared block serves its layers in turn; any other one has exactly one number
             self.layer = next((i for i in numbers if i > self.layer), numbers[0])
             if self.layer == 1 and 0 in self.hidden_states:
@@ -245,80 +239,68 @@ class _Recorder:
         return pre_hook
 
     def _leaving(self, block, args, output):
+        if _recorder.get() is not self:
+            return
         if self.layer in self.hidden_states:
             self.trace.hidden_states[self.layer] = output[0] if isinstance(output, tuple) else output
         if self.layer == self.last:
             raise _EnoughSeen
 
-    def attention(self, module, query, key, value, mask, scaling, is_causal, softcap=None, position_bias=None, **_):
+    def attention(self, module, query, key, value, attention_mask=None, *_, **options):
         # the first call of a block is its self-attention; a decoder's cross-attention comes second
         if self.layer not in self.attentions or self.layer in self.trace.attention:
             return
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        scaling, causal = options.get("scaling"), options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
         self.trace.attention[self.layer] = AttentionInputs(
             query,
             key,
             value,
-            mask=mask,
+            mask=attention_mask,
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             # sdpa masks the future by itself when no mask does; flash does whenever the module is causal
-            causal=bool(causal) and (mask is None or mask.dim() == 2) and query.shape[2] > 1,
-            softcap=softcap,
-            position_bias=position_bias,
+            causal=bool(causal) and (attention_mask is None or attention_mask.dim() == 2) and query.shape[2] > 1,
+            softcap=options.get("softcap"),
+            position_bias=options.get("position_bias"),
+            sinks=options.get("s_aux"),
         )
 
 
-_recorder: ContextVar[_Recorder | None] = ContextVar("fakit_recorder", default=None)
+_recorder: ContextVar[_Recorder | None] = ContextVar("fakit_recorder", default=None)  # of this thread's capture
 _lock = threading.Lock()
-_watchers = 0  # captures under way in all threads: the last one out restores transformers' table
-_originals: dict[str, object] = {}
+_watchers = 0  # captures under way in all threads: the first one in puts the watch up, the last one out takes it down
 
 
 @contextmanager
-def _watching_attention(recorder: _Recorder) -> Iterator[None]:
-    """While open, attention functions report their inputs to this thread's recorder, then do what they always do.
+def _watching_attention() -> Iterator[None]:
+    """While open, attention functions report their inputs to their thread's recorder, then do what they always do.
 
-    The functions are wrapped in transformers' own table, under their own names, so that no configuration changes and mask building,
-    kernels and gradient checkpointing see what they always see. Other threads' forward passes run through untouched.
+    Watched is the question "which function?" that every attention module asks of transformers' table, not the table: no entry and no
+    configuration changes, so mask building, kernels and gradient checkpointing see what they always see. Forward passes of other
+    threads run through untouched.
     """
     global _watchers
-    table = ALL_ATTENTION_FUNCTIONS._global_mapping
     with _lock:
         if _watchers == 0:
-            _originals.update(table)
-            table.update({name: _reporting(function) for name, function in _originals.items()})
-            table["eager"] = _reporting(None)
+            ask = ALL_ATTENTION_FUNCTIONS.get_interface
+            ALL_ATTENTION_FUNCTIONS.get_interface = lambda *args, **kwargs: _reporting(ask(*args, **kwargs))
         _watchers += 1
-    token = _recorder.set(recorder)
     try:
         yield
     finally:
-        _recorder.reset(token)
         with _lock:
             _watchers -= 1
             if _watchers == 0:
-                table.pop("eager")
-                table.update(_originals)
-                _originals.clear()
+                del ALL_ATTENTION_FUNCTIONS.get_interface  # the class's own shows again
 
 
-def _reporting(function):
-    def attention(module, query, key, value, attention_mask=None, *args, scaling=None, is_causal=None, **kwargs):
-        recorder = _recorder.get()
-        if recorder is not None:
-            recorder.attention(module, query, key, value, attention_mask, scaling, is_causal, **kwargs)
-        # eager has no entry in the table: each modelling file brings its own function
-        run = function or sys.modules[type(module).__module__].eager_attention_forward
-        if is_causal is not None:
-            kwargs["is_causal"] = is_causal
-        return run(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
+def _reporting(function: Callable) -> Callable:
+    def attention(*args, **kwargs):
+        if (recorder := _recorder.get()) is not None:
+            recorder.attention(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return attention
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _uses_attention_interface(model: nn.Module) -> bool:
@@ -370,11 +352,40 @@ def _logits(model: nn.Module, outputs) -> Tensor | None:
     return logits  # None for a bare encoder, which has no head
 
 
+def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int]) -> None:
+    for what, asked, seen in (
+        ("hidden state", hidden_states, trace.hidden_states),
+        ("attention", attentions, trace.attention),
+    ):
+        missing = [i for i in asked if i not in seen]
+        if missing:
+            raise ValueError(
+                f"{what} of layers {missing} asked of {trace.name}, and nothing was seen there: the blocks did not run (layerdrop), or have "
+                "no attention. Ask for other layers, or leave the term out."
+            )
+    for i, hidden in trace.hidden_states.items():
+        if trace.mask is not None and hidden.shape[:-1] != trace.mask.shape:
+            raise ValueError(
+                f"layer {i} of {trace.name} works on {tuple(hidden.shape)}, and the batch is {tuple(trace.mask.shape)} (B, T): its tokens cannot "
+                "be told apart (XLNet turns batch and tokens around, Longformer adds padding). Use a model whose blocks work on (B, T, d)."
+            )
+
+
+def _check_eager(model: nn.Module) -> None:
+    """Falcon under sdpa returns maps, but adds its bool mask to the scores: other implementations' maps are not to be trusted."""
+    implementation = model.config._attn_implementation
+    if implementation != "eager":
+        raise ValueError(
+            f"attention asked of {type(model).__name__}, which does not use transformers' attention interface: its maps can only be had "
+            f"under 'eager' attention, and it runs {implementation!r}. Load it with attn_implementation='eager'."
+        )
+
+
 def _returned_maps(model: nn.Module, outputs, attentions: list[int]) -> dict[int, Tensor]:
     maps = getattr(outputs, "attentions", None)
     if not maps or any(maps[i - 1] is None for i in attentions):
         raise ValueError(
-            f"{type(model).__name__} does not use transformers' attention interface and returned no attention maps under "
-            f"{model.config._attn_implementation!r} attention; load it with attn_implementation='eager' or use `with eager(model):`."
+            f"attention of layers {attentions} asked of {type(model).__name__}, which returned no attention maps: these blocks may have "
+            "no attention. Ask for other layers, or leave the attention term out."
         )
     return {i: maps[i - 1] for i in attentions}
