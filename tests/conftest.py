@@ -15,7 +15,6 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "passive",
-    "MPLBACKEND": "agg",
 }
 
 import numpy as np

@@ -19,11 +19,11 @@ from urllib.parse import urlsplit
 from playwright.sync_api import Browser, Page, Route
 
 # Figures: drawn by plotly, or an SVG or a bitmap in an output of JupyterLab or of a report (icons are none).
-PLOTLY = ".js-plotly-plot"
+PLOTLY = ".js-plotly-plot .svg-container"
 STATIC = ", ".join(
     [
-        '[data-mime-type^="image/"] > *',
-        ".jp-OutputArea-output img",
+        '[data-mime-type="image/svg+xml"] > svg',
+        'img[src^="data:image"]',
         ".fakit-figure > .static:not([hidden]) > svg",
         ".thumb > svg",
     ]

@@ -9,8 +9,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from tests.browser.pages import assert_figures_visible
 
 FIGURE = """
-import plotly.graph_objects as go
-go.Figure(go.Scatter(x=[1, 2, 3], y=[4, 1, 2]), layout={"title": "three points"})
+from fakit.figures import gradient_bars
+gradient_bars({"features": 2.0, "attention": 1.0, "task": 0.5})
 """
 SLIDER = """
 import ipywidgets as widgets
@@ -32,7 +32,7 @@ def test_a_notebook_runs_draws_and_answers_to_the_keyboard(lab):
     with lab.open(write(lab, "widgets_and_figures.ipynb", FIGURE, SLIDER)) as notebook:
         notebook.run_all()
         page = notebook.page
-        page.wait_for_selector(".js-plotly-plot .main-svg")
+        page.wait_for_selector(".js-plotly-plot .main-svg")  # JupyterLab prefers plotly's JSON to the SVG
         assert [figure["kind"] for figure in assert_figures_visible(page)] == ["plotly"]
         readout = page.locator(".widget-html-content")
         assert readout.inner_text() == "3 layers"
