@@ -1,11 +1,11 @@
 """Figures: plain results in, a `Figure` out (plotly, its static twin as SVG, and a sentence). They know no model."""
 
-from fakit.figures.attention import attention_pair, head_matching, rollout
+from fakit.figures.attention import attention_pair, head_matching, head_profiles, rollout, token_attributions
 from fakit.figures.fidelity import layer_errors, memory_bars, reliability
 from fakit.figures.figure import Figure
 from fakit.figures.maps import layer_map
 from fakit.figures.results import paired_differences, pareto, retention, scores_by_arm, weight_sensitivity
-from fakit.figures.similarity import bias_curve, rogue_dimensions, similarity_heatmap
+from fakit.figures.similarity import bias_curve, rogue_dimensions, similarity_heatmap, similarity_panels
 from fakit.figures.story import distillation_story, softened
 from fakit.figures.terms import loss_bars
 from fakit.figures.training import gradient_bars, gradient_conflict, loss_curves
@@ -18,6 +18,7 @@ __all__ = [
     "gradient_bars",
     "gradient_conflict",
     "head_matching",
+    "head_profiles",
     "layer_errors",
     "layer_map",
     "loss_bars",
@@ -31,6 +32,8 @@ __all__ = [
     "rollout",
     "scores_by_arm",
     "similarity_heatmap",
+    "similarity_panels",
     "softened",
+    "token_attributions",
     "weight_sensitivity",
 ]

@@ -1,8 +1,8 @@
-"""Attention: teacher, student and difference; which head resembles which; rollout to the input."""
+"""Attention: teacher, student and difference; which head resembles which; rollout and attribution to the input."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from fakit.figures.drawing import (
     axis_id,
     axis_key,
     canvas,
+    check_keys,
     colour_bar,
     hatch,
     heat_axes,
@@ -21,7 +22,7 @@ from fakit.figures.drawing import (
     panels,
 )
 from fakit.figures.figure import Figure
-from fakit.figures.theme import DIFFERENCE, DISTANCE, HEATMAP, STUDENT, TEACHER, ramp
+from fakit.figures.theme import DIFFERENCE, DISTANCE, HEATMAP, STUDENT, TEACHER, model_role, ramp
 
 LONGEST = 14  # characters of a token label
 
@@ -201,17 +202,107 @@ def rollout(
     Raises:
         ValueError: a length that is not T.
     """
+    figure, drawn = _token_bars(teacher, student, tokens, title, "rollout")
+    figure.update_yaxes(rangemode="tozero", title="share of attention")
+    tops = [f"the {name} looks most at {tokens[int(v.argmax())]} ({v.max():.2f})" for name, v in drawn.items()]
+    sentence = ", ".join(tops)
+    return Figure(figure, f"{sentence[0].upper()}{sentence[1:]}, of {len(tokens)} tokens.")
+
+
+def token_attributions(
+    teacher: Any,
+    student: Any,
+    tokens: Sequence[str],
+    title: str = "Which tokens speak for the answer?",
+) -> Figure:
+    """One attribution a token in both models, up for the answer, down against it, each as a share of its model's total.
+
+    Scores of two models have different units (their logits' scales); what is drawn is score / Σ |score|.
+
+    Args:
+        teacher: (T,) scores.
+        student: (T,), or None.
+        tokens: T strings.
+        title: short title.
+
+    Raises:
+        ValueError: a length that is not T, or scores that are all 0.
+    """
+    shares = []
+    for name, values in (("teacher", teacher), ("student", student)):
+        values = None if values is None else np.asarray(values, float)
+        if values is not None and not np.abs(values).sum() > 0:
+            raise ValueError(f"the {name}'s attributions are all 0 (or not finite): no token can be said to matter")
+        shares.append(None if values is None else values / np.abs(values).sum())
+    figure, drawn = _token_bars(*shares, tokens, title, "attribution")
+    figure.update_yaxes(title="share of attribution", zeroline=True)
+    tops = [
+        f"for the {name} {tokens[int(abs(v).argmax())]} weighs most ({v[abs(v).argmax()]:+.2f})"
+        for name, v in drawn.items()
+    ]
+    sentence = ", ".join(tops)
+    return Figure(figure, f"{sentence[0].upper()}{sentence[1:]}, of {len(tokens)} tokens.")
+
+
+def head_profiles(
+    heads: Mapping[str, tuple[Any, Any]],
+    x_label: str = "normalised entropy (1 = looks everywhere)",
+    y_label: str = "share on sinks",
+    title: str = "One point a head",
+) -> Figure:
+    """Two properties of every head, both from 0 to 1: teacher's heads as circles, student's as diamonds.
+
+    Args:
+        heads: layer name (T6, S3 …) → (x (H,), y (H,)), by head number.
+        x_label: axis title.
+        y_label: axis title.
+        title: short title.
+
+    Raises:
+        ValueError: nothing to draw, or x and y of different lengths.
+    """
+    check_keys(heads, "head_profiles")
+    figure = canvas(title, (720, 440))
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for label, (x, y) in heads.items():
+        x, y = np.asarray(x, float), np.asarray(y, float)
+        if x.shape != y.shape or x.ndim != 1:
+            raise ValueError(f"{label} has x of shape {x.shape} and y of shape {y.shape}: give one number a head each")
+        role = model_role(label)
+        points.setdefault(role.name, []).extend(
+            (a, b, f"{label}, head {i}") for i, (a, b) in enumerate(zip(x, y, strict=True))
+        )
+    roles = {role.name: role for role in map(model_role, heads)}
+    parts = []
+    for name, found in points.items():
+        x, y, labels = zip(*found, strict=True)
+        figure.add_scatter(
+            x=x,
+            y=y,
+            mode="markers",
+            name=name,
+            marker=roles[name].marker(9, opacity=0.75),
+            customdata=labels,
+            hovertemplate="%{customdata}<br>%{x:.2f}, %{y:.2f}<extra></extra>",
+        )
+        parts.append(f"the {name}'s {len(found)} heads {np.mean(x):.2f} and {np.mean(y):.2f}")
+    figure.update_xaxes(range=(-0.03, 1.03), title=x_label).update_yaxes(range=(-0.03, 1.03), title=y_label)
+    return Figure(figure, f"Means of {x_label} and {y_label}: {', '.join(parts)}.")
+
+
+def _token_bars(teacher: Any, student: Any, tokens: Sequence[str], title: str, what: str):
+    """Bars by token for both models: the figure, and {"teacher": (T,), "student": (T,)} as drawn."""
     labels = [_short(token) for token in tokens]
     below = label_width(labels) + 20
     figure = canvas(title, (960 if len(labels) > 16 else 720, 320 + below), {"b": below}, barmode="group", bargap=0.25)
-    tops = []
+    drawn = {}
     for role, values in ((TEACHER, teacher), (STUDENT, student)):
         if values is None:
             continue
         values = np.asarray(values, float)
         if values.shape != (len(labels),):
             raise ValueError(
-                f"the {role.name}'s rollout has shape {values.shape}; {len(labels)} tokens need ({len(labels)},)"
+                f"the {role.name}'s {what} has shape {values.shape}; {len(labels)} tokens need ({len(labels)},)"
             )
         figure.add_bar(
             x=np.arange(len(labels)),
@@ -221,10 +312,8 @@ def rollout(
             customdata=labels,
             hovertemplate=f"{role.name}, %{{customdata}}: %{{y:.3f}}<extra></extra>",
         )
-        tops.append(f"the {role.name} looks most at {tokens[int(values.argmax())]} ({values.max():.2f})")
+        drawn[role.name] = values
     figure.update_xaxes(
-        tickvals=np.arange(len(labels)), ticktext=labels, tickangle=-90, range=(-0.6, len(labels) - 0.4)
+        tickvals=np.arange(len(labels)), ticktext=labels, tickangle=-90, range=(-0.6, len(labels) - 0.4), showgrid=False
     )
-    figure.update_xaxes(showgrid=False).update_yaxes(rangemode="tozero", title="share of attention")
-    sentence = ", ".join(tops)
-    return Figure(figure, f"{sentence[0].upper()}{sentence[1:]}, of {len(labels)} tokens.")
+    return figure, drawn

@@ -7,9 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from fakit.figures.drawing import band, canvas, check_keys, colour_bar, hatch, heat_axes, matrix, names, outline
+from fakit.figures.drawing import (
+    axis_id,
+    axis_key,
+    band,
+    canvas,
+    check_keys,
+    colour_bar,
+    hatch,
+    heat_axes,
+    matrix,
+    names,
+    outline,
+    panel_title,
+    panels,
+)
 from fakit.figures.figure import Figure
-from fakit.figures.theme import BASELINE, HEATMAP, SIMILARITY, SMALL, STUDENT, TEACHER, pattern
+from fakit.figures.theme import BASELINE, HEATMAP, PAIR, SIMILARITY, SMALL, STUDENT, TEACHER, pattern
 
 
 def similarity_heatmap(
@@ -86,6 +100,93 @@ def similarity_heatmap(
         figure,
         _heat_summary(values, rows, columns, inside, extra, map_pairs, measure),
         _heat_caption(inside, extra, map_pairs),
+    )
+
+
+def similarity_panels(
+    values: Mapping[str, Any],
+    nulls: Mapping[str, Any] | None = None,
+    student_labels: Sequence[str] | None = None,
+    teacher_labels: Sequence[str] | None = None,
+    map_pairs: Sequence[tuple[int, int]] | None = None,
+    title: str = "Similarity of layers",
+    measure: str = "CKA",
+) -> Figure:
+    """Two or three heatmaps of one pair of depths side by side, on one scale from 0 to 1: estimators, students, before and after.
+
+    Args:
+        values: heading of a panel → (S + 1, T + 1), rows and columns by layer number.
+        nulls: heading → the null's upper bound, a number or (S + 1, T + 1); cells at or below it are hatched.
+        student_labels: S + 1 names, by default S0, S1 …
+        teacher_labels: T + 1 names, by default T0, T1 …
+        map_pairs: (row, column) cells to outline in every panel.
+        title: short title.
+        measure: the name of what is shown.
+
+    Raises:
+        ValueError: not two or three panels, matrices of different shapes, or a null for a panel that is not there.
+    """
+    drawn = {name: matrix(part, name) for name, part in values.items()}
+    shapes = {name: part.shape for name, part in drawn.items()}
+    if not 2 <= len(drawn) <= 3 or len(set(shapes.values())) > 1:
+        raise ValueError(f"two or three matrices of one shape stand side by side; found {shapes}")
+    bounds = {
+        name: np.broadcast_to(np.asarray(part, float), shapes.get(name, ())) for name, part in (nulls or {}).items()
+    }
+    if unknown := [name for name in bounds if name not in drawn]:
+        raise ValueError(f"nulls for {unknown}, but the panels are {list(drawn)}")
+    shape = next(iter(shapes.values()))
+    rows = names(student_labels, shape[0], "S", "student_labels")
+    columns = names(teacher_labels, shape[1], "T", "teacher_labels")
+    figure = canvas(title, PAIR, {"l": 66, "r": 92, "t": 76, "b": 56})
+    roomy = (PAIR[0] - 158) / len(drawn) / len(columns) >= 34
+    parts, hatched = [], False
+    for number, ((name, part), domain) in enumerate(zip(drawn.items(), panels(len(drawn), 0.04), strict=True)):
+        extra = {"null": bounds[name]} if name in bounds else {}
+        anchors = {"domain": domain, "anchor": axis_id("y", number)}, {"anchor": axis_id("x", number)}
+        figure.update_layout({axis_key("x", number): anchors[0], axis_key("y", number): anchors[1]})
+        figure.add_heatmap(
+            z=part,
+            zmin=0,
+            zmax=1,
+            colorscale=SIMILARITY,
+            showscale=number == 0,
+            colorbar=colour_bar(measure) if number == 0 else None,
+            text=[["–" if np.isnan(v) else f"{v:.2f}".replace("-0.00", "0.00") for v in row] for row in part]
+            if roomy
+            else None,
+            texttemplate="%{text}" if roomy else None,
+            textfont={"size": SMALL},
+            hovertext=[
+                [f"{name}<br>" + _hover(r, c, measure, part[i, j], extra, i, j) for j, c in enumerate(columns)]
+                for i, r in enumerate(rows)
+            ],
+            hoverinfo="text",
+            xaxis=axis_id("x", number),
+            yaxis=axis_id("y", number),
+        )
+        heat_axes(figure, rows, columns, number)
+        figure.update_layout({axis_key("x", number): {"title": {"text": "teacher layer"}}})
+        if number:
+            figure.update_layout({axis_key("y", number): {"showticklabels": False}})
+        inside = part <= extra["null"] if extra else np.zeros(shape, bool)
+        if strokes := hatch(inside, number):
+            figure.add_trace(strokes)
+            hatched = True
+        for row, column in map_pairs or ():
+            outline(figure, row, column, number)
+        panel_title(figure, number, name)
+        finite = part[np.isfinite(part)]
+        median = f"median {np.median(finite):.2f}" if len(finite) else "undefined throughout"
+        mapped = (
+            f", mapped pairs {np.nanmean([part[tuple(p)] for p in map_pairs]):.2f}" if map_pairs and len(finite) else ""
+        )
+        null = f", {int(inside.sum())} of {part.size} cells inside the null" if extra else ""
+        parts.append(f"{name}: {median}{mapped}{null}")
+    figure.update_layout(yaxis={"title": {"text": "student layer"}})
+    caption = "Hatched: inside the null, no more similar than shuffled sequences. " if hatched else ""
+    return Figure(
+        figure, f"{measure}. {'; '.join(parts)}.", caption + ("Framed: the mapped pairs." if map_pairs else "")
     )
 
 
