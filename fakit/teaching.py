@@ -73,7 +73,7 @@ def setup(
     device: str | None = None,
     model: str | None = None,
 ) -> Session:
-    """Seed python, numpy and torch, set the plotly template, and say what this notebook runs on.
+    """Seed python, numpy and torch, set the plotly template, quiet the libraries, and say what this notebook runs on.
 
     Args:
         profile: "quick" (CI, 2 CPU cores), "workshop" (a class) or "full".
@@ -99,6 +99,7 @@ def setup(
     from fakit.figures import theme
 
     theme.use_template()
+    _quiet()
     gpu = torch.device(device)
     if gpu.type == "cuda":
         memory = (
@@ -120,6 +121,23 @@ def setup(
         "model": model or "embedded default",
     }
     return Session(profile, seed, device, model, facts)
+
+
+def _quiet() -> None:
+    """Leave the page to the notebook: no library reports, no bars for work of a second; errors still show."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # it looks for a compiled 4-bit kernel on the hub, and works without
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+    # peft asks the model by the old name; nothing a reader could change
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def _device(asked: str | None) -> str:

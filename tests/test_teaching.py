@@ -2,6 +2,8 @@
 
 import doctest
 import random
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -27,6 +29,23 @@ def test_setup_seeds_everything_and_sets_the_template():
         assert pio.templates.default == "fakit"
     finally:
         pio.templates.default = before
+
+
+def test_setup_quiets_the_libraries_and_not_their_errors():
+    code = """
+import warnings
+from fakit.teaching import setup
+setup(device="cpu")
+import datasets, transformers
+print(transformers.logging.get_verbosity() == transformers.logging.ERROR, datasets.are_progress_bars_disabled())
+model = transformers.BertModel(transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9))
+model.is_gradient_checkpointing
+warnings.warn("something else", FutureWarning)
+"""
+    # a process of its own: what it changes is global
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+    assert "something else" in done.stderr and "deprecated" not in done.stderr
 
 
 def test_session_shows_what_it_runs_on():
