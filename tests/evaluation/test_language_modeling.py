@@ -49,6 +49,19 @@ def test_a_bos_gives_context_to_the_first_token_and_is_not_scored(gpt2, characte
     assert result.nll == pytest.approx(total, rel=1e-5)
 
 
+def test_a_closing_special_token_is_not_scored(gpt2, characters):
+    from tokenizers import processors
+
+    model, plain, closed = gpt2(), characters(bos=True), characters()
+    closed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    assert closed(TEXT)["input_ids"] == [*plain(TEXT)["input_ids"], 1]
+    results = [perplexity(model, tokenizer, TEXT, window=16, stride=8) for tokenizer in (plain, closed)]
+    assert results[0].tokens == results[1].tokens and results[0].bytes == results[1].bytes
+    assert results[1].nll == pytest.approx(results[0].nll, rel=1e-5)
+
+
 def test_texts_are_read_apart_and_weighted_by_tokens(gpt2, characters):
     model, tokenizer = gpt2(), characters()
     texts = ["the earth was without form", "a", "", "and void"]
