@@ -3,6 +3,7 @@
 from fakit.figures.attention import attention_pair, head_matching, head_profiles, rollout, token_attributions
 from fakit.figures.fidelity import layer_errors, memory_bars, reliability
 from fakit.figures.figure import Figure
+from fakit.figures.map_gallery import layer_map_gallery
 from fakit.figures.maps import layer_map
 from fakit.figures.results import paired_differences, pareto, retention, scores_by_arm, weight_sensitivity
 from fakit.figures.similarity import bias_curve, rogue_dimensions, similarity_heatmap, similarity_panels
@@ -21,6 +22,7 @@ __all__ = [
     "head_profiles",
     "layer_errors",
     "layer_map",
+    "layer_map_gallery",
     "loss_bars",
     "loss_curves",
     "memory_bars",

@@ -140,21 +140,21 @@ def attention_pair(
 
 
 def head_matching(
-    matrix_: Any,
+    distances: Any,
     assignment: Sequence[tuple[int, int]] | None = None,
     title: str = "Distance between heads (Jensen–Shannon)",
 ) -> Figure:
     """Student heads (rows) against teacher heads (columns): bright = alike; the chosen match is framed.
 
     Args:
-        matrix_: (H_S, H_T) Jensen–Shannon distances in [0, 1] (square root of the divergence in bits).
+        distances: (H_S, H_T) Jensen–Shannon distances in [0, 1] (square root of the divergence in bits).
         assignment: (student head, teacher head) pairs, e.g. of the Hungarian method.
         title: short title.
 
     Raises:
         ValueError: not a matrix, or values outside [0, 1].
     """
-    values = matrix(matrix_, "head distances")
+    values = matrix(distances, "head distances")
     if np.nanmin(values) < -1e-6 or np.nanmax(values) > 1 + 1e-6:
         raise ValueError(
             f"Jensen–Shannon distances lie in [0, 1]; found {np.nanmin(values):.3f} to {np.nanmax(values):.3f}"

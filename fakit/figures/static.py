@@ -70,7 +70,7 @@ def _accessible(svg: str, figure: go.Figure, description: str, salt: str) -> str
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(
-        r' id="[A-Za-z.]+_\d+"', "", svg
+        r' id="[\w.-]+_\d+"', "", svg
     )  # matplotlib's group names: never referenced, and repeated in every figure
     head, body = svg.split(">", 1)
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head)

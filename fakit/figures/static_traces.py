@@ -55,9 +55,9 @@ def rgba(colour: str) -> Rgba:
 
 def colour_map(scale: Any) -> LinearSegmentedColormap:
     """A plotly colorscale, [[position, colour], …], as a matplotlib colour map; NaN is transparent."""
-    made = LinearSegmentedColormap.from_list("scale", [(stop, rgba(colour)) for stop, colour in scale], N=512)
-    made.set_bad((0, 0, 0, 0))
-    return made
+    return LinearSegmentedColormap.from_list(
+        "scale", [(stop, rgba(colour)) for stop, colour in scale], N=512
+    ).with_extremes(bad=(0, 0, 0, 0))
 
 
 def draw_trace(twin: Twin, trace: Any, axes: Any) -> None:

@@ -77,6 +77,7 @@ def examples() -> dict[str, draw.Figure]:
         "softened": draw.softened({t: (soft("teacher", t), soft("student", t)) for t in (1, 2, 4, 8)}, ["positive", "neutral", "negative"]),
         "map": draw.layer_map([(1, 2), (2, 4), (3, 6)], 3, 6),
         "map_similarity": draw.layer_map([(1, 6), (2, 4), (3, 2)], 3, 6, cka, title="Layer map ‘reverse’"),
+        "map_gallery": draw.layer_map_gallery({"uniform": [(1, 2), (2, 4), (3, 6)], "reverse": [(1, 6), (2, 4), (3, 2)], "none": [], "all to one": [(1, 6), (2, 6), (3, 6)], "last": [(1, 4), (2, 5), (3, 6)]}, 3, 6),
         "map_12_to_24": draw.layer_map([(i, 2 * i) for i in range(1, 13)], 12, 24, np.full((13, 25), 0.62)),
         "similarity": draw.similarity_heatmap(cka, null=0.12, low=cka - 0.05, high=cka + 0.05, map_pairs=[(1, 2), (2, 4), (3, 6)]),
         "similarity_25": draw.similarity_heatmap(np.linspace(0, 1, 13 * 25).reshape(13, 25), null=0.2),
