@@ -65,6 +65,9 @@ def _outlines(line: str, size: float) -> tuple[str, tuple[float, float, float, f
     from matplotlib.textpath import TextPath
 
     line = re.sub(r"\\[A-Za-z]+", lambda word: _SYNONYMS.get(word[0], word[0]), line)
+    line = re.sub(
+        r"(\\(?:sum|prod|int)(?:[_^](?:\{[^{}]*\}|\w))*)", r"\1\\,", line
+    )  # mathtext sets no space after limits
     line = re.sub(r"\\(mathbf|mathrm|mathcal|mathbb|mathit)\s+(\w)", r"\\\1{\2}", line)
     path = TextPath((0, 0), f"${line}$", size=size, prop=FontProperties(math_fontfamily="stix"))
     letters = {
@@ -87,7 +90,8 @@ def _outlines(line: str, size: float) -> tuple[str, tuple[float, float, float, f
 def formula(tex: str, display: bool = False) -> str:
     """TeX as inline SVG (outlines in the text's colour, labelled by the TeX), or as `<code>` where mathtext fails."""
     source = " ".join(tex.split())
-    lines = re.sub(r"\\(begin|end)\{[a-z]+\*?\}|&", "", source).split(r"\\") if display else [source]
+    drawn_from = re.sub(r"\\frac\b", r"\\dfrac", source) if display else source
+    lines = re.sub(r"\\(begin|end)\{[a-z]+\*?\}|&", "", drawn_from).split(r"\\") if display else [source]
     size = 21.0 if display else 18.0  # px; STIX runs small beside a sans of 16
     try:
         drawn = [_outlines(line.strip(), size) for line in lines if line.strip()]

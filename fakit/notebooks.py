@@ -173,6 +173,7 @@ def execute(
         notebook,
         timeout=None if timeout is None else int(timeout),
         kernel_name="python3",
+        startup_timeout=300,
         resources={"metadata": {"path": str(folder)}},
         store_widget_state=False,
         extra_arguments=[

@@ -49,7 +49,7 @@ def run(tmp_path_factory):
         "Does it still run?",
         "import os; print('threads', os.environ['OMP_NUM_THREADS'], os.getcwd())",
     )
-    return folder, out, run_notebooks(folder, out, profile="quick", jobs=2, timeout=120)
+    return folder, out, run_notebooks(folder, out, profile="quick", jobs=2, timeout=600)
 
 
 def test_results_name_the_notebook_the_cell_and_the_error(run):
@@ -192,6 +192,6 @@ def test_figures_show_from_disk_in_a_browser_without_network(run):
     _, out, _ = run
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom",
                "--host-resolver-rules=MAP * ~NOTFOUND", f"file://{out}/00_first.html"]  # fmt: skip
-    page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    page = subprocess.run(command, capture_output=True, text=True, timeout=600).stdout
     assert 'data-figures="ready"' in page and "main-svg" in page
     assert re.search(r'<div class="static" hidden="">', page)

@@ -32,6 +32,19 @@ def _short(token: str) -> str:
     return token if len(token) <= LONGEST else token[: LONGEST - 1] + "…"
 
 
+def _hover(labels: Sequence[str], head: str, values: np.ndarray) -> dict:
+    """plotly attributes: each cell's two tokens and value; in a long map positions alone, which cost no text a cell."""
+    if len(labels) > 48:
+        return {"hovertemplate": f"query %{{y}}, key %{{x}}<br>{head}: %{{z:.3f}}<extra></extra>"}
+
+    def cell(query: str, key: str, value: float) -> str:
+        return f"{query} → {key}<br>{head}: " + (f"{value:.3f}" if np.isfinite(value) else "masked")
+
+    rows = zip(labels, values, strict=True)
+    text = [[cell(query, key, value) for key, value in zip(labels, row, strict=True)] for query, row in rows]
+    return {"hovertext": text, "hoverinfo": "text"}
+
+
 def attention_pair(
     teacher_map: Any,
     student_map: Any,
@@ -104,21 +117,14 @@ def attention_pair(
             ticktext=[f"{tick:+.2f}" if number == 2 and tick else f"{tick:.2f}" for tick in ticks],
         )
         figure.add_heatmap(
-            z=values,
+            z=values.astype(np.float32),
             zmin=low,
             zmax=high,
             colorscale=scale,
             colorbar=bar,
             xaxis=axis_id("x", number),
             yaxis=axis_id("y", number),
-            hovertext=[
-                [
-                    f"{q} → {k}<br>{head}: " + (f"{v:.3f}" if np.isfinite(v) else "masked")
-                    for k, v in zip(labels, row, strict=True)
-                ]
-                for q, row in zip(labels, values, strict=True)
-            ],
-            hoverinfo="text",
+            **_hover(labels, head, values),
         )
         heat_axes(figure, labels, labels, number, down=True)
         if number:
