@@ -3,9 +3,11 @@
 Layers are numbered as everywhere in the kit: 0 is the output of the embeddings, i = 1…L the output of block i.
 """
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ class LayerMap:
 
     Args:
         pairs: the pairs, in any order; one student layer may have several teacher layers. They are kept sorted.
-        weights: one weight ≥ 0 a pair, their sum above 0. A loss over the map is the weighted mean over its pairs.
+        weights: one finite weight ≥ 0 a pair, their sum above 0. A loss over the map is the weighted mean over its pairs.
         name: shown in figures and tables.
 
     Raises:
@@ -47,19 +49,20 @@ class LayerMap:
     def __init__(self, pairs: Iterable[Sequence[int]], weights: Iterable[float] | None = None, name: str = "custom"):
         pairs = [tuple(pair) for pair in pairs]
         for pair in pairs:
-            if len(pair) != 2 or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in pair):
+            if len(pair) != 2 or any(isinstance(i, bool) or not isinstance(i, Integral) or i < 0 for i in pair):
                 raise ValueError(
                     f"a layer map holds pairs (student layer, teacher layer) of whole numbers ≥ 0; found {pair!r}. "
                     "0 is the embeddings, 1 the first block."
                 )
+        pairs = [(int(s), int(t)) for s, t in pairs]  # NumPy's whole numbers too
         if len(set(pairs)) != len(pairs):
             twice = sorted({pair for pair in pairs if pairs.count(pair) > 1})
             raise ValueError(f"pairs given twice: {twice}. Give each pair once, and its importance as a weight.")
         values = [1.0] * len(pairs) if weights is None else [float(w) for w in weights]
         if len(values) != len(pairs):
             raise ValueError(f"{len(pairs)} pairs but {len(values)} weights; give one weight a pair.")
-        if any(not w >= 0 for w in values) or (pairs and not sum(values) > 0):
-            raise ValueError(f"pair weights must be ≥ 0 with a sum above 0; found {values}.")
+        if any(not 0 <= w < math.inf for w in values) or (pairs and not sum(values) > 0):
+            raise ValueError(f"pair weights must be finite and ≥ 0 with a sum above 0; found {values}.")
         order = sorted(range(len(pairs)), key=lambda i: pairs[i])
         self.pairs: list[tuple[int, int]] = [pairs[i] for i in order]
         self.pair_weights: list[float] = [values[i] for i in order]
@@ -201,10 +204,10 @@ class LayerMap:
 
     def for_epoch(self, epoch: int) -> "LayerMap":
         """The map of this epoch: a fresh draw for `random`, itself for every other map."""
-        if self._redraw is None or epoch == 0:
+        if self._redraw is None:
             return self
         S, T, seed = self._redraw
-        drawn = LayerMap.random(S, T, seed=f"{seed}, epoch {epoch}")
+        drawn = LayerMap.random(S, T, seed=seed if epoch == 0 else f"{seed}, epoch {epoch}")
         drawn._redraw = self._redraw
         return drawn
 

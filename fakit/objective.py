@@ -269,8 +269,11 @@ class Objective(nn.Module):
                 term.layer_map.check(student_layers, teacher_layers)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw a random layer map anew; other maps stay."""
+        """Draw random layer maps anew; other maps stay."""
         self.layer_map = self.layer_map.for_epoch(epoch)
+        for term in (self.features, self.attention):
+            if term is not None and term.layer_map is not None:
+                term.layer_map = term.layer_map.for_epoch(epoch)
 
     # -- projections ----------------------------------------------------------------------------------------------
 
@@ -287,7 +290,7 @@ class Objective(nn.Module):
         return self
 
     def _possible_pairs(self) -> list[Pair]:
-        layer_map = self.features.layer_map or self.layer_map
+        layer_map = self.layer_map if self.features.layer_map is None else self.features.layer_map
         if layer_map._redraw is None:
             return layer_map.pairs
         S, T, _ = layer_map._redraw
@@ -310,7 +313,13 @@ class Objective(nn.Module):
                 )
             projection = nn.Linear(d_student, d_teacher, bias=False)
             self.projections[name] = projection if like is None else projection.to(like.device)
-        return self.projections[name]
+        projection = self.projections[name]
+        if (projection.in_features, projection.out_features) != (d_student, d_teacher):
+            raise ValueError(
+                f"the projection of S{pair[0]}←T{pair[1]} maps {projection.in_features} → {projection.out_features}, and the student is "
+                f"{d_student} wide, the teacher {d_teacher}: this objective was prepared for other models; make a new one."
+            )
+        return projection
 
     # -- the loss -------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,10 @@ class Distiller(nn.Module):
     wraps the module (DDP, autocast, compile) sees it.
     """
 
+    # The objective's total is a mean over its own batch: the Trainer has to divide it by the accumulation steps. It would think
+    # otherwise, because `forward` takes **inputs.
+    accepts_loss_kwargs = False
+
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, objective: Objective):
         super().__init__()
         self.student = student
@@ -45,24 +49,30 @@ class Distiller(nn.Module):
         """The student's, for whatever asks the model in training for its configuration."""
         return self.student.config
 
-    def gradient_checkpointing_enable(self, **kwargs) -> None:
-        """Recompute the student's activations in the backward pass."""
-        self.student.gradient_checkpointing_enable(**kwargs)
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """Recompute the student's activations in the backward pass (gradient checkpointing)."""
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True runs the student's blocks without graph, so feature and attention terms "
+                "would train nothing; leave use_reentrant out (False)."
+            )
+        self.student.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Keep the student's activations again."""
-        self.student.gradient_checkpointing_disable()
+        self.student.activation_checkpointing_disable()
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         """True while the student recomputes its activations."""
-        return self.student.is_gradient_checkpointing
+        return self.student.is_activation_checkpointing
 
     def forward(self, labels: Tensor | None = None, **inputs) -> dict[str, Tensor]:
-        """loss () and, in eval mode, logits; there the loss is the task's alone where labels say it, without the teacher."""
-        if not self.training and labels is not None:
+        """Training: the objective's loss (). Eval: the student's logits and, where there are labels, the task's loss (), without teacher."""
+        if not self.training:
             logits = capture(self.student, inputs).logits
-            return {"loss": task_loss(logits, labels, is_causal_lm(self.student)), "logits": logits}
+            loss = {} if labels is None else {"loss": task_loss(logits, labels, is_causal_lm(self.student))}
+            return loss | {"logits": logits}
         theirs = None
         if self.objective.needs_teacher():
             with torch.no_grad():
@@ -70,7 +80,7 @@ class Distiller(nn.Module):
         ours = _trace(self.student, inputs, self.objective.needs("student", labels is not None))
         breakdown = self.objective(ours, theirs, labels)
         self.breakdown = breakdown.detach()
-        return {"loss": breakdown.total} | ({} if self.training else {"logits": ours.logits})
+        return {"loss": breakdown.total}
 
 
 def _trace(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
@@ -90,7 +100,7 @@ class DistillationTrainer(Trainer):
             callbacks, optimizers …).
 
     Logs, beside the Trainer's own: each term before weighting under its name, each layer pair as "features/S1_T2", averaged over the steps
-    since the last log. `trainer.objective.weights` may be set while training.
+    since the last log that had it. `trainer.objective.weights` may be set while training.
 
     Raises:
         ValueError: before any work, when teacher, student and objective do not fit: what both sides have, and the fix.
@@ -113,8 +123,8 @@ class DistillationTrainer(Trainer):
             teacher.to(self.args.device)
         self.teacher, self.student, self.objective = teacher, student, objective
         self.add_callback(_EpochCallback(objective))
-        self._sums: dict[str, Tensor] = {}  # of terms since the last log, on the device: nothing waits for them
-        self._steps = 0
+        # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for them
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._is_checkpoint = False
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -122,19 +132,18 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's total; the breakdown goes into the running means of the log."""
         outputs = model(**inputs)
-        breakdown = self.accelerator.unwrap_model(model).breakdown
-        if model.training and breakdown is not None:
-            for name, value in _flat(breakdown).items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
-            self._steps += 1
+        if model.training:
+            for name, value in _flat(self.accelerator.unwrap_model(model).breakdown).items():
+                total, steps = self._sums.get(name, (0.0, 0))
+                self._sums[name] = total + value, steps + 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the terms' means since the last log; on an accelerator this is where a NaN is found and named."""
-        if "loss" in logs and self._steps:
+        if "loss" in logs and self._sums:
             self.accelerator.unwrap_model(self.model).breakdown.check()
-            logs |= {name: (total / self._steps).item() for name, total in self._sums.items()}
-            self._sums, self._steps = {}, 0
+            logs |= {name: (total / steps).item() for name, (total, steps) in self._sums.items()}
+            self._sums = {}
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
@@ -149,8 +158,10 @@ class DistillationTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Export the student (and the tokenizer, if the trainer has one). Checkpoints also hold projections and weights."""
         self._is_checkpoint = _internal_call
-        super().save_model(output_dir, _internal_call=_internal_call)
-        self._is_checkpoint = False
+        try:
+            super().save_model(output_dir, _internal_call=_internal_call)
+        finally:
+            self._is_checkpoint = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -213,13 +224,16 @@ def check_fit(
     report.raise_if_error()
 
     s, t = student.config.get_text_config(), teacher.config.get_text_config()
-    if objective.features is not None and objective.features.projection is None and s.hidden_size != t.hidden_size:
+    matched = {
+        name for name in ("features", "attention") if getattr(objective, name) is not None and objective.pairs(name)
+    }
+    if "features" in matched and objective.features.projection is None and s.hidden_size != t.hidden_size:
         raise ValueError(
             f"the student is {s.hidden_size} wide, the teacher {t.hidden_size}, and Features(projection=None) allows no projection; "
             "use projection='linear', or a student of the teacher's width."
         )
     heads = (s.num_attention_heads, t.num_attention_heads)
-    if objective.attention is not None and objective.attention.heads == "one-to-one" and heads[0] != heads[1]:
+    if "attention" in matched and objective.attention.heads == "one-to-one" and heads[0] != heads[1]:
         raise ValueError(
             f"one-to-one attention alignment: the student has {heads[0]} heads, the teacher {heads[1]}. "
             f"Use Attention(..., heads='group-mean'), or shrink(teacher, heads={heads[1]})."
