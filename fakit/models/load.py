@@ -7,8 +7,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -51,7 +54,8 @@ def load_teacher(
         kwargs: for `from_pretrained` (attn_implementation, revision, trust_remote_code, gguf_file …). Remote code is off unless asked for by name.
 
     Raises:
-        ValueError: unknown task or quantisation, nothing to load at `id_or_path` or `adapter`, or a packaged model whose checksum differs.
+        ValueError: unknown task or quantisation, nothing to load at `id_or_path` or `adapter`, weights that are truncated or only there
+            as a pickle, or a packaged model whose checksum differs.
     """
     if task not in _CLASSES:
         raise ValueError(f"task {task!r} is not known; choose one of {', '.join(map(repr, _CLASSES))}.")
@@ -69,7 +73,8 @@ def load_teacher(
         # bitsandbytes quantises while it loads, so the merged weights go through a folder that is gone afterwards
         with tempfile.TemporaryDirectory(prefix="fakit-merged-") as folder:
             _merge(source, task, adapter, dtype, torch.device("cpu"), **kwargs).save_pretrained(folder)
-            teacher = _from_pretrained(folder, task, quantize, dtype, device)
+            how = {name: kwargs[name] for name in ("attn_implementation", "trust_remote_code") if name in kwargs}
+            teacher = _from_pretrained(folder, task, quantize, dtype, device, **how)
             teacher.config._name_or_path = teacher.name_or_path = str(id_or_path)
     return teacher.eval().requires_grad_(False)
 
@@ -106,7 +111,7 @@ def resolve_model(id_or_path: str | Path) -> str:
 
 
 def full_precision_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, with bitsandbytes' 8-bit and 4-bit weights turned back into floats of their logical shape."""
+    """Parameters by name, with bitsandbytes' 8-bit and 4-bit weights turned back into floats of the shape they were loaded from."""
     state = dict(model.named_parameters(remove_duplicate=False))
     if not is_quantized(model):
         return state
@@ -114,9 +119,20 @@ def full_precision_state(model: nn.Module) -> dict[str, Tensor]:
 
     for name, module in model.named_modules():
         if type(module).__name__ in ("Linear8bitLt", "Linear4bit"):
+            _unpack(module)
             weight = dequantize_bnb_weight(module.weight, getattr(module, "state", None))
-            state[f"{name}.weight"] = weight.reshape(module.out_features, module.in_features)
+            weight = weight.reshape(module.out_features, module.in_features)
+            state[f"{name}.weight"] = weight.T if module.source_cls is Conv1D else weight  # GPT-2 holds (in, out)
     return state
+
+
+def _unpack(module: nn.Module) -> None:
+    """Turn back what a forward pass on a CPU does to 4-bit weights: it packs them anew, in place, and dequantising them then gives noise."""
+    quantized = getattr(module.weight, "quant_state", None)
+    if getattr(quantized, "packing_format_for_cpu", False):
+        module.state_dict()  # bitsandbytes unpacks when it saves; the scales stay turned around (0.50), unless quantised themselves
+        if quantized.absmax.dim() == 2:
+            quantized.absmax = quantized.absmax.T.flatten().float()
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -127,13 +143,17 @@ def is_quantized(model: nn.Module) -> bool:
 def _from_pretrained(
     source: str, task: str, quantize: str | None, dtype, device: torch.device, **kwargs
 ) -> PreTrainedModel:
-    import transformers
-
-    auto = getattr(transformers, _CLASSES[task]) if task != "causal-lm" else AutoModelForCausalLM
+    auto = getattr(transformers, _CLASSES[task])
+    if "gguf_file" not in kwargs:
+        kwargs["use_safetensors"] = True  # never a pickle
     if quantize is not None:
         kwargs["quantization_config"] = _bitsandbytes_config(quantize, device, task)
     try:
         return auto.from_pretrained(source, dtype=dtype, device_map={"": device}, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights at {source} are truncated or damaged ({error}); copy or download them again."
+        ) from error
     except OSError as error:
         raise ValueError(
             f"{source!r} could not be loaded as a {task} model: {error} Without a network, use a folder, or a model "
@@ -160,10 +180,12 @@ def _bitsandbytes_config(quantize: str, device: torch.device, task: str):
 
 def _merge(source: str, task: str, adapter: str | Path, dtype, device: torch.device, **kwargs) -> PreTrainedModel:
     folder = Path(adapter)
-    if not (folder / "adapter_config.json").is_file():
+    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
+    if missing:
         found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such directory"
         raise ValueError(
-            f"no PEFT adapter at {folder}: adapter_config.json is missing ({found}). Give the folder that PEFT saved."
+            f"no PEFT adapter at {folder}: {' and '.join(missing)} missing ({found}). Give the folder that PEFT saved; weights in a pickle "
+            "(adapter_model.bin) are not loaded."
         )
     from peft import PeftModel
 
@@ -175,7 +197,7 @@ def _merge(source: str, task: str, adapter: str | Path, dtype, device: torch.dev
         base = _from_pretrained(source, task, None, dtype, device, **kwargs)
         try:
             return PeftModel.from_pretrained(base, folder).merge_and_unload()
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"the adapter at {folder} does not fit {source} loaded for {task}: {error}") from error
 
 

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import depth, find_block_list
 from fakit.models.load import full_precision_state
 
+# Settings given once a block, in a list as long as the model is deep: those with one of these words in their name.
+_PER_BLOCK = ("layer", "attention_window", "indexer_types")
+# Widths that follow the hidden size where they equal it.
+_OUTER_WIDTHS = ("word_embed_proj_dim", "embedding_size", "pooler_hidden_size")
 # The inner width of a block's feed-forward part, under the names families give it.
 _INNER_WIDTHS = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
 
@@ -35,7 +40,8 @@ def shrink(
             "random" takes none.
 
     Raises:
-        ValueError: layers the teacher does not have, a width that heads do not divide or that is above the teacher's, another init.
+        ValueError: layers the teacher does not have, a width that heads do not divide or that is above the teacher's, blocks of another
+            kind than the student's (mixtures of experts that begin with plain blocks), another init.
 
     >>> student = shrink(teacher, layers=[1, 3, 5], hidden_size=192)  # doctest: +SKIP
     """
@@ -79,8 +85,10 @@ def _smaller_config(teacher: PreTrainedModel, sources: list[int], hidden_size: i
     # settings given once a block (layer_types, no_rope_layers …) follow the blocks that stay; before the depth changes, which is checked
     # against them
     for name, value in vars(teacher.config).items():
-        if isinstance(value, list) and len(value) == total and not name.startswith("_"):
+        if isinstance(value, list) and len(value) == total and any(word in name for word in _PER_BLOCK):
             vars(config)[name] = [value[i - 1] for i in sources]
+    if hasattr(config, "attention_types"):  # GPT-Neo writes its attention_layers a second time, shortened
+        config.attention_types = [[config.attention_layers, 1]]
     config.num_hidden_layers = len(sources)
     if hidden_size is None and heads is None:
         return config
@@ -106,8 +114,9 @@ def _smaller_config(teacher: PreTrainedModel, sources: list[int], hidden_size: i
     for name in _INNER_WIDTHS:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, max(1, getattr(config, name) * new_width // width))
-    if getattr(config, "word_embed_proj_dim", None) == width:  # OPT: embeddings as wide as the blocks
-        config.word_embed_proj_dim = new_width
+    for name in _OUTER_WIDTHS:
+        if getattr(config, name, None) == width:
+            setattr(config, name, new_width)
     return config
 
 
@@ -120,14 +129,37 @@ def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, sources: l
             if name.startswith(blocks):
                 index, rest = name.removeprefix(blocks).split(".", 1)
                 source = f"{blocks}{sources[int(index)] - 1}.{rest}"
-            parameter.copy_(_leading(weights[source], parameter.shape, fused=".c_attn." in name))
+            if source not in weights:
+                raise ValueError(
+                    f"{name} of the student would start from {source}, which the teacher does not have: its blocks are not all of one kind. "
+                    f"Choose layers=[…] so that each block keeps its kind, or init='random'; asked were blocks {sources}."
+                )
+            conv1d = isinstance(student.get_submodule(name.rpartition(".")[0]), Conv1D)
+            shares = [_fused_shares(name, model.config) for model in (teacher, student)]
+            parameter.copy_(
+                _leading(weights[source], parameter.shape, *shares, dim=-1 if conv1d or parameter.dim() == 1 else -2)
+            )
 
 
-def _leading(weight: Tensor, shape: torch.Size, fused: bool) -> Tensor:
-    """The leading units of each dimension; a fused [Q K V] of GPT-2 is cut inside each third."""
+def _fused_shares(name: str, config) -> list[int]:
+    """Which shares of a parameter are matrices of their own: Q, K and V, or gate and up, that a family computes in one product.
+
+    Families that fuse head by head (GPT-NeoX, BLOOM) need nothing: there the leading units are the leading heads.
+    """
+    words = name.split(".")
+    if any(word in words for word in ("c_attn", "Wqkv", "qkv_proj")):
+        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return [config.num_attention_heads, groups, groups]
+    return [1, 1] if any(word in words for word in ("Wi", "gate_up_proj")) else [1]
+
+
+def _leading(weight: Tensor, shape: torch.Size, theirs: list[int], ours: list[int], dim: int) -> Tensor:
+    """The leading units of each dimension; where matrices are fused along `dim`, of each of them."""
     if weight.shape == shape:
         return weight
-    if fused:
-        thirds = [_leading(w, torch.Size((*shape[:-1], shape[-1] // 3)), fused=False) for w in weight.chunk(3, dim=-1)]
-        return torch.cat(thirds, dim=-1)
-    return weight[tuple(slice(0, n) for n in shape)]
+    if len(ours) == 1:
+        return weight[tuple(slice(0, n) for n in shape)]
+    parts = weight.split([weight.shape[dim] * share // sum(theirs) for share in theirs], dim)
+    sizes = [shape[dim] * share // sum(ours) for share in ours]
+    kept = [part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)]
+    return torch.cat(kept, dim)[tuple(slice(0, n) for n in shape)]
