@@ -80,5 +80,9 @@ def register(path: Path, *, source: str, licence: str, script: str) -> None:
     }
     others = [known for known in manifest["files"] if known["file"] != name and (DATA / known["file"]).exists()]
     manifest["files"] = sorted([*others, entry], key=lambda known: known["file"])
-    manifest_path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    fresh = manifest_path.with_suffix(
+        ".new"
+    )  # renamed when whole: whoever loads a task meanwhile reads the old one or the new
+    fresh.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    fresh.replace(manifest_path)
     print(f"{name}: {len(content):,} bytes, sha256 {entry['sha256'][:12]}…")

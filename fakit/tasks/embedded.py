@@ -78,7 +78,7 @@ def checked_file(name: str) -> Path:
         ValueError: unknown, missing, truncated or changed; says what was expected, what was found, and how to rebuild it.
     """
     path = data_dir() / name
-    entries = {entry["file"]: entry for entry in json.loads((data_dir() / "manifest.json").read_text())["files"]}
+    entries = _manifest()
     if name not in entries:
         raise ValueError(f"{name} is not in {data_dir() / 'manifest.json'}, which lists {', '.join(entries)}.")
     entry = entries[name]
@@ -92,6 +92,15 @@ def checked_file(name: str) -> Path:
             f"found {size:,} bytes with sha256 {found}; {rebuild}"
         )
     return path
+
+
+def _manifest() -> dict[str, dict]:
+    """What should lie in `data/`, by file name."""
+    path = data_dir() / "manifest.json"
+    try:
+        return {entry["file"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))["files"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it: git checkout -- data/manifest.json") from error
 
 
 @cache
@@ -172,8 +181,7 @@ def embedded_teacher(name: str, quantize: str | None = None, device=None):
 
 def checked_folder(name: str) -> Path:
     """A folder below `data/` whose files in the manifest have all been checked."""
-    entries = json.loads((data_dir() / "manifest.json").read_text())["files"]
-    files = [entry["file"] for entry in entries if entry["file"].startswith(f"{name}/")]
+    files = [file for file in _manifest() if file.startswith(f"{name}/")]
     if not files:
         raise ValueError(
             f"{data_dir() / 'manifest.json'} lists no file below {name}/; run scripts/train_teacher.py {Path(name).name}"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
 SPLITS = ("train", "pool", "validation", "test", "teacher_train")
+CHUNK = 10_000  # rows tokenised at a time: bounds the memory that Python's lists take
 IGNORED = -100  # PyTorch's label that no loss counts
 
 
@@ -86,9 +87,13 @@ class TextTask:
             per token: -100 on the source and its separator, the token itself on the target and the closing eos. Unlabelled rows: -100.
 
         Raises:
-            ValueError: unknown split, missing columns, or a tokenizer without an eos token where one must close the target.
+            ValueError: unknown or empty split, missing columns, or a tokenizer without an eos token where one must close the target.
         """
+        from datasets import Dataset, concatenate_datasets
+
         dataset = self._split(data)
+        if len(dataset) == 0:
+            raise ValueError(f"{self.name}: there is no row to encode in {data!r}.")
         columns = ("source",) if self._text_to_text else ("text",)
         if missing := [column for column in columns if column not in dataset.column_names]:
             raise ValueError(
@@ -105,13 +110,9 @@ class TextTask:
             if self.kind == "causal-lm"
             else self._encode_texts
         )
-        return dataset.map(
-            lambda rows: encode(rows, tokenizer, max_length),
-            batched=True,
-            remove_columns=dataset.column_names,
-            keep_in_memory=True,
-            load_from_cache_file=False,
-        ).with_format(None)
+        # not Dataset.map: it would hash this task with all its splits first
+        chunks = [dataset[start : start + CHUNK] for start in range(0, len(dataset), CHUNK)]
+        return concatenate_datasets([Dataset.from_dict(encode(rows, tokenizer, max_length)) for rows in chunks])
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
         """A function that pads encoded examples to their longest and stacks them, labels padded with -100.

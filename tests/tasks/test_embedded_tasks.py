@@ -107,6 +107,14 @@ def test_a_truncated_or_changed_file_is_refused_with_both_sums_and_the_way_to_re
         load_task("reviews")
 
 
+def test_a_damaged_manifest_is_refused(copied_data):
+    path = copied_data / "manifest.json"
+    for damaged in (path.read_text()[:200], '{"files": 3}', ""):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"manifest.json is damaged .*git checkout"):
+            load_task("reviews")
+
+
 def test_a_directory_without_a_manifest_is_no_data_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKIT_DATA", str(tmp_path))
     with pytest.raises(ValueError, match=r"no manifest.json.*FAKIT_DATA"):
