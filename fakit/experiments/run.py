@@ -41,7 +41,7 @@ class RunResult:
         metric, score: the task's headline metric and its value on the test split.
         higher_is_better: which way `score` improves.
         validation, test: all metrics by name; test also has the agreement with the teacher.
-        steps, seconds: optimiser steps, and the wall time of training alone.
+        steps, seconds: optimiser steps, and the wall time of training alone (of a resumed run: since it was resumed).
         flops_per_step, flops: of one optimiser step and of all, teacher included; None with a quantised teacher, whose
             kernels no counter sees.
         labelled, unlabelled: training rows.

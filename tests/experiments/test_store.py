@@ -158,7 +158,7 @@ def test_two_writers_at_once_lose_nothing(tmp_path):
     tmp_path = tmp_path / "made by whoever comes first"
     command = [sys.executable, "-c", _WRITER, str(tmp_path)]
     writers = [subprocess.Popen([*command, name, "60"], stdout=subprocess.DEVNULL) for name in "ab"]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert [writer.wait() for writer in writers] == [0, 0]
     steps = RunStore(tmp_path).steps()
     assert steps.groupby("run_id")["step"].apply(list).to_dict() == {"a": list(range(60)), "b": list(range(60))}
 
@@ -172,7 +172,7 @@ def test_a_killed_writer_leaves_every_line_it_reported(tmp_path):
     time.sleep(0.05)
     os.kill(writer.pid, signal.SIGKILL)
     reported += [int(line) for line in writer.stdout.read().split()]
-    writer.wait(timeout=60)
+    writer.wait()
     steps = RunStore(tmp_path).steps("a")["step"].tolist()
     assert steps[: len(reported)] == reported
     assert len(steps) - len(reported) in (0, 1)
