@@ -43,7 +43,11 @@ ENCODERS: dict[str, tuple[type, Callable]] = {
     "deberta-v2": (
         hf.DebertaV2ForSequenceClassification,
         lambda: hf.DebertaV2Config(
-            **_SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, max_relative_positions=16
+            **_SIZES,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=8,
+            max_relative_positions=16,
         ),
     ),
 }
@@ -61,7 +65,12 @@ DECODERS: dict[str, tuple[type, Callable]] = {
     "gemma2": (
         hf.Gemma2ForCausalLM,
         lambda: hf.Gemma2Config(
-            **_SIZES, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, attn_logit_softcapping=0.5
+            **_SIZES,
+            num_key_value_heads=2,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=4,
+            attn_logit_softcapping=0.5,
         ),
     ),
     "phi": (hf.PhiForCausalLM, lambda: hf.PhiConfig(**_SIZES)),

@@ -1,0 +1,144 @@
+"""What every loss promises: 0 at equality, nothing from padding, float32 or better, gradients that are right."""
+
+import doctest
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from fakit.losses import attention, features, outputs, reduce
+
+B, T, D, V, H = 3, 5, 6, 7, 2
+MASK = torch.tensor([[True] * 5, [True, True, True, False, False], [False, True, False, True, True]])
+
+
+@dataclass
+class Case:
+    """One loss with everything the tests need to call it."""
+
+    function: object
+    kind: str  # "features" | "attention" | "outputs"
+    options: dict
+
+    def pair(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shape = {"features": (B, T, D), "attention": (B, H, T, T), "outputs": (B, T, V)}[self.kind]
+        draws = [3 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+        if self.kind == "attention":
+            draws = [(draw / 3).softmax(-1) for draw in draws]  # no entry so small that finite differences fail
+        return draws[0].to(dtype), draws[1].to(dtype)
+
+    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.function(student, teacher, mask, **self.options)
+
+    def spoil(self, values: Tensor, number: float) -> Tensor:
+        """The same tensor with `number` wherever MASK says padding (for maps: in rows and in columns)."""
+        padding = ~MASK
+        if self.kind == "attention":
+            where = (padding[:, None, :, None] | padding[:, None, None, :]).expand_as(values)
+        else:
+            where = padding[..., None].expand_as(values)
+        return values.masked_fill(where, number)
+
+
+CASES = {f"features.{name}": Case(loss, "features", {}) for name, loss in features.LOSSES.items()}
+CASES |= {f"attention.{name}": Case(loss, "attention", {}) for name, loss in attention.LOSSES.items()}
+CASES |= {f"outputs.{name}": Case(loss, "outputs", {"temperature": 2.5}) for name, loss in outputs.LOSSES.items()}
+CASES["outputs.jsd, beta .2"] = Case(outputs.jsd, "outputs", {"temperature": 0.7, "beta": 0.2})
+
+every_loss = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@every_loss
+@pytest.mark.parametrize("mask", [None, MASK], ids=["no mask", "mask"])
+def test_0_at_equality_and_above_0_elsewhere(case, mask):
+    student, teacher = case.pair()
+    assert abs(case(teacher, teacher.clone(), mask).item()) < 1e-15
+    assert case(student, teacher, mask).item() > 1e-3
+
+
+@every_loss
+def test_0_at_equality_in_float32(case):
+    _, teacher = case.pair(torch.float32)
+    assert abs(case(teacher, teacher.clone(), MASK).item()) < 1e-7
+
+
+@every_loss
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), 1e6])
+def test_padding_has_no_effect_on_value_and_gradient(case, number):
+    student, teacher = case.pair()
+    clean = case.spoil(student, 0.25).requires_grad_()
+    case(clean, case.spoil(teacher, 0.5), MASK).backward()
+    spoilt = case.spoil(student, number).requires_grad_()
+    loss = case(spoilt, case.spoil(teacher, number), MASK)
+    loss.backward()
+    assert loss.item() == case(clean, case.spoil(teacher, 0.5), MASK).item()
+    assert torch.equal(spoilt.grad, clean.grad)
+    assert (case.spoil(spoilt.grad, 0.0) == spoilt.grad).all()  # and padding itself gets no gradient
+
+
+@every_loss
+def test_a_masked_row_changes_nothing_and_stays_differentiable(case):
+    student, teacher = case.pair()
+    student.requires_grad_()
+    mask = MASK.clone()
+    mask[1] = False
+    loss = case(student, teacher, mask)
+    loss.backward()
+    kept = torch.tensor([0, 2])
+    assert loss.item() == pytest.approx(case(student[kept], teacher[kept], mask[kept]).item(), rel=1e-12)
+    assert student.grad.isfinite().all() and (student.grad[1] == 0).all() and (student.grad[kept] != 0).any()
+
+
+@every_loss
+def test_nothing_valid_is_refused(case):
+    with pytest.raises(ValueError, match="no valid position in the whole batch: all 15 entries of the mask are False"):
+        case(*case.pair(), torch.zeros(B, T, dtype=torch.bool))
+
+
+@every_loss
+@pytest.mark.parametrize("mask", [None, MASK], ids=["no mask", "mask"])
+def test_gradients_are_those_of_finite_differences(case, mask):
+    student, teacher = (x.requires_grad_() for x in case.pair())
+    assert torch.autograd.gradcheck(lambda s, t: case(s, t, mask), (student, teacher))
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(case, dtype):
+    student, teacher = case.pair(dtype)
+    loss = case(student, teacher, MASK)
+    assert loss.dtype == torch.float32
+    exact = case(student.double(), teacher.double(), MASK)  # of the same rounded numbers
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert case(student.double(), teacher.double(), MASK).dtype == torch.float64
+
+
+@every_loss
+def test_a_mask_of_ones_is_no_mask_and_integers_are_bools(case):
+    student, teacher = case.pair()
+    ones = torch.ones(B, T, dtype=torch.long)
+    assert case(student, teacher, ones).item() == pytest.approx(case(student, teacher).item(), rel=1e-12)
+    assert case(student, teacher, MASK.long()).item() == case(student, teacher, MASK).item()
+
+
+@every_loss
+def test_masks_and_shapes_that_do_not_fit_are_refused(case):
+    student, teacher = case.pair()
+    with pytest.raises(ValueError, match=r"wants a mask of shape \(3, 5\).* the mask has \(3, 4\).*attention_mask"):
+        case(student, teacher, MASK[:, :4])
+    with pytest.raises(ValueError, match=r"student has \(3, .*teacher has \(2, "):
+        case(student, teacher[:2])
+
+
+@pytest.mark.parametrize("module", [features, attention, outputs, reduce], ids=lambda module: module.__name__)
+def test_docstring_examples_run(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_masked_mean_broadcasts_the_mask_from_the_left():
+    values = torch.tensor([[[1.0, 3.0], [100.0, 100.0]], [[5.0, 7.0], [9.0, 11.0]]])  # (2, 2, 2)
+    assert reduce.masked_mean(values, torch.tensor([[True, False], [True, True]])).item() == 6.0
+    assert reduce.masked_mean(values, torch.tensor([False, True])).item() == 8.0
+    assert reduce.masked_mean(values, None).item() == 29.5

@@ -1,0 +1,136 @@
+"""Output losses against torch.distributions, SciPy and literal numbers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+from scipy.special import log_softmax, rel_entr, softmax
+from torch.distributions import Categorical, kl_divergence
+
+from fakit.losses import outputs
+
+B, T, V = 2, 4, 9
+MASK = torch.tensor([[True, True, True, False], [False, True, False, True]])
+TEMPERATURES = (0.5, 1.0, 3.0)
+temperatures = pytest.mark.parametrize("temperature", TEMPERATURES)
+
+
+def logits() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (4 * torch.randn(B, T, V, generator=generator, dtype=torch.float64) for _ in range(2))
+    return student, teacher
+
+
+def by_position(distance) -> float:
+    student, teacher = (x.numpy() for x in logits())
+    found = [distance(student[b, t], teacher[b, t]) for b in range(B) for t in range(T) if MASK[b, t].item()]
+    return sum(found) / len(found)
+
+
+@temperatures
+def test_forward_and_reverse_kl_are_torchs_times_tau_squared(temperature):
+    student, teacher = logits()
+    q, p = (Categorical(logits=z[MASK] / temperature) for z in (student, teacher))
+    for loss, expected in ((outputs.forward_kl, kl_divergence(p, q)), (outputs.reverse_kl, kl_divergence(q, p))):
+        assert loss(student, teacher, MASK, temperature).item() == pytest.approx(
+            temperature**2 * expected.mean().item(), rel=1e-12
+        )
+
+
+@temperatures
+def test_jsd_is_scipys_at_one_half(temperature):
+    expected = by_position(
+        lambda s, t: temperature**2 * jensenshannon(softmax(t / temperature), softmax(s / temperature)) ** 2
+    )
+    assert outputs.jsd(*logits(), MASK, temperature).item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.8])
+def test_jsd_of_any_beta(beta):
+    def distance(s, t):
+        p, q = softmax(t / 2), softmax(s / 2)
+        m = beta * p + (1 - beta) * q
+        return 4 * (beta * rel_entr(p, m).sum() + (1 - beta) * rel_entr(q, m).sum())
+
+    assert outputs.jsd(*logits(), MASK, 2.0, beta=beta).item() == pytest.approx(by_position(distance), rel=1e-12)
+
+
+def test_jsd_divided_by_its_small_side_tends_to_the_two_kls():
+    small = 1e-7
+    forward, reverse = (f(*logits(), MASK, 2.0).item() for f in (outputs.forward_kl, outputs.reverse_kl))
+    assert outputs.jsd(*logits(), MASK, 2.0, beta=small).item() / small == pytest.approx(forward, rel=1e-4)
+    assert outputs.jsd(*logits(), MASK, 2.0, beta=1 - small).item() / small == pytest.approx(reverse, rel=1e-4)
+    assert abs(forward - reverse) > 0.1  # or the two lines above could be swapped unseen
+
+
+@temperatures
+def test_logit_mse_does_not_depend_on_the_temperature(temperature):
+    expected = by_position(lambda s, t: float(((s - t) ** 2).mean()))
+    assert outputs.logit_mse(*logits(), MASK, temperature).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_tau_squared_keeps_the_gradients_size():
+    student, teacher = logits()
+    limits = {}
+    for temperature in (100.0, 1000.0):
+        z = student.clone().requires_grad_()
+        outputs.forward_kl(z, teacher, MASK, temperature).backward()
+        limits[temperature] = z.grad
+    assert limits[1000.0].norm().item() == pytest.approx(limits[100.0].norm().item(), rel=0.05)
+    # Hinton et al. 2015, eq. 4: at high temperature the gradient is that of matching centred logits
+    centred = [z - z.mean(-1, keepdim=True) for z in (student, teacher)]
+    expected = (centred[0] - centred[1]) / V * MASK[..., None] / MASK.sum()
+    assert torch.allclose(limits[1000.0], expected, rtol=0.02, atol=1e-4)
+
+
+def test_literal_numbers():
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]])  # Q = (½, ½), P = (¾, ¼)
+    assert outputs.forward_kl(student, teacher).item() == pytest.approx(0.130812, abs=1e-6)
+    assert outputs.reverse_kl(student, teacher).item() == pytest.approx(0.143841, abs=1e-6)
+    assert outputs.jsd(student, teacher).item() == pytest.approx(0.033822, abs=1e-6)
+    assert outputs.logit_mse(student, teacher).item() == pytest.approx(0.603474, abs=1e-6)  # ½ (ln 3)²
+    assert outputs.forward_kl(student, 2 * teacher, temperature=2.0).item() == pytest.approx(4 * 0.130812, abs=4e-6)
+
+
+@pytest.mark.parametrize("name", outputs.LOSSES)
+def test_classification_logits_with_a_mask_over_rows(name):
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    rows = torch.tensor([True, False, True, True])
+    loss = outputs.LOSSES[name]
+    assert loss(student, teacher, rows).item() == pytest.approx(loss(student[rows], teacher[rows]).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", outputs.LOSSES)
+def test_extreme_logits_stay_finite(name):
+    student = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    loss = outputs.LOSSES[name](student, torch.tensor([[-1e4, 1e4, 0.0]]))
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()
+
+
+def test_forward_kl_is_cross_entropy_minus_entropy():
+    student, teacher = (x.numpy() for x in logits())
+    p = softmax(teacher, -1)
+    cross, own = (-(p * log_softmax(z, -1)).sum(-1)[MASK.numpy()].mean() for z in (student, teacher))
+    assert outputs.forward_kl(*logits(), MASK).item() == pytest.approx(float(np.subtract(cross, own)), rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("name", outputs.LOSSES)
+def test_impossible_temperatures_are_refused(name, temperature):
+    with pytest.raises(ValueError, match="wants a finite temperature above 0"):
+        outputs.LOSSES[name](*logits(), MASK, temperature)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.2, math.nan])
+def test_betas_without_a_mixture_name_the_limits(beta):
+    with pytest.raises(ValueError, match="0 < beta < 1.*forward_kl and reverse_kl"):
+        outputs.jsd(*logits(), beta=beta)
+
+
+def test_differing_vocabularies_name_both_and_the_fix():
+    with pytest.raises(ValueError, match=r"student has \(1, 2, 5\), teacher has \(1, 2, 6\).*Outputs\(vocab_size=N\)"):
+        outputs.forward_kl(torch.zeros(1, 2, 5), torch.zeros(1, 2, 6))
