@@ -8,6 +8,7 @@ Names, and parts such as `fakit.losses`, are imported when first used, so `impor
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 import sys
 from types import ModuleType
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from fakit.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
+
+# bitsandbytes looks for an optional kernel package when it is imported, and warns on stderr; its built-in kernels do the work
+logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
 
 # Public name → the module that defines it; the block above says the same to type checkers.
 _EXPORTS = {

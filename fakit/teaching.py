@@ -125,7 +125,6 @@ def setup(
 
 def _quiet() -> None:
     """Leave the page to the notebook: no library reports, no bars for work of a second; errors still show."""
-    import logging
     import warnings
 
     import datasets
@@ -134,8 +133,6 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # it looks for a compiled 4-bit kernel on the hub, and works without
-    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     # peft asks the model by the old name; nothing a reader could change
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 

@@ -4,6 +4,9 @@ import hashlib
 import importlib.util
 import logging
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -149,7 +152,9 @@ def _from_pretrained(
     if quantize is not None:
         kwargs["quantization_config"] = _bitsandbytes_config(quantize, device, task)
     try:
-        return auto.from_pretrained(source, dtype=dtype, device_map={"": device}, **kwargs)
+        if quantize is None:
+            return auto.from_pretrained(source, dtype=dtype, **kwargs).to(device)
+        return auto.from_pretrained(source, dtype=dtype, device_map={"": device}, **kwargs)  # quantised in place
     except SafetensorError as error:
         raise ValueError(
             f"the weights at {source} are truncated or damaged ({error}); copy or download them again."
@@ -164,8 +169,6 @@ def _from_pretrained(
 def _bitsandbytes_config(quantize: str, device: torch.device, task: str):
     from transformers import BitsAndBytesConfig
 
-    # bitsandbytes looks for an optional kernel package and says so in red; its built-in CPU kernels do the work
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # for language models None lets transformers find tied and output embeddings by itself
     heads = None if task in ("causal-lm", "seq2seq-lm") else _HEADS
     if quantize == "8bit":
@@ -201,13 +204,22 @@ def _merge(source: str, task: str, adapter: str | Path, dtype, device: torch.dev
             raise ValueError(f"the adapter at {folder} does not fit {source} loaded for {task}: {error}") from error
 
 
-class _without_load_report:
-    """The base has no head yet, the adapter brings it: transformers' report of missing weights would alarm for nothing."""
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """The base has no head yet, the adapter brings it: transformers' report of missing weights would alarm for nothing.
 
-    def __enter__(self):
-        self.logger = logging.getLogger("transformers.modeling_utils")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_):
-        self.logger.setLevel(self.level)
+    Lowering that logger makes transformers check its tensor-parallel plan aloud, and peft asks by a name that transformers has retired.
+    """
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
