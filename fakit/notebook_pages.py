@@ -138,9 +138,9 @@ class _Exporter(HTMLExporter):
 # ---- outputs -------------------------------------------------------------------------------------------------------
 
 
-def first_svg(notebook: NotebookNode) -> str | None:
-    """The first figure's SVG, for the index; None where no cell drew one."""
-    for cell in notebook.cells:
+def centrepiece(notebook: NotebookNode) -> str | None:
+    """The SVG that stands for the notebook: of the cell tagged `centrepiece`, else the first; None where no cell drew one."""
+    for cell in sorted(notebook.cells, key=lambda cell: "centrepiece" not in cell.metadata.get("tags", [])):
         for output in cell.get("outputs", []):
             if svg := output.get("data", {}).get("image/svg+xml"):
                 return svg
@@ -224,7 +224,7 @@ def _navigation(result: NotebookResult, others: Sequence[NotebookResult]) -> str
 def notebook_page(notebook: NotebookNode, result: NotebookResult, others: Sequence[NotebookResult]) -> str:
     """One executed notebook as a page; `others` are all pages in order, for the links back and forth.
 
-    The notebook's outputs are rewritten in place (`prepare`): take `first_svg` before.
+    The notebook's outputs are rewritten in place (`prepare`): take `centrepiece` before.
     """
     exporter = _Exporter(template_name="basic", mathjax_url="", require_js_url="", jquery_url="")
     figures = prepare(notebook)

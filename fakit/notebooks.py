@@ -280,7 +280,7 @@ def run_notebooks(
     def run(path: Path) -> None:
         notebook, result = notebooks[path.stem], results[path.stem]
         execute(notebook, result, folder, timeout=timeout, environment=kernel_environment(jobs), report=report)
-        thumbnail = pages.first_svg(notebook)
+        thumbnail = pages.centrepiece(notebook)
         with lock:  # pages of two notebooks are not drawn at once: matplotlib's settings are global
             if thumbnail:
                 (assets / f"{path.stem}.svg").write_text(thumbnail, encoding="utf-8")

@@ -195,3 +195,18 @@ def test_figures_show_from_disk_in_a_browser_without_network(run):
     page = subprocess.run(command, capture_output=True, text=True, timeout=600).stdout
     assert 'data-figures="ready"' in page and "main-svg" in page
     assert re.search(r'<div class="static" hidden="">', page)
+
+
+def test_the_cell_tagged_centrepiece_stands_for_the_notebook():
+    from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+    from fakit.notebook_pages import centrepiece
+
+    def drawn(svg, tags=()):
+        output = new_output("display_data", {"image/svg+xml": svg})
+        return new_code_cell("figure", outputs=[output], metadata={"tags": list(tags)})
+
+    first, tagged = drawn("<svg>1</svg>"), drawn("<svg>2</svg>", ["centrepiece"])
+    assert centrepiece(new_notebook(cells=[first, tagged])) == "<svg>2</svg>"
+    assert centrepiece(new_notebook(cells=[first])) == "<svg>1</svg>"
+    assert centrepiece(new_notebook(cells=[new_code_cell("x = 1")])) is None
