@@ -235,7 +235,7 @@ def run_notebooks(
     jobs: int = 2,
     timeout: float | None = 1200,
 ) -> list[NotebookResult]:
-    """Execute the notebooks, `jobs` at a time, and write their pages and the index to `out`.
+    """Execute the notebooks, `jobs` at a time, and write their pages and the index to `out`; with their outputs, to `out`/executed.
 
     Args:
         notebooks_dir: the folder of `NN_name.ipynb`.
@@ -267,8 +267,9 @@ def run_notebooks(
             results[path.stem] = describe(notebooks[path.stem], path, profile)
         else:
             results[path.stem] = recorded.get(path.stem) or describe(nbformat.read(path, as_version=4), path, "")
-    assets = out / "assets"
-    assets.mkdir(parents=True, exist_ok=True)
+    assets, executed = out / "assets", out / "executed"
+    for made in (assets, executed):
+        made.mkdir(parents=True, exist_ok=True)
     _copy_plotly(assets / "plotly.min.js")
     linked = [result for result in results.values() if result.name in notebooks or result.status != "not run"]
     lock = Lock()
@@ -280,6 +281,7 @@ def run_notebooks(
     def run(path: Path) -> None:
         notebook, result = notebooks[path.stem], results[path.stem]
         execute(notebook, result, folder, timeout=timeout, environment=kernel_environment(jobs), report=report)
+        nbformat.write(notebook, executed / path.name)  # before the page rewrites its outputs
         thumbnail = pages.centrepiece(notebook)
         with lock:  # pages of two notebooks are not drawn at once: matplotlib's settings are global
             if thumbnail:
