@@ -89,9 +89,15 @@ EAGER_ONLY = ("bloom", "deberta-v2")
 
 
 def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes) -> PreTrainedModel:
-    """A small random model in eval mode, its weights scaled up so that attention is far from uniform. `changes` go into the configuration."""
+    """A small random model without dropout, in eval mode, its weights scaled up so that attention is far from uniform.
+
+    `changes` go into the configuration.
+    """
     kind, configuration = FAMILIES[family]
     config = configuration()
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("drop" in name):
+            setattr(config, name, 0.0)
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(seed)

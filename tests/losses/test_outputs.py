@@ -127,7 +127,7 @@ def test_impossible_temperatures_are_refused(name, temperature):
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.2, math.nan])
 def test_betas_without_a_mixture_name_the_limits(beta):
-    with pytest.raises(ValueError, match="0 < beta < 1.*forward_kl and reverse_kl"):
+    with pytest.raises(ValueError, match=r"0 < beta < 1.*forward_kl and reverse_kl"):
         outputs.jsd(*logits(), beta=beta)
 
 

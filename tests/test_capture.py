@@ -1,0 +1,397 @@
+"""What `capture` keeps, against what the models say themselves; and that it leaves everything as it found it."""
+
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fakit import Trace, capture
+from fakit.capture import is_causal_lm
+from fakit.models import find_blocks
+from tests.families import DECODERS, EAGER_ONLY, ENCODERS, FAMILIES, LAYERS, VOCAB, WIDTH, batch, tiny
+
+# The norm after the last block, for the families whose own last hidden state has gone through it.
+FINAL_NORM = {
+    "modernbert": "model.final_norm",
+    "gpt2": "transformer.ln_f",
+    "opt": "model.decoder.final_layer_norm",
+    "gpt-neox": "gpt_neox.final_layer_norm",
+    "llama": "model.norm",
+    "qwen3": "model.norm",
+    "gemma2": "model.norm",
+    "phi": "model.final_layernorm",
+    "mixtral": "model.norm",
+    "bloom": "transformer.ln_f",
+}
+WITHOUT_SDPA = (*EAGER_ONLY, "gemma2")  # transformers has no sdpa for these configurations
+VARIANTS = [
+    (family, implementation, side)
+    for family in FAMILIES
+    for implementation in ("sdpa", "eager")
+    for side in ("right", "left")
+    if not (family in WITHOUT_SDPA and implementation == "sdpa") and not (family in ENCODERS and side == "left")
+]
+
+
+@pytest.mark.parametrize(("family", "implementation", "side"), VARIANTS)
+def test_maps_hidden_states_and_logits_are_the_models_own(family, implementation, side):
+    model, inputs = tiny(family, implementation), batch(side=side)
+    with torch.no_grad():
+        trace = capture(model, inputs, range(LAYERS + 1), range(1, LAYERS + 1))
+        own = tiny(family, "eager")(**inputs, output_attentions=True, output_hidden_states=True)
+
+        for i in range(1, LAYERS + 1):
+            assert torch.allclose(trace.attention_maps(i), own.attentions[i - 1], rtol=0, atol=1e-5)
+        assert own.attentions[1].max(-1).values.mean() > 0.2  # far from uniform, where anything would agree
+        # a query before all tokens (left padding) may attend to nothing, of which sdpa and eager make different things
+        valid = inputs["attention_mask"].bool()
+        for i in range(LAYERS):
+            assert torch.allclose(trace.hidden_states[i][valid], own.hidden_states[i][valid], rtol=0, atol=1e-5)
+        last, own_last = trace.hidden_states[LAYERS][valid], own.hidden_states[LAYERS][valid]
+        if family in FINAL_NORM:
+            assert not torch.allclose(last, own_last, rtol=0, atol=1e-2)
+            last = model.get_submodule(FINAL_NORM[family])(last)
+        assert torch.allclose(last, own_last, rtol=0, atol=1e-5)
+        counts = valid if own.logits.dim() == 3 else slice(None)
+        assert torch.allclose(trace.logits[counts], own.logits[counts], rtol=0, atol=1e-5)
+    assert torch.equal(trace.mask, inputs["attention_mask"].bool())
+    assert trace.causal == (family in DECODERS) and trace.name == type(model).__name__
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2", "gemma2"])
+def test_without_an_attention_mask_every_token_counts(family):
+    implementation = "eager" if family == "gemma2" else "sdpa"
+    inputs = {"input_ids": batch(padding=0)["input_ids"]}
+    with torch.no_grad():
+        trace = capture(tiny(family, implementation), inputs, attentions=[1, LAYERS])
+        own = tiny(family, "eager")(**inputs, output_attentions=True).attentions
+    assert trace.mask.all() and trace.mask.shape == inputs["input_ids"].shape
+    for i in (1, LAYERS):
+        assert torch.allclose(trace.attention_maps(i), own[i - 1], rtol=0, atol=1e-5)
+
+
+def test_attention_sinks_take_their_share():
+    config = hf.GptOssConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        sliding_window=4,
+        pad_token_id=0,
+    )
+    model = hf.GptOssForCausalLM._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for block in find_blocks(model):
+            block.self_attn.sinks.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+        trace = capture(model, batch(), attentions=[1, 2])
+        own = model(**batch(), output_attentions=True).attentions
+    for i in (1, 2):
+        assert torch.allclose(trace.attention_maps(i), own[i - 1], rtol=0, atol=1e-5)
+    assert (trace.attention_maps(1).sum(-1) < 0.99).any()
+
+
+def test_queries_keys_and_values_come_as_the_attention_function_gets_them():
+    model, inputs = tiny("llama"), batch()
+    trace = capture(model, inputs, attentions=[2])
+    assert trace.queries[2].shape == (2, 4, 7, 8)
+    assert trace.keys[2].shape == trace.values[2].shape == (2, 2, 7, 8)  # grouped heads, not repeated
+    block = find_blocks(model)[1]
+    hidden = block.input_layernorm(capture(model, inputs, [1]).hidden_states[1])
+    values = block.self_attn.v_proj(hidden).unflatten(-1, (2, 8)).transpose(1, 2)
+    assert torch.allclose(trace.values[2], values, atol=1e-6)
+
+
+def test_maps_are_those_before_dropout_in_training_too():
+    model = tiny("bert", attention_probs_dropout_prob=0.5).train()
+    maps = capture(model, batch(padding=0), attentions=[1]).attention_maps(1)
+    assert torch.allclose(maps.sum(-1), torch.ones(2, 4, 7), atol=1e-6) and (maps > 0).all()
+
+
+def test_maps_of_half_precision_models_are_computed_in_float32():
+    model = tiny("llama").to(torch.bfloat16)
+    trace = capture(model, batch(), [1], [1])
+    assert trace.hidden_states[1].dtype == trace.queries[1].dtype == torch.bfloat16
+    assert trace.attention_maps(1).dtype == torch.float32
+    assert torch.allclose(trace.attention_maps(1).sum(-1), torch.ones(2, 4, 7), atol=1e-6)
+
+
+# -- only what was asked for ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counted_blocks(model):
+    """How often each block runs."""
+    calls = [0] * len(find_blocks(model))
+
+    def counter(i):
+        def hook(*_):
+            calls[i] += 1
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(counter(i)) for i, block in enumerate(find_blocks(model))]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "bloom"])
+def test_only_the_layers_asked_for_are_kept(family):
+    trace = capture(tiny(family), batch(), hidden_states=(i for i in (3, 0, 3)), attentions={2})
+    assert sorted(trace.hidden_states) == [0, 3]
+    assert sorted({*trace.attention, *trace.maps}) == [2] and trace.logits is not None
+    assert sorted(capture(tiny(family), batch()).hidden_states) == []
+    with pytest.raises(ValueError, match=r"attention of layer 3 asked of .* holds attention of layers \[2\]; .*\[3\]"):
+        trace.attention_maps(3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "ran"),
+    [
+        ({"hidden_states": [0]}, [1, 0, 0]),  # the first block is entered, not run: hooks count the entering
+        ({"hidden_states": [1]}, [1, 0, 0]),
+        ({"attentions": [2]}, [1, 1, 0]),
+        ({"hidden_states": [1], "attentions": [2]}, [1, 1, 0]),
+        ({"hidden_states": [3]}, [1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("family", ["distilbert", "gpt2"])
+def test_without_logits_the_forward_pass_ends_after_the_last_layer_asked_for(family, asked, ran):
+    model = tiny(family)
+    full = capture(model, batch(), **asked)
+    with counted_blocks(model) as calls:
+        trace = capture(model, batch(), **asked, logits=False)
+    assert calls == ran and trace.logits is None and full.logits is not None
+    for i in asked.get("hidden_states", []):
+        assert torch.equal(trace.hidden_states[i], full.hidden_states[i])
+    for i in asked.get("attentions", []):
+        assert torch.equal(trace.attention_maps(i), full.attention_maps(i))
+
+
+def test_logits_are_not_computed_after_an_early_end():
+    model = tiny("gpt2")
+    heads = []
+    model.lm_head.register_forward_pre_hook(lambda *_: heads.append(1))
+    capture(model, batch(), [2], logits=False)
+    assert heads == []
+    capture(model, batch(), [2])
+    assert heads == [1]
+
+
+def test_labels_stay_out_and_inputs_go_to_the_model():
+    inputs = batch()
+    trace = capture(tiny("gpt2"), {**inputs, "labels": torch.full((2, 7), 10**6)})  # as inputs these would crash
+    assert trace.logits.shape == (2, 7, VOCAB)
+    embedded = tiny("gpt2").transformer.wte(inputs["input_ids"]).detach()
+    by_embedding = capture(
+        tiny("gpt2"), {"inputs_embeds": embedded, "attention_mask": inputs["attention_mask"]}, hidden_states=[1]
+    )
+    assert torch.allclose(by_embedding.logits, trace.logits, atol=1e-6)
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def test_capture_follows_the_grad_mode():
+    model = tiny("bert")
+    for context, requires_grad in ((torch.enable_grad, True), (torch.no_grad, False), (torch.inference_mode, False)):
+        with context():
+            trace = capture(model, batch(), [2], [2])
+        tensors = [trace.hidden_states[2], trace.queries[2], trace.keys[2], trace.values[2], trace.logits]
+        assert [tensor.requires_grad for tensor in tensors] == [requires_grad] * 5
+
+
+def test_detach_cuts_everything_from_the_graph():
+    for family in ("bert", "deberta-v2"):
+        trace = capture(tiny(family), batch(), [0, 2], [2])
+        cut = trace.detach()
+        tensors = [*cut.hidden_states.values(), cut.attention_maps(2), *cut.values.values(), cut.logits]
+        assert not any(tensor.requires_grad for tensor in tensors) and trace.attention_maps(2).requires_grad
+        assert torch.equal(cut.hidden_states[2], trace.hidden_states[2]) and cut.mask is trace.mask
+
+
+def gradients(model) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_gradients_through_queries_and_keys_are_those_of_the_eager_maps(family):
+    target = torch.rand(2, 4, 7, 7)
+    captured, eager = tiny(family, "sdpa"), tiny(family, "eager")
+    (capture(captured, batch(), attentions=[3]).attention_maps(3) - target).square().sum().backward()
+    (eager(**batch(), output_attentions=True).attentions[2] - target).square().sum().backward()
+    found, expected = gradients(captured), gradients(eager)
+    assert found.keys() == expected.keys() and len(found) > 10
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    assert scale > 1e-3
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-5 * scale.item()), name
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_gradient_checkpointing_changes_nothing(family, logits):
+    def run(checkpointing: bool) -> tuple[Trace, dict[str, Tensor]]:
+        model = tiny(family).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        trace = capture(model, batch(), [0, 1, 3], [2, 3], logits=logits)
+        loss = sum(trace.hidden_states[i].square().mean() for i in (0, 1, 3))
+        loss = loss + sum(trace.attention_maps(i).square().mean() for i in (2, 3))
+        if logits:
+            loss = loss + trace.logits.square().mean()
+        loss.backward()
+        return trace, gradients(model)
+
+    (plain, expected), (trace, found) = run(False), run(True)
+    assert torch.allclose(trace.hidden_states[3], plain.hidden_states[3], atol=1e-6)
+    assert torch.allclose(trace.attention_maps(3), plain.attention_maps(3), atol=1e-6)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+# -- nothing stays behind ---------------------------------------------------------------------------------------------
+
+
+def state(model) -> dict:
+    """All that a capture could leave changed."""
+    return {
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "training": [m.training for m in model.modules()],
+        "attention": model.config._attn_implementation,
+        "config": model.config.to_dict(),
+        "table": dict(ALL_ATTENTION_FUNCTIONS._global_mapping),
+        "asked by": "get_interface" in vars(ALL_ATTENTION_FUNCTIONS),
+        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "grad": torch.is_grad_enabled(),
+    }
+
+
+def assert_same(before: dict, after: dict) -> None:
+    weights = before.pop("weights"), after.pop("weights")
+    assert before == after
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("family", ["bert", "llama", "bloom"])
+def test_everything_is_left_as_it_was_found(family, logits, training):
+    model = tiny(family).train(training)
+    before = state(model)
+    assert before["asked by"] is False
+    capture(model, batch(), [0, 2], [1, 2], logits=logits)
+    assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "bloom"])
+def test_everything_is_left_as_it_was_found_after_an_exception(family):
+    model = tiny(family)
+    inputs = batch()
+    broken = find_blocks(model)[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    before = state(model)
+    with pytest.raises(ZeroDivisionError):
+        capture(model, inputs, [0, 2], [1, 2, 3])
+    assert_same(before, state(model))
+    broken.remove()
+    fresh = capture(model, inputs, [0, 2], [1, 2, 3])  # and the next capture knows nothing of it
+    assert sorted(fresh.attention or fresh.maps) == [1, 2, 3]
+
+
+def test_a_users_own_attention_function_is_seen_and_kept():
+    def mine(module, query, key, value, attention_mask, **kwargs):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    hf.AttentionInterface.register("mine", mine)
+    hf.AttentionMaskInterface.register("mine", hf.AttentionMaskInterface()["sdpa"])
+    try:
+        trace = capture(tiny("bert", "mine"), batch(), attentions=[2])
+        assert ALL_ATTENTION_FUNCTIONS["mine"] is mine
+    finally:
+        del ALL_ATTENTION_FUNCTIONS._global_mapping["mine"]
+        del hf.AttentionMaskInterface._global_mapping["mine"]
+    assert torch.allclose(trace.attention_maps(2), capture(tiny("bert"), batch(), attentions=[2]).attention_maps(2))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one model", "two models"])
+def test_two_threads_that_capture_at_once_do_not_mix(shared):
+    models = [tiny("llama")] * 2 if shared else [tiny("llama"), tiny("gpt2")]
+    inputs = [batch(seed=3), batch(rows=3, tokens=5, seed=4)]
+    asked = [([1, 3], [1, 3]), ([0, 2], [2])]
+    alone = [capture(m, b, *a) for m, b, a in zip(models, inputs, asked, strict=True)]
+    together: dict[int, Trace] = {}
+    meeting = threading.Barrier(2, timeout=30)
+    # both threads are inside their forward passes, hooks and all, before either goes on
+
+    def meet(*_) -> None:
+        meeting.wait()
+
+    handles = [find_blocks(model)[1].register_forward_pre_hook(meet) for model in set(models)]
+
+    def work(i: int) -> None:
+        together[i] = capture(models[i], inputs[i], *asked[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for handle in handles:
+        handle.remove()
+    for i in range(2):
+        assert sorted(together[i].hidden_states) == asked[i][0] and sorted(together[i].attention) == asked[i][1]
+        for layer in asked[i][0]:
+            assert torch.equal(together[i].hidden_states[layer], alone[i].hidden_states[layer])
+        for layer in asked[i][1]:
+            assert torch.equal(together[i].attention_maps(layer), alone[i].attention_maps(layer))
+    assert "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)
+
+
+def test_another_threads_plain_forward_pass_is_not_recorded():
+    model, other = tiny("bert"), batch(rows=3, tokens=4, padding=0)
+    expected = model(**other).logits
+    seen = []
+
+    def interrupt(*_):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: seen.append(model(**other).logits))
+            thread.start()
+            thread.join()
+
+    handle = find_blocks(model)[1].register_forward_pre_hook(interrupt)
+    trace = capture(model, batch(), [1, 2, 3], [1, 2, 3])
+    handle.remove()
+    assert torch.equal(seen[0], expected)
+    assert all(hidden.shape == (2, 7, WIDTH) for hidden in trace.hidden_states.values())
+    assert all(trace.attention_maps(i).shape == (2, 4, 7, 7) for i in (1, 2, 3))
+
+
+# -- what a trace says ------------------------------------------------------------------------------------------------
+
+
+def test_a_subclass_of_a_causal_model_is_causal():
+    class Mine(hf.GPT2LMHeadModel):
+        pass
+
+    assert is_causal_lm(Mine._from_config(tiny("gpt2").config))
+    assert not is_causal_lm(tiny("bert")) and not is_causal_lm(tiny("gpt2").transformer)
+
+
+def test_a_trace_prints_what_it_holds():
+    text = repr(capture(tiny("bert"), batch(), [0, 2], [1]))
+    assert text == "Trace(BertForSequenceClassification: hidden_states=[0, 2], attention=[1], logits=(2, 2))"
+
+
+def test_a_bare_encoder_has_no_logits():
+    trace = capture(tiny("bert").bert, batch(), [3])
+    assert trace.logits is None and trace.hidden_states[3].shape == (2, 7, WIDTH)
