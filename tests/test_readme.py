@@ -1,0 +1,104 @@
+"""What the README says works as it says: commands, code blocks, pictures, and the study's table."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+from fakit.experiments import RunStore, StudyConfig, study_table
+from fakit.experiments.table import to_markdown
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def between(mark: str) -> str:
+    return re.search(rf"<!-- {mark}[^>]*-->\n(.*?)<!-- /{mark} -->", README, re.S).group(1).strip()
+
+
+def test_the_code_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["good", "bad", "film", "plot", "dull", "fine", "the", "a"]
+    rows = [f"the {a} {b} {c},{int(a in ('good', 'fine'))}" for a in words for b in words for c in words[:2]]
+    Path("my_texts.csv").write_text("\n".join(["text,label", *dict.fromkeys(rows)]) + "\n")
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, vocab_size=40)
+    BertForSequenceClassification(BertConfig(**shape)).save_pretrained("my-teacher")
+    _save_tokenizer(words, "my-teacher")
+
+    first, second = re.findall(r"```python\n(.*?)```", README, re.S)
+    state: dict = {}
+    exec(compile(first, "README.md", "exec"), state)
+    assert state["trainer"].state.global_step > 0
+    assert AutoModelForSequenceClassification.from_pretrained("my-student").config.num_hidden_layers == 2
+    before = [p.detach().clone() for p in state["student"].parameters()]
+    exec(compile(second, "README.md", "exec"), state)
+    assert state["objective"].weights["features"] == 0.3
+    assert set(state["breakdown"].terms) == {"features", "attention", "outputs", "task"}
+    assert any(not torch.equal(a, b) for a, b in zip(before, state["student"].parameters(), strict=True))
+    loop = second[second.index("for batch in") :].strip().splitlines()
+    assert len(loop) <= 10
+
+
+def _save_tokenizer(words: list[str], folder: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+
+
+def test_the_table_is_the_recorded_study():
+    expected = to_markdown(study_table(RunStore.open(ROOT / "data/recorded/study")))
+    assert between("study").splitlines() == expected.strip().splitlines()
+
+
+@pytest.mark.parametrize("study, store", [("study.yaml", "study"), ("study_glosses_1400.yaml", "glosses_1400_labels")])
+def test_the_record_is_complete(study, store):
+    config = StudyConfig.from_yaml(ROOT / "configs" / study)
+    recorded = RunStore.open(ROOT / "data/recorded" / store)
+    missing = [run.run_id for run in config.runs() if not recorded.has(run.run_id)]
+    missing += [run.run_id for run in config.equal_compute_runs(recorded) if not recorded.has(run.run_id)]
+    assert missing == []
+
+
+def test_findings_quote_the_table():
+    """Each gain in the findings stands, with its interval, in the record."""
+    quoted = re.findall(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]", between("findings"))
+    assert len(quoted) >= 3
+    tables = [to_markdown(study_table(RunStore.open(path))) for path in sorted((ROOT / "data/recorded").iterdir())]
+    for mean, low, high in quoted:
+        cell = f"{mean} [{low}, {high}]"
+        assert any(cell in table for table in tables), f"{cell} is in no recorded table"
+
+
+def test_the_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z]+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.M), f"make {target} is not in the Makefile"
+    for command in set(re.findall(r"`(fakit [^`]+)`", README)):
+        name, *arguments = shlex.split(command)[1:]
+        for argument in arguments:
+            if "/" in argument and not argument.startswith("runs"):
+                assert (ROOT / argument).exists(), f"{command}: {argument} does not exist"
+        helped = subprocess.run(
+            [sys.executable, "-m", "fakit", name, "--help"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert helped.returncode == 0, helped.stderr
+        for flag in re.findall(r"--[a-z]+", command):
+            assert flag in helped.stdout, f"{command}: {flag} is unknown"
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).is_file(), f"README points to {target}, which is not there"
