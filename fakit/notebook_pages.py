@@ -125,6 +125,13 @@ class _Renderer(IPythonRenderer):
         return formula(body)
 
 
+# A cell whose source JupyterLab keeps folded (an exercise's check, say) is folded here too.
+TEMPLATE = """{%- extends 'basic/index.html.j2' -%}
+{% block input %}{% if (cell.metadata.get('jupyter') or {}).get('source_hidden') -%}
+<details class="folded"><summary>code</summary>{{ super() }}</details>
+{%- else %}{{ super() }}{% endif %}{% endblock input %}"""
+
+
 class _Exporter(HTMLExporter):
     """The body of a notebook page: nbconvert's `basic` template, which brings no style and no script."""
 
@@ -226,7 +233,7 @@ def notebook_page(notebook: NotebookNode, result: NotebookResult, others: Sequen
 
     The notebook's outputs are rewritten in place (`prepare`): take `centrepiece` before.
     """
-    exporter = _Exporter(template_name="basic", mathjax_url="", require_js_url="", jquery_url="")
+    exporter = _Exporter(template_name="basic", raw_template=TEMPLATE, mathjax_url="", require_js_url="", jquery_url="")
     figures = prepare(notebook)
     body, _ = exporter.from_notebook_node(notebook)
     body = re.sub(r"<!--figure (\d+)-->", lambda mark: figures[int(mark[1])], body)

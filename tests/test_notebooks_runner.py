@@ -210,3 +210,15 @@ def test_the_cell_tagged_centrepiece_stands_for_the_notebook():
     assert centrepiece(new_notebook(cells=[first, tagged])) == "<svg>2</svg>"
     assert centrepiece(new_notebook(cells=[first])) == "<svg>1</svg>"
     assert centrepiece(new_notebook(cells=[new_code_cell("x = 1")])) is None
+
+
+def test_a_cell_with_folded_source_is_folded_on_the_page():
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    from fakit.notebook_pages import notebook_page
+
+    folded = new_code_cell("folded_source", metadata={"jupyter": {"source_hidden": True}})
+    result = NotebookResult("00", "00_one", "One", "?")
+    page = notebook_page(new_notebook(cells=[new_code_cell("open_source"), folded]), result, [result])
+    inside = "".join(re.findall(r"<details.*?</details>", page, re.DOTALL))
+    assert "folded_source" in inside and "open_source" not in inside and "open_source" in page

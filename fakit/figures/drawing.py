@@ -151,7 +151,7 @@ def hatch(cells: np.ndarray, number: int = 0, name: str = "") -> go.Scatter | No
 
 def outline(figure: go.Figure, row: float, column: float, number: int = 0) -> None:
     """A frame around one cell that shows on dark and on light cells: black outside, white inside."""
-    for inset, colour, width in ((0.02, "#000000", 4.5), (0.02, "#FFFFFF", 2)):
+    for inset, colour, width in ((0.06, "#000000", 4.5), (0.06, "#FFFFFF", 2)):  # inside: a plot clips at its edge
         figure.add_shape(
             type="rect",
             x0=column - 0.5 + inset,
