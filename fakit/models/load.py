@@ -197,8 +197,8 @@ def _merge(source: str, task: str, adapter: str | Path, dtype, device: torch.dev
     ).is_file():  # the head's size and label names belong to the adapter, not to the base model
         kwargs["config"] = AutoConfig.from_pretrained(folder)
     with _without_load_report():
-        base = _from_pretrained(source, task, None, dtype, device, **kwargs)
         try:
+            base = _from_pretrained(source, task, None, dtype, device, **kwargs)
             return PeftModel.from_pretrained(base, folder).merge_and_unload()
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"the adapter at {folder} does not fit {source} loaded for {task}: {error}") from error
