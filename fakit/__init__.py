@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# bitsandbytes looks for an optional kernel package when it is imported, and warns on stderr; its built-in kernels do the work
-logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+# bitsandbytes warns of an optional kernel package it does not need, and of each cast to fp16 that its 8-bit kernels make
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Public name → the module that defines it; the block above says the same to type checkers.
 _EXPORTS = {
