@@ -102,3 +102,14 @@ def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).is_file(), f"README points to {target}, which is not there"
+
+
+def test_the_code_of_extending_runs():
+    state: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.S):
+        exec(compile(block, "extending.md", "exec"), state)
+    student, teacher = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    teacher[0, 1] = 9.0
+    assert state["l1"](student, teacher, torch.tensor([[True, False]])).item() == 1.0
+    assert state["objective"].pairs("features") == {(1, 2): 0.5, (2, 4): 0.5}
+    assert state["mine"].weights[2, 4].item() == 3.0
