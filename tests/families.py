@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
@@ -119,3 +120,11 @@ def batch(rows: int = 2, tokens: int = 7, padding: int = 2, side: str = "right",
         mask[-1, where] = 0
         ids[-1, where] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tokenizer(words: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words."""
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *words.split()])}
+    own = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]")

@@ -2,19 +2,9 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from fakit import load_teacher, preflight, shrink
-from tests.families import tiny
-
-
-def tokenizer(words: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words."""
-    vocabulary = {word: i for i, word in enumerate(["[UNK]", *words.split()])}
-    own = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    own.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]")
+from tests.families import tiny, tokenizer
 
 
 def frozen(family: str, **changes):
