@@ -51,11 +51,7 @@ class Distiller(nn.Module):
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """Recompute the student's activations in the backward pass (gradient checkpointing)."""
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "gradient checkpointing with use_reentrant=True runs the student's blocks without graph, so feature and attention terms "
-                "would train nothing; leave use_reentrant out (False)."
-            )
+        _refuse_reentrant(activation_checkpointing_kwargs)
         self.student.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def activation_checkpointing_disable(self) -> None:
@@ -87,6 +83,14 @@ def _trace(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
     return capture(model, inputs, needs.hidden_states, needs.attentions, needs.logits)
 
 
+def _refuse_reentrant(activation_checkpointing_kwargs: dict | None) -> None:
+    if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "gradient checkpointing with use_reentrant=True runs the student's blocks without graph, so feature and attention terms "
+            "would train nothing; leave use_reentrant out (False)."
+        )
+
+
 class DistillationTrainer(Trainer):
     """A `transformers.Trainer` for a teacher, a student and an objective.
 
@@ -115,6 +119,8 @@ class DistillationTrainer(Trainer):
         teacher_tokenizer=None,
         **kwargs,
     ):
+        if args is not None and args.activation_checkpointing:
+            _refuse_reentrant(args.activation_checkpointing_kwargs)
         check_fit(teacher, student, objective, teacher_tokenizer, kwargs.get("processing_class"))
         objective.prepare(*(m.config.get_text_config().hidden_size for m in (student, teacher)))
         teacher.eval().requires_grad_(False)

@@ -164,9 +164,10 @@ def test_the_patched_names_are_the_real_ones():
 def test_the_kits_own_files_are_valid():
     folder = Path(__file__).parents[2] / "configs"
     study = StudyConfig.from_yaml(folder / "study.yaml")
-    assert [experiment.task.name for experiment in study.experiments] == ["reviews", "glosses", "scans"]
+    assert [experiment.task.name for experiment in study.experiments] == ["glosses", "reviews", "scans"]
+    more_labels = StudyConfig.from_yaml(folder / "study_glosses_1400.yaml")
     assert len(study.seeds) >= 3 and study.equal_compute == ("none",)
     for path in folder.glob("distill_*.yaml"):
         config = ExperimentConfig.from_yaml(path)
         assert config.arm == "all"
-        assert config in study.experiments
+        assert config in (*study.experiments, *more_labels.experiments)
