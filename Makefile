@@ -54,10 +54,10 @@ run: setup
 lab: setup
 	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
-# One thread a process: two that spin beside each other are slower than one.
+# One thread a process: two that spin beside each other are slower than one. A file's tests stay together: they share a browser, a lab, a run of the sequence.
 test: setup
 	$(PY) -m tests.browser.find
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: setup
 	$(PY) -m benchmarks $(ARGS)

@@ -54,7 +54,7 @@ SET_UP = [
     [
         ("setup", []),
         ("run", ["-m fakit run --profile quick --jobs 2 --out reports"]),
-        ("test", ["-m tests.browser.find", "-m pytest -n 2 --dist loadgroup"]),
+        ("test", ["-m tests.browser.find", "-m pytest -n 2 --dist loadfile"]),
         ("bench", ["-m benchmarks"]),
     ],
 )

@@ -13,13 +13,6 @@ from tests.browser.pages import running_lab, watched
 ROOT = Path(__file__).parents[2]
 
 
-def pytest_collection_modifyitems(items):
-    """One worker has the browser: two of them beside each other on two cores only slow both down."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("browser"))
-
-
 # Module scope, not session: while Playwright runs, no other test of this process could use asyncio.
 @pytest.fixture(scope="module")
 def browser():

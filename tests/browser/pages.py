@@ -127,11 +127,12 @@ OVERRIDES = {
 FINISHED = """() => {
     const status = document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status;
     const cells = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')];
-    const prompt = cell => cell.querySelector('.jp-InputPrompt').textContent.trim();
+    const prompt = cell => cell.querySelector('.jp-InputPrompt')?.textContent.trim() ?? '';
+    const folded = cell => cell.querySelector('.jp-Cell-inputWrapper .jp-Placeholder');  // has no prompt to number
     const empty = cell => cell.querySelector('.cm-content')?.textContent.trim() === '';
     const failed = document.querySelector('[data-mime-type="application/vnd.jupyter.stderr"]');
     return status === 'idle' && cells.length > 0 && cells.every(cell => prompt(cell) !== '[*]:')
-        && (failed || cells.every(cell => empty(cell) || /[0-9]/.test(prompt(cell))));
+        && (failed || cells.every(cell => empty(cell) || folded(cell) || /[0-9]/.test(prompt(cell))));
 }"""
 
 
