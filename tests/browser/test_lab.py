@@ -60,3 +60,14 @@ def test_a_request_that_leaves_the_machine_is_blocked_and_seen(lab):
         notebook.page.locator('img[src="https://example.org/pixel.png"]').wait_for(state="attached")
         with pytest.raises(AssertionError, match=r"example\.org/pixel"):
             notebook.assert_clean()
+
+
+def test_a_cell_with_folded_source_counts_as_run(lab):
+    name = write(lab, "folded.ipynb", "x = 1", "x + 1")
+    notebook = nbformat.read(lab.folder / name, as_version=4)
+    notebook.cells[0].metadata["jupyter"] = {"source_hidden": True}
+    nbformat.write(notebook, lab.folder / name)
+    with lab.open(name) as opened:
+        opened.run_all(timeout=60)
+        assert opened.outputs("text/plain") == ["2"]
+        opened.assert_clean()
