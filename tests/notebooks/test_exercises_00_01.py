@@ -1,5 +1,6 @@
 """Exercises of notebooks 00 and 01: the solution in the last hint passes, a classic wrong answer is told what is wrong."""
 
+import linecache
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from fakit.teaching import Exercise
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 TEACHER, STUDENT = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
 RAW = {"features": 0.2, "attention": 0.5, "outputs": 1.4, "task": 0.9}
-SIMILARITY = np.linspace(0.95, 0.1, 21).reshape(3, 7) ** np.arange(1, 8)  # no two layer pairs alike
+SIMILARITY = np.random.default_rng(0).uniform(0.1, 0.95, (3, 7))  # no two layer pairs alike
 # what earlier cells of the notebooks define
 KNOWN = {
     **{"torch": torch, "LayerMap": LayerMap, "Exercise": Exercise, "S": 2, "T": 6},
@@ -50,7 +51,14 @@ def stub(name: str, cell: str, namespace: dict):
     cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
     source = next(c.source for c in cells if c.id == cell.replace("exercise", "answer"))
     *lines, last = source.strip().splitlines()
-    exec("\n".join(lines), namespace)
+    source = "\n".join(lines)
+    linecache.cache[cell] = (
+        len(source),
+        None,
+        source.splitlines(keepends=True),
+        cell,
+    )  # as IPython does with its cells
+    exec(compile(source, cell, "exec"), namespace)
     return namespace[re.search(r"check\((\w+)\)", last)[1]]
 
 
