@@ -283,6 +283,14 @@ def test_causal_outputs_without_labels_count_every_position_that_predicts_a_toke
     assert aligned(student, teacher, unlabelled).total.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+def test_left_padding_predicts_nothing():
+    mask = MASK.flip(1)  # row 1 begins with two padding tokens: the second of them does not predict the first token
+    student, teacher = trace(mask=mask), trace(seed=1, mask=mask)
+    rows, positions = torch.tensor([[0, 0], [0, 1], [0, 2], [0, 3], [1, 2], [1, 3]]).T
+    expected = outputs.forward_kl(student.logits[rows, positions], teacher.logits[rows, positions], None, 2.0)
+    assert Objective(outputs=Outputs())(student, teacher).total.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_an_unlabelled_row_counts_in_full_beside_a_labelled_one():
     student, teacher = trace(), trace(seed=1)
     mixed = labels()

@@ -87,8 +87,6 @@ def _smaller_config(teacher: PreTrainedModel, sources: list[int], hidden_size: i
     for name, value in vars(teacher.config).items():
         if isinstance(value, list) and len(value) == total and any(word in name for word in _PER_BLOCK):
             vars(config)[name] = [value[i - 1] for i in sources]
-    if hasattr(config, "attention_types"):  # GPT-Neo writes its attention_layers a second time, shortened
-        config.attention_types = [[config.attention_layers, 1]]
     config.num_hidden_layers = len(sources)
     if hidden_size is None and heads is None:
         return config
