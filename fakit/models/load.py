@@ -79,6 +79,11 @@ def load_teacher(
             how = {name: kwargs[name] for name in ("attn_implementation", "trust_remote_code") if name in kwargs}
             teacher = _from_pretrained(folder, task, quantize, dtype, device, **how)
             teacher.config._name_or_path = teacher.name_or_path = str(id_or_path)
+    for module in teacher.modules():
+        if type(module).__name__ == "Linear4bit":
+            # bitsandbytes' CPU kernel would pack the weights anew in the first forward pass, and (0.50) not turn that back right when
+            # they are saved or hashed: a teacher has to stay the same. Costs half of the speed of 4 bits on a CPU.
+            module.support_avx512bf16_for_cpu = False
     return teacher.eval().requires_grad_(False)
 
 

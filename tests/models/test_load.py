@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from fakit import load_teacher
 from fakit.models import load
 from fakit.models.load import is_quantized, resolve_model
+from fakit.teacher_cache import fingerprint
 from tests.families import WIDTH, batch, tiny
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -74,6 +75,16 @@ def test_teachers_are_frozen_in_eval_mode_and_near_the_full_model(folder, quanti
         expected = full(**batch()).logits
         distance = ((teacher(**batch()).logits - expected).norm() / expected.norm()).item()
     assert distance <= error and (quantize is None or distance > 1e-4)
+
+
+@pytest.mark.parametrize("quantize", [None, "8bit", "4bit"])
+def test_running_and_saving_leave_a_teacher_as_it_was(folder, quantize):
+    teacher = load_teacher(folder, quantize=quantize)
+    before = fingerprint(teacher)
+    with torch.no_grad():
+        first = teacher(**batch()).logits
+        assert fingerprint(teacher) == before
+        assert torch.equal(teacher(**batch()).logits, first)
 
 
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])

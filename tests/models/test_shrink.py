@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fakit import LayerMap, load_teacher, shrink
 from fakit.models import find_blocks
@@ -244,9 +244,15 @@ def test_students_of_quantised_teachers_start_near_the_full_weights(family, quan
     sizes = {"gpt2": {"n_embd": 64}, "llama": {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}}[family]
     full = tiny(family, **sizes)
     full.save_pretrained(tmp_path)
-    teacher = load_teacher(tmp_path, quantize=quantize)
-    if used:  # which, on a CPU, packs 4-bit weights anew
-        teacher(**batch())
+    if used:  # as transformers loads it; the forward pass then packs 4-bit weights anew on some CPUs
+        setting = BitsAndBytesConfig(**{f"load_in_{quantize}": True, "bnb_4bit_quant_type": "nf4"})
+        teacher = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=setting, dtype=torch.float32
+        ).eval()
+        with torch.no_grad():
+            first = teacher(**batch()).logits
+    else:
+        teacher = load_teacher(tmp_path, quantize=quantize)
     student = shrink(teacher, layers=[1, 3])
     expected = dict(shrink(full, layers=[1, 3]).named_parameters())
     rounded = 0
@@ -256,9 +262,9 @@ def test_students_of_quantised_teachers_start_near_the_full_weights(family, quan
         rounded += distance > error / 100
     assert rounded >= 6  # it really was quantised
     assert not hasattr(student.config, "quantization_config") and student.dtype == torch.float32
-    if used:
-        again = teacher(**batch()).logits
-        assert torch.equal(again, teacher(**batch()).logits) and again.isfinite().all()
+    if used:  # and the teacher still says what it said
+        with torch.no_grad():
+            assert torch.allclose(teacher(**batch()).logits, first, atol=0.02 * first.abs().max().item())
 
 
 @pytest.mark.parametrize(
