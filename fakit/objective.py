@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -114,8 +115,10 @@ class Weights(MutableMapping):
     def __setitem__(self, name: str, weight: float) -> None:
         if name not in self._weights:
             raise ValueError(f"no term {name!r} in this objective, so it has no weight; terms: {list(self._weights)}.")
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"weight of {name!r} is {weight!r}; weights are finite and ≥ 0 (0 switches a term off).")
+        if not isinstance(weight, Real) or not 0 <= weight < math.inf:
+            raise ValueError(
+                f"weight of {name!r} is {weight!r}; weights are finite numbers ≥ 0 (0 switches a term off)."
+            )
         self._weights[name] = float(weight)
 
     def __delitem__(self, name: str) -> None:

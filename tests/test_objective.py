@@ -167,10 +167,10 @@ def test_without_labels_the_task_is_left_out_and_needs_no_logits():
     assert list(aligned(trace(), trace(seed=1)).terms) == ["features"]
 
 
-@pytest.mark.parametrize("weight", [-1, math.nan, math.inf])
+@pytest.mark.parametrize("weight", [-1, math.nan, math.inf, None])
 def test_weights_are_finite_and_not_negative(weight):
     aligned = Objective(features=Features(), layer_map=LayerMap([(1, 1)]))
-    with pytest.raises(ValueError, match=f"weight of 'features' is {weight}; weights are finite and ≥ 0"):
+    with pytest.raises(ValueError, match=f"weight of 'features' is {weight}; weights are finite numbers ≥ 0"):
         aligned.weights["features"] = weight
     with pytest.raises(ValueError, match="weight of 'task'"):
         Objective(task=Task(weight=weight))
