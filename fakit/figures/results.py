@@ -186,9 +186,8 @@ def scores_by_arm(
     parts = [
         f"{task} teacher {references[task]['teacher']:.3g}" for task in tasks if "teacher" in references.get(task, {})
     ]
-    return Figure(
-        figure, f"Mean scores: {', '.join(best + parts)}.", "Bars: 95 % intervals; small points: single seeds."
-    )
+    seeds = "; small points: single seeds" if any(_seeds(row) for row in rows) else ""
+    return Figure(figure, f"Mean scores: {', '.join(best + parts)}.", f"Bars: 95 % intervals{seeds}.")
 
 
 def retention(table: Any, title: str = "Share of the teacher's score that is kept") -> Figure:

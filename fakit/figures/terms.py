@@ -57,8 +57,8 @@ def loss_bars(
         hovertemplate="%{y}: %{text}<extra></extra>",
     )
     longest = max(*products.values(), limit or 0.0) or 1.0
-    # the labels stand to the right of the bars: room for the longest of them, at about 7.2 px a character
-    room = min(0.45, 7.2 * max(map(len, labels.values())) / (720 - label_width(names) - 44))
+    # the labels stand to the right of the bars: room for the longest of them, at about 8 px a character
+    room = min(0.45, 8 * max(map(len, labels.values())) / (720 - label_width(names) - 44))
     figure.update_xaxes(range=(0, longest / (1 - room)), title="weight × loss").update_yaxes(showgrid=False)
     parts = ", ".join(f"{name} {labels[name]}" for name in weights)
     return Figure(figure, f"Total loss {total:.4g}: {parts}.")

@@ -228,6 +228,12 @@ def test_scores_keep_their_references_in_view():
     assert figure.plotly.layout.shapes[0].x0 == 9 and "glosses teacher 9" in figure.summary
 
 
+def test_scores_speak_of_single_seeds_only_where_they_are_drawn():
+    without = [{name: value for name, value in row.items() if name != "seeds"} for row in ROWS]
+    assert draw.scores_by_arm(ROWS).caption.endswith("small points: single seeds.")
+    assert draw.scores_by_arm(without).caption == "Bars: 95 % intervals."
+
+
 def test_retention_is_in_per_cent_from_zero():
     figure = draw.retention([{"task": "t", "arm": "all", "mean": 0.95, "low": 0.9, "high": 1.1}])
     assert figure.plotly.data[0].y[0] == pytest.approx(95) and "95.0 %" in figure.summary
