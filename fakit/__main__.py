@@ -10,12 +10,14 @@ from pathlib import Path
 
 
 def run(args: argparse.Namespace) -> int:
+    """`fakit run`: execute the notebook sequence and write its pages."""
     from fakit.notebooks import exit_status, run_notebooks
 
     return exit_status(run_notebooks(args.notebooks, args.out, args.profile, only=args.only, jobs=args.jobs))
 
 
 def distill(args: argparse.Namespace) -> int:
+    """`fakit distill`: one experiment, from its YAML file to an exported student and a record."""
     from fakit.experiments import ExperimentConfig, run_experiment
 
     config = ExperimentConfig.from_yaml(args.config)
@@ -29,6 +31,7 @@ def distill(args: argparse.Namespace) -> int:
 
 
 def study(args: argparse.Namespace) -> int:
+    """`fakit study`: run what a study has not recorded yet."""
     from fakit.experiments import StudyConfig, run_study
 
     store = run_study(StudyConfig.from_yaml(args.config), args.out, workers=args.workers)
@@ -37,6 +40,7 @@ def study(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
+    """`fakit report`: tables and figures of a runs directory."""
     from fakit.experiments import report
 
     print(report(args.runs, args.out))
@@ -44,6 +48,7 @@ def report(args: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The commands and their options; each command's function is in `args.function`."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     top = argparse.ArgumentParser(prog="fakit", description="Feature-alignment distillation of transformer models.")

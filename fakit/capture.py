@@ -170,7 +170,7 @@ def capture(
     _check_layers(model, hidden_states, attentions, blocks)
     inputs = _inputs(model, batch)
     trace = Trace(mask=_token_mask(inputs), causal=is_causal_lm(model), name=type(model).__name__)
-    by_interface = not attentions or _uses_attention_interface(model)
+    by_interface = not attentions or _uses_attention_interface(blocks[0])
     if not by_interface:  # BLOOM, DeBERTa, Falcon …: only their own eager maps exist
         _check_eager(model)
         inputs["output_attentions"] = True
@@ -303,11 +303,8 @@ def _reporting(function: Callable) -> Callable:
     return attention
 
 
-def _uses_attention_interface(model: nn.Module) -> bool:
-    return any(
-        "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__])
-        for module in find_blocks(model)[0].modules()
-    )
+def _uses_attention_interface(block: nn.Module) -> bool:
+    return any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__]) for module in block.modules())
 
 
 # -- inputs and outputs -----------------------------------------------------------------------------------------------

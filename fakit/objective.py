@@ -19,6 +19,7 @@ from fakit.layer_maps import LayerMap
 from fakit.losses import attention as attention_losses
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
+from fakit.losses.reduce import at_least_float32
 
 Pair = tuple[int, int]
 
@@ -426,7 +427,7 @@ def task_loss(logits: Tensor, labels: Tensor, causal: bool = False) -> Tensor:
     if logits is None:
         raise ValueError("the task loss needs the student's logits, and its trace has none; capture(..., logits=True).")
     labels = labels.to(logits.device)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = at_least_float32(logits)
     if logits.dim() == 3 and causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
     if logits.shape[:-1] != labels.shape:
@@ -434,7 +435,7 @@ def task_loss(logits: Tensor, labels: Tensor, causal: bool = False) -> Tensor:
             f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}; one label a prediction."
         )
     if logits.shape[-1] == 1:
-        valid = ~(labels.isnan() if labels.is_floating_point() else labels == -100) & (labels != -100)
+        valid = (labels != -100) & ~labels.isnan()
         error = (logits.squeeze(-1) - labels.masked_fill(~valid, 0)).square()
         return (error * valid).sum() / valid.sum().clamp_min(1)
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=-100, reduction="sum")

@@ -289,6 +289,7 @@ def without_side_bars():
 
 
 def now() -> str:
+    """The time of a record: UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -139,6 +139,7 @@ def draw_rows(labels: Tensor, draws: int, seed: int) -> Tensor:
 
 
 def paired_matrices(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, p) and (n, q) in float64; ValueError where they are no finite matrices of paired rows."""
     x, y = double(x), double(y)
     for name, z in (("x", x), ("y", y)):
         if z.dim() != 2:
@@ -154,6 +155,7 @@ def paired_matrices(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cluster_labels(clusters: Tensor | Sequence[int], n: int) -> Tensor:
+    """One label a row as whole numbers from 0, (n,); ValueError for another number of labels."""
     clusters = torch.as_tensor(clusters)
     if clusters.shape != (n,):
         raise ValueError(

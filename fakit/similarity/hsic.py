@@ -241,5 +241,6 @@ def ratio(cross: Tensor, self_x: Tensor, self_y: Tensor, names: tuple[str, str] 
 
 
 def warn_reasons(reasons: Sequence[str]) -> None:
+    """Say why values are NaN, as RuntimeWarnings at the line that called the public function."""
     for reason in reasons:
         warnings.warn(reason, RuntimeWarning, stacklevel=3)
