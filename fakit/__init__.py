@@ -15,13 +15,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fakit.capture import Trace, capture
+    from fakit.capture import capture
     from fakit.layer_maps import LayerMap
     from fakit.models.load import load_teacher
     from fakit.models.preflight import preflight
     from fakit.models.shrink import shrink
-    from fakit.objective import Attention, Features, Objective, Outputs, Task
+    from fakit.objective import Objective
     from fakit.teacher_cache import TeacherCache
+    from fakit.terms import Attention, Features, Outputs, Task
+    from fakit.trace import Trace
     from fakit.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
@@ -31,15 +33,15 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Public name → the module that defines it; the block above says the same to type checkers.
 _EXPORTS = {
-    "Attention": "fakit.objective",
+    "Attention": "fakit.terms",
     "DistillationTrainer": "fakit.trainer",
-    "Features": "fakit.objective",
+    "Features": "fakit.terms",
     "LayerMap": "fakit.layer_maps",
     "Objective": "fakit.objective",
-    "Outputs": "fakit.objective",
-    "Task": "fakit.objective",
+    "Outputs": "fakit.terms",
+    "Task": "fakit.terms",
     "TeacherCache": "fakit.teacher_cache",
-    "Trace": "fakit.capture",
+    "Trace": "fakit.trace",
     "capture": "fakit.capture",
     "load_teacher": "fakit.models.load",
     "preflight": "fakit.models.preflight",

@@ -11,135 +11,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fakit.losses.reduce import at_least_float32
+from fakit.losses.attention_inputs import AttentionInputs
 from fakit.models.blocks import find_blocks
-
-
-@dataclass
-class AttentionInputs:
-    """What one layer's attention function received. Queries (B, H, T, d_head); keys, values (B, H_kv, T, d_head)."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None  # bool (True = may look) or additive float, (B or 1, H or 1, T, T); (B, T) under flash; None
-    scaling: float
-    causal: bool  # the function masks the future itself, because no mask says so
-    softcap: float | None = None
-    position_bias: Tensor | None = None  # (B or 1, H, T, T)
-    sinks: Tensor | None = None  # (H,): a learned score that takes its share of every row (GPT-OSS)
-
-    def maps(self) -> Tensor:
-        """Attention maps before dropout. Rows sum to 1, or to less where a sink takes its share. (B, H, T, T)"""
-        scores = self.scores()
-        if self.sinks is None:
-            return scores.softmax(-1)
-        sinks = self.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)  # (B, H, T, 1)
-        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
-
-    def scores(self) -> Tensor:
-        """Scaled, capped, biased and masked scores, before the softmax; masked pairs hold the smallest float. (B, H, T, T)"""
-        query, key = at_least_float32(self.query), at_least_float32(self.key)
-        groups = query.shape[1] // key.shape[1]
-        key = key.repeat_interleave(groups, dim=1)  # grouped heads: (B, H_kv, T, d) -> (B, H, T, d)
-        scores = query @ key.transpose(-2, -1) * self.scaling  # (B, H, T, T)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        if self.position_bias is not None:
-            scores = scores + self.position_bias
-        lowest = torch.finfo(scores.dtype).min
-        if self.causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, lowest)
-        if self.mask is not None:
-            mask = self.mask[:, None, None, :].bool() if self.mask.dim() == 2 else self.mask[..., : scores.shape[-1]]
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, lowest)
-            else:
-                scores = (scores + mask).clamp_min(lowest)
-        return scores
-
-    def detach(self) -> "AttentionInputs":
-        return AttentionInputs(
-            **{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(self).items()}  # shallow: no copy
-        )
-
-
-@dataclass
-class Trace:
-    """What `capture` kept of one forward pass. Dictionaries are keyed by layer number.
-
-    Attributes:
-        hidden_states: {i: (B, T, d)}
-        attention: {i: AttentionInputs}, with `queries`, `keys` and `values` as views of it
-        maps: {i: (B, H, T, T)} where the model itself returned its maps (families without the attention interface)
-        logits: (B, T, V), (B, C), or None
-        mask: bool (B, T), True = a token, False = padding
-        causal: True when logits at t predict the token at t + 1
-        name: the model's class, for messages
-    """
-
-    hidden_states: dict[int, Tensor] = field(default_factory=dict)
-    attention: dict[int, AttentionInputs] = field(default_factory=dict)
-    maps: dict[int, Tensor] = field(default_factory=dict)
-    logits: Tensor | None = None
-    mask: Tensor | None = None
-    causal: bool = False
-    name: str = "model"
-
-    @property
-    def queries(self) -> dict[int, Tensor]:
-        """{i: (B, H, T, d_head)}, as the attention function received them."""
-        return {i: a.query for i, a in self.attention.items()}
-
-    @property
-    def keys(self) -> dict[int, Tensor]:
-        """{i: (B, H_kv, T, d_head)}, before grouped heads are repeated."""
-        return {i: a.key for i, a in self.attention.items()}
-
-    @property
-    def values(self) -> dict[int, Tensor]:
-        """{i: (B, H_kv, T, d_head)}."""
-        return {i: a.value for i, a in self.attention.items()}
-
-    def attention_maps(self, layer: int) -> Tensor:
-        """Attention maps of one layer, before dropout, in float32 or better. (B, H, T, T)
-
-        Raises:
-            ValueError: the layer's attention was not captured; says which were.
-        """
-        if layer in self.maps:
-            return at_least_float32(self.maps[layer])
-        if layer not in self.attention:
-            raise ValueError(
-                f"attention of layer {layer} asked of a trace of {self.name} that holds attention of layers "
-                f"{sorted({*self.maps, *self.attention})}; capture(..., attentions=[{layer}]) keeps it."
-            )
-        return self.attention[layer].maps()
-
-    def detach(self) -> "Trace":
-        """The same trace, cut from the graph. Nothing is copied."""
-        return Trace(
-            hidden_states={i: h.detach() for i, h in self.hidden_states.items()},
-            attention={i: a.detach() for i, a in self.attention.items()},
-            maps={i: m.detach() for i, m in self.maps.items()},
-            logits=None if self.logits is None else self.logits.detach(),
-            mask=self.mask,
-            causal=self.causal,
-            name=self.name,
-        )
-
-    def __repr__(self) -> str:
-        logits = None if self.logits is None else tuple(self.logits.shape)
-        attention = sorted({*self.maps, *self.attention})
-        return f"Trace({self.name}: hidden_states={sorted(self.hidden_states)}, attention={attention}, logits={logits})"
+from fakit.trace import Trace
 
 
 def capture(

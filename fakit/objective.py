@@ -5,190 +5,18 @@
 Each term is optional, each weight may change at any time, and each call returns a breakdown by term and by layer pair.
 """
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass, field
-from numbers import Real
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fakit.breakdown import Breakdown, Pair, Weights
 from fakit.layer_maps import LayerMap
 from fakit.losses import attention as attention_losses
-from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
-from fakit.losses.reduce import at_least_float32
-
-Pair = tuple[int, int]
-
-
-@dataclass
-class Features:
-    """Feature matching over the mapped layers.
-
-    Args:
-        loss: "mse", "cosine", "normalised_mse", "layernorm_mse", or any function (student, teacher, mask) of (B, T, d) tensors.
-        weight: α.
-        projection: "linear" learns a linear map from the student's width to the teacher's for each mapped pair whose widths
-            differ; None forbids it. Pairs of one width never have one.
-        layer_map: for this term alone; the objective's unless given.
-    """
-
-    loss: str | Callable = "mse"
-    weight: float = 1.0
-    projection: str | None = "linear"
-    layer_map: LayerMap | None = None
-
-    def __post_init__(self):
-        self.function = _choose("Features", self.loss, feature_losses.LOSSES)
-        if self.projection not in ("linear", None):
-            raise ValueError(f"Features(projection={self.projection!r}) is not known; choose 'linear' or None.")
-
-
-@dataclass
-class Attention:
-    """Attention alignment over the mapped layers (layer 0 has none and is left out).
-
-    Args:
-        loss: "kl", "mse", or any function (student maps, teacher maps, mask) of (B, H, T, T) tensors.
-        weight: β.
-        heads: "one-to-one" compares head h with head h and needs equal counts; "group-mean" first averages neighbouring heads of the
-            side that has more.
-        layer_map: for this term alone; the objective's unless given.
-    """
-
-    loss: str | Callable = "kl"
-    weight: float = 1.0
-    heads: str = "one-to-one"
-    layer_map: LayerMap | None = None
-
-    def __post_init__(self):
-        self.function = _choose("Attention", self.loss, attention_losses.LOSSES)
-        if self.heads not in ("one-to-one", "group-mean"):
-            raise ValueError(f"Attention(heads={self.heads!r}) is not known; choose 'one-to-one' or 'group-mean'.")
-
-
-@dataclass
-class Outputs:
-    """Output-distribution matching.
-
-    Args:
-        loss: "forward_kl", "reverse_kl", "jsd", "logit_mse", or any function (student logits, teacher logits, mask, temperature).
-        temperature: τ > 0, may be set at any time.
-        weight: γ.
-        vocab_size: cut both vocabularies to their first `vocab_size` entries, for families that pad the head differently.
-    """
-
-    loss: str | Callable = "forward_kl"
-    temperature: float = 2.0
-    weight: float = 1.0
-    vocab_size: int | None = None
-
-    def __post_init__(self):
-        self.function = _choose("Outputs", self.loss, output_losses.LOSSES)
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"Outputs(temperature={self.temperature!r}): a temperature is finite and above 0.")
-
-
-@dataclass
-class Task:
-    """The task's own loss on the labels: cross-entropy (labels of -100 are left out), or mean squared error for one regression output.
-
-    Args:
-        weight: δ.
-    """
-
-    weight: float = 1.0
-
-
-class Weights(MutableMapping):
-    """Term weights by name. Terms that the objective does not have, and weights that are negative or not finite, are refused."""
-
-    def __init__(self, weights: dict[str, float]):
-        self._weights: dict[str, float] = dict.fromkeys(weights, 0.0)
-        self.update(weights)
-
-    def __getitem__(self, name: str) -> float:
-        return self._weights[name]
-
-    def __setitem__(self, name: str, weight: float) -> None:
-        if name not in self._weights:
-            raise ValueError(f"no term {name!r} in this objective, so it has no weight; terms: {list(self._weights)}.")
-        if not isinstance(weight, Real) or not 0 <= weight < math.inf:
-            raise ValueError(
-                f"weight of {name!r} is {weight!r}; weights are finite numbers ≥ 0 (0 switches a term off)."
-            )
-        self._weights[name] = float(weight)
-
-    def __delitem__(self, name: str) -> None:
-        raise ValueError(f"terms stay; objective.weights[{name!r}] = 0 switches it off at no cost.")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def __repr__(self) -> str:
-        return repr(self._weights)
-
-
-@dataclass
-class Breakdown:
-    """One evaluation of the objective. A term of weight 0 was not computed and is in none of the dictionaries.
-
-    Attributes:
-        total: scalar with graph, the weighted sum.
-        terms: {name: scalar with graph}, before weighting.
-        weighted: {name: scalar with graph}, whose sum is `total`.
-        per_layer: {name: {(student layer, teacher layer): detached scalar}} for the terms that go over layers.
-    """
-
-    total: Tensor
-    terms: dict[str, Tensor]
-    weighted: dict[str, Tensor]
-    per_layer: dict[str, dict[Pair, Tensor]] = field(default_factory=dict)
-
-    def check(self) -> None:
-        """Raise ValueError naming the term and the layer where a loss is NaN or infinite. Waits for the device."""
-        if torch.isfinite(self.total):
-            return
-        for name, value in self.terms.items():
-            layers = [f"S{s}←T{t}" for (s, t), v in self.per_layer.get(name, {}).items() if not torch.isfinite(v)]
-            if layers or not torch.isfinite(value):
-                where = f" at {', '.join(layers)}" if layers else ""
-                raise ValueError(
-                    f"the {name} term is {value.item()}{where}. If the student's weights are finite, look at the learning rate, at "
-                    "half-precision overflow (use bf16), or at a batch without any valid position."
-                )
-        raise ValueError(
-            f"the total loss is {self.total.item()} while every term is finite; weights: {list(self.weighted)}."
-        )
-
-    def detach(self) -> "Breakdown":
-        """The same numbers without graph."""
-        return Breakdown(
-            self.total.detach(),
-            {k: v.detach() for k, v in self.terms.items()},
-            {k: v.detach() for k, v in self.weighted.items()},
-            self.per_layer,
-        )
-
-    def __str__(self) -> str:
-        parts = [
-            f"{name} {value.item():.4g} (weighted {self.weighted[name].item():.4g})"
-            for name, value in self.terms.items()
-        ]
-        return f"total {self.total.item():.4g} = " + " + ".join(parts)
-
-    def _repr_markdown_(self) -> str:
-        lines = ["| term | raw | weighted | by layer |", "|---|---|---|---|"]
-        for name, value in self.terms.items():
-            layers = ", ".join(f"S{s}←T{t} {v.item():.3g}" for (s, t), v in self.per_layer.get(name, {}).items())
-            lines.append(f"| {name} | {value.item():.4g} | {self.weighted[name].item():.4g} | {layers} |")
-        return "\n".join([*lines, f"| **total** | | **{self.total.item():.4g}** | |"])
+from fakit.losses.task import task_loss
+from fakit.terms import Attention, Features, Outputs, Task
 
 
 @dataclass(frozen=True)
@@ -416,32 +244,6 @@ class Objective(nn.Module):
         return self.outputs.function(ours, theirs, mask, temperature=self.outputs.temperature)
 
 
-def task_loss(logits: Tensor, labels: Tensor, causal: bool = False) -> Tensor:
-    """The task's own loss, a mean over the labels that count; 0 (with graph) when all of them are -100.
-
-    Args:
-        logits: (B, C) or (B, T, V); C = 1 means regression.
-        labels: (B,) or (B, T); -100, or NaN in regression, takes no part.
-        causal: logits at t predict the label at t + 1.
-    """
-    if logits is None:
-        raise ValueError("the task loss needs the student's logits, and its trace has none; capture(..., logits=True).")
-    labels = labels.to(logits.device)
-    logits = at_least_float32(logits)
-    if logits.dim() == 3 and causal:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}; one label a prediction."
-        )
-    if logits.shape[-1] == 1:
-        valid = (labels != -100) & ~labels.isnan()
-        error = (logits.squeeze(-1) - labels.masked_fill(~valid, 0)).square()
-        return (error * valid).sum() / valid.sum().clamp_min(1)
-    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=-100, reduction="sum")
-    return loss / (labels != -100).sum().clamp_min(1)
-
-
 def _predicting_positions(ours: Tensor, theirs: Tensor, mask: Tensor | None, labels: Tensor | None, causal: bool):
     """Cut (B, T, V) logits to the positions that predict something: a valid next token in causal models, any token otherwise."""
     mask = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device) if mask is None else mask
@@ -473,11 +275,3 @@ def _layer(trace, kept: dict[int, Tensor], layer: int, what: str) -> Tensor:
             f"capture(..., {what}=[{layer}]) keeps it."
         )
     return kept[layer]
-
-
-def _choose(term: str, loss: str | Callable, known: dict[str, Callable]) -> Callable:
-    if callable(loss):
-        return loss
-    if loss not in known:
-        raise ValueError(f"{term}({loss!r}) is not known; choose one of {list(known)} or pass a function.")
-    return known[loss]

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from fakit.capture import AttentionInputs, Trace, capture, is_causal_lm
+from fakit.capture import capture, is_causal_lm
+from fakit.losses.attention_inputs import AttentionInputs
+from fakit.trace import Trace
 
 _VERSION = 1
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

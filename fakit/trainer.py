@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from fakit.capture import Trace, capture, is_causal_lm
+from fakit.breakdown import Breakdown
+from fakit.capture import capture, is_causal_lm
+from fakit.losses.task import task_loss
 from fakit.models.blocks import depth
 from fakit.models.load import is_quantized
 from fakit.models.preflight import preflight
-from fakit.objective import Breakdown, Needs, Objective, task_loss
+from fakit.objective import Needs, Objective
+from fakit.trace import Trace
 
 _PROJECTIONS, _OBJECTIVE = "projections.safetensors", "objective.json"
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, Trace, capture, objective, shrink
 from fakit.losses import attention, features, outputs
-from fakit.objective import task_loss
+from fakit.losses.task import task_loss
 from tests.families import batch, tiny
 
 B, T, V, H = 2, 5, 11, 4

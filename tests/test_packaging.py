@@ -218,7 +218,10 @@ LAYERS = {
     "losses": (["fakit.errors", "fakit.losses", "torch"], []),
     "layer_maps": (["fakit.errors", "fakit.layer_maps", "torch"], NUMERICS),
     "similarity": (["fakit.errors", "fakit.similarity", "torch"], NUMERICS),
-    "objective": (["fakit.errors", "fakit.losses", "fakit.layer_maps", "torch"], []),
+    "breakdown": (["torch"], []),
+    "terms": (["fakit.losses", "fakit.layer_maps", "torch"], []),
+    "trace": (["fakit.losses", "torch"], []),
+    "objective": (["fakit.breakdown", "fakit.layer_maps", "fakit.losses", "fakit.terms", "torch"], []),
     "figures": (["fakit.errors", "fakit.figures", "plotly", "matplotlib", "numpy"], NUMERICS),
 }
 

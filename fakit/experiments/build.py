@@ -16,7 +16,8 @@ from fakit.experiments.batches import batch_plan
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.schema import did_you_mean
 from fakit.layer_maps import LayerMap
-from fakit.objective import Attention, Features, Objective, Outputs, Task
+from fakit.objective import Objective
+from fakit.terms import Attention, Features, Outputs, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,0 +1,99 @@
+"""What one evaluation of the objective gives, and the weights it was made with."""
+
+import math
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+class Weights(MutableMapping):
+    """Term weights by name. Terms that the objective does not have, and weights that are negative or not finite, are refused."""
+
+    def __init__(self, weights: dict[str, float]):
+        self._weights: dict[str, float] = dict.fromkeys(weights, 0.0)
+        self.update(weights)
+
+    def __getitem__(self, name: str) -> float:
+        return self._weights[name]
+
+    def __setitem__(self, name: str, weight: float) -> None:
+        if name not in self._weights:
+            raise ValueError(f"no term {name!r} in this objective, so it has no weight; terms: {list(self._weights)}.")
+        if not isinstance(weight, Real) or not 0 <= weight < math.inf:
+            raise ValueError(
+                f"weight of {name!r} is {weight!r}; weights are finite numbers ≥ 0 (0 switches a term off)."
+            )
+        self._weights[name] = float(weight)
+
+    def __delitem__(self, name: str) -> None:
+        raise ValueError(f"terms stay; objective.weights[{name!r}] = 0 switches it off at no cost.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __repr__(self) -> str:
+        return repr(self._weights)
+
+
+@dataclass
+class Breakdown:
+    """One evaluation of the objective. A term of weight 0 was not computed and is in none of the dictionaries.
+
+    Attributes:
+        total: scalar with graph, the weighted sum.
+        terms: {name: scalar with graph}, before weighting.
+        weighted: {name: scalar with graph}, whose sum is `total`.
+        per_layer: {name: {(student layer, teacher layer): detached scalar}} for the terms that go over layers.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    weighted: dict[str, Tensor]
+    per_layer: dict[str, dict[Pair, Tensor]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise ValueError naming the term and the layer where a loss is NaN or infinite. Waits for the device."""
+        if torch.isfinite(self.total):
+            return
+        for name, value in self.terms.items():
+            layers = [f"S{s}←T{t}" for (s, t), v in self.per_layer.get(name, {}).items() if not torch.isfinite(v)]
+            if layers or not torch.isfinite(value):
+                where = f" at {', '.join(layers)}" if layers else ""
+                raise ValueError(
+                    f"the {name} term is {value.item()}{where}. If the student's weights are finite, look at the learning rate, at "
+                    "half-precision overflow (use bf16), or at a batch without any valid position."
+                )
+        raise ValueError(
+            f"the total loss is {self.total.item()} while every term is finite; weights: {list(self.weighted)}."
+        )
+
+    def detach(self) -> "Breakdown":
+        """The same numbers without graph."""
+        return Breakdown(
+            self.total.detach(),
+            {k: v.detach() for k, v in self.terms.items()},
+            {k: v.detach() for k, v in self.weighted.items()},
+            self.per_layer,
+        )
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name} {value.item():.4g} (weighted {self.weighted[name].item():.4g})"
+            for name, value in self.terms.items()
+        ]
+        return f"total {self.total.item():.4g} = " + " + ".join(parts)
+
+    def _repr_markdown_(self) -> str:
+        lines = ["| term | raw | weighted | by layer |", "|---|---|---|---|"]
+        for name, value in self.terms.items():
+            layers = ", ".join(f"S{s}←T{t} {v.item():.3g}" for (s, t), v in self.per_layer.get(name, {}).items())
+            lines.append(f"| {name} | {value.item():.4g} | {self.weighted[name].item():.4g} | {layers} |")
+        return "\n".join([*lines, f"| **total** | | **{self.total.item():.4g}** | |"])

@@ -1,0 +1,97 @@
+"""The four terms of the objective and their settings: what is compared, how, and with which weight."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fakit.layer_maps import LayerMap
+from fakit.losses import attention as attention_losses
+from fakit.losses import features as feature_losses
+from fakit.losses import outputs as output_losses
+
+
+@dataclass
+class Features:
+    """Feature matching over the mapped layers.
+
+    Args:
+        loss: "mse", "cosine", "normalised_mse", "layernorm_mse", or any function (student, teacher, mask) of (B, T, d) tensors.
+        weight: α.
+        projection: "linear" learns a linear map from the student's width to the teacher's for each mapped pair whose widths
+            differ; None forbids it. Pairs of one width never have one.
+        layer_map: for this term alone; the objective's unless given.
+    """
+
+    loss: str | Callable = "mse"
+    weight: float = 1.0
+    projection: str | None = "linear"
+    layer_map: LayerMap | None = None
+
+    def __post_init__(self):
+        self.function = _choose("Features", self.loss, feature_losses.LOSSES)
+        if self.projection not in ("linear", None):
+            raise ValueError(f"Features(projection={self.projection!r}) is not known; choose 'linear' or None.")
+
+
+@dataclass
+class Attention:
+    """Attention alignment over the mapped layers (layer 0 has none and is left out).
+
+    Args:
+        loss: "kl", "mse", or any function (student maps, teacher maps, mask) of (B, H, T, T) tensors.
+        weight: β.
+        heads: "one-to-one" compares head h with head h and needs equal counts; "group-mean" first averages neighbouring heads of the
+            side that has more.
+        layer_map: for this term alone; the objective's unless given.
+    """
+
+    loss: str | Callable = "kl"
+    weight: float = 1.0
+    heads: str = "one-to-one"
+    layer_map: LayerMap | None = None
+
+    def __post_init__(self):
+        self.function = _choose("Attention", self.loss, attention_losses.LOSSES)
+        if self.heads not in ("one-to-one", "group-mean"):
+            raise ValueError(f"Attention(heads={self.heads!r}) is not known; choose 'one-to-one' or 'group-mean'.")
+
+
+@dataclass
+class Outputs:
+    """Output-distribution matching.
+
+    Args:
+        loss: "forward_kl", "reverse_kl", "jsd", "logit_mse", or any function (student logits, teacher logits, mask, temperature).
+        temperature: τ > 0, may be set at any time.
+        weight: γ.
+        vocab_size: cut both vocabularies to their first `vocab_size` entries, for families that pad the head differently.
+    """
+
+    loss: str | Callable = "forward_kl"
+    temperature: float = 2.0
+    weight: float = 1.0
+    vocab_size: int | None = None
+
+    def __post_init__(self):
+        self.function = _choose("Outputs", self.loss, output_losses.LOSSES)
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"Outputs(temperature={self.temperature!r}): a temperature is finite and above 0.")
+
+
+@dataclass
+class Task:
+    """The task's own loss on the labels: cross-entropy (labels of -100 are left out), or mean squared error for one regression output.
+
+    Args:
+        weight: δ.
+    """
+
+    weight: float = 1.0
+
+
+def _choose(term: str, loss: str | Callable, known: dict[str, Callable]) -> Callable:
+    if callable(loss):
+        return loss
+    if loss not in known:
+        raise ValueError(f"{term}({loss!r}) is not known; choose one of {list(known)} or pass a function.")
+    return known[loss]
