@@ -1,24 +1,25 @@
 """Run a model and keep what was asked for: hidden states, attention inputs, logits. The model stays as it was.
 
-Layers are numbered 0 (output of the embeddings) and i = 1…L (output of block i, before any final norm). Hidden states come from hooks
-on the blocks, not from the `hidden_states` tuple, whose last entry is normed in some families. Attention is taken where transformers
-hands it over, at the functions of `transformers.AttentionInterface`: there every implementation (eager, sdpa, flash) receives the same
-queries, keys and values, after rotary embedding, so the maps can be had although sdpa and flash never return them.
+Layers are numbered 0 (output of the embeddings) and i = 1…L (output of block i, before any final norm); an encoder-decoder's decoder
+blocks follow its encoder's. Hidden states come from hooks on the blocks, not from the `hidden_states` tuple, whose last entry is normed
+in some families. Attention comes from the attention functions' inputs (`fakit.recorder`), whatever the implementation; families that do
+not use transformers' attention interface return maps of their own under eager attention.
 """
 
+import inspect
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
-from fakit.losses.attention_inputs import AttentionInputs
-from fakit.models.blocks import find_blocks
+from fakit.models.blocks import encoder_depth, find_blocks, is_encoder_decoder, without_adapter
+from fakit.recorder import Recorder
 from fakit.trace import Trace
 
 
@@ -33,14 +34,15 @@ def capture(
 
     Args:
         model: a transformers model.
-        batch: its inputs, input_ids (B, T) and mostly attention_mask (B, T). `labels` are left out: losses are the objective's.
-        hidden_states: layer numbers 0…L.
-        attentions: layer numbers 1…L.
+        batch: its inputs, input_ids (B, T) and mostly attention_mask (B, T). `labels` are left out: losses are the objective's; of an
+            encoder-decoder that is given no decoder inputs they are shifted into decoder_input_ids, as the model would do.
+        hidden_states: layer numbers 0…L; in an encoder-decoder 0…L_e are the encoder's, L_e + 1 … L_e + L_d the decoder's.
+        attentions: layer numbers 1…L; a decoder layer's is its self-attention.
         logits: False ends the forward pass after the last layer asked for.
 
     Raises:
-        ValueError: before the forward pass, for a layer the model does not have or a batch without inputs; after it, for a layer
-            whose hidden state or attention could not be seen.
+        ValueError: before the forward pass, for a layer the model does not have, a batch without inputs or a model whose attention
+            cannot be had; after it, for a layer whose hidden state or attention could not be seen.
 
     >>> trace = capture(model, batch, hidden_states=[0, 1, 3], attentions=[1, 3])  # doctest: +SKIP
     >>> trace.hidden_states[3].shape, trace.attention_maps(3).shape  # doctest: +SKIP
@@ -50,141 +52,72 @@ def capture(
     _check_layers(model, hidden_states, attentions, blocks)
     inputs = _inputs(model, batch)
     trace = Trace(mask=_token_mask(inputs), causal=is_causal_lm(model), name=type(model).__name__)
-    by_interface = not attentions or _uses_attention_interface(blocks[0])
-    if not by_interface:  # BLOOM, DeBERTa, Falcon …: only their own eager maps exist
-        _check_eager(model)
+    if is_encoder_decoder(model):
+        trace.encoder_layers = encoder_depth(model)
+        trace.decoder_mask = _decoder_mask(model, inputs, batch.get("labels"))
+    source = _attention_source(model, blocks) if attentions else "none"
+    if source == "maps":
         inputs["output_attentions"] = True
-    last = None if logits or not by_interface else max([*hidden_states, *attentions], default=None)
+    watched = set(attentions) if source in ("interface", "sdpa") else set()
+    last = None if logits or source == "maps" else max([*hidden_states, *attentions], default=None)
 
-    recorder = _Recorder(trace, set(hidden_states), set(attentions) if by_interface else set(), last)
-    token = _recorder.set(recorder)
-    handles = recorder.hook(blocks)
-    try:
-        with _watching_attention() if recorder.attentions else nullcontext():
-            outputs = model(**inputs)
-    except _EnoughSeen:
-        outputs = None
-    finally:
-        for handle in handles:
-            handle.remove()
-        _recorder.reset(token)
+    outputs = None
+    recorder = Recorder(trace, set(hidden_states), watched, last)
+    with recorder.watching(blocks, source if watched else "none"), _naming_the_decoder(model, inputs):
+        outputs = model(**inputs)
 
-    _check_seen(trace, hidden_states, sorted(recorder.attentions))
+    _check_seen(trace, hidden_states, sorted(watched))
+    _batch_first(model, inputs, blocks, trace)
     if logits:
         trace.logits = _logits(model, outputs)
-    if not by_interface:
-        trace.maps = _returned_maps(model, outputs, attentions)
+    if source == "maps":
+        trace.maps = _returned_maps(model, outputs, attentions, trace)
     return trace
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """True for a model whose logits at t predict token t + 1: a causal language model of transformers, or a subclass of one."""
-    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return any(kind.__name__ in names for kind in type(model).__mro__)
+    """True for a model whose logits at t predict token t + 1: a causal language model of transformers, or a subclass of one.
 
-
-# -- the hooks --------------------------------------------------------------------------------------------------------
-
-
-class _EnoughSeen(Exception):
-    """Ends a forward pass whose remaining layers nobody asked for."""
-
-
-class _Recorder:
-    """Writes into a trace while the model runs. `layer` is the block the forward pass is in; one module may serve several layers."""
-
-    def __init__(self, trace: Trace, hidden_states: set[int], attentions: set[int], last: int | None):
-        self.trace, self.hidden_states, self.attentions, self.last = trace, hidden_states, attentions, last
-        self.layer = 0
-
-    def hook(self, blocks: list[nn.Module]) -> list:
-        handles = []
-        for block in dict.fromkeys(blocks):  # each module once, though it may serve several layers
-            numbers = [i for i, other in enumerate(blocks, 1) if other is block]
-            handles.append(block.register_forward_pre_hook(self._entering(numbers), with_kwargs=True))
-            handles.append(block.register_forward_hook(self._leaving))
-        return handles
-
-    def _entering(self, numbers: list[int]):
-        def pre_hook(block, args, kwargs=None):
-            if _recorder.get() is not self:  # another thread's forward pass through the same model
-                return
-            # a shared block serves its layers in turn; any other one has exactly one number
-            self.layer = next((i for i in numbers if i > self.layer), numbers[0])
-            if self.layer == 1 and 0 in self.hidden_states:
-                self.trace.hidden_states[0] = args[0] if args else kwargs["hidden_states"]
-                if self.last == 0:
-                    raise _EnoughSeen
-
-        return pre_hook
-
-    def _leaving(self, block, args, output):
-        if _recorder.get() is not self:
-            return
-        if self.layer in self.hidden_states:
-            self.trace.hidden_states[self.layer] = output[0] if isinstance(output, tuple) else output
-        if self.layer == self.last:
-            raise _EnoughSeen
-
-    def attention(self, module, query, key, value, attention_mask=None, *_, **options):
-        # the first call of a block is its self-attention; a decoder's cross-attention comes second
-        if self.layer not in self.attentions or self.layer in self.trace.attention:
-            return
-        scaling, causal = options.get("scaling"), options.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        self.trace.attention[self.layer] = AttentionInputs(
-            query,
-            key,
-            value,
-            mask=attention_mask,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            # sdpa masks the future by itself when no mask does; flash does whenever the module is causal
-            causal=bool(causal) and (attention_mask is None or attention_mask.dim() == 2) and query.shape[2] > 1,
-            softcap=options.get("softcap"),
-            position_bias=options.get("position_bias"),
-            sinks=options.get("s_aux"),
-        )
-
-
-_recorder: ContextVar[_Recorder | None] = ContextVar("fakit_recorder", default=None)  # of this thread's capture
-_lock = threading.Lock()
-_watchers = 0  # captures under way in all threads: the first one in puts the watch up, the last one out takes it down
-
-
-@contextmanager
-def _watching_attention() -> Iterator[None]:
-    """While open, attention functions report their inputs to their thread's recorder, then do what they always do.
-
-    Watched is the question "which function?" that every attention module asks of transformers' table, not the table: no entry and no
-    configuration changes, so mask building, kernels and gradient checkpointing see what they always see. Forward passes of other
-    threads run through untouched.
+    transformers lists two under causal models whose logits at t stand for token t itself: XLM, which it lists under masked models too,
+    and XLNet, whose `attn_type` is "bi": it looks both ways.
     """
-    global _watchers
-    with _lock:
-        if _watchers == 0:
-            ask = ALL_ATTENTION_FUNCTIONS.get_interface
-            ALL_ATTENTION_FUNCTIONS.get_interface = lambda *args, **kwargs: _reporting(ask(*args, **kwargs))
-        _watchers += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _watchers -= 1
-            if _watchers == 0:
-                del ALL_ATTENTION_FUNCTIONS.get_interface  # the class's own shows again
+    model = without_adapter(model)
+    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    both_ways = getattr(model.config, "attn_type", None) == "bi"
+    return any(kind.__name__ in names for kind in type(model).__mro__) and not both_ways
 
 
-def _reporting(function: Callable) -> Callable:
-    def attention(*args, **kwargs):
-        if (recorder := _recorder.get()) is not None:
-            recorder.attention(*args, **kwargs)
-        return function(*args, **kwargs)
+# -- where attention can be seen --------------------------------------------------------------------------------------
 
-    return attention
+
+def _attention_source(model: nn.Module, blocks: list[nn.Module]) -> str:
+    """ "interface": transformers' attention functions; "sdpa": torch's, called by the model itself; "maps": the model's own eager maps."""
+    implementation = model.config._attn_implementation
+    if all(_uses_attention_interface(block) for block in blocks):
+        return "interface"
+    if implementation == "sdpa":
+        return "sdpa"
+    if implementation != "eager":
+        raise ValueError(
+            f"attention asked of {type(model).__name__}, which does not use transformers' attention interface, and runs {implementation!r}: "
+            "its attention can be had under 'eager' attention alone. Load it with attn_implementation='eager'."
+        )
+    parameters = inspect.signature(without_adapter(model).forward).parameters.values()
+    if not any(p.name == "output_attentions" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ValueError(_no_maps(model))
+    return "maps"
 
 
 def _uses_attention_interface(block: nn.Module) -> bool:
     return any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__]) for module in block.modules())
+
+
+def _no_maps(model: nn.Module) -> str:
+    return (
+        f"attention asked of {type(model).__name__}, which gives no attention maps: its {type(find_blocks(model)[0]).__name__} blocks have no "
+        "softmax attention over tokens (state spaces, Fourier transforms), or do not show it. Leave the attention term out (attention=None) and align hidden "
+        "states and outputs, or use a model whose blocks attend."
+    )
 
 
 # -- inputs and outputs -----------------------------------------------------------------------------------------------
@@ -202,22 +135,82 @@ def _check_layers(model: nn.Module, hidden_states: list[int], attentions: list[i
 
 def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    if "input_ids" not in inputs and "inputs_embeds" not in inputs and "pixel_values" not in inputs:
+    expected = dict.fromkeys(["input_ids", "inputs_embeds", "pixel_values", model.main_input_name])
+    if not any(name in inputs for name in expected):
         raise ValueError(
-            f"a batch holds input_ids (B, T), inputs_embeds (B, T, d) or pixel_values; this one holds {sorted(batch)}. "
-            "Pass what the tokenizer or the collator returns."
+            f"a batch holds input_ids (B, T), inputs_embeds (B, T, d) or pixel_values; this one holds {sorted(batch)}, and "
+            f"{type(model).__name__} takes {model.main_input_name}. Pass what the tokenizer or the collator returns."
         )
+    labels = batch.get("labels")
+    if (
+        is_encoder_decoder(model)
+        and not _has_decoder_inputs(inputs)
+        and isinstance(labels, Tensor)
+        and labels.dim() == 2
+    ):
+        inputs["decoder_input_ids"] = _shifted(model, labels)
     device = next(model.parameters()).device
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+
+
+def _has_decoder_inputs(inputs: dict) -> bool:
+    return any(inputs.get(name) is not None for name in _DECODER_INPUTS)
+
+
+def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
+    """What the decoder reads to say `labels`: they themselves, one place to the right, as the model would make it. (B, T_dec)"""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
+    if start is None or padding is None:
+        raise ValueError(
+            f"decoder inputs of {type(model).__name__} cannot be made from labels: decoder_start_token_id is {start}, pad_token_id {padding} "
+            "in its configuration. Set both, or pass decoder_input_ids."
+        )
+    return nn.functional.pad(labels[:, :-1], (1, 0), value=start).masked_fill(labels == -100, padding)
+
+
+@contextmanager
+def _naming_the_decoder(model: nn.Module, inputs: dict) -> Iterator[None]:
+    """Some encoder-decoders complain of other things when their decoder gets nothing."""
+    try:
+        yield
+    except ValueError as error:
+        if is_encoder_decoder(model) and not _has_decoder_inputs(inputs):
+            raise ValueError(
+                f"{type(model).__name__} has a decoder, and the batch holds {sorted(inputs)}: no decoder_input_ids, and no labels (B, T_dec) to make "
+                f"them from. Pass one of them. (The model said: {error})"
+            ) from error
+        raise
+
+
 def _token_mask(inputs: dict) -> Tensor | None:
+    tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
+    if tokens is None:
+        return None  # an image or a sound has no padding; its number of patches or frames is the model's business
     if inputs.get("attention_mask") is not None and inputs["attention_mask"].dim() == 2:
         return inputs["attention_mask"].bool()  # (B, T)
-    if "pixel_values" in inputs:
-        return None  # an image has no padding; its number of patches is the model's business
-    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
+def _decoder_mask(model: nn.Module, inputs: dict, labels: Tensor | None) -> Tensor | None:
+    """The decoder's tokens, (B, T_dec): those of its attention mask; else those that carry a label; else those that are no padding."""
+    if inputs.get("decoder_attention_mask") is not None:
+        return inputs["decoder_attention_mask"].bool()
+    given = next((inputs[name] for name in _DECODER_INPUTS if inputs.get(name) is not None), None)
+    if given is None:  # models that classify shift the encoder's own tokens into the decoder
+        return _token_mask(inputs)
+    if isinstance(labels, Tensor) and labels.shape == given.shape[:2]:
+        return labels.to(given.device) != -100
+    padding = model.config.get_text_config().pad_token_id
+    if given.dim() == 3 or padding is None:
+        return torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+    mask = given != padding
+    mask[:, 0] = True  # the start token, which in T5 is the padding token
+    return mask
 
 
 def _logits(model: nn.Module, outputs) -> Tensor | None:
@@ -237,32 +230,67 @@ def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int]) -
         missing = [i for i in asked if i not in seen]
         if missing:
             raise ValueError(
-                f"{what} of layers {missing} asked of {trace.name}, and nothing was seen there: the blocks did not run (layerdrop), or have "
-                "no attention. Ask for other layers, or leave the term out."
+                f"{what} of layers {missing} asked of {trace.name}, and nothing was seen there: the blocks did not run (layerdrop, or "
+                "called around their hooks), or have no attention to show (state spaces and convolutions in a hybrid, windows of LongT5). Ask for other layers, or leave the term out."
             )
+
+
+# -- (B, T, d) --------------------------------------------------------------------------------------------------------
+
+_tokens_first: dict[
+    type, bool
+] = {}  # classes whose blocks work on (T, B, d); looked up where the shape alone does not tell
+
+
+def _batch_first(model: nn.Module, inputs: dict, blocks: list[nn.Module], trace: Trace) -> None:
+    """Turn hidden states of models whose blocks work on (T, B, d) (XLNet) around; refuse other shapes than (B, T, d)."""
     for i, hidden in trace.hidden_states.items():
-        if trace.mask is not None and hidden.shape[:-1] != trace.mask.shape:
+        mask = trace.layer_mask(i)
+        if mask is None or mask.shape == (1, 1):
+            continue
+        rows, tokens = mask.shape
+        if hidden.shape[:-1] == (tokens, rows) and (rows != tokens or _works_tokens_first(model, inputs, blocks)):
+            hidden = trace.hidden_states[i] = hidden.transpose(0, 1)
+        if hidden.shape[:-1] != mask.shape:
             raise ValueError(
-                f"layer {i} of {trace.name} works on {tuple(hidden.shape)}, and the batch is {tuple(trace.mask.shape)} (B, T): its tokens cannot "
-                "be told apart (XLNet turns batch and tokens around, Longformer adds padding). Use a model whose blocks work on (B, T, d)."
+                f"layer {i} of {trace.name} works on {tuple(hidden.shape)}, and the batch is {tuple(mask.shape)} (B, T): its tokens cannot "
+                "be told apart (Longformer adds padding, Funnel pools, prompts add tokens). Pad the batch to a multiple of the window, or use a "
+                "model whose blocks work on (B, T, d)."
             )
 
 
-def _check_eager(model: nn.Module) -> None:
-    """Falcon under sdpa returns maps, but adds its bool mask to the scores: other implementations' maps are not to be trusted."""
-    implementation = model.config._attn_implementation
-    if implementation != "eager":
-        raise ValueError(
-            f"attention asked of {type(model).__name__}, which does not use transformers' attention interface: its maps can only be had "
-            f"under 'eager' attention, and it runs {implementation!r}. Load it with attn_implementation='eager'."
-        )
+def _works_tokens_first(model: nn.Module, inputs: dict, blocks: list[nn.Module]) -> bool:
+    """For a batch with as many rows as tokens: what the model makes of fewer rows. Once for a class, and only as far as the first block."""
+    kind = type(without_adapter(model))
+    if kind not in _tokens_first:
+        rows, tokens = _token_mask(inputs).shape
+        fewer = 1 if tokens > 1 else 2
+        some = {k: v[:fewer] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
+        probe = Recorder(Trace(), {0}, set(), last=0)
+        device = next(model.parameters()).device
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            probe.watching(blocks, "none"),
+        ):
+            model(**some)
+        _tokens_first[kind] = probe.trace.hidden_states[0].shape[:2] == (tokens, fewer)
+    return _tokens_first[kind]
 
 
-def _returned_maps(model: nn.Module, outputs, attentions: list[int]) -> dict[int, Tensor]:
-    maps = getattr(outputs, "attentions", None)
-    if not maps or any(maps[i - 1] is None for i in attentions):
-        raise ValueError(
-            f"attention of layers {attentions} asked of {type(model).__name__}, which returned no attention maps: these blocks may have "
-            "no attention. Ask for other layers, or leave the attention term out."
-        )
+def _returned_maps(model: nn.Module, outputs, attentions: list[int], trace: Trace) -> dict[int, Tensor]:
+    if trace.encoder_layers is None:
+        maps = getattr(outputs, "attentions", None) or ()
+    else:
+        maps = (*(outputs.encoder_attentions or ()), *(outputs.decoder_attentions or ()))
+    if len(maps) < max(attentions) or any(maps[i - 1] is None for i in attentions):
+        raise ValueError(_no_maps(model))
+    for i in attentions:
+        shape, mask = tuple(maps[i - 1].shape), trace.layer_mask(i)
+        tokens = shape[-1] if mask is None else mask.shape[1]
+        if len(shape) != 4 or shape[-2:] != (tokens, tokens):
+            raise ValueError(
+                f"attention of layer {i} of {trace.name} has shape {shape}, which is no map (B, H, T, T) over {tokens} tokens: it looks "
+                "through a window or at pooled tokens. Leave the attention term out (attention=None), or use a model with full attention."
+            )
     return {i: maps[i - 1] for i in attentions}

@@ -25,6 +25,28 @@ _SIZES = {
 }
 _GPT2 = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64, "vocab_size": VOCAB}
 _GPT2 |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_BART = {
+    "vocab_size": VOCAB,
+    "d_model": WIDTH,
+    "encoder_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_T5 = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": HEADS}
+_T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "decoder_start_token_id": 0}
+_FALCON = {k: v for k, v in _SIZES.items() if k != "intermediate_size"}
+_GROUPED = {"num_key_value_heads": 2}
+_EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_WINDOW = {**_GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
 
 # name: (model class, configuration)
 ENCODERS: dict[str, tuple[type, Callable]] = {
@@ -36,7 +58,9 @@ ENCODERS: dict[str, tuple[type, Callable]] = {
             vocab_size=VOCAB, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=48, max_position_embeddings=64
         ),
     ),
+    "albert": (hf.AlbertForMaskedLM, lambda: hf.AlbertConfig(embedding_size=16, **_SIZES)),
     "electra": (hf.ElectraForSequenceClassification, lambda: hf.ElectraConfig(embedding_size=16, **_SIZES)),
+    "mpnet": (hf.MPNetForMaskedLM, lambda: hf.MPNetConfig(**_SIZES)),
     "modernbert": (
         hf.ModernBertForSequenceClassification,
         lambda: hf.ModernBertConfig(**_SIZES, local_attention=4, global_attn_every_n_layers=2, cls_token_id=1),
@@ -51,6 +75,25 @@ ENCODERS: dict[str, tuple[type, Callable]] = {
             max_relative_positions=16,
         ),
     ),
+    "deberta-v3": (  # the same code with the settings of deberta-v3-base
+        hf.DebertaV2ForMaskedLM,
+        lambda: hf.DebertaV2Config(
+            **_SIZES,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=8,
+            max_relative_positions=-1,
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            position_biased_input=False,
+        ),
+    ),
+    "xlnet": (
+        hf.XLNetForSequenceClassification,
+        lambda: hf.XLNetConfig(
+            vocab_size=VOCAB, d_model=WIDTH, n_layer=LAYERS, n_head=HEADS, d_inner=48, pad_token_id=0
+        ),
+    ),
 }
 DECODERS: dict[str, tuple[type, Callable]] = {
     "gpt2": (hf.GPT2LMHeadModel, lambda: hf.GPT2Config(**_GPT2)),
@@ -61,32 +104,49 @@ DECODERS: dict[str, tuple[type, Callable]] = {
         ),
     ),
     "gpt-neox": (hf.GPTNeoXForCausalLM, lambda: hf.GPTNeoXConfig(**_SIZES)),
-    "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**_SIZES, num_key_value_heads=2)),
-    "qwen3": (hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(**_SIZES, num_key_value_heads=2, head_dim=8)),
+    "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**_SIZES, **_GROUPED)),
+    "mistral": (hf.MistralForCausalLM, lambda: hf.MistralConfig(**_SIZES, **_GROUPED, sliding_window=4)),
+    "qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**_SIZES, **_GROUPED)),
+    "qwen3": (hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(**_SIZES, **_GROUPED, head_dim=8)),
     "gemma2": (
         hf.Gemma2ForCausalLM,
-        lambda: hf.Gemma2Config(
-            **_SIZES,
-            num_key_value_heads=2,
-            head_dim=8,
-            query_pre_attn_scalar=8,
-            sliding_window=4,
-            attn_logit_softcapping=0.5,
-        ),
+        lambda: hf.Gemma2Config(**_SIZES, **_WINDOW, attn_logit_softcapping=0.5),
     ),
+    "gemma3": (hf.Gemma3ForCausalLM, lambda: hf.Gemma3TextConfig(**_SIZES, **_WINDOW, sliding_window_pattern=2)),
     "phi": (hf.PhiForCausalLM, lambda: hf.PhiConfig(**_SIZES)),
     "mixtral": (
         hf.MixtralForCausalLM,
-        lambda: hf.MixtralConfig(**_SIZES, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2),
+        lambda: hf.MixtralConfig(**_SIZES, **_GROUPED, num_local_experts=3, num_experts_per_tok=2),
     ),
+    "qwen3-moe": (hf.Qwen3MoeForCausalLM, lambda: hf.Qwen3MoeConfig(**_SIZES, **_GROUPED, head_dim=8, **_EXPERTS)),
     "bloom": (
         hf.BloomForCausalLM,
         lambda: hf.BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=LAYERS, n_head=HEADS, pad_token_id=0),
     ),
+    "falcon": (hf.FalconForCausalLM, lambda: hf.FalconConfig(**_FALCON)),
 }
-FAMILIES = ENCODERS | DECODERS
+SEQ2SEQ: dict[str, tuple[type, Callable]] = {
+    "t5": (hf.T5ForConditionalGeneration, lambda: hf.T5Config(**_T5)),
+    "bart": (hf.BartForConditionalGeneration, lambda: hf.BartConfig(**_BART)),
+}
+IMAGES: dict[str, tuple[type, Callable]] = {
+    "vit": (
+        hf.ViTForImageClassification,
+        lambda: hf.ViTConfig(
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=48,
+            image_size=8,
+            patch_size=4,
+            num_labels=2,
+        ),
+    ),
+}
+FAMILIES = ENCODERS | DECODERS  # models of one stack that read text
+EVERY = FAMILIES | SEQ2SEQ | IMAGES
 # Families whose modelling code does not go through transformers' attention interface: only their own eager maps exist.
-EAGER_ONLY = ("bloom", "deberta-v2")
+EAGER_ONLY = ("bloom", "deberta-v2", "deberta-v3", "mpnet", "xlnet")
 
 
 def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes) -> PreTrainedModel:
@@ -94,7 +154,7 @@ def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes) -> PreT
 
     `changes` go into the configuration.
     """
-    kind, configuration = FAMILIES[family]
+    kind, configuration = EVERY[family]
     config = configuration()
     for name, value in vars(config).items():
         if isinstance(value, float) and ("drop" in name):
@@ -106,7 +166,9 @@ def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes) -> PreT
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name and "wte" not in name:
-                parameter.mul_(8.0)
+                parameter.mul_(
+                    1.5 if family == "t5" else 8.0
+                )  # T5 does not scale its scores, and starts with larger weights
     return model.eval()
 
 
@@ -120,6 +182,22 @@ def batch(rows: int = 2, tokens: int = 7, padding: int = 2, side: str = "right",
         mask[-1, where] = 0
         ids[-1, where] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def batch_for(model: PreTrainedModel, rows: int = 2, tokens: int = 7, padding: int = 2) -> dict[str, Tensor]:
+    """`batch` with labels, as a collator would make it for the model: classes, next or same tokens, a target text; or images."""
+    generator = torch.Generator().manual_seed(5)
+    classes = torch.arange(rows) % 2
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator), "labels": classes}
+    inputs = batch(rows, tokens, padding)
+    if "Classification" in type(model).__name__:
+        return inputs | {"labels": classes}
+    if model.config.is_encoder_decoder:
+        targets = torch.randint(3, VOCAB, (rows, tokens - 2), generator=generator)
+        targets[-1, -1] = -100
+        return inputs | {"labels": targets}
+    return inputs | {"labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
 
 
 def tokenizer(words: str) -> PreTrainedTokenizerFast:

@@ -1,40 +1,112 @@
 """Find a transformer's blocks by one rule, instead of a table of model names."""
 
+from dataclasses import dataclass
+
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# What configurations call the depth of one of two stacks; every other depth is called num_hidden_layers (which n_layer, n_layers … answer to).
+_ENCODER_DEPTHS = ("encoder_layers", "num_encoder_layers")
+_DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
 
 
-def depth(model: nn.Module) -> int:
-    """Number of blocks the configuration names. `num_hidden_layers` answers for n_layer and n_layers too."""
-    config = model.config.get_text_config()
-    layers = getattr(config, "num_hidden_layers", None)
-    if not isinstance(layers, int):
-        raise ValueError(
-            f"{type(model).__name__}'s configuration ({type(config).__name__}) names no num_hidden_layers."
-        )
-    return layers
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that run one after the other: all of a model's, or an encoder's or a decoder's."""
+
+    name: str  # of the module list, in the model
+    counts: list[str]  # the settings that count its layers
+    members: nn.ModuleList
+    blocks: list[nn.Module]  # one a layer: a member that serves several layers (ALBERT) stands here as often
 
 
-def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the list of the model's blocks: see `find_blocks`."""
-    layers = depth(model)
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    fitting = [(name, m) for name, m in lists if len(m) == layers and len({type(block) for block in m}) == 1]
-    outermost = [(n, m) for n, m in fitting if not any(n.startswith(f"{other}.") for other, _ in fitting)]
-    if len(outermost) != 1:
-        seen = ", ".join(f"{name} ({len(m)} × {type(m[0]).__name__})" for name, m in lists if len(m)) or "none"
-        raise ValueError(
-            f"{type(model).__name__} counts {layers} layers, and {len(outermost)} of its module lists could be its blocks; "
-            f"lists found: {seen}."
-        )
-    return outermost[0]
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The model's one stack of blocks; of an encoder-decoder the encoder's and the decoder's.
 
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks, first to last: `find_blocks(model)[i - 1]` makes layer i.
-
-    The rule: the blocks are the outermost `nn.ModuleList` with as many members of one class as the configuration counts layers.
+    The rule: a stack is the outermost `nn.ModuleList` with as many members as the configuration counts layers; lists whose members are of
+    one class go before mixed ones, and transformers' checkpointed layers before other modules. In an encoder-decoder it is looked for inside `get_encoder()` and inside `get_decoder()`. Where the
+    configuration counts fewer `num_hidden_groups` than layers, the list is as long as those, and each member serves a run of layers.
 
     Raises:
         ValueError: no such list (the message shows the lists there are), or several at the same depth of the module tree.
     """
-    return list(find_block_list(model)[1])
+    if is_encoder_decoder(model):
+        return [
+            _find_stack(model, model.get_encoder(), _ENCODER_DEPTHS),
+            _find_stack(model, model.get_decoder(), _DECODER_DEPTHS),
+        ]
+    # the configuration of a decoder alone (BartForCausalLM) may count its encoder's layers as num_hidden_layers
+    alone = getattr(model.config, "is_decoder", False) or type(model).__name__.endswith("ForCausalLM")
+    return [_find_stack(model, model, _DECODER_DEPTHS if alone else ())]
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks, first to last, an encoder's before its decoder's: `find_blocks(model)[i - 1]` makes layer i. See `find_stacks`."""
+    return [block for stack in find_stacks(model) for block in stack.blocks]
+
+
+def depth(model: nn.Module) -> int:
+    """Number of layers; of an encoder-decoder those of both stacks, its decoder's first layer being number encoder_layers + 1."""
+    return len(find_blocks(model))
+
+
+def encoder_depth(model: nn.Module) -> int | None:
+    """Number of the encoder's layers in an encoder-decoder; None for a model of one stack."""
+    return len(find_stacks(model)[0].blocks) if is_encoder_decoder(model) else None
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """True for a model with both stacks: a T5 encoder alone and a BART decoder alone have one."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return False
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    inside = [module for module in model.modules() if module is encoder or module is decoder]
+    return len(inside) == 2 and not any(module is encoder for module in decoder.modules())
+
+
+def without_adapter(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _find_stack(model: nn.Module, root: nn.Module, depths: tuple[str, ...]) -> Stack:
+    config = getattr(root, "config", model.config).get_text_config()
+    counts = _counts(config, depths)
+    if not counts:
+        raise ValueError(
+            f"{type(model).__name__}'s configuration ({type(config).__name__}) names no num_hidden_layers."
+        )
+    inside = {id(module) for module in root.modules()}
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and id(m) in inside]
+    groups = getattr(config, "num_hidden_groups", None)
+    for count, layers in counts.items():
+        outermost = _outermost(lists, groups or layers)
+        if len(outermost) == 1:
+            name, members = outermost[0]
+            # the members take turns of equal length, as near as it goes
+            blocks = [members[i * len(members) // layers] for i in range(layers)] if groups else list(members)
+            # a decoder's second name may be the encoder's first
+            same = [count] if depths == _DECODER_DEPTHS else [n for n, number in counts.items() if number == layers]
+            return Stack(name, same, members, blocks)
+    seen = ", ".join(f"{name} ({len(m)} × {type(m[0]).__name__})" for name, m in lists) or "none"
+    layers = groups or next(iter(counts.values()))
+    raise ValueError(
+        f"{type(model).__name__} counts {layers} layers, and {len(_outermost(lists, layers))} of its module lists could be its blocks; lists "
+        f"found: {seen}. Blocks have to be modules, all in one list: pass one tower of a model that joins several, and a model of another "
+        "family where a layer's parts stand in lists of their own (RoBERTa in place of XLM) or layers pool tokens between them (Funnel)."
+    )
+
+
+def _counts(config, depths: tuple[str, ...]) -> dict[str, int]:
+    """Settings that may count a stack's layers, the likeliest first."""
+    names = [*depths, "num_hidden_layers"]
+    counts = {name: getattr(config, name, None) for name in names}
+    return {name: count for name, count in counts.items() if isinstance(count, int)}
+
+
+def _outermost(lists: list[tuple[str, nn.ModuleList]], layers: int) -> list[tuple[str, nn.ModuleList]]:
+    fitting = [(name, m) for name, m in lists if len(m) == layers and not isinstance(m[0], nn.ModuleList)]
+    fitting = [(n, m) for n, m in fitting if not any(n.startswith(f"{other}.") for other, _ in fitting)]
+    fitting = [(name, m) for name, m in fitting if len({type(block) for block in m}) == 1] or fitting
+    checkpointed = [(name, m) for name, m in fitting if isinstance(m[0], GradientCheckpointingLayer)]
+    return checkpointed or fitting

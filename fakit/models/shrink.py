@@ -5,19 +5,24 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fakit.layer_maps import LayerMap
-from fakit.models.blocks import depth, find_block_list
+from fakit.models.blocks import Stack, find_stacks, without_adapter
 from fakit.models.load import full_precision_state
 
 # Settings given once a block, in a list as long as the model is deep: those with one of these words in their name.
-_PER_BLOCK = ("layer", "attention_window", "indexer_types")
+_PER_BLOCK = ("layer", "attention_window", "indexer_types", "intermediate_size", "activation_sparsity_pattern")
 # Widths that follow the hidden size where they equal it.
 _OUTER_WIDTHS = ("word_embed_proj_dim", "embedding_size", "pooler_hidden_size")
 # The inner width of a block's feed-forward part, under the names families give it.
-_INNER_WIDTHS = ("intermediate_size", "hidden_dim", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim")
+_INNER_WIDTHS = (
+    *("intermediate_size", "hidden_dim", "ffn_dim", "ffn_hidden_size", "n_inner", "d_inner", "d_ff"),
+    *("encoder_ffn_dim", "decoder_ffn_dim"),
+)
+# The heads of one of two stacks, where they are not num_attention_heads.
+_STACK_HEADS = ("encoder_attention_heads", "decoder_attention_heads", "num_decoder_attention_heads")
 
 
 def shrink(
@@ -30,9 +35,11 @@ def shrink(
     """A smaller trainable model of the teacher's family, in float32, on the teacher's device.
 
     Args:
-        teacher: a transformers model, quantised or not; it is left as it is.
+        teacher: a transformers model, quantised or not; it is left as it is. The adapter of a PEFT model is merged, in a copy.
         layers: how many blocks; they are taken evenly spaced, as `LayerMap.uniform` maps them, so student layer j starts from the
-            teacher layer that will teach it. Or the teacher's block numbers themselves, 1…L, rising: [1, 3, 5].
+            teacher layer that will teach it. Or the teacher's block numbers themselves, 1…L, rising: [1, 3, 5]. In an encoder-decoder
+            as many of each stack, or numbers of the joint count, which goes through the encoder and on through the decoder. Where one
+            block serves all layers (ALBERT), it serves fewer.
         hidden_size: width; the teacher's unless given. Head width stays, so the head count shrinks with it unless `heads` says otherwise;
             the feed-forward width keeps its proportion.
         heads: attention heads; must divide hidden_size.
@@ -41,56 +48,108 @@ def shrink(
 
     Raises:
         ValueError: layers the teacher does not have, a width that heads do not divide or that is above the teacher's, blocks of another
-            kind than the student's (mixtures of experts that begin with plain blocks), another init.
+            kind than the student's (mixtures of experts that begin with plain blocks), two models joined to one (EncoderDecoderModel),
+            another init.
 
     >>> student = shrink(teacher, layers=[1, 3, 5], hidden_size=192)  # doctest: +SKIP
     """
     if init not in ("copy", "random"):
         raise ValueError(f"init is {init!r}; a student starts from 'copy' (the teacher's weights) or 'random'.")
-    sources = _source_layers(teacher, layers)
-    config = _smaller_config(teacher, sources, hidden_size, heads)
+    teacher = _plain(teacher)
+    stacks = find_stacks(teacher)
+    sources = _source_layers(stacks, layers)
+    config = _smaller_config(teacher, stacks, sources, hidden_size, heads)
     student = type(teacher)._from_config(
         config, dtype=torch.float32, attn_implementation=teacher.config._attn_implementation
     )
+    made = [len(stack.blocks) for stack in find_stacks(student)]
+    if made != [len(kept) for kept in sources]:
+        raise ValueError(
+            f"{type(teacher).__name__} cannot be cut by depth: asked were {[len(kept) for kept in sources]} layers, its configuration makes {made}. "
+            "Make the student from a configuration of its own."
+        )
     if init == "copy":
-        _copy_weights(teacher, student, sources)
+        _copy_weights(teacher, student, stacks, sources)
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.to(next(teacher.parameters()).device).train().requires_grad_(True)
 
 
-def _source_layers(teacher: nn.Module, layers: int | Sequence[int]) -> list[int]:
-    total = depth(teacher)
+def _plain(teacher: nn.Module) -> PreTrainedModel:
+    if without_adapter(teacher) is not teacher:
+        return copy.deepcopy(teacher).merge_and_unload()
+    if isinstance(getattr(teacher.config, "encoder", None), PreTrainedConfig):
+        raise ValueError(
+            f"{type(teacher).__name__} joins two models, each with a configuration of its own. Shrink each, and join them again: "
+            f"{type(teacher).__name__}(encoder=shrink(teacher.get_encoder(), …), decoder=shrink(teacher.get_decoder(), …))."
+        )
+    return teacher
+
+
+def _source_layers(stacks: list[Stack], layers: int | Sequence[int]) -> list[list[int]]:
+    """For each stack, which of its own blocks stay, numbered from 1."""
+    depths = [len(stack.blocks) for stack in stacks]
+    total = sum(depths)
     if isinstance(layers, int) and not isinstance(layers, bool):
-        if not 1 <= layers <= total:
-            raise ValueError(f"a student of {layers} layers asked of a teacher of {total}; choose 1…{total}.")
-        return [t for _, t in LayerMap.uniform(layers, total)]
-    sources = list(layers)
+        if not 1 <= layers <= min(depths):
+            have = total if len(depths) == 1 else f"{depths[0]} encoder and {depths[1]} decoder layers"
+            each = "" if len(depths) == 1 else ", as many of each stack, or give a list"
+            raise ValueError(
+                f"a student of {layers} layers asked of a teacher of {have}; choose 1…{min(depths)}{each}."
+            )
+        return [[t for _, t in LayerMap.uniform(layers, stack_depth)] for stack_depth in depths]
+    numbers = list(layers)
     if (
-        not sources
-        or any(not isinstance(i, int) or not 1 <= i <= total for i in sources)
-        or sources != sorted(set(sources))
+        not numbers
+        or any(not isinstance(i, int) or not 1 <= i <= total for i in numbers)
+        or numbers != sorted(set(numbers))
     ):
         raise ValueError(
-            f"layers {sources} asked of a {total}-layer teacher; give its block numbers 1…{total} in rising order, each once."
+            f"layers {numbers} asked of a {total}-layer teacher; give its block numbers 1…{total} in rising order, each once."
+        )
+    first = depths[0]
+    sources = [[i for i in numbers if i <= first], [i - first for i in numbers if i > first]][: len(depths)]
+    if not all(sources):
+        raise ValueError(
+            f"layers {numbers} asked of a teacher whose encoder is 1…{first} and whose decoder is {first + 1}…{total}: "
+            "both stacks need a layer."
         )
     return sources
 
 
-def _smaller_config(teacher: PreTrainedModel, sources: list[int], hidden_size: int | None, heads: int | None):
-    config = copy.deepcopy(teacher.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    total = depth(teacher)
+def _smaller_config(
+    teacher: PreTrainedModel,
+    stacks: list[Stack],
+    sources: list[list[int]],
+    hidden_size: int | None,
+    heads: int | None,
+) -> PreTrainedConfig:
+    whole = copy.deepcopy(teacher.config)
+    if hasattr(whole, "quantization_config"):
+        del whole.quantization_config
+    config = whole.get_text_config()
     # settings given once a block (layer_types, no_rope_layers …) follow the blocks that stay; before the depth changes, which is checked
     # against them
-    for name, value in vars(teacher.config).items():
-        if isinstance(value, list) and len(value) == total and any(word in name for word in _PER_BLOCK):
-            vars(config)[name] = [value[i - 1] for i in sources]
-    config.num_hidden_layers = len(sources)
-    if hidden_size is None and heads is None:
-        return config
+    for name, value in vars(teacher.config.get_text_config()).items():
+        for stack, kept in zip(stacks, sources, strict=True):
+            if isinstance(value, list) and len(value) == len(stack.blocks) and any(word in name for word in _PER_BLOCK):
+                vars(config)[name] = [value[i - 1] for i in kept]
+    for stack, kept in zip(stacks, sources, strict=True):
+        for count in stack.counts:
+            setattr(config, count, len(kept))
+    if getattr(config, "num_hidden_groups", None):
+        config.num_hidden_groups = min(config.num_hidden_groups, len(sources[0]))
+    if hasattr(
+        config, "stage_names"
+    ):  # backbones of images name their stages, and which of them they give: here the last
+        config.stage_names = config.stage_names[: len(sources[0]) + 1]
+        config._out_features, config._out_indices = config.stage_names[-1:], [len(sources[0])]
+    if hidden_size is not None or heads is not None:
+        _narrow(config, hidden_size, heads)
+    return whole
 
+
+def _narrow(config: PreTrainedConfig, hidden_size: int | None, heads: int | None) -> None:
     width, old_heads = config.hidden_size, config.num_attention_heads
     new_width = width if hidden_size is None else hidden_size
     head_width = getattr(config, "head_dim", None) or width // old_heads
@@ -102,8 +161,11 @@ def _smaller_config(teacher: PreTrainedModel, sources: list[int], hidden_size: i
         raise ValueError(
             f"a width of {new_width} cannot be split into {new_heads} heads (the teacher: {width} in {old_heads}); heads that divide it: {near}."
         )
+    groups = getattr(config, "num_key_value_heads", None)
+    others = {name: getattr(config, name) for name in _STACK_HEADS if isinstance(getattr(config, name, None), int)}
     config.hidden_size, config.num_attention_heads = new_width, new_heads
-    groups = getattr(teacher.config, "num_key_value_heads", None)
+    for name, count in others.items():
+        setattr(config, name, max(1, count * new_heads // old_heads))
     if groups is not None:
         # as many queries share a key as in the teacher, where the new count allows it
         config.num_key_value_heads = next(
@@ -115,28 +177,55 @@ def _smaller_config(teacher: PreTrainedModel, sources: list[int], hidden_size: i
     for name in _OUTER_WIDTHS:
         if getattr(config, name, None) == width:
             setattr(config, name, new_width)
-    return config
 
 
-def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel, sources: list[int]) -> None:
-    blocks = find_block_list(student)[0] + "."
-    weights = full_precision_state(teacher)
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            source = name
-            if name.startswith(blocks):
-                index, rest = name.removeprefix(blocks).split(".", 1)
-                source = f"{blocks}{sources[int(index)] - 1}.{rest}"
-            if source not in weights:
+def _copy_weights(
+    teacher: PreTrainedModel, student: PreTrainedModel, stacks: list[Stack], sources: list[list[int]]
+) -> None:
+    weights = full_precision_state(teacher) | dict(teacher.named_buffers())
+    kept = [dict(student.named_parameters()), dict(student.named_buffers())]
+    stored = student.state_dict().keys()  # buffers that are not stored are computed, not copied
+    prefixes = {}  # of a student's block: that of the teacher's
+    for theirs, ours, numbers in zip(stacks, find_stacks(student), sources, strict=True):
+        for block, number in zip(ours.blocks, numbers, strict=True):
+            name, source = (_member(stack, b) for stack, b in ((ours, block), (theirs, theirs.blocks[number - 1])))
+            if prefixes.setdefault(name, source) != source:
                 raise ValueError(
-                    f"{name} of the student would start from {source}, which the teacher does not have: its blocks are not all of one kind. "
-                    f"Choose layers=[…] so that each block keeps its kind, or init='random'; asked were blocks {sources}."
+                    f"{name} of the student serves several layers, and the teacher's blocks {numbers} are not shared that way: they would start from "
+                    f"{prefixes[name]} and from {source}. Choose other layers, or init='random'."
                 )
+    with torch.no_grad():
+        for name, tensor in (kept[0] | {n: b for n, b in kept[1].items() if n in stored}).items():
+            source = _source_name(name, prefixes, weights)
             conv1d = isinstance(student.get_submodule(name.rpartition(".")[0]), Conv1D)
-            shares = [_fused_shares(name, model.config) for model in (teacher, student)]
-            parameter.copy_(
-                _leading(weights[source], parameter.shape, *shares, dim=-1 if conv1d or parameter.dim() == 1 else -2)
+            shares = [_fused_shares(name, model.config.get_text_config()) for model in (teacher, student)]
+            tensor.copy_(
+                _leading(weights[source], tensor.shape, *shares, dim=-1 if conv1d or tensor.dim() == 1 else -2)
             )
+
+
+def _member(stack: Stack, block: nn.Module) -> str:
+    return next(f"{stack.name}.{i}." for i, member in enumerate(stack.members) if member is block)
+
+
+def _source_name(name: str, prefixes: dict[str, str], weights: dict[str, Tensor]) -> str:
+    """The teacher's weight that a student's weight starts from."""
+    ours = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+    if ours is None:
+        return name
+    theirs = prefixes[ours]
+    source = theirs + name.removeprefix(ours)
+    if source in weights:
+        return source
+    # T5's first block holds the position bias of all: a block that lacks nothing else may take its place
+    of_block = {n.removeprefix(theirs) for n in weights if n.startswith(theirs)}
+    of_first = {n.removeprefix(ours) for n in weights if n.startswith(ours)}
+    if name in weights and of_block < of_first:
+        return name
+    raise ValueError(
+        f"{name} of the student would start from {source}, which the teacher does not have: its blocks are not all of one kind. "
+        f"Choose layers=[…] so that each block keeps its kind, or init='random'; asked were blocks {', '.join(prefixes.values())}"
+    )
 
 
 def _fused_shares(name: str, config) -> list[int]:
@@ -145,8 +234,9 @@ def _fused_shares(name: str, config) -> list[int]:
     Families that fuse head by head (GPT-NeoX, BLOOM) need nothing: there the leading units are the leading heads.
     """
     words = name.split(".")
-    if any(word in words for word in ("c_attn", "Wqkv", "qkv_proj")):
-        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    shared = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    if any(word in words for word in ("c_attn", "Wqkv", "qkv_proj")) or (shared and "query_key_value" in words):
+        groups = 1 if shared else getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return [config.num_attention_heads, groups, groups]
     return [1, 1] if any(word in words for word in ("Wi", "gate_up_proj")) else [1]
 
