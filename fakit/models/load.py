@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -57,8 +57,8 @@ def load_teacher(
         kwargs: for `from_pretrained` (attn_implementation, revision, trust_remote_code, gguf_file …). Remote code is off unless asked for by name.
 
     Raises:
-        ValueError: unknown task or quantisation, nothing to load at `id_or_path` or `adapter`, weights that are truncated or only there
-            as a pickle, or a packaged model whose checksum differs.
+        ValueError: unknown task or quantisation, nothing to load at `id_or_path` or `adapter`, a checkpoint without the task's head,
+            weights that are truncated or only there as a pickle, or a packaged model whose checksum differs.
     """
     if task not in _CLASSES:
         raise ValueError(f"task {task!r} is not known; choose one of {', '.join(map(repr, _CLASSES))}.")
@@ -69,7 +69,8 @@ def load_teacher(
     source = resolve_model(id_or_path)
 
     if adapter is None:
-        teacher = _from_pretrained(source, task, quantize, dtype, device, **kwargs)
+        teacher, missing = _from_pretrained(source, task, quantize, dtype, device, **kwargs)
+        _check_nothing_random(teacher, task, source, missing)
     elif quantize is None:
         teacher = _merge(source, task, adapter, dtype, device, **kwargs)
     else:
@@ -77,7 +78,7 @@ def load_teacher(
         with tempfile.TemporaryDirectory(prefix="fakit-merged-") as folder:
             _merge(source, task, adapter, dtype, torch.device("cpu"), **kwargs).save_pretrained(folder)
             how = {name: kwargs[name] for name in ("attn_implementation", "trust_remote_code") if name in kwargs}
-            teacher = _from_pretrained(folder, task, quantize, dtype, device, **how)
+            teacher, _ = _from_pretrained(folder, task, quantize, dtype, device, **how)
             teacher.config._name_or_path = teacher.name_or_path = str(id_or_path)
     for module in teacher.modules():
         if type(module).__name__ == "Linear4bit":
@@ -150,16 +151,20 @@ def is_quantized(model: nn.Module) -> bool:
 
 def _from_pretrained(
     source: str, task: str, quantize: str | None, dtype, device: torch.device, **kwargs
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of its weights that the checkpoint does not have: they are random."""
     auto = getattr(transformers, _CLASSES[task])
     if "gguf_file" not in kwargs:
         kwargs["use_safetensors"] = True  # never a pickle
     if quantize is not None:
         kwargs["quantization_config"] = _bitsandbytes_config(quantize, device, task)
+    where = (
+        {} if quantize is None else {"device_map": {"": device}}
+    )  # bitsandbytes quantises on the device, while it loads
     try:
-        if quantize is None:
-            return auto.from_pretrained(source, dtype=dtype, **kwargs).to(device)
-        return auto.from_pretrained(source, dtype=dtype, device_map={"": device}, **kwargs)  # quantised in place
+        with _without_load_report():  # what is missing is refused below, in words of our own
+            model, report = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **where, **kwargs)
+        return (model.to(device) if quantize is None else model), set(report["missing_keys"])
     except SafetensorError as error:
         raise ValueError(
             f"the weights at {source} are truncated or damaged ({error}); copy or download them again."
@@ -169,6 +174,20 @@ def _from_pretrained(
             f"{source!r} could not be loaded as a {task} model: {error} Without a network, use a folder, or a model "
             f"that a pip package carries ({', '.join(_PACKAGED)})."
         ) from error
+
+
+def _check_nothing_random(model: PreTrainedModel, task: str, source: str, missing: set[str]) -> None:
+    """Refuse a teacher that would teach noise. Tied weights are not missing; a bare encoder's pooler is not looked at."""
+    if task == "encoder" or not missing:
+        return
+    saved = model.config.architectures or ["an unnamed class"]
+    names = sorted(missing)
+    raise ValueError(
+        f"{source!r} was asked for as a {task} teacher ({type(model).__name__}); its checkpoint, saved from {', '.join(saved)}, has no weights for "
+        f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: they would be random, and so would what the teacher "
+        "says. Load it for the task it was trained for (task='encoder' for its hidden states and attention alone), fine-tune the head first, or give "
+        "the adapter=… that holds it."
+    )
 
 
 def _bitsandbytes_config(quantize: str, device: torch.device, task: str):
@@ -203,7 +222,10 @@ def _merge(source: str, task: str, adapter: str | Path, dtype, device: torch.dev
         kwargs["config"] = AutoConfig.from_pretrained(folder)
     with _without_load_report():
         try:
-            base = _from_pretrained(source, task, None, dtype, device, **kwargs)
+            base, missing = _from_pretrained(source, task, None, dtype, device, **kwargs)
+            with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+                brought = {name.removeprefix("base_model.model.") for name in sorted(weights.keys())}
+            _check_nothing_random(base, task, source, missing - brought)
             return PeftModel.from_pretrained(base, folder).merge_and_unload()
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"the adapter at {folder} does not fit {source} loaded for {task}: {error}") from error
@@ -211,7 +233,7 @@ def _merge(source: str, task: str, adapter: str | Path, dtype, device: torch.dev
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """The base has no head yet, the adapter brings it: transformers' report of missing weights would alarm for nothing.
+    """transformers' report of missing weights would alarm for nothing: what an adapter brings is not missing, and what is, is refused.
 
     Lowering that logger makes transformers check its tensor-parallel plan aloud, and peft asks by a name that transformers has retired.
     """

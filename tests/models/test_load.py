@@ -223,6 +223,41 @@ def test_what_is_not_there_is_refused(tmp_path):
         load_teacher("nobody/no-such-model")
 
 
+@pytest.mark.parametrize(
+    ("family", "asked", "message"),
+    [
+        (
+            "llama",
+            "sequence-classification",
+            r"\(LlamaForSequenceClassification\).* from LlamaForCausalLM, has no weights for score.weight",
+        ),
+        ("bert", "masked-lm", r"a masked-lm teacher .*BertForSequenceClassification.*cls.predictions.*task='encoder'"),
+        ("bert", "causal-lm", r"a causal-lm teacher .*would be random"),
+    ],
+)
+def test_a_checkpoint_without_the_tasks_head_is_refused(family, asked, message, tmp_path):
+    tiny(family).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_teacher(tmp_path, task=asked)
+
+
+def test_tied_heads_and_missing_poolers_are_not_missed(tmp_path):
+    gpt2 = tiny("gpt2")
+    gpt2.transformer.save_pretrained(tmp_path / "gpt2")  # the body alone: the head is its embeddings
+    assert torch.equal(load_teacher(tmp_path / "gpt2")(**batch()).logits, gpt2(**batch()).logits)
+    tiny("roberta").save_pretrained(tmp_path / "roberta")  # a language model, which has no pooler
+    assert type(load_teacher(tmp_path / "roberta", task="encoder")).__name__ == "RobertaModel"
+
+
+def test_an_adapter_that_leaves_the_head_random_is_refused(tmp_path):
+    tiny("bert").bert.save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(target_modules=["query"], r=2)  # no task type, so the head is not saved with it
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"no weights for classifier.bias, classifier.weight: they would be random"):
+        load_teacher(tmp_path / "base", task="sequence-classification", adapter=tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("kept", [20, 5_000, -4])
 def test_truncated_weights_are_refused(folder, kept):
     weights = folder / "model.safetensors"
