@@ -52,12 +52,14 @@ class Breakdown:
         terms: {name: scalar with graph}, before weighting.
         weighted: {name: scalar with graph}, whose sum is `total`.
         per_layer: {name: {(student layer, teacher layer): detached scalar}} for the terms that go over layers.
+        heads: {(student layer, teacher layer): the teacher head each student head was compared with, (H_S,)}, under "best-match".
     """
 
     total: Tensor
     terms: dict[str, Tensor]
     weighted: dict[str, Tensor]
     per_layer: dict[str, dict[Pair, Tensor]] = field(default_factory=dict)
+    heads: dict[Pair, Tensor] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise ValueError naming the term and the layer where a loss is NaN or infinite. Waits for the device."""
@@ -82,6 +84,7 @@ class Breakdown:
             {k: v.detach() for k, v in self.terms.items()},
             {k: v.detach() for k, v in self.weighted.items()},
             self.per_layer,
+            self.heads,
         )
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ from fakit.breakdown import Breakdown, Pair, Weights
 from fakit.layer_maps import LayerMap
 from fakit.losses import attention as attention_losses
 from fakit.losses import outputs as output_losses
+from fakit.losses import streamed
 from fakit.losses.task import task_loss
 from fakit.terms import Attention, Features, Outputs, Task
 
@@ -61,6 +62,7 @@ class Objective(nn.Module):
             )
         self.weights = Weights({name: term.weight for name, term in terms.items() if term is not None})
         self.projections = nn.ModuleDict()  # "S1_T2": Linear(d_S, d_T)
+        self._matches: dict[Pair, Tensor] = {}  # of the call at hand
 
     # -- what it needs --------------------------------------------------------------------------------------------
 
@@ -171,6 +173,7 @@ class Objective(nn.Module):
                 f"the objective {dict(self.weights)} compares with a teacher, and no teacher trace was given."
             )
         teacher = None if teacher is None else teacher.detach()
+        self._matches = {}
         terms: dict[str, Tensor] = {}
         per_layer: dict[str, dict[Pair, Tensor]] = {}
         for name, compare in (("features", self._compare_features), ("attention", self._compare_attention)):
@@ -189,7 +192,7 @@ class Objective(nn.Module):
                 f"labels {'given' if labels is not None else 'missing'}. Raise a weight, map a layer, or pass labels."
             )
         weighted = {name: self.weights[name] * value for name, value in terms.items()}
-        breakdown = Breakdown(sum(weighted.values()), terms, weighted, per_layer)
+        breakdown = Breakdown(sum(weighted.values()), terms, weighted, per_layer, self._matches)
         # looking at a number on an accelerator would stop its stream in every step; there the trainer looks when it logs
         if breakdown.total.device.type == "cpu" and not torch.compiler.is_compiling():
             breakdown.check()
@@ -201,20 +204,68 @@ class Objective(nn.Module):
         if ours.shape[-1] != theirs.shape[-1]:
             projection = self._projection(pair, ours.shape[-1], theirs.shape[-1], like=ours)
             ours = projection(ours.to(projection.weight.dtype))  # (B, T, d_T)
-        return self.features.function(ours, theirs, _common_mask(student, teacher))
+        return self.features.function(ours, theirs, _common_mask(student, teacher, pair))
 
     def _compare_attention(self, student, teacher, pair: Pair) -> Tensor:
+        sides = [trace.attention.get(layer) for trace, layer in zip((student, teacher), pair, strict=True)]
+        mask = _common_mask(student, teacher, pair)
+        if self.attention.loss == "relations":
+            return self._compare_relations(student, teacher, pair, mask)
+        if (
+            callable(self.attention.loss) or None in sides
+        ):  # maps in full: a function wants them, or a family gives nothing else
+            return self._compare_maps(student, teacher, pair, mask)
+        heads = self._heads(pair, *(side.query.shape[1] for side in sides))
+        if self.attention.heads == "best-match":
+            costs = streamed.head_costs(self.attention.loss, *sides, mask)
+            self._matches[pair] = streamed.match_heads(costs)
+            sides[1] = sides[1].select_heads(self._matches[pair])
+        return streamed.streamed_loss(self.attention.loss, *sides, mask, heads)
+
+    def _compare_maps(self, student, teacher, pair: Pair, mask: Tensor | None) -> Tensor:
         ours, theirs = student.attention_maps(pair[0]), teacher.attention_maps(pair[1])  # (B, H, T, T)
-        h_student, h_teacher = ours.shape[1], theirs.shape[1]
-        if h_student != h_teacher:
-            if self.attention.heads == "one-to-one":
+        heads = self._heads(pair, ours.shape[1], theirs.shape[1])
+        if self.attention.heads == "best-match":
+            measure = attention_losses.map_kl if callable(self.attention.loss) else self.attention.function
+            costs = attention_losses.head_costs(measure, ours.detach(), theirs, mask)
+            self._matches[pair] = streamed.match_heads(costs)
+            theirs = theirs[:, self._matches[pair]]
+        elif heads is not None:
+            ours, theirs = attention_losses.group_mean(ours, heads), attention_losses.group_mean(theirs, heads)
+        if (
+            student.causal and teacher.causal and not callable(self.attention.loss)
+        ):  # the future takes no part in a mean
+            past = torch.ones(ours.shape[-2:], dtype=torch.bool, device=ours.device).tril()
+            tokens = torch.ones(ours.shape[0::2], dtype=torch.bool, device=ours.device) if mask is None else mask
+            mask = past & tokens[:, None, :, None] & tokens[:, None, None, :]  # (B, 1, T, T)
+        return self.attention.function(ours, theirs, mask)
+
+    def _compare_relations(self, student, teacher, pair: Pair, mask: Tensor | None) -> Tensor:
+        for trace, layer in zip((student, teacher), pair, strict=True):
+            if layer in trace.maps:
                 raise ValueError(
-                    f"one-to-one attention alignment at S{pair[0]}←T{pair[1]}: the student has {h_student} heads, the teacher "
-                    f"{h_teacher}. Use Attention(..., heads='group-mean'), or a student with {h_teacher} heads."
+                    f"relations are of queries, keys and values, and {trace.name} gives only its attention maps; use Attention('kl') or "
+                    "Attention('mse'), or a model that uses transformers' attention interface."
                 )
-            fewer = min(h_student, h_teacher)
-            ours, theirs = attention_losses.group_mean(ours, fewer), attention_losses.group_mean(theirs, fewer)
-        return self.attention.function(ours, theirs, _common_mask(student, teacher))
+        ours, theirs = (_layer(t, t.attention, i, "attentions") for t, i in zip((student, teacher), pair, strict=True))
+        which, heads = self.attention.relations, self.attention.relation_heads
+        heads = streamed.relation_heads(ours, theirs, which) if heads is None else heads
+        losses = [
+            streamed.streamed_loss("kl", *(streamed.relation_inputs(side, x, heads) for side in (ours, theirs)), mask)
+            for x in which
+        ]
+        return sum(losses) / len(losses)
+
+    def _heads(self, pair: Pair, student: int, teacher: int) -> int | None:
+        """The number of heads that maps are averaged down to; None where heads are compared as they are."""
+        if student == teacher or self.attention.heads == "best-match":
+            return None
+        if self.attention.heads == "one-to-one":
+            raise ValueError(
+                f"one-to-one attention alignment at S{pair[0]}←T{pair[1]}: the student has {student} heads, the teacher "
+                f"{teacher}. Use Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), or a student with {teacher} heads."
+            )
+        return min(student, teacher)
 
     def _compare_outputs(self, student, teacher, labels: Tensor | None) -> Tensor:
         ours, theirs = student.logits, teacher.logits  # (B, C) or (B, T, V)
@@ -239,7 +290,7 @@ class Objective(nn.Module):
         mask = None
         if ours.dim() == 3:
             ours, theirs, mask = _predicting_positions(
-                ours, theirs, _common_mask(student, teacher), labels, student.causal
+                ours, theirs, _both(student.logits_mask, teacher.logits_mask), labels, student.causal
             )
         return self.outputs.function(ours, theirs, mask, temperature=self.outputs.temperature)
 
@@ -257,15 +308,19 @@ def _predicting_positions(ours: Tensor, theirs: Tensor, mask: Tensor | None, lab
     return ours[:, :-1], theirs[:, :-1], mask
 
 
-def _common_mask(student, teacher) -> Tensor | None:
-    if student.mask is None or teacher.mask is None:
-        return student.mask if teacher.mask is None else teacher.mask
-    if student.mask.shape != teacher.mask.shape:
+def _common_mask(student, teacher, pair: Pair) -> Tensor | None:
+    return _both(student.layer_mask(pair[0]), teacher.layer_mask(pair[1]))
+
+
+def _both(student: Tensor | None, teacher: Tensor | None) -> Tensor | None:
+    if student is None or teacher is None:
+        return student if teacher is None else teacher
+    if student.shape != teacher.shape:
         raise ValueError(
-            f"the student saw {tuple(student.mask.shape)} tokens, the teacher {tuple(teacher.mask.shape)} (B, T): both must be given the "
-            "same batch, made by the same tokeniser."
+            f"the student saw {tuple(student.shape)} tokens, the teacher {tuple(teacher.shape)} (B, T): both must be given the "
+            "same batch, made by the same tokeniser, and a layer map pairs encoder with encoder and decoder with decoder."
         )
-    return student.mask & teacher.mask.to(student.mask.device)
+    return student & teacher.to(student.device)
 
 
 def _layer(trace, kept: dict[int, Tensor], layer: int, what: str) -> Tensor:

@@ -38,22 +38,37 @@ class Attention:
     """Attention alignment over the mapped layers (layer 0 has none and is left out).
 
     Args:
-        loss: "kl", "mse", or any function (student maps, teacher maps, mask) of (B, H, T, T) tensors.
+        loss: "kl" or "mse" of the maps, "relations" (MiniLMv2: KL of softmax(X Xᵀ/√d_r) for queries, keys and values), or any function
+            (student maps, teacher maps, mask) of (B, H, T, T) tensors. The named ones never hold a T × T map where both models hand over
+            their queries and keys; a function is given the maps in full.
         weight: β.
-        heads: "one-to-one" compares head h with head h and needs equal counts; "group-mean" first averages neighbouring heads of the
-            side that has more.
+        heads: how maps of unequal head counts are compared. "one-to-one" compares head h with head h and needs equal counts; "group-mean"
+            first averages neighbouring heads of the side that has more; "best-match" gives each student head the teacher head that it is
+            closest to in this batch (greedily, each teacher head once while there are others): see `Breakdown.heads`.
+        relations: which of "queries", "keys" and "values" the relations are of.
+        relation_heads: R; the largest number up to the student's heads that divides both widths unless given.
         layer_map: for this term alone; the objective's unless given.
     """
 
     loss: str | Callable = "kl"
     weight: float = 1.0
     heads: str = "one-to-one"
+    relations: tuple[str, ...] = ("queries", "keys", "values")
+    relation_heads: int | None = None
     layer_map: LayerMap | None = None
 
     def __post_init__(self):
-        self.function = _choose("Attention", self.loss, attention_losses.LOSSES)
-        if self.heads not in ("one-to-one", "group-mean"):
-            raise ValueError(f"Attention(heads={self.heads!r}) is not known; choose 'one-to-one' or 'group-mean'.")
+        known = attention_losses.LOSSES | {"relations": None}  # relations have no maps in the sense of the others
+        self.function = _choose("Attention", self.loss, known)
+        if self.heads not in ("one-to-one", "group-mean", "best-match"):
+            raise ValueError(
+                f"Attention(heads={self.heads!r}) is not known; choose 'one-to-one', 'group-mean' or 'best-match'."
+            )
+        self.relations = tuple(self.relations)
+        if not self.relations or not set(self.relations) <= {"queries", "keys", "values"}:
+            raise ValueError(
+                f"Attention(relations={self.relations!r}): relations are of 'queries', 'keys' and 'values', one or more of them."
+            )
 
 
 @dataclass

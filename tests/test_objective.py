@@ -16,6 +16,7 @@ from tests.families import batch, tiny
 B, T, V, H = 2, 5, 11, 4
 MASK = torch.tensor([[True] * 5, [True, True, True, False, False]])
 ALL = {"features": Features(), "attention": Attention(), "outputs": Outputs(), "task": Task()}
+PAIRS = torch.ones(T, T).tril().bool() & MASK[:, None, :, None] & MASK[:, None, None, :]  # what causal queries may see
 
 
 def trace(width: int = 8, layers: int = 3, heads: int = H, seed: int = 0, causal: bool = True, **changes) -> Trace:
@@ -59,7 +60,7 @@ def test_the_total_is_the_sum_of_weights_times_terms():
             for (s, t), w in zip(layer_map.pairs, (1 / 8, 2 / 8, 5 / 8), strict=True)
         ),
         "attention": sum(
-            w * attention.map_mse(student.maps[s], teacher.maps[t], MASK)
+            w * attention.map_mse(student.maps[s], teacher.maps[t], PAIRS)
             for (s, t), w in zip(layer_map.pairs, (1 / 8, 2 / 8, 5 / 8), strict=True)
         ),
     }
@@ -259,7 +260,7 @@ def test_group_mean_averages_the_side_with_more_heads(ours, theirs):
     aligned = Objective(LayerMap([(1, 1)]), attention=Attention("mse", heads="group-mean"))
     student, teacher = trace(heads=ours), trace(heads=theirs, seed=1)
     pooled = [attention.group_mean(x.maps[1], 2) for x in (student, teacher)]
-    assert aligned(student, teacher).total.item() == attention.map_mse(*pooled, MASK).item()
+    assert aligned(student, teacher).total.item() == attention.map_mse(*pooled, PAIRS).item()
 
 
 # -- outputs and task -------------------------------------------------------------------------------------------------

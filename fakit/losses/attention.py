@@ -1,7 +1,8 @@
 """Attention alignment: does the student look where the teacher looks?
 
 Every function takes student maps (B, H, T, T), teacher maps (B, H, T, T), rows = queries summing to 1 over keys, and mask, bool
-(B, T), True = counts. A pair takes part when its query and its key both count; the mean is over valid queries (KL) or valid pairs (MSE).
+(B, T), True = counts: a pair takes part when its query and its key both count. Or mask says it pair by pair, bool (B, 1, T, T), for causal
+models whose queries see no later keys. The mean is over queries that count (KL) or pairs that count (MSE).
 """
 
 import torch
@@ -10,18 +11,19 @@ from torch import Tensor
 from fakit.losses.reduce import at_least_float32, check_mask, check_same_shape, masked_mean
 from fakit.losses.streamed import streamed_map_kl
 
-__all__ = ["LOSSES", "group_mean", "map_kl", "map_mse", "streamed_map_kl"]
+__all__ = ["LOSSES", "group_mean", "head_costs", "map_kl", "map_mse", "streamed_map_kl"]
 
 _FIX = "Head counts that differ need Attention(..., heads='group-mean')."
 
 
 def _prepare(name: str, student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     check_same_shape(name, student, teacher, "B H T T", _FIX)
-    check_mask(name, mask, student.shape[0::2])
+    by_pair = mask is not None and mask.dim() == 4
+    check_mask(name, mask, (student.shape[0], 1, *student.shape[2:]) if by_pair else student.shape[0::2])
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     if mask is None:
         return student, teacher, None
-    pairs = mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]  # (B, 1, T, T)
+    pairs = mask.bool() if by_pair else mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]  # (B, 1, T, T)
     return student.masked_fill(~pairs, 0.0), teacher.masked_fill(~pairs, 0.0), pairs
 
 
@@ -41,7 +43,7 @@ def map_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tens
         student, teacher = _renormalised(student), _renormalised(teacher)
     tiny = torch.finfo(student.dtype).tiny
     log_ratio = teacher.clamp_min(tiny).log() - student.clamp_min(tiny).log()  # (B, H, T, T)
-    queries = None if mask is None else mask[:, None, :].expand(student.shape[:3])  # (B, H, T)
+    queries = None if pairs is None else pairs.any(-1).expand(student.shape[:3])  # (B, H, T)
     return masked_mean((teacher * log_ratio).sum(-1), queries)
 
 
@@ -56,9 +58,18 @@ def group_mean(maps: Tensor, heads: int) -> Tensor:
     if maps.shape[1] % heads:
         raise ValueError(
             f"group-mean averages {maps.shape[1]} heads in equal groups, and {maps.shape[1]} is no multiple of {heads}. "
-            f"Choose a student whose head count divides the teacher's."
+            f"Choose a student whose head count divides the teacher's, or heads='best-match', or Attention('relations')."
         )
     return maps.unflatten(1, (heads, maps.shape[1] // heads)).mean(2)
+
+
+def head_costs(measure, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`measure` of every student head against every teacher head. (B, H_S, T, T), (B, H_T, T, T) -> (H_S, H_T)"""
+    rows = [
+        [measure(student[:, [h]], teacher[:, [g]], mask) for g in range(teacher.shape[1])]
+        for h in range(student.shape[1])
+    ]
+    return torch.stack([torch.stack(row) for row in rows])
 
 
 LOSSES = {"kl": map_kl, "mse": map_mse}

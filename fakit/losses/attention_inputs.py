@@ -1,6 +1,6 @@
 """What attention scores are made of: queries, keys and everything a layer does to their products before the softmax."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ class AttentionInputs:
 
     query: Tensor
     key: Tensor
-    value: Tensor
+    value: Tensor | None
     mask: Tensor | None  # bool (True = may look) or additive float, (B or 1, H or 1, T, T); (B, T) under flash; None
     scaling: float
     causal: bool  # the function masks the future itself, because no mask says so
@@ -38,21 +38,52 @@ class AttentionInputs:
         scores = query @ key.transpose(-2, -1) * self.scaling  # (B, H, T, T)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        if self.position_bias is not None:
-            scores = scores + self.position_bias
+        for bias in self.biases():
+            scores = scores + bias[..., : scores.shape[-1]]
         lowest = torch.finfo(scores.dtype).min
-        if self.causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, lowest)
+        allowed = self.allowed()
+        return scores.clamp_min(lowest) if allowed is None else scores.masked_fill(~allowed, lowest).clamp_min(lowest)
+
+    def biases(self) -> list[Tensor]:
+        """What is added to the scores: the position bias, and a mask that is a float. Each (B or 1, H or 1, T, T)."""
+        added = [self.position_bias, self.mask if self.mask is not None and self.mask.is_floating_point() else None]
+        return [bias for bias in added if bias is not None]
+
+    def allowed(self, start: int = 0, end: int | None = None, keys: int | None = None) -> Tensor | None:
+        """Which of the first `keys` keys the queries start…end may look at; None = all. bool (B or 1, H or 1, rows, keys)"""
+        tokens = self.query.shape[2]
+        end, keys = tokens if end is None else end, tokens if keys is None else keys
+        allowed = None
         if self.mask is not None:
-            mask = self.mask[:, None, None, :].bool() if self.mask.dim() == 2 else self.mask[..., : scores.shape[-1]]
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, lowest)
+            if self.mask.dim() == 2:
+                allowed = self.mask.bool()[:, None, None, :keys]
             else:
-                scores = (scores + mask).clamp_min(lowest)
-        return scores
+                allowed = self.mask[:, :, start:end, :keys] if self.mask.shape[2] > 1 else self.mask[..., :keys]
+                if allowed.is_floating_point():  # additive: the families write the lowest float, or -inf
+                    allowed = allowed > torch.finfo(allowed.dtype).min / 2
+                allowed = allowed.bool()
+        if self.causal:
+            past = torch.ones(end - start, keys, dtype=torch.bool, device=self.query.device).tril(start)
+            allowed = past[None, None] if allowed is None else allowed & past
+        return allowed
+
+    def select_heads(self, heads: Tensor) -> "AttentionInputs":
+        """The same with the heads named by `heads` (H',), each with a key of its own."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.dim() < 4 or x.shape[1] == 1 else x[:, heads]
+
+        groups = self.query.shape[1] // self.key.shape[1]
+        return replace(
+            self,
+            query=self.query[:, heads],
+            key=self.key[:, heads // groups],
+            value=None,
+            mask=pick(self.mask),
+            position_bias=pick(self.position_bias),
+            sinks=None if self.sinks is None else self.sinks[heads],
+        )
 
     def detach(self) -> "AttentionInputs":
-        return AttentionInputs(
-            **{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(self).items()}  # shallow: no copy
-        )
+        """The same, cut from the graph. Nothing is copied."""
+        return AttentionInputs(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(self).items()})

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from fakit.losses import streamed
-from fakit.losses.attention import map_kl, streamed_map_kl
+from fakit.losses.attention import group_mean, map_kl, map_mse
+from fakit.losses.attention_inputs import AttentionInputs
+from fakit.losses.streamed import streamed_loss, streamed_map_kl
 
 
 def inputs(B=2, H=4, H_kv=4, T=13, d_student=5, d_teacher=7, dtype=torch.float64):
@@ -39,7 +41,7 @@ MASK[1, :3] = False
 @pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("block", [1, 500, 2**20])
 def test_value_and_gradient_equal_the_plain_loss(monkeypatch, dtype, tolerance, causal, mask, heads, block):
-    monkeypatch.setattr(streamed, "_BLOCK", block)
+    monkeypatch.setattr(streamed, "_BLOCK_CPU", block)
     sq, sk, tq, tk = inputs(H_kv=heads, dtype=dtype)
     values, gradients = [], []
     for function in (plain, streamed_map_kl):
@@ -84,3 +86,159 @@ def test_shapes_that_do_not_fit_are_refused_with_both_sides():
         streamed_map_kl(sq, sk, tq[:, :3], tk[:, :3])
     with pytest.raises(ValueError, match="no valid position"):
         streamed_map_kl(sq, sk, tq, tk, torch.zeros(2, 13, dtype=torch.bool))
+
+
+# -- everything a layer may do to its scores --------------------------------------------------------------------------
+
+T = 13
+WINDOW = (torch.arange(T)[:, None] - torch.arange(T)).abs() < 4
+PAST = torch.ones(T, T, dtype=torch.bool).tril()
+
+
+def layer(heads=4, kv_heads=None, d=5, seed=0, dtype=torch.float64, **settings) -> AttentionInputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return (2 * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+
+    made = {name: draw(*shape) for name, shape in settings.items() if isinstance(shape, tuple)}
+    plain_settings = {name: value for name, value in settings.items() if name not in made}
+    query, key, value = draw(2, heads, T, d), draw(2, kv_heads or heads, T, d), draw(2, kv_heads or heads, T, d)
+    return AttentionInputs(
+        query, key, value, **({"mask": None, "scaling": 0.4, "causal": False} | made | plain_settings)
+    )
+
+
+SETTINGS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "grouped keys": {"kv_heads": 2},
+    "soft cap": {"softcap": 1.5},
+    "position bias": {"position_bias": (1, 4, T, T)},
+    "bias in the mask": {"mask": (2, 4, T, T)},
+    "bool window": {"mask": WINDOW[None, None]},
+    "float window": {
+        "mask": torch.zeros(T, T).masked_fill(~(WINDOW & PAST), torch.finfo(torch.float32).min)[None, None]
+    },
+    "padding as flash has it": {"mask": MASK},
+    "padding, causal, capped": {"mask": MASK, "causal": True, "softcap": 2.0, "position_bias": (2, 4, T, T)},
+    "sinks": {"sinks": (4,), "causal": True},
+}
+
+
+def plain_loss(loss, student, teacher, mask, heads):
+    """The same over maps in full: padding out of the softmax, pairs that both sides mask out of the mean."""
+    tokens = torch.ones(2, T, dtype=torch.bool) if mask is None else mask
+    maps = []
+    for side in (student, teacher):
+        scores = side.scores().masked_fill(~tokens[:, None, None, :], torch.finfo(side.query.dtype).min)
+        if loss == "mse" and side.sinks is not None:
+            sinks = side.sinks[:, None, None].expand(*scores.shape[:3], 1)
+            maps.append(torch.cat([scores, sinks], -1).softmax(-1)[..., :-1])
+        else:
+            maps.append(scores.softmax(-1))
+    if heads is not None:
+        maps = [group_mean(m, heads) for m in maps]
+    pairs = tokens[:, None, :, None] & tokens[:, None, None, :]
+    allowed = [side.allowed() for side in (student, teacher)]
+    if loss == "mse" and None not in allowed:
+        pairs = pairs & (allowed[0] | allowed[1]).any(1, keepdim=True)
+    return {"kl": map_kl, "mse": map_mse}[loss](*maps, pairs)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize("mask", [None, MASK])
+@pytest.mark.parametrize("block", [300, 2**20])
+def test_what_a_layer_does_to_its_scores_is_honoured(monkeypatch, name, loss, heads, mask, block):
+    if name.startswith("padding") and mask is None:
+        mask = MASK
+    monkeypatch.setattr(streamed, "_BLOCK_CPU", block)
+    student, teacher = layer(**SETTINGS[name]), layer(seed=1, d=7, **SETTINGS[name])
+    learned = [
+        x for x in vars(student).values() if isinstance(x, torch.Tensor) and x.requires_grad and x is not student.value
+    ]
+    found = streamed_loss(loss, student, teacher, mask, heads)
+    expected = plain_loss(loss, student, teacher.detach(), mask, heads)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    gradients = [torch.autograd.grad(2 * x, learned, allow_unused=True) for x in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        if ours is None:  # sinks take no part in the KL over keys
+            assert theirs is None or theirs.abs().max() < 1e-12
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * theirs.abs().max().item())
+    assert all(x.grad is None for x in vars(teacher).values() if isinstance(x, torch.Tensor) and x.is_leaf)
+    assert streamed_loss(loss, student, student, mask, heads).item() == pytest.approx(0.0, abs=1e-15)
+
+
+def test_float32_equals_the_plain_loss_to_its_precision():
+    student, teacher = layer(dtype=torch.float32, softcap=1.5), layer(seed=1, dtype=torch.float32)
+    for loss in ("kl", "mse"):
+        found, expected = (
+            streamed_loss(loss, student, teacher, MASK),
+            plain_loss(loss, student, teacher.detach(), MASK, None),
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        for ours, theirs in zip(
+            *(torch.autograd.grad(x, [student.query, student.key]) for x in (found, expected)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_heads_that_no_group_mean_can_make_equal_are_refused_with_both_counts():
+    with pytest.raises(ValueError, match=r"2 divides not both 4 \(student\) and 3 \(teacher\)"):
+        streamed_loss("kl", layer(4), layer(3), heads=2)
+    with pytest.raises(ValueError, match="one B, H and T on both sides"):
+        streamed_loss("kl", layer(4), layer(2))
+
+
+# -- which head with which --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_head_costs_are_the_losses_of_single_heads(loss):
+    student, teacher = layer(4, kv_heads=2), layer(3, seed=1)
+    costs = streamed.head_costs(loss, student, teacher, MASK)
+    for h in range(4):
+        for g in range(3):
+            one = [side.select_heads(torch.tensor([i])) for side, i in ((student, h), (teacher, g))]
+            expected = streamed_loss(loss, *one, MASK)
+            if loss == "mse":  # the cost counts queries, the loss pairs
+                expected = expected * (MASK.sum(1).square().sum().double() / MASK.sum())
+            torch.testing.assert_close(costs[h, g], expected.detach(), rtol=1e-9, atol=0)
+
+
+def test_matching_finds_heads_in_another_order_and_uses_each_teacher_head_before_any_twice():
+    teacher = layer(4, kv_heads=2)
+    order = torch.tensor([2, 0, 3, 1])
+    student = teacher.select_heads(order)
+    assert streamed.match_heads(streamed.head_costs("kl", student, teacher)).tolist() == order.tolist()
+    assert streamed.match_heads(torch.tensor([[0.1, 0.2, 5.0], [0.0, 0.3, 4.0]])).tolist() == [1, 0]
+    crowded = streamed.match_heads(torch.rand(5, 2, generator=torch.Generator().manual_seed(0)))
+    assert sorted(crowded.bincount(minlength=2).tolist()) == [2, 3]
+
+
+# -- relations --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["queries", "keys", "values"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_relations_are_minilmv2s_over_heads_split_anew(which, causal):
+    student, teacher = layer(4, d=6, causal=causal), layer(2, d=9, seed=1, mask=MASK, causal=causal)
+    heads = streamed.relation_heads(student, teacher, [which])
+    assert heads == 3  # 24 and 18 wide: the largest divisor of both up to the student's 4 heads
+    sides = [streamed.relation_inputs(side, which, heads) for side in (student, teacher)]
+    maps = []
+    for side in (student, teacher):
+        x = {"queries": side.query, "keys": side.key, "values": side.value}[which].detach()
+        x = x.transpose(1, 2).reshape(2, T, -1)  # (B, T, H d)
+        x = torch.stack(x.chunk(heads, dim=-1), dim=1)  # (B, R, T, d_r)
+        scores = x @ x.mT / x.shape[-1] ** 0.5
+        maps.append(scores.masked_fill(~PAST, -1e30).softmax(-1) if causal else scores.softmax(-1))
+    torch.testing.assert_close(streamed_loss("kl", *sides, MASK).detach(), map_kl(*maps, MASK), rtol=1e-9, atol=0)
+
+
+def test_relation_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"5 relation heads asked of queries that are 24 wide \(4 heads × 6\)"):
+        streamed.relation_inputs(layer(4, d=6), "queries", 5)
