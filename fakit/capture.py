@@ -9,7 +9,7 @@ not use transformers' attention interface return maps of their own under eager a
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from fakit.losses.head import Head
 from fakit.models.blocks import encoder_depth, find_blocks, is_encoder_decoder, without_adapter
+from fakit.models.head import find_finish, find_head, without_logits
 from fakit.recorder import Recorder
 from fakit.trace import Trace
 
@@ -28,7 +30,7 @@ def capture(
     batch: Mapping[str, Tensor],
     hidden_states: Iterable[int] = (),
     attentions: Iterable[int] = (),
-    logits: bool = True,
+    logits: bool | str = True,
 ) -> Trace:
     """Run `model` on `batch` and keep the layers asked for. Follows torch's grad mode; leaves the model as it found it.
 
@@ -38,7 +40,8 @@ def capture(
             encoder-decoder that is given no decoder inputs they are shifted into decoder_input_ids, as the model would do.
         hidden_states: layer numbers 0…L; in an encoder-decoder 0…L_e are the encoder's, L_e + 1 … L_e + L_d the decoder's.
         attentions: layer numbers 1…L; a decoder layer's is its self-attention.
-        logits: False ends the forward pass after the last layer asked for.
+        logits: False ends the forward pass after the last layer asked for. "head" keeps the output head and its input in place of
+            logits over a large vocabulary (`Trace.head`), where the model has such a head; the logits themselves where it has not.
 
     Raises:
         ValueError: before the forward pass, for a layer the model does not have, a batch without inputs or a model whose attention
@@ -63,12 +66,20 @@ def capture(
 
     outputs = None
     recorder = Recorder(trace, set(hidden_states), watched, last)
-    with recorder.watching(blocks, source if watched else "none"), _naming_the_decoder(model, inputs):
+    head = find_head(model) if logits == "head" else None
+    known, finish = find_finish(model, head, inputs) if head is not None else (False, None)
+    with (
+        recorder.watching(blocks, source if watched else "none"),
+        _naming_the_decoder(model, inputs),
+        without_logits(head) if known else nullcontext() as given,
+    ):
         outputs = model(**inputs)
 
     _check_seen(trace, hidden_states, sorted(watched))
     _batch_first(model, inputs, blocks, trace)
-    if logits:
+    if known:
+        trace.head = Head(given[0], head.weight, head.bias, finish)
+    elif logits:
         trace.logits = _logits(model, outputs)
     if source == "maps":
         trace.maps = _returned_maps(model, outputs, attentions, trace)

@@ -12,7 +12,7 @@ hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
 
 VOCAB, WIDTH, LAYERS, HEADS = 50, 32, 3, 4
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
@@ -43,32 +43,32 @@ _BART = {
 }
 _T5 = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": HEADS}
 _T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "decoder_start_token_id": 0}
-_FALCON = {k: v for k, v in _SIZES.items() if k != "intermediate_size"}
+_FALCON = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
 _GROUPED = {"num_key_value_heads": 2}
 _EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _WINDOW = {**_GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
 
 # name: (model class, configuration)
 ENCODERS: dict[str, tuple[type, Callable]] = {
-    "bert": (hf.BertForSequenceClassification, lambda: hf.BertConfig(**_SIZES)),
-    "roberta": (hf.RobertaForMaskedLM, lambda: hf.RobertaConfig(**_SIZES)),
+    "bert": (hf.BertForSequenceClassification, lambda: hf.BertConfig(**SIZES)),
+    "roberta": (hf.RobertaForMaskedLM, lambda: hf.RobertaConfig(**SIZES)),
     "distilbert": (
         hf.DistilBertForSequenceClassification,
         lambda: hf.DistilBertConfig(
             vocab_size=VOCAB, dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=48, max_position_embeddings=64
         ),
     ),
-    "albert": (hf.AlbertForMaskedLM, lambda: hf.AlbertConfig(embedding_size=16, **_SIZES)),
-    "electra": (hf.ElectraForSequenceClassification, lambda: hf.ElectraConfig(embedding_size=16, **_SIZES)),
-    "mpnet": (hf.MPNetForMaskedLM, lambda: hf.MPNetConfig(**_SIZES)),
+    "albert": (hf.AlbertForMaskedLM, lambda: hf.AlbertConfig(embedding_size=16, **SIZES)),
+    "electra": (hf.ElectraForSequenceClassification, lambda: hf.ElectraConfig(embedding_size=16, **SIZES)),
+    "mpnet": (hf.MPNetForMaskedLM, lambda: hf.MPNetConfig(**SIZES)),
     "modernbert": (
         hf.ModernBertForSequenceClassification,
-        lambda: hf.ModernBertConfig(**_SIZES, local_attention=4, global_attn_every_n_layers=2, cls_token_id=1),
+        lambda: hf.ModernBertConfig(**SIZES, local_attention=4, global_attn_every_n_layers=2, cls_token_id=1),
     ),
     "deberta-v2": (
         hf.DebertaV2ForSequenceClassification,
         lambda: hf.DebertaV2Config(
-            **_SIZES,
+            **SIZES,
             relative_attention=True,
             pos_att_type=["p2c", "c2p"],
             position_buckets=8,
@@ -78,7 +78,7 @@ ENCODERS: dict[str, tuple[type, Callable]] = {
     "deberta-v3": (  # the same code with the settings of deberta-v3-base
         hf.DebertaV2ForMaskedLM,
         lambda: hf.DebertaV2Config(
-            **_SIZES,
+            **SIZES,
             relative_attention=True,
             pos_att_type=["p2c", "c2p"],
             position_buckets=8,
@@ -100,25 +100,25 @@ DECODERS: dict[str, tuple[type, Callable]] = {
     "opt": (
         hf.OPTForCausalLM,
         lambda: hf.OPTConfig(
-            **{k: v for k, v in _SIZES.items() if k != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=WIDTH
+            **{k: v for k, v in SIZES.items() if k != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=WIDTH
         ),
     ),
-    "gpt-neox": (hf.GPTNeoXForCausalLM, lambda: hf.GPTNeoXConfig(**_SIZES)),
-    "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**_SIZES, **_GROUPED)),
-    "mistral": (hf.MistralForCausalLM, lambda: hf.MistralConfig(**_SIZES, **_GROUPED, sliding_window=4)),
-    "qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**_SIZES, **_GROUPED)),
-    "qwen3": (hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(**_SIZES, **_GROUPED, head_dim=8)),
+    "gpt-neox": (hf.GPTNeoXForCausalLM, lambda: hf.GPTNeoXConfig(**SIZES)),
+    "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**SIZES, **_GROUPED)),
+    "mistral": (hf.MistralForCausalLM, lambda: hf.MistralConfig(**SIZES, **_GROUPED, sliding_window=4)),
+    "qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**SIZES, **_GROUPED)),
+    "qwen3": (hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(**SIZES, **_GROUPED, head_dim=8)),
     "gemma2": (
         hf.Gemma2ForCausalLM,
-        lambda: hf.Gemma2Config(**_SIZES, **_WINDOW, attn_logit_softcapping=0.5),
+        lambda: hf.Gemma2Config(**SIZES, **_WINDOW, attn_logit_softcapping=0.5),
     ),
-    "gemma3": (hf.Gemma3ForCausalLM, lambda: hf.Gemma3TextConfig(**_SIZES, **_WINDOW, sliding_window_pattern=2)),
-    "phi": (hf.PhiForCausalLM, lambda: hf.PhiConfig(**_SIZES)),
+    "gemma3": (hf.Gemma3ForCausalLM, lambda: hf.Gemma3TextConfig(**SIZES, **_WINDOW, sliding_window_pattern=2)),
+    "phi": (hf.PhiForCausalLM, lambda: hf.PhiConfig(**SIZES)),
     "mixtral": (
         hf.MixtralForCausalLM,
-        lambda: hf.MixtralConfig(**_SIZES, **_GROUPED, num_local_experts=3, num_experts_per_tok=2),
+        lambda: hf.MixtralConfig(**SIZES, **_GROUPED, num_local_experts=3, num_experts_per_tok=2),
     ),
-    "qwen3-moe": (hf.Qwen3MoeForCausalLM, lambda: hf.Qwen3MoeConfig(**_SIZES, **_GROUPED, head_dim=8, **_EXPERTS)),
+    "qwen3-moe": (hf.Qwen3MoeForCausalLM, lambda: hf.Qwen3MoeConfig(**SIZES, **_GROUPED, head_dim=8, **_EXPERTS)),
     "bloom": (
         hf.BloomForCausalLM,
         lambda: hf.BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=LAYERS, n_head=HEADS, pad_token_id=0),

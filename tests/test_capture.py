@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fakit import Trace, capture
 from fakit.capture import is_causal_lm
 from fakit.models import find_blocks
-from tests.families import DECODERS, EAGER_ONLY, ENCODERS, FAMILIES, LAYERS, VOCAB, WIDTH, batch, tiny
+from tests.families import DECODERS, EAGER_ONLY, ENCODERS, FAMILIES, LAYERS, VOCAB, WIDTH, batch, batch_for, tiny
 
 # The norm after the last block, for the families whose own last hidden state has gone through it.
 FINAL_NORM = {
@@ -182,6 +182,26 @@ def test_without_logits_the_forward_pass_ends_after_the_last_layer_asked_for(fam
         assert torch.equal(trace.attention_maps(i), full.attention_maps(i))
 
 
+@pytest.mark.parametrize(
+    ("family", "after"),
+    [("bert", "attention.self.value"), ("llama", "mlp"), ("falcon", "mlp"), ("t5", "layer.1")],
+)
+def test_where_attention_is_all_that_is_asked_for_the_rest_of_its_block_does_not_run(family, after):
+    model, ran = tiny(family), []
+    for i, block in enumerate(find_blocks(model)[:LAYERS], 1):
+        block.get_submodule(after).register_forward_hook(lambda *_, i=i: ran.append(i))
+    inputs = batch_for(model)
+    full = capture(model, inputs, attentions=[2])
+    assert ran == [1, 2, 3]
+    ran.clear()
+    trace = capture(model, inputs, attentions=[2], logits=False)
+    assert ran == ([1, 2] if after.endswith("value") else [1])  # values are part of the attention's inputs
+    assert torch.equal(trace.attention_maps(2), full.attention_maps(2))
+    ran.clear()
+    capture(model, inputs, [2], attentions=[2], logits=False)
+    assert ran == [1, 2]
+
+
 def test_logits_are_not_computed_after_an_early_end():
     model = tiny("gpt2")
     heads = []
@@ -243,13 +263,13 @@ def test_gradients_through_queries_and_keys_are_those_of_the_eager_maps(family):
 
 
 @pytest.mark.parametrize("logits", [True, False])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "falcon", "t5"])
 def test_gradient_checkpointing_changes_nothing(family, logits):
     def run(checkpointing: bool) -> tuple[Trace, dict[str, Tensor]]:
         model = tiny(family).train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        trace = capture(model, batch(), [0, 1, 3], [2, 3], logits=logits)
+        trace = capture(model, batch_for(model), [0, 1, 3], [2, 3], logits=logits)
         loss = sum(trace.hidden_states[i].square().mean() for i in (0, 1, 3))
         loss = loss + sum(trace.attention_maps(i).square().mean() for i in (2, 3))
         if logits:
@@ -290,19 +310,19 @@ def assert_same(before: dict, after: dict) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("logits", [True, False])
-@pytest.mark.parametrize("family", ["bert", "llama", "bloom"])
+@pytest.mark.parametrize("family", ["bert", "llama", "bloom", "falcon", "t5", "albert", "xlnet"])
 def test_everything_is_left_as_it_was_found(family, logits, training):
     model = tiny(family).train(training)
     before = state(model)
     assert before["asked by"] is False
-    capture(model, batch(), [0, 2], [1, 2], logits=logits)
+    capture(model, batch_for(model), [0, 2], [1, 2], logits=logits)
     assert_same(before, state(model))
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "bloom"])
+@pytest.mark.parametrize("family", ["bert", "llama", "bloom", "falcon", "t5", "albert", "xlnet"])
 def test_everything_is_left_as_it_was_found_after_an_exception(family):
     model = tiny(family)
-    inputs = batch()
+    inputs = batch_for(model)
     broken = find_blocks(model)[1].register_forward_pre_hook(lambda *_: 1 / 0)
     before = state(model)
     with pytest.raises(ZeroDivisionError):
