@@ -3,6 +3,13 @@
 Every function takes student logits and teacher logits, (B, T, V) with mask bool (B, T), or (B, C) with mask bool (B,) or None, and a
 temperature τ > 0. P = softmax(z_T/τ) is the teacher, Q = softmax(z_S/τ) the student. The result is the sum over classes, the mean over
 valid positions, times τ², which keeps the gradient's size as τ grows (Hinton et al. 2015). 0 where the two agree, for each of them.
+
+A logit of -inf takes its class out of the vocabulary (a head padded to a round size, constrained decoding). Out on both sides, it counts 0
+and gets no gradient. Out on one side alone, a divergence that is infinite there (forward KL where Q = 0 < P, reverse KL where P = 0 < Q, the
+squared difference) is huge or inf: about 1e37 times the mass in float32. The Jensen-Shannon divergence stays below ln 2.
+
+`PER_POSITION` holds each formula by itself, from logits that are already divided by τ to one number a position; `fakit.losses.chunked` uses
+the same ones.
 """
 
 import math
@@ -30,12 +37,39 @@ def _prepare(
     if mask is not None:
         padding = ~mask.bool().unsqueeze(-1)
         student, teacher = student.masked_fill(padding, 0.0), teacher.masked_fill(padding, 0.0)
-    return at_least_float32(student) / temperature, at_least_float32(teacher) / temperature
+    student, teacher = at_least_float32(student) / temperature, at_least_float32(teacher) / temperature
+    return student.clamp_min(lowest(student.dtype)), teacher.clamp_min(lowest(teacher.dtype))
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """What a logit of -inf is replaced by: its probability is 0 all the same, but 0 times it is 0 and not NaN.
+
+    An eighth of the range, so that sums and differences of a few stay finite.
+    """
+    return torch.finfo(dtype).min / 8
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Σ p (log p - log q) over the last dimension. (..., V) -> (...)"""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return _kl(teacher.log_softmax(-1), student.log_softmax(-1))
+
+
+def _reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    return _kl(student.log_softmax(-1), teacher.log_softmax(-1))
+
+
+def _jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def _logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student - teacher).square().mean(-1)
 
 
 def forward_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -46,13 +80,13 @@ def forward_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, tem
     0.0
     """
     student, teacher = _prepare("forward_kl", student, teacher, mask, temperature)
-    return temperature**2 * masked_mean(_kl(teacher.log_softmax(-1), student.log_softmax(-1)), mask)
+    return temperature**2 * masked_mean(_forward_kl(student, teacher), mask)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """τ² Σ Q log(Q/P): the student keeps to what the teacher finds likely. MiniLLM (Gu et al. 2024), token by token."""
     student, teacher = _prepare("reverse_kl", student, teacher, mask, temperature)
-    return temperature**2 * masked_mean(_kl(student.log_softmax(-1), teacher.log_softmax(-1)), mask)
+    return temperature**2 * masked_mean(_reverse_kl(student, teacher), mask)
 
 
 def jsd(
@@ -67,9 +101,7 @@ def jsd(
             f"jsd mixes teacher and student with 0 < beta < 1, not {beta!r}; its limits are forward_kl and reverse_kl."
         )
     student, teacher = _prepare("jsd", student, teacher, mask, temperature)
-    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return temperature**2 * masked_mean(beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m), mask)
+    return temperature**2 * masked_mean(_jsd(student, teacher, beta), mask)
 
 
 def logit_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -78,7 +110,10 @@ def logit_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temp
     The one loss here that a single regression output (B, 1) can have.
     """
     student, teacher = _prepare("logit_mse", student, teacher, mask, temperature)
-    return temperature**2 * masked_mean((student - teacher).square().mean(-1), mask)
+    return temperature**2 * masked_mean(_logit_mse(student, teacher), mask)
 
 
 LOSSES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "logit_mse": logit_mse}
+
+# (student logits / τ, teacher logits / τ), (..., V) each, without -inf -> (...); τ² and the mean over positions are the caller's
+PER_POSITION = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "logit_mse": _logit_mse}

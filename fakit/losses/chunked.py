@@ -1,0 +1,362 @@
+"""Output matching and cross-entropy from hidden states: head, loss and gradient over chunks of tokens, in one pass.
+
+At a vocabulary of 150,000 the logits of 2,048 tokens take 1.2 GB a side, and the losses over them several times that. Here the two heads
+run on a few tokens at a time; their logits are compared, turned into a gradient of hidden states and head, and dropped.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fakit.losses import outputs
+from fakit.losses.reduce import check_mask
+
+# Logits of one chunk, in elements: 16 MiB in float32, four buffers of which share a CPU's last cache; a GPU wants larger matrices.
+_CHUNK = {"cpu": 2**22}
+_CHUNK_ELSEWHERE = 2**25
+
+
+def fused_outputs(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    mask: Tensor | None,
+    *,
+    divergence: str | Callable[[Tensor, Tensor], Tensor] = "forward_kl",
+    temperature: float = 1.0,
+    outputs_weight: float = 1.0,
+    task_labels: Tensor | None = None,
+    task_weight: float = 0.0,
+    vocab_size: int | None = None,
+    student_finish: Callable[[Tensor], Tensor] | None = None,
+    teacher_finish: Callable[[Tensor], Tensor] | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output matching and the task's cross-entropy of logits = finish(hidden @ weightᵀ + bias), without storing the logits.
+
+    Equal to the functions of `fakit.losses.outputs` and to `fakit.losses.task.task_loss` over the whole logits. Under torch.autocast the
+    heads run in its dtype, else in the dtype of their weights; the losses in float32 or better.
+
+    Args:
+        student_hidden: (N, d_S) or (B, T, d_S), what the head receives. Gets a gradient, as do the next two, where they require one.
+        student_weight, student_bias: (V_S, d_S) and (V_S,) or None.
+        teacher_hidden, teacher_weight, teacher_bias: (N, d_T) or (B, T, d_T), (V_T, d_T), (V_T,) or None; detached.
+        mask: bool (N,) or (B, T), True = counts in the outputs term; None counts all.
+        divergence: a name of `outputs.PER_POSITION`, or a function of that kind.
+        temperature: τ > 0 of the outputs term.
+        outputs_weight: γ of the outputs term in the total; 0 leaves the term out.
+        task_labels: integers (N,) or (B, T), -100 takes no part. A causal model's are shifted already: position t holds the label that it
+            predicts.
+        task_weight: δ of the cross-entropy in the total; 0 leaves the term out.
+        vocab_size: the outputs term compares the first `vocab_size` entries of both vocabularies; the cross-entropy keeps the student's whole.
+        student_finish, teacher_finish: elementwise functions of the logits, for models whose head does not end with the product: Gemma's
+            soft cap, Granite's scale.
+        chunk: tokens a chunk; chosen from the vocabulary unless given.
+
+    Returns:
+        total: γ·outputs + δ·task. Its gradient is computed in this pass, so that backward only scales it.
+        outputs, task: the raw terms, None where left out. A gradient asked of one of them alone is right as well, but takes a second pass.
+
+    Raises:
+        ValueError: shapes that do not fit, vocabularies that differ, no valid position, or no term at all.
+
+    >>> import torch
+    >>> hidden, weight = torch.ones(5, 2), torch.eye(3, 2)
+    >>> total, outputs, task = fused_outputs(hidden, weight, None, hidden, weight, None, None, temperature=2.0)
+    >>> total.item(), outputs.item(), task
+    (0.0, 0.0, None)
+    """
+    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1] or student_hidden.dim() not in (2, 3):
+        raise ValueError(
+            "fused_outputs compares hidden states of the same positions, (N, d) or (B, T, d) on both sides; the student has "
+            f"{tuple(student_hidden.shape)}, the teacher {tuple(teacher_hidden.shape)}. Feed both models the same batch."
+        )
+    for side, hidden, weight in (
+        ("student", student_hidden, student_weight),
+        ("teacher", teacher_hidden, teacher_weight),
+    ):
+        if not weight.is_floating_point() or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+            raise ValueError(
+                f"fused_outputs wants the {side}'s head as a floating-point matrix (V, {hidden.shape[-1]}) for its hidden states "
+                f"{tuple(hidden.shape)}; it is {weight.dtype} {tuple(weight.shape)}. A quantised head gives its logits itself: compare those "
+                "with fakit.losses.outputs."
+            )
+    sizes = (student_weight.shape[0], teacher_weight.shape[0])
+    wants_outputs, wants_task = outputs_weight != 0, task_labels is not None and task_weight != 0
+    if not (wants_outputs or wants_task):
+        raise ValueError(
+            f"fused_outputs has nothing to compute: outputs_weight is {outputs_weight}, task_weight is {task_weight}, task_labels are "
+            f"{'not ' if task_labels is None else ''}given. Give one term a weight."
+        )
+    if wants_outputs and vocab_size is None and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"vocabulary sizes differ: the student's head has {sizes[0]} entries, the teacher's {sizes[1]}. If one head is only padded, "
+            f"vocab_size={min(sizes)} cuts both to the shared true vocabulary; if the tokenisers differ, outputs cannot be matched token by token."
+        )
+    if vocab_size is not None and not 1 <= vocab_size <= min(sizes):
+        raise ValueError(
+            f"vocab_size={vocab_size} entries are not in both vocabularies: the student has {sizes[0]}, the teacher {sizes[1]}."
+        )
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"fused_outputs wants a finite temperature above 0, not {temperature!r}; 1 leaves the distributions as they are."
+        )
+    if wants_task and task_labels.shape != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"labels {tuple(task_labels.shape)} do not fit hidden states {tuple(student_hidden.shape)}; one label a position."
+        )
+    if isinstance(divergence, str) and divergence not in outputs.PER_POSITION:
+        raise ValueError(
+            f"divergence {divergence!r} is not known; choose one of {list(outputs.PER_POSITION)} or pass a function."
+        )
+    if wants_outputs:
+        check_mask("fused_outputs", mask, student_hidden.shape[:-1])
+
+    kind = student_hidden.device.type
+    plan = _Plan(
+        divergence=outputs.PER_POSITION.get(divergence, divergence) if isinstance(divergence, str) else divergence,
+        temperature=temperature,
+        outputs_weight=outputs_weight if wants_outputs else 0.0,
+        task_weight=task_weight if wants_task else 0.0,
+        vocab_size=vocab_size or sizes[0],
+        finish=(student_finish, teacher_finish),
+        chunk=chunk or max(1, _CHUNK.get(kind, _CHUNK_ELSEWHERE) // max(sizes)),
+        autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        gradients=torch.is_grad_enabled(),
+    )
+    total, outputs_loss, task = _FusedOutputs.apply(
+        student_hidden.flatten(0, -2),
+        student_weight,
+        student_bias,
+        teacher_hidden.detach().flatten(0, -2),
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        None if mask is None else mask.flatten(),
+        task_labels.flatten().to(student_hidden.device) if wants_task else None,
+        plan,
+    )
+    return total, outputs_loss if wants_outputs else None, task if wants_task else None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is no tensor: settings that forward and backward share."""
+
+    divergence: Callable
+    temperature: float
+    outputs_weight: float
+    task_weight: float
+    vocab_size: int
+    finish: tuple[Callable | None, Callable | None]
+    chunk: int
+    autocast: torch.dtype | None
+    gradients: bool
+
+
+class _FusedOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, labels, plan):
+        ctx.set_materialize_grads(False)
+        ctx.plan = plan
+        inputs = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, labels)
+        wanted = [plan.gradients and needed for needed in ctx.needs_input_grad[:3]]
+        factors = (plan.outputs_weight, plan.task_weight)
+        with torch.autocast(hidden.device.type, enabled=False):  # the plan says the dtype
+            (outputs_loss, task), grads = _sweep(*inputs, plan, factors, wanted)
+        ctx.save_for_backward(*inputs, *grads)
+        return plan.outputs_weight * outputs_loss + plan.task_weight * task, outputs_loss, task
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, grad_outputs, grad_task):
+        *inputs, grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        grads = (grad_hidden, grad_weight, grad_bias)
+        if grad_outputs is None and grad_task is None:
+            grads = [grad if grad is None or grad_total is None else grad_total * grad for grad in grads]
+        else:  # one of the terms by itself: the same pass again, with the factors that came in
+            plan = ctx.plan
+            factors = [
+                sum(part for part in (own, None if grad_total is None else grad_total * weight) if part is not None)
+                for own, weight in ((grad_outputs, plan.outputs_weight), (grad_task, plan.task_weight))
+            ]
+            _, grads = _sweep(*inputs, plan, factors, [grad is not None for grad in grads])
+        return *grads, None, None, None, None, None, None
+
+
+def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, labels, plan, factors, wanted):
+    """One pass over all chunks: the two terms, and the gradient of factors[0]·outputs + factors[1]·task.
+
+    Args:
+        factors: numbers, or scalars where backward asks.
+        wanted: whether hidden, weight and bias need a gradient.
+
+    Returns:
+        (outputs, task), and the gradients of hidden (N, d), weight (V, d) and bias (V,) in their own dtypes, None where not wanted.
+    """
+    N, device = hidden.shape[0], hidden.device
+    nowhere = torch.zeros(N, dtype=torch.bool, device=device)
+    compared = nowhere if not plan.outputs_weight else ~nowhere if mask is None else mask.bool()
+    labelled = nowhere if labels is None else labels != -100
+
+    # Rows with a label come first, rows that count nowhere are left out. An accelerator would have to stop and count them: it takes all.
+    rows, labelled_rows = None, 0 if labels is None else N
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        with_label = labelled.nonzero().squeeze(1)
+        rows = torch.cat([with_label, (compared & ~labelled).nonzero().squeeze(1)])
+        labelled_rows = with_label.shape[0]
+        if rows.shape[0] == N and labelled_rows in (0, N):
+            rows = None  # all of them, in their order
+    student = _Head(hidden, weight, bias, plan.finish[0], plan.autocast, compared | labelled, rows)
+    teacher = _Head(
+        teacher_hidden,
+        teacher_weight[: plan.vocab_size],
+        None if teacher_bias is None else teacher_bias[: plan.vocab_size],
+        plan.finish[1],
+        plan.autocast,
+        compared,
+        rows,
+    )
+    if rows is not None:
+        compared, labelled = compared[rows], labelled[rows]
+        labels = None if labels is None else labels[rows]
+    # every row's part of its term's mean, 0 where it does not count
+    outputs_share = compared.to(student.dtype) / compared.sum().clamp_min(1)
+    task_share = labelled.to(student.dtype) / labelled.sum().clamp_min(1)
+
+    sums = [torch.zeros((), dtype=student.dtype, device=device) for _ in range(2)]
+    grads = student.zero_grads(wanted)
+    step = (
+        _forward_kl_step
+        if plan.divergence is outputs.PER_POSITION["forward_kl"]
+        else partial(_any_step, plan.divergence)
+    )
+    work = [torch.empty(plan.chunk * weight.shape[0], dtype=student.dtype, device=device) for _ in range(4)]
+    for start in range(0, compared.shape[0], plan.chunk):
+        chunk = slice(start, start + plan.chunk)
+        z, g = student.logits(chunk, work[0]), None  # (n, V_S)
+        if plan.outputs_weight:
+            t = teacher.logits(chunk, work[1])  # (n, V)
+            values, g = step(z[:, : plan.vocab_size], t, plan.temperature, work[2:])
+            sums[0] += torch.dot(values.masked_fill(~compared[chunk], 0.0), outputs_share[chunk])
+            g.mul_((outputs_share[chunk] * factors[0]).unsqueeze(-1))
+            g = F.pad(g, (0, z.shape[1] - g.shape[1])) if g.shape[1] < z.shape[1] else g
+        n = min(max(labelled_rows - start, 0), z.shape[0])
+        if n:
+            part = slice(start, start + n)
+            values, ce = _cross_entropy_step(z[:n], labels[part].long().clamp_min(0), work[2])
+            sums[1] += torch.dot(values.masked_fill(~labelled[part], 0.0), task_share[part])
+            share = (task_share[part] * factors[1]).unsqueeze(-1)
+            if g is None:
+                g = ce.mul_(share)
+            else:
+                g[:n].addcmul_(ce, share)
+        student.backward(chunk, g, grads)
+    return sums, student.finish_grads(grads, rows)
+
+
+def _forward_kl_step(z, t, temperature, work):
+    """τ² KL(P‖Q) of each row (n,), and its gradient for z, (n, V). By hand: `outputs` has the formula. Overwrites t and both of work.
+
+    With a = z/τ and b = t/τ, log P - log Q = b - a - LSE(b) + LSE(a), LSE(x) = max x - log max softmax(x), and the gradient is τ (Q - P).
+    """
+    a, p = (_view(buffer, z.shape) for buffer in work)
+    torch.div(z, temperature, out=a).clamp_min_(outputs.lowest(a.dtype))
+    b = t.div_(temperature).clamp_min_(outputs.lowest(t.dtype))
+    shift = b.amax(-1, keepdim=True) - a.amax(-1, keepdim=True)
+    torch.softmax(b, -1, out=p)
+    values = b.sub_(a).sub_(shift).mul_(p).sum(-1)
+    q = torch.softmax(a, -1, out=b)
+    values += p.amax(-1).log() - q.amax(-1).log()
+    return values.mul_(temperature**2), q.sub_(p).mul_(temperature)
+
+
+def _any_step(per_position, z, t, temperature, work):
+    """τ² times any divergence of each row, and its gradient for z, by autograd."""
+    lowest = outputs.lowest(z.dtype)
+    b = t.div_(temperature).clamp_min_(lowest)
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        values = temperature**2 * per_position((leaf / temperature).clamp_min(lowest), b)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), gradient
+
+
+def _cross_entropy_step(z, labels, work):
+    """-log softmax(z) at the labels (n,), and its gradient for z, softmax(z) - onehot(labels), (n, V)."""
+    r = torch.softmax(z, -1, out=_view(work, z.shape))
+    labels = labels.unsqueeze(-1)
+    values = z.amax(-1) - r.amax(-1).log() - z.gather(-1, labels).squeeze(-1)
+    return values, r.scatter_add_(-1, labels, r.new_full(labels.shape, -1.0))
+
+
+def _view(buffer: Tensor, shape) -> Tensor:
+    return buffer[: shape[0] * shape[1]].view(shape)
+
+
+class _Head:
+    """One side: hidden states of the rows that count, and how they become logits and gradients."""
+
+    def __init__(self, hidden, weight, bias, finish, autocast, counts, rows):
+        self.parameters = (hidden, weight, bias)
+        hidden = hidden.masked_fill(~counts.unsqueeze(-1), 0.0)  # NaN in padding must not reach the products
+        if rows is not None:
+            hidden = hidden[rows]
+        if autocast is not None:
+            hidden, weight, bias = (
+                x if x is None or x.dtype == torch.float64 else x.to(autocast) for x in (hidden, weight, bias)
+            )
+        self.hidden, self.weight, self.bias, self.finish = hidden, weight, bias, finish
+        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+    def logits(self, chunk: slice, work: Tensor) -> Tensor:
+        """finish(h Wᵀ + bias) in `work`'s dtype. (n, V)"""
+        h = self.hidden[chunk]
+        out = _view(work, (h.shape[0], self.weight.shape[0]))
+        if out.dtype != h.dtype:
+            out.copy_(F.linear(h, self.weight, self.bias))
+        elif self.bias is None:
+            torch.mm(h, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, h, self.weight.t(), out=out)
+        if self.finish is None:
+            return out
+        with torch.enable_grad():
+            self.before = out.detach().requires_grad_()
+            self.after = self.finish(self.before)
+        return self.after.detach()
+
+    def zero_grads(self, wanted):
+        hidden, weight, bias = (
+            torch.zeros(x.shape, dtype=self.dtype, device=x.device) if want else None
+            for x, want in zip((self.hidden, self.weight, self.bias), wanted, strict=True)
+        )
+        return hidden, weight, bias
+
+    def backward(self, chunk: slice, g: Tensor, grads):
+        """Add what the gradient g of the chunk's logits, (n, V), means for hidden, weight and bias."""
+        if self.finish is not None:
+            (g,) = torch.autograd.grad(self.after, self.before, g)
+        hidden, weight, bias = grads
+        if bias is not None:
+            bias += g.sum(0)
+        g = g.to(self.weight.dtype)
+        if hidden is not None:
+            hidden[chunk] = g @ self.weight
+        if weight is not None and weight.dtype == g.dtype:
+            weight.addmm_(g.t(), self.hidden[chunk])
+        elif weight is not None:
+            weight += g.t() @ self.hidden[chunk]
+
+    def finish_grads(self, grads, rows):
+        """The sums in the dtypes of what they belong to; rows that were left out get 0."""
+        hidden, *others = grads
+        if hidden is not None and rows is not None:
+            hidden = hidden.new_zeros(self.parameters[0].shape).index_copy_(0, rows, hidden)
+        return [None if g is None else g.to(x.dtype) for g, x in zip((hidden, *others), self.parameters, strict=True)]
