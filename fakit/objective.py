@@ -6,7 +6,7 @@ Each term is optional, each weight may change at any time, and each call returns
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,19 @@ from fakit.layer_maps import LayerMap
 from fakit.losses import attention as attention_losses
 from fakit.losses import outputs as output_losses
 from fakit.losses import streamed
+from fakit.losses.chunked import fused_outputs
 from fakit.losses.task import task_loss
 from fakit.terms import Attention, Features, Outputs, Task
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What `capture` must keep of one side: layers of hidden states, layers of attention, logits or not."""
+    """What `capture` must keep of one side: layers of hidden states, layers of attention, logits or not, and whether a head may stand for them."""
 
     hidden_states: frozenset[int]
     attentions: frozenset[int]
     logits: bool
+    in_chunks: bool = field(default=False, compare=False)  # capture(..., logits="head") will do
 
 
 class Objective(nn.Module):
@@ -88,7 +90,8 @@ class Objective(nn.Module):
             for name in ("features", "attention")
         }
         logits = self.active("outputs") or (side == "student" and labels and self.active("task"))
-        return Needs(layers["features"], layers["attention"], logits)
+        in_chunks = self.active("outputs") and self.outputs.chunked and not callable(self.outputs.loss)
+        return Needs(layers["features"], layers["attention"], logits, in_chunks)
 
     def needs_teacher(self) -> bool:
         """False when every term that looks at the teacher is off, so that its forward pass can be saved."""
@@ -182,17 +185,26 @@ class Objective(nn.Module):
                 losses = {pair: compare(student, teacher, pair) for pair in pairs}
                 terms[name] = sum(share * losses[pair] for pair, share in pairs.items())
                 per_layer[name] = {pair: loss.detach() for pair, loss in losses.items()}
-        if self.active("outputs"):
-            terms["outputs"] = self._compare_outputs(student, teacher, labels)
-        if self.active("task") and labels is not None:
-            terms["task"] = task_loss(student.logits, labels, student.causal)
+        together = None
+        if self.active("outputs") and student.head is not None and teacher.head is not None:
+            together, chunked = self._compare_heads(student, teacher, labels)
+            terms |= chunked
+        else:
+            student, teacher = _with_logits(student), _with_logits(teacher)
+            if self.active("outputs"):
+                terms["outputs"] = self._compare_outputs(student, teacher, labels)
+            if self.active("task") and labels is not None:
+                terms["task"] = task_loss(student.logits, labels, student.causal)
         if not terms:
             raise ValueError(
                 f"nothing to compute: weights {dict(self.weights)}, {len(self.layer_map)} layer pairs, "
                 f"labels {'given' if labels is not None else 'missing'}. Raise a weight, map a layer, or pass labels."
             )
         weighted = {name: self.weights[name] * value for name, value in terms.items()}
-        breakdown = Breakdown(sum(weighted.values()), terms, weighted, per_layer, self._matches)
+        total = sum(weighted.values())
+        if together is not None:  # the same number; its gradient is there already
+            total = together + sum(value for name, value in weighted.items() if name not in ("outputs", "task"))
+        breakdown = Breakdown(total, terms, weighted, per_layer, self._matches)
         # looking at a number on an accelerator would stop its stream in every step; there the trainer looks when it logs
         if breakdown.total.device.type == "cpu" and not torch.compiler.is_compiling():
             breakdown.check()
@@ -289,23 +301,58 @@ class Objective(nn.Module):
             )
         mask = None
         if ours.dim() == 3:
-            ours, theirs, mask = _predicting_positions(
-                ours, theirs, _both(student.logits_mask, teacher.logits_mask), labels, student.causal
-            )
+            mask = _predicting_positions(student, teacher, labels, ours)
+            if student.causal:
+                ours, theirs = ours[:, :-1], theirs[:, :-1]
         return self.outputs.function(ours, theirs, mask, temperature=self.outputs.temperature)
 
+    def _compare_heads(self, student, teacher, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Outputs and task together, a chunk of logits at a time: their weighted sum, and each of them."""
+        mask = _predicting_positions(student, teacher, labels, student.head.hidden)
+        ours, theirs = student.head.hidden, teacher.head.hidden  # (B, T, d)
+        labels = labels if self.active("task") else None
+        if student.causal:
+            ours, theirs = ours[:, :-1], theirs[:, :-1]
+            labels = None if labels is None else labels[:, 1:]
+        total, outputs, task = fused_outputs(
+            ours,
+            student.head.weight,
+            student.head.bias,
+            theirs,
+            teacher.head.weight,
+            teacher.head.bias,
+            mask,
+            divergence=self.outputs.loss,
+            temperature=self.outputs.temperature,
+            outputs_weight=self.weights["outputs"],
+            task_labels=labels,
+            task_weight=self.weights.get("task", 0.0),
+            vocab_size=self.outputs.vocab_size,
+            student_finish=student.head.finish,
+            teacher_finish=teacher.head.finish,
+        )
+        return total, {"outputs": outputs} | ({} if task is None else {"task": task})
 
-def _predicting_positions(ours: Tensor, theirs: Tensor, mask: Tensor | None, labels: Tensor | None, causal: bool):
-    """Cut (B, T, V) logits to the positions that predict something: a valid next token in causal models, any token otherwise."""
-    mask = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device) if mask is None else mask
-    if not causal:
-        return ours, theirs, mask
+
+def _predicting_positions(student, teacher, labels: Tensor | None, like: Tensor) -> Tensor:
+    """Which positions of (B, T, …) predict something: a valid next token in causal models (B, T - 1), any token otherwise (B, T)."""
+    mask = _both(student.logits_mask, teacher.logits_mask)
+    mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask
+    if not student.causal:
+        return mask
     mask = mask[:, :-1] & mask[:, 1:]
     if labels is not None:
         labelled = labels[:, 1:].to(mask.device) != -100
         # rows without any label are unlabelled text, whose every token counts; others count where they carry one
         mask = mask & (labelled | ~labelled.any(dim=1, keepdim=True))
-    return ours[:, :-1], theirs[:, :-1], mask
+    return mask
+
+
+def _with_logits(trace):
+    """A trace whose logits are wanted whole after all, because the other side has no head to go by."""
+    if trace is None or trace.head is None or trace.logits is not None:
+        return trace
+    return replace(trace, logits=trace.head.logits())
 
 
 def _common_mask(student, teacher, pair: Pair) -> Tensor | None:

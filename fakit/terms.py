@@ -80,12 +80,15 @@ class Outputs:
         temperature: τ > 0, may be set at any time.
         weight: γ.
         vocab_size: cut both vocabularies to their first `vocab_size` entries, for families that pad the head differently.
+        chunked: over a large vocabulary, make and compare logits a chunk of tokens at a time, where both models have a plain linear head
+            and the loss is one of the named; the same number with a fraction of the memory. False always makes them whole.
     """
 
     loss: str | Callable = "forward_kl"
     temperature: float = 2.0
     weight: float = 1.0
     vocab_size: int | None = None
+    chunked: bool = True
 
     def __post_init__(self):
         self.function = _choose("Outputs", self.loss, output_losses.LOSSES)

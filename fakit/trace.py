@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from fakit.losses.attention_inputs import AttentionInputs
+from fakit.losses.head import Head
 from fakit.losses.reduce import at_least_float32
 
 
@@ -17,6 +18,7 @@ class Trace:
         attention: {i: AttentionInputs}, with `queries`, `keys` and `values` as views of it
         maps: {i: (B, H, T, T)} where the model itself returned its maps (families without the attention interface)
         logits: (B, T, V), (B, C), or None
+        head: in place of logits over a large vocabulary, where asked for: the output head and what it was given
         mask: bool (B, T), True = a token, False = padding
         decoder_mask: bool (B, T_dec), for an encoder-decoder: its decoder's tokens
         encoder_layers: for an encoder-decoder: layers 0…encoder_layers are the encoder's, the ones above the decoder's
@@ -28,6 +30,7 @@ class Trace:
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     maps: dict[int, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
+    head: Head | None = None
     mask: Tensor | None = None
     decoder_mask: Tensor | None = None
     encoder_layers: int | None = None
@@ -81,6 +84,7 @@ class Trace:
             attention={i: a.detach() for i, a in self.attention.items()},
             maps={i: m.detach() for i, m in self.maps.items()},
             logits=None if self.logits is None else self.logits.detach(),
+            head=None if self.head is None else self.head.detach(),
         )
 
     def __repr__(self) -> str:

@@ -83,7 +83,7 @@ class Distiller(nn.Module):
 
 
 def _trace(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
-    return capture(model, inputs, needs.hidden_states, needs.attentions, needs.logits)
+    return capture(model, inputs, needs.hidden_states, needs.attentions, "head" if needs.in_chunks else needs.logits)
 
 
 def _refuse_reentrant(activation_checkpointing_kwargs: dict | None) -> None:
@@ -242,10 +242,13 @@ def check_fit(
             "use projection='linear', or a student of the teacher's width."
         )
     heads = (s.num_attention_heads, t.num_attention_heads)
-    if "attention" in matched and objective.attention.heads == "one-to-one" and heads[0] != heads[1]:
+    one_to_one = (
+        "attention" in matched and objective.attention.loss != "relations" and objective.attention.heads == "one-to-one"
+    )
+    if one_to_one and heads[0] != heads[1]:
         raise ValueError(
             f"one-to-one attention alignment: the student has {heads[0]} heads, the teacher {heads[1]}. "
-            f"Use Attention(..., heads='group-mean'), or shrink(teacher, heads={heads[1]})."
+            f"Use Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), or shrink(teacher, heads={heads[1]})."
         )
 
 

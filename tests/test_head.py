@@ -1,0 +1,129 @@
+"""Large vocabularies: the head in place of logits, found and checked by asking the model, and the objective over it."""
+
+import pytest
+import torch
+import transformers as hf
+
+from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture, shrink
+from fakit.models import head as heads
+from tests.families import batch, tiny
+
+LARGE = ["bert", "gpt2", "llama", "gemma2", "t5", "roberta"]
+
+
+@pytest.fixture(autouse=True)
+def every_vocabulary_is_large(monkeypatch):
+    monkeypatch.setattr(heads, "LARGE_VOCABULARY", 10)
+
+
+def model(family: str):
+    if family == "bert":  # the table's BERT is a classifier
+        made = tiny("bert")
+        return hf.BertForMaskedLM._from_config(made.config).eval()
+    changes = {"final_logit_softcapping": 3.0} if family == "gemma2" else {}
+    return tiny(family, attention="eager" if family == "gemma2" else "sdpa", **changes)
+
+
+def inputs(family: str) -> dict:
+    made = batch()
+    return made | {"decoder_input_ids": made["input_ids"].flip(0)} if family == "t5" else made
+
+
+@pytest.mark.parametrize("family", LARGE)
+def test_the_head_gives_the_models_logits(family):
+    net = model(family)
+    whole, trace = (capture(net, inputs(family), [1], logits=asked) for asked in (True, "head"))
+    assert trace.logits is None and trace.head.hidden.shape[:2] == whole.logits.shape[:2]
+    torch.testing.assert_close(trace.head.logits(), whole.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trace.hidden_states[1], whole.hidden_states[1])
+    torch.testing.assert_close(capture(net, inputs(family)).logits, whole.logits)  # no hook stays
+
+
+def test_a_scale_after_the_head_is_found():
+    config = hf.GraniteConfig(
+        **{
+            k: v
+            for k, v in tiny("llama").config.to_dict().items()
+            if k in hf.GraniteConfig().to_dict() and k not in ("model_type", "architectures")
+        }
+    )
+    config.logits_scaling = 4.0
+    net = hf.GraniteForCausalLM._from_config(config).eval()
+    whole, trace = (capture(net, batch(), logits=asked) for asked in (True, "head"))
+    torch.testing.assert_close(trace.head.logits(), whole.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_no_head_is_taken_where_it_does_not_explain_the_logits():
+    class Odd(hf.GPT2LMHeadModel):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = outputs.logits.sin()
+            return outputs
+
+    net = Odd._from_config(tiny("gpt2").config).eval()
+    trace = capture(net, batch(), logits="head")
+    assert trace.head is None
+    torch.testing.assert_close(trace.logits, capture(net, batch()).logits)
+    classifier = capture(tiny("bert"), batch(), logits="head")  # two classes, and no head over the vocabulary
+    assert classifier.head is None and classifier.logits.shape == (2, 2)
+
+
+def test_asking_for_the_head_draws_no_random_numbers():
+    net = tiny("gpt2").train()
+    net.config.resid_pdrop = 0.5
+    torch.manual_seed(0)
+    expected = (capture(net, batch()), torch.rand(3))[1]
+    torch.manual_seed(0)
+    assert torch.equal((capture(net, batch(), logits="head"), torch.rand(3))[1], expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gemma2", "t5"])
+@pytest.mark.parametrize("loss", ["forward_kl", "jsd"])
+def test_the_objective_is_the_same_in_chunks_and_whole(family, loss):
+    teacher = model(family)
+    student = shrink(teacher, layers=2, init="random").eval()
+    depth = 2 if family != "t5" else 4
+    labels = inputs(family)["input_ids"].clone()
+    labels[0, 2:4] = -100
+    found = {}
+    for asked in ("head", True):
+        objective = Objective(
+            LayerMap.last(depth, depth + (1 if family != "t5" else 2)),
+            Features(),
+            Attention("kl"),
+            Outputs(loss, weight=0.7),
+            Task(weight=0.2),
+        )
+        needs = [objective.needs(side) for side in ("student", "teacher")]
+        assert all(n.in_chunks for n in needs)
+        ours, theirs = (
+            capture(net, inputs(family), n.hidden_states, n.attentions, asked)
+            for net, n in zip((student, teacher), needs, strict=True)
+        )
+        breakdown = objective(ours, theirs, labels)
+        weights = [p for p in student.parameters() if p.requires_grad]
+        found[asked] = (
+            [breakdown.total, *breakdown.terms.values(), *breakdown.weighted.values()],
+            torch.autograd.grad(breakdown.total, weights, retain_graph=True, allow_unused=True),
+            torch.autograd.grad(breakdown.terms["outputs"], weights, allow_unused=True),
+        )
+    for ours, theirs in zip(found["head"], found[True], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
+
+
+def test_one_side_without_a_head_is_compared_whole():
+    teacher, student = tiny("gpt2"), tiny("gpt2", seed=1)
+    objective = Objective(outputs=Outputs(), task=Task())
+    whole = [capture(net, batch()) for net in (student, teacher)]
+    ours = capture(student, batch(), logits="head")
+    labels = batch()["input_ids"]
+    torch.testing.assert_close(objective(ours, whole[1], labels).total, objective(*whole, labels).total)
+
+
+def test_a_function_of_ones_own_is_given_logits():
+    needs = Objective(outputs=Outputs(lambda s, t, mask, temperature: (s - t).abs().mean())).needs("student")
+    assert needs.logits and not needs.in_chunks
+    assert not Objective(outputs=Outputs(chunked=False)).needs("teacher").in_chunks
