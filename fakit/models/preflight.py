@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fakit.models.blocks import depth
+from fakit.models.blocks import depth, find_stacks, without_adapter
 from fakit.models.load import is_quantized
 
 
@@ -95,12 +95,22 @@ def preflight(teacher: nn.Module, student: nn.Module, tokenizer=None, student_to
         s.hidden_size,
         "Feature terms learn a linear projection; it is trained with the student and left out of the export.",
     )
+    stacks = [[len(stack.blocks) for stack in find_stacks(model)] for model in (teacher, student)]
+    if max(map(len, stacks)) == 2:
+        row(
+            "encoder + decoder layers",
+            "ok" if len(stacks[0]) == len(stacks[1]) else "error",
+            *(" + ".join(map(str, depths)) for depths in stacks),
+            "Layers of an encoder and of a decoder work on different tokens: take a student with both stacks.",
+        )
+    heads = [getattr(config, "num_attention_heads", None) for config in (t, s)]
     row(
         "attention heads",
-        "ok" if t.num_attention_heads == s.num_attention_heads else "warning",
-        t.num_attention_heads,
-        s.num_attention_heads,
-        "One-to-one attention alignment is not possible: Attention(..., heads='group-mean').",
+        "ok" if heads[0] == heads[1] and heads[0] is not None else "warning",
+        *("none" if number is None else number for number in heads),
+        "No attention to align: attention=None."
+        if None in heads
+        else "One-to-one attention alignment is not possible: Attention(..., heads='group-mean').",
     )
     _task_rows(row, teacher, student, t, s)
     if tokenizer is not None:
@@ -110,15 +120,15 @@ def preflight(teacher: nn.Module, student: nn.Module, tokenizer=None, student_to
 
 
 def _task_rows(row, teacher, student, t, s) -> None:
-    kinds = [type(m).__name__.split("For")[-1] if "For" in type(m).__name__ else "encoder" for m in (teacher, student)]
+    names = [type(without_adapter(model)).__name__ for model in (teacher, student)]
+    kinds = [name.split("For")[-1] if "For" in name else "encoder" for name in names]
     row(
         "task head",
         "ok" if kinds[0] == kinds[1] else "warning",
         *kinds,
         "Different heads: leave the output term out (outputs=None).",
     )
-    classifies = kinds[0] == kinds[1] == "SequenceClassification"
-    if classifies:
+    if kinds[0] == kinds[1] and kinds[0].endswith("Classification"):
         labels = [list(m.config.id2label.values()) for m in (teacher, student)]
         status = "ok" if labels[0] == labels[1] else "error" if len(labels[0]) != len(labels[1]) else "warning"
         row(
@@ -127,7 +137,7 @@ def _task_rows(row, teacher, student, t, s) -> None:
             *(_short(x) for x in labels),
             "Load both with the same labels in the same order (num_labels, id2label).",
         )
-    else:
+    elif hasattr(t, "vocab_size") and hasattr(s, "vocab_size"):  # images have none
         same = t.vocab_size == s.vocab_size
         row(
             "vocabulary (logits)",

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import transformers as hf
 
 from fakit import load_teacher, preflight, shrink
-from tests.families import tiny, tokenizer
+from tests.families import VOCAB, WIDTH, tiny, tokenizer
 
 
 def frozen(family: str, **changes):
@@ -112,3 +113,19 @@ def test_a_report_prints_itself_and_draws_itself():
     assert len(table) == 2 + len(report.rows) and "| ✗ **error** | vocabulary (logits) | 50 | 56 | If only" in table[6]
     with pytest.raises(KeyError, match="no row 'colour'"):
         report["colour"]
+
+
+def test_two_stacks_need_two_stacks():
+    teacher = frozen("t5")
+    assert row("encoder + decoder layers", teacher, shrink(teacher, [2, 4, 6]))[:3] == ("ok", "3 + 3", "1 + 2")
+    status, *sides, fix = row("encoder + decoder layers", teacher, tiny("bert"))
+    assert (status, sides) == ("error", ["3 + 3", "3"]) and "both stacks" in fix
+
+
+def test_images_and_models_without_attention():
+    teacher = frozen("vit")
+    report = preflight(teacher, shrink(teacher, 2))
+    assert report.ok and report["labels"].status == "ok" and "vocabulary (logits)" not in str(report)
+    mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2))
+    status, *sides, fix = row("attention heads", frozen("gpt2"), mamba)
+    assert (status, sides) == ("warning", [4, "none"]) and "attention=None" in fix
