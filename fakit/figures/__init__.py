@@ -5,6 +5,7 @@ from fakit.figures.fidelity import layer_errors, memory_bars, reliability
 from fakit.figures.figure import Figure
 from fakit.figures.map_gallery import layer_map_gallery
 from fakit.figures.maps import layer_map
+from fakit.figures.quantization import quantization_by_layer
 from fakit.figures.results import paired_differences, pareto, retention, scores_by_arm, weight_sensitivity
 from fakit.figures.similarity import bias_curve, rogue_dimensions, similarity_heatmap, similarity_panels
 from fakit.figures.story import distillation_story, softened
@@ -28,6 +29,7 @@ __all__ = [
     "memory_bars",
     "paired_differences",
     "pareto",
+    "quantization_by_layer",
     "reliability",
     "retention",
     "rogue_dimensions",
