@@ -78,7 +78,7 @@ def quantization_by_layer(
             }
         )
         panel_title(figure, number, heading)
-        parts += [_sentence(short, values, shown, letter)]
+        parts.append(_sentence(short, values, shown, letter))
     figure.update_layout(legend={"y": 1.09})
     for name, by_layer in (references or {}).items():
         listed = ", ".join(f"{value:.2g} at {letter}{layer}" for layer, value in by_layer.items())
@@ -89,7 +89,8 @@ def quantization_by_layer(
         if all(rows[place]["relative_error"] == 0 for rows in lines.values())
     ]
     caption = f"Exact, and so not on the axis: hidden states of {', '.join(exact)}." if exact else ""
-    return Figure(figure, f"{'; '.join(parts)}.", caption)
+    text = "; ".join(parts)
+    return Figure(figure, f"{text[0].upper()}{text[1:]}.", caption)
 
 
 def _column(rows: list[dict], column: str) -> np.ndarray:
@@ -123,4 +124,4 @@ def _sentence(short: str, values: Mapping[str, np.ndarray], layers: list[int], l
         low, high = (edge(places, key=lambda place: errors[place]) for edge in (min, max))
         at = " to ".join(f"{errors[place]:.2g} ({letter}{layers[place]})" for place in dict.fromkeys((low, high)))
         parts.append(f"{name} {at}")
-    return f"{short[0].upper()}{short[1:]} {', '.join(parts)}"
+    return f"{short} {', '.join(parts)}"
