@@ -22,7 +22,7 @@ from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
 
 LAYER_MAPS = ("uniform", "last", "first", "skip", "reverse", "all_to_one", "random", "none")
-HEADS = ("one-to-one", "group-mean")
+HEADS = ("one-to-one", "group-mean", "best-match")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 ARMS = {
     "none": (),
@@ -82,7 +82,7 @@ class AttentionConfig(Section):
     """Attention-map matching over the mapped layers."""
 
     section: ClassVar[str] = "attention"
-    loss: str = option("kl", choices=tuple(attention_losses.LOSSES))
+    loss: str = option("kl", choices=(*attention_losses.LOSSES, "relations"))
     weight: float = option(1.0, at_least=0.0)
     heads: str = option("one-to-one", choices=HEADS)
 

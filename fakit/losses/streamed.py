@@ -146,7 +146,8 @@ class _Side:
 
     def __init__(self, inputs: AttentionInputs, valid: Tensor, masked: bool, sinks: bool):
         self.inputs, self.valid, self.masked = inputs, valid, masked
-        self.query, key = at_least_float32(inputs.query), at_least_float32(inputs.key)
+        # models hand over views of (B, T, H, d); laid out by head once, no block's product has to copy them again
+        self.query, key = (at_least_float32(x).contiguous() for x in (inputs.query, inputs.key))
         if masked:  # NaN in padding must not reach the products
             padding = ~valid[:, None, :, None]
             self.query, key = self.query.masked_fill(padding, 0.0), key.masked_fill(padding, 0.0)
