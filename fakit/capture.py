@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -113,14 +114,19 @@ def _attention_source(model: nn.Module, blocks: list[nn.Module]) -> str:
             f"attention asked of {type(model).__name__}, which does not use transformers' attention interface, and runs {implementation!r}: "
             "its attention can be had under 'eager' attention alone. Load it with attn_implementation='eager'."
         )
-    parameters = inspect.signature(without_adapter(model).forward).parameters.values()
-    if not any(p.name == "output_attentions" or p.kind is p.VAR_KEYWORD for p in parameters):
+    if not any(_can_return_maps(module) for module in model.modules() if isinstance(module, PreTrainedModel)):
         raise ValueError(_no_maps(model))
     return "maps"
 
 
 def _uses_attention_interface(block: nn.Module) -> bool:
     return any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(module).__module__]) for module in block.modules())
+
+
+def _can_return_maps(model: PreTrainedModel) -> bool:
+    """Its forward collects maps itself, or transformers records them as they come out of its attention modules."""
+    recorded = getattr(model, "_can_record_outputs", None) or {}
+    return "attentions" in recorded or "output_attentions" in inspect.signature(model.forward).parameters
 
 
 def _no_maps(model: nn.Module) -> str:

@@ -8,6 +8,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture
+from fakit.models import find_blocks
+from fakit.models.blocks import depth
+
 hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
 
@@ -198,6 +202,30 @@ def batch_for(model: PreTrainedModel, rows: int = 2, tokens: int = 7, padding: i
         targets[-1, -1] = -100
         return inputs | {"labels": targets}
     return inputs | {"labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+
+
+def objective_for(student, teacher) -> Objective:
+    layer_map = LayerMap.uniform(depth(student), depth(teacher))
+    objective = Objective(layer_map, Features("mse"), Attention("kl"), Outputs("forward_kl", temperature=2.0), Task())
+    return objective.prepare(student.config.hidden_size, teacher.config.hidden_size)
+
+
+def step(student, teacher, inputs) -> None:
+    """One step of all four terms: each finite and above 0, and each stack of the student and its projections are reached."""
+    objective = objective_for(student, teacher)
+    needs = {side: objective.needs(side) for side in ("student", "teacher")}
+    with torch.no_grad():
+        theirs = capture(teacher, inputs, needs["teacher"].hidden_states, needs["teacher"].attentions)
+    ours = capture(student, inputs, needs["student"].hidden_states, needs["student"].attentions)
+    breakdown = objective(ours, theirs, labels=inputs["labels"])
+    breakdown.total.backward()
+    assert sorted(breakdown.terms) == ["attention", "features", "outputs", "task"]
+    for name, value in breakdown.terms.items():
+        assert value.isfinite() and value > 0, name
+    for block in [*find_blocks(student), *objective.projections.values()]:
+        gradients = [p.grad for p in block.parameters() if p.grad is not None]
+        assert gradients and all(g.isfinite().all() for g in gradients) and any(g.abs().max() > 0 for g in gradients)
+    assert not any(p.grad is not None for p in teacher.parameters())
 
 
 def tokenizer(words: str) -> PreTrainedTokenizerFast:

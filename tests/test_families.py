@@ -1,29 +1,26 @@
-"""Every family as teacher and as student: one step of all terms, export and reload; pairs across families; families no code names."""
-
-from collections.abc import Callable
+"""Every family as teacher and as student: one step of all terms, export and reload; pairs across families; what each one's ways ask for."""
 
 import peft
 import pytest
 import torch
 import transformers as hf
 
-from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture, shrink
+from fakit import capture, shrink
 from fakit.capture import is_causal_lm
 from fakit.models import find_blocks
-from fakit.models.blocks import depth, find_stacks
+from fakit.models.blocks import depth
 from tests.families import (
     DECODERS,
     EAGER_ONLY,
     EVERY,
     HEADS,
-    IMAGES,
     LAYERS,
     SEQ2SEQ,
-    SIZES,
     VOCAB,
     WIDTH,
     batch,
     batch_for,
+    step,
     tiny,
 )
 
@@ -44,30 +41,6 @@ def auto_class(model) -> type:
         if type(model).__name__.endswith(ending):
             return kind
     return hf.AutoModelForCausalLM
-
-
-def objective_for(student, teacher) -> Objective:
-    layer_map = LayerMap.uniform(depth(student), depth(teacher))
-    objective = Objective(layer_map, Features("mse"), Attention("kl"), Outputs("forward_kl", temperature=2.0), Task())
-    return objective.prepare(student.config.hidden_size, teacher.config.hidden_size)
-
-
-def step(student, teacher, inputs) -> None:
-    """One step of all four terms: each finite and above 0, and each stack of the student and its projections are reached."""
-    objective = objective_for(student, teacher)
-    needs = {side: objective.needs(side) for side in ("student", "teacher")}
-    with torch.no_grad():
-        theirs = capture(teacher, inputs, needs["teacher"].hidden_states, needs["teacher"].attentions)
-    ours = capture(student, inputs, needs["student"].hidden_states, needs["student"].attentions)
-    breakdown = objective(ours, theirs, labels=inputs["labels"])
-    breakdown.total.backward()
-    assert sorted(breakdown.terms) == ["attention", "features", "outputs", "task"]
-    for name, value in breakdown.terms.items():
-        assert value.isfinite() and value > 0, name
-    for block in [*find_blocks(student), *objective.projections.values()]:
-        gradients = [p.grad for p in block.parameters() if p.grad is not None]
-        assert gradients and all(g.isfinite().all() for g in gradients) and any(g.abs().max() > 0 for g in gradients)
-    assert not any(p.grad is not None for p in teacher.parameters())
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -294,112 +267,3 @@ def test_models_with_an_adapter_are_seen_through(family):
     assert type(student) is type(base) and not any("lora" in name for name, _ in student.named_parameters())
     assert torch.allclose(student(**batch()).logits, wrapped(**batch()).logits, atol=1e-4)
     assert all(torch.equal(p, before[name]) for name, p in wrapped.state_dict().items())
-
-
-# -- families that no code names ---------------------------------------------------------------------------------------
-
-_GPT = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64, "vocab_size": VOCAB, "pad_token_id": 0}
-_BART = {k: v for k, v in EVERY["bart"][1]().to_dict().items() if k not in ("model_type", "architectures")}
-OTHERS: dict[str, Callable] = {
-    "codegen": lambda: hf.CodeGenForCausalLM(hf.CodeGenConfig(**_GPT, rotary_dim=4)),
-    "gpt-j": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(**_GPT, rotary_dim=4)),
-    "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**SIZES, num_key_value_heads=2)),
-    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**SIZES)),
-    "xlm-roberta": lambda: hf.XLMRobertaForMaskedLM(hf.XLMRobertaConfig(**SIZES)),
-    "big-bird": lambda: hf.BigBirdForMaskedLM(hf.BigBirdConfig(**SIZES, attention_type="original_full")),
-    "convbert": lambda: hf.ConvBertForMaskedLM(hf.ConvBertConfig(**SIZES, embedding_size=WIDTH)),
-    "mbart": lambda: hf.MBartForConditionalGeneration(hf.MBartConfig(**_BART)),
-    "m2m-100": lambda: hf.M2M100ForConditionalGeneration(hf.M2M100Config(**_BART)),
-    "umt5": lambda: hf.UMT5ForConditionalGeneration(hf.UMT5Config(**EVERY["t5"][1]().to_dict())),
-    "whisper's decoder": lambda: hf.WhisperForCausalLM(hf.WhisperConfig(**_BART, max_target_positions=20)),
-    "dinov2": lambda: hf.Dinov2ForImageClassification(
-        hf.Dinov2Config(
-            **{
-                k: v
-                for k, v in IMAGES["vit"][1]().to_dict().items()
-                if k in ("hidden_size", "image_size", "patch_size")
-            },
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            mlp_ratio=2,
-        )
-    ),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_families_that_no_code_names_work_by_the_same_rules(name, tmp_path):
-    teacher = OTHERS[name]().eval().requires_grad_(False)
-    inputs = batch_for(teacher)
-    step(shrink(teacher, layers=2), teacher, inputs)
-    student = shrink(teacher, layers=2).eval()
-    student.save_pretrained(tmp_path)
-    again = type(student).from_pretrained(tmp_path, attn_implementation=student.config._attn_implementation)
-    with torch.no_grad():
-        assert torch.equal(capture(student, inputs).logits, capture(again, inputs).logits)
-
-
-def longformer() -> hf.PreTrainedModel:
-    return hf.LongformerForMaskedLM(hf.LongformerConfig(**SIZES, attention_window=4))
-
-
-def jamba() -> hf.PreTrainedModel:
-    settings = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "use_mamba_kernels": False}
-    return hf.JambaForCausalLM(hf.JambaConfig(**SIZES, num_key_value_heads=2, num_experts=2, **settings))
-
-
-@pytest.mark.parametrize(
-    ("model", "asked", "message"),
-    [
-        (
-            lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2)),
-            {"attentions": [1]},
-            r"MambaForCausalLM, which gives no attention maps: its MambaBlock blocks .*attention=None.*hidden states and outputs",
-        ),
-        (
-            lambda: hf.FNetForMaskedLM(hf.FNetConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2)),
-            {"attentions": [2]},
-            "FNetForMaskedLM, which gives no attention maps",
-        ),
-        (
-            jamba,
-            {"attentions": [1, 2]},
-            r"attention of layers \[1\] asked of JambaForCausalLM, and nothing was seen there",
-        ),
-        (
-            longformer,
-            {"attentions": [1]},
-            r"shape \(2, 4, 7, 5\), which is no map .* over 7 tokens: it looks through a window",
-        ),
-        (
-            longformer,
-            {"hidden_states": [1]},
-            r"works on \(2, 8, 32\), and the batch is \(2, 7\).*multiple of the window",
-        ),
-    ],
-    ids=["mamba", "fnet", "jamba", "longformer maps", "longformer hidden states"],
-)
-def test_what_a_family_cannot_give_is_named_with_what_to_do_instead(model, asked, message):
-    with pytest.raises(ValueError, match=message):
-        capture(model().eval(), batch(), **asked)
-
-
-def test_families_without_attention_still_align_hidden_states_and_outputs():
-    config = hf.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=4, state_size=4, pad_token_id=0)
-    teacher = hf.MambaForCausalLM(config).eval()
-    student = shrink(teacher, layers=2)
-    trace = capture(student, batch(), [0, 1, 2])
-    with torch.no_grad():
-        breakdown = Objective(LayerMap.uniform(2, 4), Features("mse"), outputs=Outputs("forward_kl"))(
-            trace, capture(teacher, batch(), range(5))
-        )
-    assert breakdown.terms["features"] > 0 and breakdown.terms["outputs"] > 0
-
-
-def test_shrinking_two_joined_models_says_how():
-    bert = hf.BertConfig(**SIZES)
-    decoder = hf.BertLMHeadModel(hf.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True))
-    model = hf.EncoderDecoderModel(encoder=hf.BertModel(bert), decoder=decoder)
-    assert [stack.name for stack in find_stacks(model)] == ["encoder.encoder.layer", "decoder.bert.encoder.layer"]
-    with pytest.raises(ValueError, match=r"joins two models.*EncoderDecoderModel\(encoder=shrink\(teacher.get_encoder"):
-        shrink(model, layers=2)

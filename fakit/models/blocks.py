@@ -59,9 +59,10 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     """True for a model with both stacks: a T5 encoder alone and a BART decoder alone have one."""
     if not getattr(model.config, "is_encoder_decoder", False):
         return False
+    model = without_adapter(model)
     encoder, decoder = model.get_encoder(), model.get_decoder()
-    inside = [module for module in model.modules() if module is encoder or module is decoder]
-    return len(inside) == 2 and not any(module is encoder for module in decoder.modules())
+    # transformers gives the model itself where it has no such part
+    return encoder is not decoder and not any(part in (model, model.base_model) for part in (encoder, decoder))
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
@@ -76,11 +77,10 @@ def _find_stack(model: nn.Module, root: nn.Module, depths: tuple[str, ...]) -> S
         raise ValueError(
             f"{type(model).__name__}'s configuration ({type(config).__name__}) names no num_hidden_layers."
         )
-    inside = {id(module) for module in root.modules()}
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and id(m) in inside]
     groups = getattr(config, "num_hidden_groups", None)
+    lists = _lists(model, root, {groups} if groups else set(counts.values()))
     for count, layers in counts.items():
-        outermost = _outermost(lists, groups or layers)
+        outermost = _fitting(lists, groups or layers)
         if len(outermost) == 1:
             name, members = outermost[0]
             # the members take turns of equal length, as near as it goes
@@ -91,7 +91,7 @@ def _find_stack(model: nn.Module, root: nn.Module, depths: tuple[str, ...]) -> S
     seen = ", ".join(f"{name} ({len(m)} × {type(m[0]).__name__})" for name, m in lists) or "none"
     layers = groups or next(iter(counts.values()))
     raise ValueError(
-        f"{type(model).__name__} counts {layers} layers, and {len(_outermost(lists, layers))} of its module lists could be its blocks; lists "
+        f"{type(model).__name__} counts {layers} layers, and {len(_fitting(lists, layers))} of its module lists could be its blocks; lists "
         f"found: {seen}. Blocks have to be modules, all in one list: pass one tower of a model that joins several, and a model of another "
         "family where a layer's parts stand in lists of their own (RoBERTa in place of XLM) or layers pool tokens between them (Funnel)."
     )
@@ -104,9 +104,24 @@ def _counts(config, depths: tuple[str, ...]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if isinstance(count, int)}
 
 
-def _outermost(lists: list[tuple[str, nn.ModuleList]], layers: int) -> list[tuple[str, nn.ModuleList]]:
+def _lists(
+    module: nn.Module, root: nn.Module, lengths: set[int], name: str = "", inside: bool = False
+) -> list[tuple[str, nn.ModuleList]]:
+    """Module lists below `root`, with their names in `module`; none inside a list of one of `lengths`, so that this stays quick."""
+    found = []
+    inside = inside or module is root
+    for own_name, child in module.named_children():
+        full_name = f"{name}.{own_name}" if name else own_name
+        if isinstance(child, nn.ModuleList) and len(child):
+            found += [(full_name, child)] if inside else []
+            if len(child) in lengths:
+                continue
+        found += _lists(child, root, lengths, full_name, inside)
+    return found
+
+
+def _fitting(lists: list[tuple[str, nn.ModuleList]], layers: int) -> list[tuple[str, nn.ModuleList]]:
     fitting = [(name, m) for name, m in lists if len(m) == layers and not isinstance(m[0], nn.ModuleList)]
-    fitting = [(n, m) for n, m in fitting if not any(n.startswith(f"{other}.") for other, _ in fitting)]
     fitting = [(name, m) for name, m in fitting if len({type(block) for block in m}) == 1] or fitting
     checkpointed = [(name, m) for name, m in fitting if isinstance(m[0], GradientCheckpointingLayer)]
     return checkpointed or fitting

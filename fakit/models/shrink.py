@@ -136,7 +136,8 @@ def _smaller_config(
                 vars(config)[name] = [value[i - 1] for i in kept]
     for stack, kept in zip(stacks, sources, strict=True):
         for count in stack.counts:
-            setattr(config, count, len(kept))
+            if getattr(config, count) != len(kept):  # one name may follow another, and not be there to be set
+                setattr(config, count, len(kept))
     if getattr(config, "num_hidden_groups", None):
         config.num_hidden_groups = min(config.num_hidden_groups, len(sources[0]))
     if hasattr(
