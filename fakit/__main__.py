@@ -18,6 +18,9 @@ def run(args: argparse.Namespace) -> int:
 
 def distill(args: argparse.Namespace) -> int:
     """`fakit distill`: one experiment, from its YAML file to an exported student and a record."""
+    from fakit.launch import start_all_processes
+
+    start_all_processes()
     from fakit.experiments import ExperimentConfig, run_experiment
 
     config = ExperimentConfig.from_yaml(args.config)

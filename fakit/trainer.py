@@ -5,23 +5,27 @@ checkpointing, checkpoints, resume, callbacks, TensorBoard. The student exports 
 """
 
 import json
+import logging
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from fakit.breakdown import Breakdown
 from fakit.capture import capture, is_causal_lm
 from fakit.losses.task import task_loss
-from fakit.models.blocks import depth
+from fakit.models.blocks import depth, find_blocks
 from fakit.models.load import is_quantized
 from fakit.models.preflight import preflight
 from fakit.objective import Needs, Objective
+from fakit.sharding import check_sharding, load_whole_state, shards_on_cpus, whole_state
+from fakit.shares import counts, reweighted, shares
 from fakit.trace import Trace
 
 _PROJECTIONS, _OBJECTIVE = "projections.safetensors", "objective.json"
+logger = logging.getLogger(__name__)
 
 
 class Distiller(nn.Module):
@@ -66,8 +70,22 @@ class Distiller(nn.Module):
         """True while the student recomputes its activations."""
         return self.student.is_activation_checkpointing
 
-    def forward(self, labels: Tensor | None = None, **inputs) -> dict[str, Tensor]:
-        """Training: the objective's loss (). Eval: the student's logits and, where there are labels, the task's loss (), without teacher."""
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of the student's blocks: FSDP's TRANSFORMER_BASED_WRAP shards each block by itself."""
+        return sorted({type(block).__name__ for block in find_blocks(self.student)})
+
+    def tie_weights(self) -> None:
+        """Tie the student's heads and embeddings again, after FSDP has put its parameters anew."""
+        self.student.tie_weights()
+
+    def forward(
+        self, labels: Tensor | None = None, shares: dict[str, Tensor] | None = None, **inputs
+    ) -> dict[str, Tensor]:
+        """Training: the objective's loss (). Eval: the student's logits and, where there are labels, the task's loss (), without teacher.
+
+        `shares`: what this batch counts for in the optimiser step, by term (see `fakit.shares`); None where it is all of the step.
+        """
         if not self.training:
             logits = capture(self.student, inputs).logits
             loss = {} if labels is None else {"loss": task_loss(logits, labels, is_causal_lm(self.student))}
@@ -78,6 +96,8 @@ class Distiller(nn.Module):
                 theirs = _trace(self.teacher, inputs, self.objective.needs("teacher"))
         ours = _trace(self.student, inputs, self.objective.needs("student", labels is not None))
         breakdown = self.objective(ours, theirs, labels)
+        if shares is not None:
+            breakdown = reweighted(breakdown, shares)
         self.breakdown = breakdown.detach()
         return {"loss": breakdown.total}
 
@@ -122,7 +142,11 @@ class DistillationTrainer(Trainer):
         teacher_tokenizer=None,
         **kwargs,
     ):
-        if args is not None and args.activation_checkpointing:
+        args = TrainingArguments("tmp_trainer") if args is None else args
+        if args.n_gpu > 1:
+            logger.warning("Training on one of %d GPUs; `accelerate launch` starts a process on each.", args.n_gpu)
+            args._n_gpu = 1  # not DataParallel, whose replicas lose their breakdown
+        if args.activation_checkpointing:
             _refuse_reentrant(args.activation_checkpointing_kwargs)
         check_fit(teacher, student, objective, teacher_tokenizer, kwargs.get("processing_class"))
         objective.prepare(*(m.config.get_text_config().hidden_size for m in (student, teacher)))
@@ -136,13 +160,35 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._is_checkpoint = False
 
+    @property
+    def distiller(self) -> Distiller:
+        """Student and objective without what wraps them (DDP, FSDP, compile)."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up Accelerate; `--use_fsdp` shards on CPUs, too."""
+        with shards_on_cpus():
+            super().create_accelerator_and_postprocess()
+        check_sharding(self.accelerator)
+
     # -- the step -------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, each with its shares where a step has more than one, here or in other processes."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and len(batches) * self.args.world_size > 1:
+            student = self.distiller.student
+            causal, tokens = is_causal_lm(student), student.get_output_embeddings() is not None
+            parts = [counts(self.objective, batch, causal, tokens) for batch in batches]
+            for batch, share in zip(batches, shares(parts, self.accelerator.gather), strict=True):
+                batch["shares"] = share
+        return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's total; the breakdown goes into the running means of the log."""
         outputs = model(**inputs)
         if model.training:
-            for name, value in _flat(self.accelerator.unwrap_model(model).breakdown).items():
+            for name, value in _flat(self.distiller.breakdown).items():
                 total, steps = self._sums.get(name, (0.0, 0))
                 self._sums[name] = total + value, steps + 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
@@ -150,15 +196,17 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the terms' means since the last log; on an accelerator this is where a NaN is found and named."""
         if "loss" in logs and self._sums:
-            self.accelerator.unwrap_model(self.model).breakdown.check()
-            logs |= {name: (total / steps).item() for name, (total, steps) in self._sums.items()}
+            self.distiller.breakdown.check()
+            means = torch.stack([total / steps for total, steps in self._sums.values()])  # (terms and layer pairs,)
+            means = self.accelerator.gather(means.unsqueeze(0)).mean(0)  # over the processes
+            logs |= dict(zip(self._sums, means.tolist(), strict=True))
             self._sums = {}
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
         # the columns worth keeping are those that the student's forward pass takes, not the wrapper's
         if self._signature_columns is None:
-            model, self.model = self.model, self.accelerator.unwrap_model(self.model).student
+            model, self.model = self.model, self.distiller.student
             super()._set_signature_columns_if_needed()
             self.model = model
 
@@ -168,24 +216,34 @@ class DistillationTrainer(Trainer):
         """Export the student (and the tokenizer, if the trainer has one). Checkpoints also hold projections and weights."""
         self._is_checkpoint = _internal_call
         try:
-            super().save_model(output_dir, _internal_call=_internal_call)
+            if self.is_fsdp_enabled:  # the Trainer would leave it at shards
+                self._save(output_dir, self.accelerator.get_state_dict(self.model))
+            else:
+                super().save_model(output_dir, _internal_call=_internal_call)
         finally:
             self._is_checkpoint = False
+
+    def whole_student(self) -> PreTrainedModel:
+        """The trained student: `self.student`, or under FSDP a whole copy of it. Every process calls it."""
+        if not self.is_fsdp_enabled:
+            return self.student
+        student = type(self.student)._from_config(self.student.config)
+        student.load_state_dict(_part(whole_state(self.model), "student."))
+        return student.to(self.args.device).eval()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        distiller = self.accelerator.unwrap_model(self.model)
+        distiller = self.distiller
         state = distiller.state_dict() if state_dict is None else state_dict
-        student = {k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")}
-        distiller.student.save_pretrained(folder, state_dict=student)
+        distiller.student.save_pretrained(folder, state_dict=_part(state, "student."))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if self._is_checkpoint:
-            rest = {k.removeprefix("objective."): v for k, v in state.items() if k.startswith("objective.")}
-            save_file({k: v.contiguous() for k, v in rest.items()}, folder / _PROJECTIONS)
+            rest = {k: v.contiguous() for k, v in _part(state, "objective.").items()}
+            save_file(rest, folder / _PROJECTIONS)
             (folder / _OBJECTIVE).write_text(json.dumps(_settings(distiller.objective), indent=2))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -196,9 +254,8 @@ class DistillationTrainer(Trainer):
                 f"{folder} is no checkpoint of a DistillationTrainer: {', '.join(missing)} missing. Give a checkpoint-N folder of this "
                 "trainer's output_dir; an exported student starts a new run instead."
             )
-        distiller = self.accelerator.unwrap_model(self.model if model is None else model)
+        distiller = self.distiller
         student = type(distiller.student).from_pretrained(folder, dtype=torch.float32)
-        distiller.student.load_state_dict(student.state_dict())
         projections = load_file(folder / _PROJECTIONS)
         ours = distiller.objective.state_dict()
         if {k: v.shape for k, v in projections.items()} != {k: v.shape for k, v in ours.items()}:
@@ -206,7 +263,12 @@ class DistillationTrainer(Trainer):
                 f"{folder} holds projections {sorted(projections)}, this objective has {sorted(ours)}: resume with the layer map and the "
                 "widths that the run was started with."
             )
-        distiller.objective.load_state_dict(projections)
+        state = {f"student.{name}": value for name, value in student.state_dict().items()}
+        state |= {f"objective.{name}": value for name, value in projections.items()}
+        if self.is_fsdp_enabled:
+            load_whole_state(self.model, state)
+        else:
+            distiller.load_state_dict(state)
         settings = json.loads((folder / _OBJECTIVE).read_text())
         distiller.objective.weights.update(settings["weights"])
         if settings["temperature"] is not None and distiller.objective.outputs is not None:
@@ -265,6 +327,10 @@ class _EpochCallback(TrainerCallback):
 def _flat(breakdown: Breakdown) -> dict[str, Tensor]:
     layers = {f"{n}/S{s}_T{t}": v for n, pairs in breakdown.per_layer.items() for (s, t), v in pairs.items()}
     return {**breakdown.terms, **layers}
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _settings(objective: Objective) -> dict:

@@ -139,7 +139,7 @@ class TrainingRows:
 
     Attributes:
         rows: encoded labelled rows, then the pool's (labels -100).
-        plan: (batches, batch_size) row numbers, see `batch_plan`.
+        plan: (batches, batch_size) row numbers, see `batch_plan`; the batches of an optimiser step follow each other.
         labelled: how many of the rows carry a label.
     """
 
@@ -172,15 +172,18 @@ def build_training_rows(
         parts.append(pool.cast(parts[0].features))
     labelled = len(parts[0])
     rows = concatenate_datasets(parts)
+    each = training.accumulation * processes  # batches of an optimiser step
     plan = batch_plan(
         labelled,
         len(rows) - labelled,
-        batches=training.steps * training.accumulation * processes,
-        batch_size=training.batch_size,
+        batches=training.steps,
+        batch_size=training.batch_size * each,
         labelled_fraction=training.labelled_fraction,
         seed=config.seed,
     )
-    return TrainingRows(rows, plan, labelled)
+    # a step's rows are dealt out like cards, so that they, and each batch's share of labels, do not depend on who takes them
+    dealt = plan.reshape(training.steps, training.batch_size, each).swapaxes(1, 2)
+    return TrainingRows(rows, dealt.reshape(-1, training.batch_size), labelled)
 
 
 def build_arguments(config: ExperimentConfig, folder: str | Path, progress: bool = True) -> TrainingArguments:

@@ -23,6 +23,7 @@ from fakit.experiments.build import (
     build_teacher,
     build_training_rows,
 )
+from fakit.experiments.checkpoints import last_whole_checkpoint
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.statistics import LOWER_IS_BETTER
 from fakit.experiments.store import RunStore
@@ -111,7 +112,7 @@ def run_experiment(
 
     Args:
         store: a `RunStore` or its folder (made when missing): the finished run is added to it. None records nothing.
-        resume: a run that is recorded is returned as recorded; one with checkpoints in `config.out` goes on from the last.
+        resume: a run that is recorded is returned as recorded; one with checkpoints in `config.out` goes on from the last whole one.
         callbacks: of transformers, passed to the trainer.
         progress: the trainer's progress bar.
 
@@ -119,7 +120,6 @@ def run_experiment(
         ValueError: before any training, for parts that do not fit, or a run that is recorded while `resume` is off.
     """
     from transformers import PrinterCallback, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from fakit.trainer import DistillationTrainer
 
@@ -155,8 +155,9 @@ def run_experiment(
         )
         trainer.remove_callback(PrinterCallback)  # what stands in for a progress bar that was switched off
         flops_per_step = step_flops(trainer, rows)
-        checkpoint = get_last_checkpoint(folder) if resume and Path(folder).is_dir() else None
-        trained = trainer.train(resume_from_checkpoint=checkpoint)
+        checkpoint = last_whole_checkpoint(folder, args.world_size) if resume else None
+        trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        student = trainer.whole_student()
         test = task.encode("test", tokenizer, max_length)
 
     scores = _evaluate(student, test, task, tokenizer, teacher)

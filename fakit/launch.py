@@ -1,0 +1,46 @@
+"""`accelerate launch --cpu --num_processes N` as it reads: N processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def start_all_processes() -> None:
+    """Replace this process by the N processes that `accelerate launch --cpu --num_processes N` was asked for.
+
+    Accelerate (1.15) starts a single one on CPUs and leaves the others to an mpirun, so a run would quietly have a smaller global batch
+    than was meant. N stands only on the command line of the launcher, which is this process's parent. Does nothing elsewhere.
+
+    Raises:
+        ValueError: that launcher, and no N to be found on its command line; or several machines.
+    """
+    alone = not any(
+        name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    )
+    on_cpus = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") and "MASTER_PORT" in os.environ
+    if not (alone and on_cpus):  # MASTER_PORT: the launcher sets it where more than one process was asked for
+        return
+    from accelerate.commands.launch import launch_command_parser
+
+    launched = _arguments_of_launcher()
+    asked = None if launched is None else launch_command_parser().parse_known_args(launched)[0]
+    if asked is None or not asked.num_processes or (asked.num_machines or 1) > 1:
+        raise ValueError(
+            "accelerate launch --cpu started one process of several, and how many were asked for does not stand on its command line. Give "
+            "--num_processes N there, or use torchrun --nproc_per_node N -m fakit distill …, which also takes several machines."
+        )
+    port = ["--standalone"] if asked.main_process_port is None else ["--master_port", str(asked.main_process_port)]
+    command = [sys.executable, "-m", "torch.distributed.run", *port, "--nproc_per_node", str(asked.num_processes)]
+    os.execv(sys.executable, [*command, "-m", "fakit", *sys.argv[1:]])
+
+
+def _arguments_of_launcher() -> list[str] | None:
+    """What follows `accelerate launch` (or accelerate-launch, or …/launch.py) on the parent's command line."""
+    import psutil
+
+    command = psutil.Process().parent().cmdline()
+    names = ("launch", "accelerate-launch", "accelerate.commands")  # stems of …/launch.py and of the module's name, too
+    start = next((place + 1 for place, part in enumerate(command) if Path(part).stem in names), None)
+    return None if start is None else command[start:]

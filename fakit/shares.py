@@ -1,0 +1,97 @@
+"""The mean over a global batch is not the mean of its parts' means: what each part counts for, term by term.
+
+A term of the objective is a mean over tokens, predicting positions or labels. Where an optimiser step takes several parts (processes,
+accumulated micro-batches), the Trainer averages the parts' losses, so a token of a part with much padding would weigh more than one
+of a full part. A part's share, its count over the mean count, makes up for that: the average of share · mean is the global mean.
+
+Exact for every named loss, with these exceptions: the MSE of maps where a window hides pairs, layers of an encoder-decoder's decoder
+(tokens are counted in its encoder), heads="best-match" (each part makes its own match), and functions that are no mean over what counts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fakit.breakdown import Breakdown
+from fakit.objective import Objective
+
+Batch = Mapping[str, Tensor]
+
+
+def counts(objective: Objective, batch: Batch, causal: bool, token_logits: bool) -> dict[str, Tensor]:
+    """What each term's mean over a batch runs over, up to a constant factor: {term: () int64}, on the batch's device.
+
+    Args:
+        batch: what the model is given; attention_mask (B, T) and labels (B,) or (B, T) are looked at.
+        causal: logits at t predict the token at t + 1.
+        token_logits: the model's logits are (B, T, V), not (B, C).
+    """
+    mask, labels = _tokens(batch), batch.get("labels")
+    rows = mask.new_tensor(len(mask), dtype=torch.long)
+    lengths = mask.sum(1)  # (B,)
+    found = {"features": lengths.sum(), "attention": lengths.sum()}
+    if objective.attention is not None and objective.attention.loss == "mse":  # a mean over pairs of tokens
+        found["attention"] = (lengths * (lengths + 1) // 2 if causal else lengths**2).sum()
+    found["outputs"] = _positions(mask, batch, causal).sum() if token_logits else rows
+    if labels is not None:
+        labels = labels[:, 1:] if causal and labels.dim() == 2 else labels
+        found["task"] = ((labels != -100) & ~labels.isnan()).sum()
+    return {name: count for name, count in found.items() if name in objective.weights}
+
+
+def shares(parts: Sequence[dict[str, Tensor]], gather: Callable[[Tensor], Tensor]) -> list[dict[str, Tensor]]:
+    """The share of each of this process's parts in a step: {term: () float32}, with mean 1 over all parts of all processes.
+
+    Args:
+        parts: `counts` of the micro-batches of one optimiser step in this process.
+        gather: puts one number (1,) of every process into one vector (processes,): one exchange a step, which nothing waits for.
+    """
+    names = sorted(set().union(*parts))
+    table = torch.stack([torch.stack([part.get(n, _nothing(part)) for n in names]) for part in parts])  # (parts, terms)
+    own = torch.cat([table.sum(0), table.new_tensor([len(parts)])])  # (terms + 1,)
+    total = gather(own.unsqueeze(0)).sum(0)  # over the processes
+    weights = table * total[-1] / total[:-1].clamp_min(1)
+    return [dict(zip(names, row, strict=True)) for row in weights.float()]
+
+
+def reweighted(breakdown: Breakdown, share: Mapping[str, Tensor]) -> Breakdown:
+    """A part's losses, each multiplied by its share: averaged over all parts, every number is that of the global batch."""
+    weighted = {name: share[name] * value for name, value in breakdown.weighted.items()}
+    return replace(
+        breakdown,
+        total=sum(weighted.values()),
+        terms={name: share[name] * value for name, value in breakdown.terms.items()},
+        weighted=weighted,
+        per_layer={n: {pair: share[n] * v for pair, v in pairs.items()} for n, pairs in breakdown.per_layer.items()},
+    )
+
+
+def _nothing(part: dict[str, Tensor]) -> Tensor:
+    return torch.zeros_like(next(iter(part.values())))
+
+
+def _tokens(batch: Batch) -> Tensor:
+    """The tokens that count, bool (B, T); one a row where there is no padding to tell (an image)."""
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        return mask.bool()
+    found = next(value for value in batch.values() if isinstance(value, Tensor))
+    ids = batch.get("input_ids")
+    return torch.ones_like(ids, dtype=torch.bool) if ids is not None else found.new_ones(len(found), 1).bool()
+
+
+def _positions(mask: Tensor, batch: Batch, causal: bool) -> Tensor:
+    """The positions that predict something, as the objective's outputs term sees them. bool (B, T') or (B, T' - 1)"""
+    labels = batch.get("labels")
+    if batch.get("decoder_attention_mask") is not None:
+        return batch["decoder_attention_mask"].bool()
+    if not causal:
+        is_decoders = labels is not None and labels.shape != mask.shape
+        return labels != -100 if is_decoders else mask
+    mask = mask[:, :-1] & mask[:, 1:]
+    if labels is not None:
+        labelled = labels[:, 1:] != -100
+        mask = mask & (labelled | ~labelled.any(1, keepdim=True))
+    return mask
