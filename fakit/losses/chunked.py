@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from fakit.losses import outputs
 from fakit.losses.reduce import check_mask
 
-# Logits of one chunk, in elements: 16 MiB in float32, four buffers of which share a CPU's last cache; a GPU wants larger matrices.
-_CHUNK = {"cpu": 2**22}
-_CHUNK_ELSEWHERE = 2**25
+# Tokens of one chunk. Its logits, in float32, should stay in a CPU's caches (16 MiB; a GPU wants larger matrices), but every chunk also reads
+# both heads and adds to one gradient of their size, so that below some 200 tokens the traffic costs more than the caches save.
+_ELEMENTS = {"cpu": 2**22}
+_ELEMENTS_ELSEWHERE = 2**25
+_FEWEST = 192
 
 
 def fused_outputs(
@@ -127,7 +129,7 @@ def fused_outputs(
         task_weight=task_weight if wants_task else 0.0,
         vocab_size=vocab_size or sizes[0],
         finish=(student_finish, teacher_finish),
-        chunk=chunk or max(1, _CHUNK.get(kind, _CHUNK_ELSEWHERE) // max(sizes)),
+        chunk=chunk or max(_FEWEST, _ELEMENTS.get(kind, _ELEMENTS_ELSEWHERE) // max(sizes)),
         autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         gradients=torch.is_grad_enabled(),
     )
@@ -179,7 +181,7 @@ class _FusedOutputs(torch.autograd.Function):
         *inputs, grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         grads = (grad_hidden, grad_weight, grad_bias)
         if grad_outputs is None and grad_task is None:
-            grads = [grad if grad is None or grad_total is None else grad_total * grad for grad in grads]
+            grads = [None if grad is None or grad_total is None else grad_total * grad for grad in grads]
         else:  # one of the terms by itself: the same pass again, with the factors that came in
             plan = ctx.plan
             factors = [
@@ -187,6 +189,7 @@ class _FusedOutputs(torch.autograd.Function):
                 for own, weight in ((grad_outputs, plan.outputs_weight), (grad_task, plan.task_weight))
             ]
             _, grads = _sweep(*inputs, plan, factors, [grad is not None for grad in grads])
+        grads = [None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs[:3], strict=True)]
         return *grads, None, None, None, None, None, None
 
 
@@ -213,16 +216,11 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
         labelled_rows = with_label.shape[0]
         if rows.shape[0] == N and labelled_rows in (0, N):
             rows = None  # all of them, in their order
-    student = _Head(hidden, weight, bias, plan.finish[0], plan.autocast, compared | labelled, rows)
-    teacher = _Head(
-        teacher_hidden,
-        teacher_weight[: plan.vocab_size],
-        None if teacher_bias is None else teacher_bias[: plan.vocab_size],
-        plan.finish[1],
-        plan.autocast,
-        compared,
-        rows,
-    )
+    student = _Head(hidden, weight, bias, plan.finish[0], plan, compared | labelled, rows)
+    if plan.outputs_weight:
+        cut = slice(plan.vocab_size)
+        teacher_bias = None if teacher_bias is None else teacher_bias[cut]
+        teacher = _Head(teacher_hidden, teacher_weight[cut], teacher_bias, plan.finish[1], plan, compared, rows)
     if rows is not None:
         compared, labelled = compared[rows], labelled[rows]
         labels = None if labels is None else labels[rows]
@@ -232,12 +230,9 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
 
     sums = [torch.zeros((), dtype=student.dtype, device=device) for _ in range(2)]
     grads = student.zero_grads(wanted)
-    step = (
-        _forward_kl_step
-        if plan.divergence is outputs.PER_POSITION["forward_kl"]
-        else partial(_any_step, plan.divergence)
-    )
-    work = [torch.empty(plan.chunk * weight.shape[0], dtype=student.dtype, device=device) for _ in range(4)]
+    by_hand = plan.divergence is outputs.PER_POSITION["forward_kl"]
+    step = _forward_kl_step if by_hand else partial(_any_step, plan.divergence)
+    work = [torch.empty(min(plan.chunk, N) * weight.shape[0], dtype=student.dtype, device=device) for _ in range(4)]
     for start in range(0, compared.shape[0], plan.chunk):
         chunk = slice(start, start + plan.chunk)
         z, g = student.logits(chunk, work[0]), None  # (n, V_S)
@@ -257,7 +252,8 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
                 g = ce.mul_(share)
             else:
                 g[:n].addcmul_(ce, share)
-        student.backward(chunk, g, grads)
+        if any(wanted):
+            student.backward(chunk, g, grads)
     return sums, student.finish_grads(grads, rows)
 
 
@@ -267,8 +263,8 @@ def _forward_kl_step(z, t, temperature, work):
     With a = z/τ and b = t/τ, log P - log Q = b - a - LSE(b) + LSE(a), LSE(x) = max x - log max softmax(x), and the gradient is τ (Q - P).
     """
     a, p = (_view(buffer, z.shape) for buffer in work)
-    torch.div(z, temperature, out=a).clamp_min_(outputs.lowest(a.dtype))
-    b = t.div_(temperature).clamp_min_(outputs.lowest(t.dtype))
+    torch.div(z, temperature, out=a)
+    b = t.div_(temperature)
     shift = b.amax(-1, keepdim=True) - a.amax(-1, keepdim=True)
     torch.softmax(b, -1, out=p)
     values = b.sub_(a).sub_(shift).mul_(p).sum(-1)
@@ -279,11 +275,10 @@ def _forward_kl_step(z, t, temperature, work):
 
 def _any_step(per_position, z, t, temperature, work):
     """τ² times any divergence of each row, and its gradient for z, by autograd."""
-    lowest = outputs.lowest(z.dtype)
-    b = t.div_(temperature).clamp_min_(lowest)
+    b = t.div_(temperature)
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
-        values = temperature**2 * per_position((leaf / temperature).clamp_min(lowest), b)
+        values = temperature**2 * per_position(leaf / temperature, b)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return values.detach(), gradient
 
@@ -303,17 +298,21 @@ def _view(buffer: Tensor, shape) -> Tensor:
 class _Head:
     """One side: hidden states of the rows that count, and how they become logits and gradients."""
 
-    def __init__(self, hidden, weight, bias, finish, autocast, counts, rows):
+    def __init__(self, hidden, weight, bias, finish, plan, counts, rows):
         self.parameters = (hidden, weight, bias)
         hidden = hidden.masked_fill(~counts.unsqueeze(-1), 0.0)  # NaN in padding must not reach the products
         if rows is not None:
             hidden = hidden[rows]
-        if autocast is not None:
+        if plan.autocast is not None:
             hidden, weight, bias = (
-                x if x is None or x.dtype == torch.float64 else x.to(autocast) for x in (hidden, weight, bias)
+                x if x is None or x.dtype == torch.float64 else x.to(plan.autocast) for x in (hidden, weight, bias)
             )
         self.hidden, self.weight, self.bias, self.finish = hidden, weight, bias, finish
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        # -inf can come from a bias or a finishing function alone; it is replaced there, and not in a pass over all logits
+        self.share_of_lowest = min(1.0, plan.temperature)
+        if bias is not None:
+            self.bias = bias.clamp_min(self.share_of_lowest * outputs.lowest(bias.dtype))
 
     def logits(self, chunk: slice, work: Tensor) -> Tensor:
         """finish(h Wᵀ + bias) in `work`'s dtype. (n, V)"""
@@ -329,7 +328,7 @@ class _Head:
             return out
         with torch.enable_grad():
             self.before = out.detach().requires_grad_()
-            self.after = self.finish(self.before)
+            self.after = self.finish(self.before).clamp_min(self.share_of_lowest * outputs.lowest(out.dtype))
         return self.after.detach()
 
     def zero_grads(self, wanted):
@@ -346,17 +345,29 @@ class _Head:
         hidden, weight, bias = grads
         if bias is not None:
             bias += g.sum(0)
-        g = g.to(self.weight.dtype)
+        size = None
+        if self.weight.dtype == torch.float16:  # shares of a mean over many tokens would round to 0
+            size = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
+            g = g / size
+        g, h = g.to(self.weight.dtype), self.hidden[chunk]
         if hidden is not None:
             hidden[chunk] = g @ self.weight
+            if size is not None:
+                hidden[chunk] *= size
         if weight is not None and weight.dtype == g.dtype:
-            weight.addmm_(g.t(), self.hidden[chunk])
+            weight.addmm_(g.t(), h)
         elif weight is not None:
-            weight += g.t() @ self.hidden[chunk]
+            weight += g.t() @ h if size is None else (g.t() @ h).to(weight.dtype) * size
 
     def finish_grads(self, grads, rows):
-        """The sums in the dtypes of what they belong to; rows that were left out get 0."""
+        """The sums in the dtypes of what they belong to; rows that were left out get 0.
+
+        float16 has to wait for backward: before a GradScaler's factor has come in, it would round them to 0.
+        """
         hidden, *others = grads
         if hidden is not None and rows is not None:
             hidden = hidden.new_zeros(self.parameters[0].shape).index_copy_(0, rows, hidden)
-        return [None if g is None else g.to(x.dtype) for g, x in zip((hidden, *others), self.parameters, strict=True)]
+        return [
+            g if g is None or x.dtype == torch.float16 else g.to(x.dtype)
+            for g, x in zip((hidden, *others), self.parameters, strict=True)
+        ]

@@ -134,3 +134,47 @@ def test_betas_without_a_mixture_name_the_limits(beta):
 def test_differing_vocabularies_name_both_and_the_fix():
     with pytest.raises(ValueError, match=r"student has \(1, 2, 5\), teacher has \(1, 2, 6\).*Outputs\(vocab_size=N\)"):
         outputs.forward_kl(torch.zeros(1, 2, 5), torch.zeros(1, 2, 6))
+
+
+@pytest.mark.parametrize("name", outputs.LOSSES)
+def test_an_entry_out_of_both_vocabularies_counts_0_and_gets_no_gradient(name):
+    student, teacher = logits()
+    expected = outputs.LOSSES[name](student[..., :-2], teacher[..., :-2], MASK, 0.5)
+    student, teacher = student.clone(), teacher.clone()
+    student[..., -2:] = teacher[..., -2:] = -math.inf
+    loss = outputs.LOSSES[name](student.requires_grad_(), teacher, MASK, 0.5)
+    loss.backward()
+    classes = V / (V - 2) if name == "logit_mse" else 1.0  # a mean over classes counts the entries, as equal
+    assert loss.item() * classes == pytest.approx(expected.item(), rel=1e-12)
+    assert student.grad.isfinite().all() and (student.grad[..., -2:] == 0).all() and student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "out_of"),
+    [("forward_kl", "student"), ("reverse_kl", "teacher"), ("logit_mse", "student"), ("logit_mse", "teacher")],
+)
+def test_an_entry_out_of_one_vocabulary_alone_is_huge(name, out_of):
+    sides = {"student": torch.randn(2, V, requires_grad=True), "teacher": torch.randn(2, V)}
+    with torch.no_grad():
+        sides[out_of][:, 0] = -math.inf
+    loss = outputs.LOSSES[name](sides["student"], sides["teacher"])
+    loss.backward()
+    assert loss.item() > 1e30 and not sides["student"].grad.isnan().any()
+
+
+@pytest.mark.parametrize("out_of", ["student", "teacher"])
+def test_jsd_stays_below_ln_2_whatever_is_out(out_of):
+    sides = {"student": torch.zeros(1, 2, requires_grad=True), "teacher": torch.zeros(1, 2)}
+    with torch.no_grad():
+        sides[out_of][:, 0] = -math.inf
+    loss = outputs.jsd(sides["student"], sides["teacher"])
+    loss.backward()
+    half = np.array([0.5, 0.5])
+    assert loss.item() == pytest.approx(jensenshannon(half, np.array([0.0, 1.0])) ** 2, rel=1e-6)
+    assert sides["student"].grad.isfinite().all()
+
+
+def test_a_student_below_its_out_entries_still_learns_from_the_others():
+    student = torch.tensor([[-math.inf, 0.0, 0.0]], requires_grad=True)
+    outputs.reverse_kl(student, torch.tensor([[0.0, 2.0, 0.0]])).backward()  # Q = 0 < P is no infinity here
+    assert student.grad[0, 0] == 0 and student.grad[0, 1] < 0 < student.grad[0, 2]

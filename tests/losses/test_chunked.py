@@ -1,0 +1,321 @@
+"""Heads and losses over chunks of tokens: equal to the losses over whole logits, whatever the chunk."""
+
+import doctest
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fakit.losses import chunked, outputs
+from fakit.losses.chunked import fused_outputs
+from fakit.losses.task import task_loss
+
+B, T, V = 3, 7, 11
+MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3, [False, True, True, False, True, True, False]])
+NAMES = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
+divergences = pytest.mark.parametrize("divergence", outputs.LOSSES)
+
+
+def make(dtype: torch.dtype = torch.float64, student: int = V, teacher: int = V, bias: bool = True) -> list[Tensor]:
+    """Hidden states and heads of a student of width 4 and a teacher of width 6; the student's require a gradient."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((B, T, 4), (student, 4), (student,), (B, T, 6), (teacher, 6), (teacher,))
+    draws = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    if not bias:
+        draws[2] = draws[5] = None
+    return [x if x is None else x.requires_grad_(i < 3) for i, x in enumerate(draws)]
+
+
+def labels() -> Tensor:
+    """Some at positions that the mask leaves out, some absent where the mask counts."""
+    found = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(4))
+    found[0, ::2], found[2, :2] = -100, -100
+    return found
+
+
+def plain(
+    tensors, mask, divergence, temperature, outputs_weight, task_labels, task_weight, cut=None, finish=(None, None)
+):
+    """The same three numbers from whole logits and the functions that notebooks show."""
+    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = tensors
+    student = torch.nn.functional.linear(student_hidden, student_weight, student_bias)  # (B, T, V)
+    teacher = torch.nn.functional.linear(teacher_hidden, teacher_weight, teacher_bias)
+    student, teacher = (z if f is None else f(z) for z, f in zip((student, teacher), finish, strict=True))
+    compared = outputs.LOSSES[divergence](student[..., :cut], teacher[..., :cut], mask, temperature)
+    task = task_loss(student, task_labels)
+    return outputs_weight * compared + task_weight * task, compared, task
+
+
+def assert_equal(found, expected, leaves, tolerance: float) -> None:
+    """Values and gradients, of each of the three results."""
+    leaves = [leaf for leaf in leaves if leaf is not None]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.item() == pytest.approx(theirs.item(), rel=tolerance)
+        gradients = (torch.autograd.grad(x, leaves, retain_graph=True) for x in (ours, theirs))
+        for mine, reference in zip(*gradients, strict=True):
+            assert mine.dtype == reference.dtype
+            assert (mine - reference).norm() <= tolerance * reference.norm()
+
+
+@divergences
+@pytest.mark.parametrize("chunk", [1, 4, None], ids=lambda chunk: f"chunk {chunk}")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+def test_equals_whole_logits(divergence, chunk, dtype, tolerance):
+    tensors = make(dtype)
+    found = fused_outputs(
+        *tensors,
+        MASK,
+        divergence=divergence,
+        temperature=2.5,
+        outputs_weight=0.7,
+        task_labels=labels(),
+        task_weight=0.4,
+        chunk=chunk,
+    )
+    assert_equal(found, plain(tensors, MASK, divergence, 2.5, 0.7, labels(), 0.4), tensors[:3], tolerance)
+
+
+@divergences
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_finishing_functions_and_a_cut_vocabulary(divergence, bias):
+    finish = (lambda z: 2 * torch.tanh(z / 2), lambda z: z / 3)  # Gemma's soft cap, Granite's scale
+    tensors = make(student=V, teacher=V + 3, bias=bias)
+    found = fused_outputs(
+        *tensors,
+        MASK,
+        divergence=divergence,
+        temperature=0.5,
+        task_labels=labels(),
+        task_weight=2.0,
+        vocab_size=V - 2,
+        student_finish=finish[0],
+        teacher_finish=finish[1],
+        chunk=5,
+    )
+    expected = plain(tensors, MASK, divergence, 0.5, 1.0, labels(), 2.0, cut=V - 2, finish=finish)
+    assert_equal(found, expected, tensors[:3], 1e-9)
+
+
+def test_without_mask_and_with_a_beta():
+    tensors = make()
+    (found, *_) = fused_outputs(*tensors, None, divergence=partial(outputs.PER_POSITION["jsd"], beta=0.2), chunk=4)
+    whole = [torch.nn.functional.linear(*tensors[i : i + 3]) for i in (0, 3)]
+    assert_equal([found], [outputs.jsd(*whole, beta=0.2)], tensors[:3], 1e-9)
+
+
+@divergences
+def test_gradients_are_those_of_finite_differences(divergence):
+    student, teacher = make()[:3], make()[3:]
+    options = {"divergence": divergence, "temperature": 1.5, "task_labels": labels(), "task_weight": 0.5, "chunk": 4}
+    for which in range(3):
+        assert torch.autograd.gradcheck(
+            lambda *leaves, which=which: fused_outputs(*leaves, *teacher, MASK, **options)[which], student
+        )
+
+
+def test_a_term_beside_the_total_gets_its_own_gradient_too():
+    tensors = make()
+    options = {"temperature": 2.0, "outputs_weight": 0.7, "task_labels": labels(), "task_weight": 0.4}
+    total, compared, task = fused_outputs(*tensors, MASK, **options, chunk=4)
+    expected = plain(tensors, MASK, "forward_kl", 2.0, 0.7, labels(), 0.4)
+    combined = (3 * total + 5 * task, 2 * total - compared + task)
+    references = (3 * expected[0] + 5 * expected[2], 2 * expected[0] - expected[1] + expected[2])
+    assert_equal(combined, references, tensors[:3], 1e-9)
+
+
+class Watch(TorchDispatchMode):
+    """The largest tensor that any operation returns, and how many matrix products there were."""
+
+    largest, products = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.largest = max(
+            self.largest, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x)), 0
+        )
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return out
+
+
+@divergences
+def test_whole_logits_never_exist_and_backward_only_scales(divergence):
+    N, vocabulary, width, chunk = 64, 50, 2, 8
+    leaf = torch.randn(N, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    teacher = torch.randn(N, width), torch.randn(vocabulary, width)
+    given = torch.arange(N) % vocabulary
+    with Watch() as watch:
+        total, _, _ = fused_outputs(
+            leaf,
+            weight,
+            None,
+            *teacher,
+            None,
+            None,
+            divergence=divergence,
+            task_labels=given,
+            task_weight=1.0,
+            chunk=chunk,
+        )
+        assert watch.products == 4 * N // chunk  # two heads, two gradients
+        total.backward()
+    assert watch.products == 4 * N // chunk
+    assert chunk * vocabulary <= watch.largest < N * vocabulary / 4
+
+
+@divergences
+def test_a_term_of_weight_0_is_left_out(divergence):
+    tensors = make()
+    nan = [torch.full_like(x, math.nan) for x in tensors[3:]]
+    total, compared, task = fused_outputs(
+        *tensors[:3], *nan, MASK, divergence=divergence, outputs_weight=0.0, task_labels=labels(), task_weight=0.5
+    )
+    assert compared is None
+    logits = torch.nn.functional.linear(*tensors[:3])
+    assert_equal((total, task), (0.5 * task_loss(logits, labels()), task_loss(logits, labels())), tensors[:3], 1e-9)
+    assert fused_outputs(*tensors, MASK, task_labels=labels(), task_weight=0.0)[2] is None
+
+
+def test_labels_that_are_all_absent_cost_nothing():
+    tensors = make()
+    absent = torch.full((B, T), -100)
+    total, compared, task = fused_outputs(*tensors, MASK, task_labels=absent, task_weight=1.0)
+    assert task.item() == 0 and total.item() == compared.item() > 0
+    total, _, _ = fused_outputs(*tensors, MASK, outputs_weight=0.0, task_labels=absent, task_weight=1.0)
+    total.backward()
+    assert total.item() == 0 and all((x.grad == 0).all() for x in tensors[:3])
+
+
+@divergences
+@pytest.mark.parametrize("number", [math.nan, math.inf, 1e6])
+def test_padding_has_no_effect(divergence, number):
+    tensors = make()
+    spoilt = [x.detach().masked_fill(~MASK[..., None], number) if x.dim() == 3 else x for x in tensors]
+    spoilt[0].requires_grad_()
+    within = labels().masked_fill(~MASK, -100)
+    found, expected = (
+        fused_outputs(*x, MASK, divergence=divergence, task_labels=within, task_weight=1.0, chunk=4)
+        for x in (spoilt, tensors)
+    )
+    assert found[0].item() == expected[0].item()
+    gradients = [torch.autograd.grad(f[0], x[:3]) for f, x in ((found, spoilt), (expected, tensors))]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert (gradients[0][0][~MASK] == 0).all()
+
+
+@divergences
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_0_at_equality(divergence, dtype):
+    tensors = make(dtype)[:3]
+    total, _, _ = fused_outputs(
+        *tensors, *(x.detach().clone() for x in tensors), MASK, divergence=divergence, temperature=2.5, chunk=4
+    )
+    total.backward()
+    assert abs(total.item()) < 1e-7 and all(x.grad.norm() < 1e-6 for x in tensors)
+
+
+@divergences
+def test_entries_out_of_both_vocabularies_count_0(divergence):
+    tensors = make()
+    with torch.no_grad():
+        tensors[2][4] = tensors[5][4] = -math.inf
+    kept = [i for i in range(V) if i != 4]
+    without = [
+        x.detach()[kept].requires_grad_(x.requires_grad) if i in (1, 2, 4, 5) else x for i, x in enumerate(tensors)
+    ]
+    found, expected = (fused_outputs(*x, MASK, divergence=divergence, temperature=0.5)[0] for x in (tensors, without))
+    classes = V / (V - 1) if divergence == "logit_mse" else 1.0  # a mean over classes counts the entry, as equal
+    assert found.item() * classes == pytest.approx(expected.item(), rel=1e-12)
+    found.backward()
+    assert all(x.grad.isfinite().all() for x in tensors[:3]) and tensors[2].grad[4] == 0
+
+
+def test_only_what_requires_a_gradient_gets_one():
+    tensors = make()
+    for x in tensors[1:3]:
+        x.requires_grad_(False)
+    with Watch() as watch:
+        fused_outputs(*tensors, MASK, chunk=B * T)[0].backward()
+    assert watch.products == 3  # two heads, the gradient of the hidden states
+    assert tensors[0].grad.abs().sum() > 0 and tensors[1].grad is None and tensors[2].grad is None
+    with torch.no_grad(), Watch() as watch:
+        total, _, _ = fused_outputs(*make(), MASK, chunk=B * T)
+    assert watch.products == 2 and not total.requires_grad
+
+
+def test_the_teacher_gets_no_gradient():
+    tensors = [x.detach().requires_grad_() for x in make()]
+    fused_outputs(*tensors, MASK)[0].backward()
+    assert [x.grad is None for x in tensors] == [False] * 3 + [True] * 3
+
+
+@divergences
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 weights"])
+def test_heads_in_bf16_and_losses_in_float32(divergence, autocast):
+    exact, rounded = make(torch.float32), make(torch.float32 if autocast else torch.bfloat16)
+    options = {"divergence": divergence, "temperature": 2.0, "task_labels": labels(), "task_weight": 1.0, "chunk": 4}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        total, _, _ = fused_outputs(*rounded, MASK, **options)
+    reference, _, _ = fused_outputs(*exact, MASK, **options)
+    total.backward(), reference.backward()
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(reference.item(), rel=0.02) and total.item() != reference.item()
+    for a, b in zip(rounded[:3], exact[:3], strict=True):
+        assert a.grad.dtype == a.dtype and (a.grad.float() - b.grad).norm() < 0.05 * b.grad.norm()
+
+
+def test_float16_gradients_wait_for_the_scale():
+    tensors = make(torch.float16)
+    small = 1e-9  # as one share among very many tokens: 0 in float16
+    total, _, _ = fused_outputs(*tensors, MASK, outputs_weight=small)
+    (total / small).backward()
+    reference = make(torch.float32)
+    fused_outputs(*reference, MASK)[0].backward()
+    for a, b in zip(tensors[:3], reference[:3], strict=True):
+        assert a.grad.dtype == torch.float16 and (a.grad.float() - b.grad).norm() < 0.02 * b.grad.norm()
+
+
+def test_backward_twice_is_twice_the_gradient():
+    tensors = make()
+    total, _, _ = fused_outputs(*tensors, MASK)
+    total.backward(retain_graph=True)
+    once = [x.grad.clone() for x in tensors[:3]]
+    total.backward()
+    assert all(torch.equal(x.grad, 2 * g) for x, g in zip(tensors[:3], once, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher_hidden": torch.zeros(B, 5, 6)}, r"the student has \(3, 7, 4\), the teacher \(3, 5, 6\)"),
+        ({"teacher_weight": torch.zeros(V + 1, 6)}, r"student's head has 11 entries, the teacher's 12.*vocab_size=11"),
+        ({"student_weight": torch.zeros(V, 5)}, r"student's head.*\(V, 4\).*it is torch.float32 \(11, 5\)"),
+        ({"teacher_weight": torch.zeros(V, 6, dtype=torch.int8)}, r"teacher's head.*torch.int8.*A quantised head"),
+        ({"vocab_size": 12}, r"vocab_size=12 .* the student has 11, the teacher 11"),
+        ({"temperature": 0.0}, r"wants a finite temperature above 0, not 0.0"),
+        ({"divergence": "kl"}, r"'kl' is not known; choose one of \['forward_kl'"),
+        (
+            {"task_labels": torch.zeros(B, 6), "task_weight": 1.0},
+            r"labels \(3, 6\) do not fit hidden states \(3, 7, 4\)",
+        ),
+        (
+            {"outputs_weight": 0.0},
+            r"nothing to compute: outputs_weight is 0.0, task_weight is 0.0, task_labels are not given",
+        ),
+        ({"mask": torch.zeros(B, T, dtype=torch.bool)}, r"no valid position in the whole batch"),
+        ({"mask": MASK[:, :4]}, r"wants a mask of shape \(3, 7\).* the mask has \(3, 4\)"),
+    ],
+)
+def test_wrong_inputs_name_both_sides_and_the_fix(change, message):
+    with pytest.raises(ValueError, match=message):
+        fused_outputs(**dict(zip(NAMES, make(), strict=True)) | {"mask": MASK} | change)
+
+
+def test_docstring_examples_run():
+    results = doctest.testmod(chunked)
+    assert results.attempted and not results.failed
