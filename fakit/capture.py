@@ -196,7 +196,8 @@ def _naming_the_decoder(model: nn.Module, inputs: dict) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if is_encoder_decoder(model) and not _has_decoder_inputs(inputs):
+        classifies = "Classification" in type(model).__name__  # shifts the encoder's own tokens into the decoder
+        if is_encoder_decoder(model) and not _has_decoder_inputs(inputs) and not classifies:
             raise ValueError(
                 f"{type(model).__name__} has a decoder, and the batch holds {sorted(inputs)}: no decoder_input_ids, and no labels (B, T_dec) to make "
                 f"them from. Pass one of them. (The model said: {error})"
@@ -256,43 +257,41 @@ def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int]) -
 
 _tokens_first: dict[
     type, bool
-] = {}  # classes whose blocks work on (T, B, d); looked up where the shape alone does not tell
+] = {}  # by class, whether its blocks work on (T, B, d): seen in the first batch that is not square
 
 
 def _batch_first(model: nn.Module, inputs: dict, blocks: list[nn.Module], trace: Trace) -> None:
-    """Turn hidden states of models whose blocks work on (T, B, d) (XLNet) around; refuse other shapes than (B, T, d)."""
+    """Turn hidden states of models whose blocks work on (T, B, d) (XLNet, FSMT) around; refuse other shapes than (B, T, d)."""
+    kind = type(without_adapter(model))
     for i, hidden in trace.hidden_states.items():
         mask = trace.layer_mask(i)
         if mask is None or mask.shape == (1, 1):
             continue
-        rows, tokens = mask.shape
-        if hidden.shape[:-1] == (tokens, rows) and (rows != tokens or _works_tokens_first(model, inputs, blocks)):
+        if mask.shape[0] != mask.shape[1]:
+            _tokens_first[kind] = hidden.shape[:-1] == mask.T.shape
+        elif kind not in _tokens_first:
+            _tokens_first[kind] = _works_tokens_first(model, inputs, blocks)
+        if _tokens_first[kind]:
             hidden = trace.hidden_states[i] = hidden.transpose(0, 1)
         if hidden.shape[:-1] != mask.shape:
             raise ValueError(
                 f"layer {i} of {trace.name} works on {tuple(hidden.shape)}, and the batch is {tuple(mask.shape)} (B, T): its tokens cannot "
-                "be told apart (Longformer adds padding, Funnel pools, prompts add tokens). Pad the batch to a multiple of the window, or use a "
+                "be told apart (Longformer adds padding, ProphetNet streams, prompts tokens). Pad the batch to a multiple of the window, or use a "
                 "model whose blocks work on (B, T, d)."
             )
 
 
 def _works_tokens_first(model: nn.Module, inputs: dict, blocks: list[nn.Module]) -> bool:
-    """For a batch with as many rows as tokens: what the model makes of fewer rows. Once for a class, and only as far as the first block."""
-    kind = type(without_adapter(model))
-    if kind not in _tokens_first:
-        rows, tokens = _token_mask(inputs).shape
-        fewer = 1 if tokens > 1 else 2
-        some = {k: v[:fewer] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
-        probe = Recorder(Trace(), {0}, set(), last=0)
-        device = next(model.parameters()).device
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            probe.watching(blocks, "none"),
-        ):
-            model(**some)
-        _tokens_first[kind] = probe.trace.hidden_states[0].shape[:2] == (tokens, fewer)
-    return _tokens_first[kind]
+    """What the model makes of fewer rows than tokens; runs it as far as its first block, without drawing from the random numbers."""
+    rows, tokens = _token_mask(inputs).shape
+    fewer = 1 if tokens > 1 else 2
+    some = {k: v[:fewer] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
+    probe = Recorder(Trace(), {0}, set(), last=0)
+    device = next(model.parameters()).device
+    drawn = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with torch.no_grad(), drawn, probe.watching(blocks, "none"):
+        model(**some)
+    return probe.trace.hidden_states[0].shape[:2] == (tokens, fewer)
 
 
 def _returned_maps(model: nn.Module, outputs, attentions: list[int], trace: Trace) -> dict[int, Tensor]:

@@ -1,5 +1,7 @@
 """Every family as teacher and as student: one step of all terms, export and reload; pairs across families; what each one's ways ask for."""
 
+import sys
+
 import peft
 import pytest
 import torch
@@ -195,7 +197,8 @@ def fsmt() -> hf.PreTrainedModel:
 
 
 @pytest.mark.parametrize("rows", [2, 6, 7, 1])
-def test_tokens_first_blocks_give_rows_first_hidden_states(rows):
+def test_tokens_first_blocks_give_rows_first_hidden_states(rows, monkeypatch):
+    monkeypatch.setattr(sys.modules[capture.__module__], "_tokens_first", {})  # as in a fresh process
     model, inputs = tiny("xlnet", "eager"), batch(rows=rows, tokens=7, padding=0)
     with torch.no_grad():
         trace, own = capture(model, inputs, range(LAYERS + 1)), model(**inputs, output_hidden_states=True)
@@ -212,7 +215,8 @@ def test_tokens_first_blocks_give_rows_first_hidden_states(rows):
             assert torch.allclose(trace.hidden_states[2 + i], own.decoder_hidden_states[i], rtol=0, atol=1e-5)
 
 
-def test_square_batches_of_other_families_are_not_turned_and_draw_no_random_numbers():
+def test_square_batches_of_other_families_are_not_turned_and_draw_no_random_numbers(monkeypatch):
+    monkeypatch.setattr(sys.modules[capture.__module__], "_tokens_first", {})
     model, inputs = tiny("bert").train(), batch(rows=7, tokens=7, padding=0)
     torch.manual_seed(3)
     trace, after = capture(model, inputs, range(LAYERS + 1)), torch.rand(1)
