@@ -87,14 +87,15 @@ class Distiller(nn.Module):
         `shares`: what this batch counts for in the optimiser step, by term (see `fakit.shares`); None where it is all of the step.
         """
         if not self.training:
-            logits = capture(self.student, inputs).logits
+            logits = capture(self.student, inputs | {"labels": labels}).logits
             loss = {} if labels is None else {"loss": task_loss(logits, labels, is_causal_lm(self.student))}
             return loss | {"logits": logits}
         theirs = None
+        asked = inputs | {"labels": labels}  # an encoder-decoder makes its decoder's inputs of them
         if self.objective.needs_teacher():
             with torch.no_grad():
-                theirs = _trace(self.teacher, inputs, self.objective.needs("teacher"))
-        ours = _trace(self.student, inputs, self.objective.needs("student", labels is not None))
+                theirs = _trace(self.teacher, asked, self.objective.needs("teacher"))
+        ours = _trace(self.student, asked, self.objective.needs("student", labels is not None))
         breakdown = self.objective(ours, theirs, labels)
         if shares is not None:
             breakdown = reweighted(breakdown, shares)
