@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fakit.losses import outputs
+from fakit.losses import liger, outputs
 from fakit.losses.reduce import check_mask
 
 # Tokens of one chunk. Its logits, in float32, should stay in a CPU's caches (16 MiB; a GPU wants larger matrices), but every chunk also reads
@@ -44,7 +44,8 @@ def fused_outputs(
     """Output matching and the task's cross-entropy of logits = finish(hidden @ weightᵀ + bias), without storing the logits.
 
     Equal to the functions of `fakit.losses.outputs` and to `fakit.losses.task.task_loss` over the whole logits. Under torch.autocast the
-    heads run in its dtype, else in the dtype of their weights; the losses in float32 or better.
+    heads run in its dtype, else in the dtype of their weights; the losses in float32 or better. Where `liger.serves` the outputs term alone,
+    Liger computes it.
 
     Args:
         student_hidden: (N, d_S) or (B, T, d_S), what the head receives. Gets a gradient, as do the next two, where they require one.
@@ -133,7 +134,7 @@ def fused_outputs(
         autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         gradients=torch.is_grad_enabled(),
     )
-    total, outputs_loss, task = _FusedOutputs.apply(
+    tensors = (
         student_hidden.flatten(0, -2),
         student_weight,
         student_bias,
@@ -141,9 +142,13 @@ def fused_outputs(
         teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
         None if mask is None else mask.flatten(),
-        task_labels.flatten().to(student_hidden.device) if wants_task else None,
-        plan,
     )
+    bare = not wants_task and vocab_size is None and student_finish is None and teacher_finish is None
+    if bare and liger.serves(divergence, student_hidden, student_weight, teacher_hidden, teacher_weight):
+        outputs_loss = liger.output_loss(*tensors, divergence, temperature)
+        return outputs_weight * outputs_loss, outputs_loss, None
+    labels = task_labels.flatten().to(student_hidden.device) if wants_task else None
+    total, outputs_loss, task = _FusedOutputs.apply(*tensors, labels, plan)
     return total, outputs_loss if wants_outputs else None, task if wants_task else None
 
 

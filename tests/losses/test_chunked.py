@@ -2,14 +2,16 @@
 
 import doctest
 import math
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fakit.losses import chunked, outputs
+from fakit.losses import chunked, liger, outputs
 from fakit.losses.chunked import fused_outputs
 from fakit.losses.task import task_loss
 
@@ -314,6 +316,42 @@ def test_backward_twice_is_twice_the_gradient():
 def test_wrong_inputs_name_both_sides_and_the_fix(change, message):
     with pytest.raises(ValueError, match=message):
         fused_outputs(**dict(zip(NAMES, make(), strict=True)) | {"mask": MASK} | change)
+
+
+class LigersConvention:
+    """liger_kernel 0.8.5's LigerFusedLinearJSDLoss from its definition: over whole logits, without τ², masked by the targets."""
+
+    def __init__(self, weight_hard_loss, weight_soft_loss, beta, temperature, compiled):
+        assert weight_hard_loss == 0 and not compiled
+        self.weight, self.beta, self.temperature = weight_soft_loss, beta, temperature
+
+    def __call__(self, student, student_weight, teacher, teacher_weight, targets, student_bias, teacher_bias):
+        q = ((student @ student_weight.t() + student_bias) / self.temperature).softmax(-1)
+        p = ((teacher @ teacher_weight.t() + teacher_bias) / self.temperature).softmax(-1)
+        m = self.beta * p + (1 - self.beta) * q
+        kl = lambda x, y: (x * (x / y).log()).sum(-1)  # noqa: E731
+        rows = {0.0: kl(p, q), 1.0: kl(q, p)}.get(self.beta, self.beta * kl(p, m) + (1 - self.beta) * kl(q, m))
+        valid = targets != -100
+        return self.weight * rows.masked_fill(~valid, 0.0).sum() / valid.sum()
+
+
+@pytest.mark.parametrize("divergence", liger.BETAS)
+@pytest.mark.parametrize("mask", [MASK, None], ids=["mask", "no mask"])
+def test_liger_is_asked_for_what_we_mean(monkeypatch, divergence, mask):
+    tensors = make()
+    expected = fused_outputs(*tensors, mask, divergence=divergence, temperature=2.5, outputs_weight=0.7)
+    package = SimpleNamespace(LigerFusedLinearJSDLoss=LigersConvention)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(chunked_loss=package))
+    monkeypatch.setitem(sys.modules, "liger_kernel.chunked_loss", package)
+    monkeypatch.setattr(liger, "serves", lambda *_: True)
+    monkeypatch.setattr(chunked, "_FusedOutputs", None)  # so that nothing else can have answered
+    found = fused_outputs(*tensors, mask, divergence=divergence, temperature=2.5, outputs_weight=0.7)
+    assert found[2] is None
+    assert_equal(found[:2], expected[:2], tensors[:3], 1e-9)
+
+
+def test_liger_serves_no_cpu():
+    assert not liger.serves("forward_kl", *(x.float() for x in make()[:2]))
 
 
 def test_docstring_examples_run():
