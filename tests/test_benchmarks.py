@@ -1,37 +1,110 @@
-"""`make bench` compares ways that compute the same, and counts what autograd keeps."""
+"""`make bench` compares ways that compute the same number, says what each costs and which bars are reached."""
 
 from __future__ import annotations
 
+import json
+import sys
+from dataclasses import replace
+from xml.etree import ElementTree
+
 import pytest
 import torch
+from torch import nn
 
-from benchmarks.__main__ import attention_kl, compare, kept_mebibytes, main
+from benchmarks import hand_written
+from benchmarks.__main__ import main
+from benchmarks.measure import Way, agree, run_json, seconds
+from benchmarks.models import QUICK, models, random_batch
+from benchmarks.report import conditions, figure, markdown, write
+from benchmarks.table import ROWS, Result, Table
+from benchmarks.ways import WAYS
+
+ROW = Result("long-memory", "features", "by hand", ours=12.0, theirs=100.0, unit="MiB", bar=0.1)
 
 
-def test_kept_memory_is_that_of_the_saved_tensors():
-    x = torch.ones(2**18, requires_grad=True)  # 1 MiB
-    assert kept_mebibytes(lambda: (x * 2).sum()) == 0
-    assert kept_mebibytes(lambda: x.exp().sum()) == 1  # the result
-    assert kept_mebibytes(lambda: (x * x).sum()) == 1  # x, once
+@pytest.mark.parametrize("work", WAYS)
+def test_both_ways_give_one_number_and_one_gradient(work):
+    batch = random_batch(QUICK, rows=3, tokens=24)
+    ways = {name: WAYS[work][name](QUICK) for name in ("by hand", "fakit")}
+    losses = {name: way.step(batch) for name, way in ways.items()}
+    agree(losses, rtol=1e-5)
+    assert losses["fakit"] > 0
+    for ours, theirs in zip(ways["fakit"].parameters, ways["by hand"].parameters, strict=True):
+        if theirs.grad is None:
+            assert ours.grad is None
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_padding_takes_no_part_in_the_hand_written_loss():
+    teacher, student = models(QUICK, "eager")
+    batch = random_batch(QUICK, rows=2, tokens=16)
+    changed = batch | {"input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)}
+    assert not torch.equal(batch["input_ids"], changed["input_ids"])
+    losses = [hand_written.all_terms(teacher, student, b).item() for b in (batch, changed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_ways_that_differ_are_refused():
-    with pytest.raises(ValueError, match="differ"):
-        compare(lambda: torch.tensor(1.0), lambda: torch.tensor(2.0), repeats=1)
+    with pytest.raises(ValueError, match="'by hand' gives 1, 'fakit' 2"):
+        agree({"by hand": 1.0, "fakit": 2.0})
+    with pytest.raises(ValueError, match="do not compute the same"):
+        agree({"by hand": 1.0, "fakit": float("nan")})
 
 
-def test_the_streamed_loss_keeps_less_than_the_maps():
-    whole, streamed = compare(*attention_kl(tokens=128), repeats=1)
-    maps = 2 * 12 * 128 * 128 * 4 / 2**20  # (B, H, T, T) in float32
-    assert whole.mebibytes > 2 * maps
-    assert streamed.mebibytes < maps
+def test_seconds_are_those_of_the_steps():
+    x = nn.Parameter(torch.ones(()))
+    turns = []
+
+    def way(name):
+        return Way(lambda batch: (turns.append(name), x * 3)[1], [x])
+
+    taken = seconds({"a": way("a"), "b": way("b")}, {}, repeats=2, same=("a", "b"))
+    assert turns == ["a", "b"] * 3  # one unmeasured turn each, then in turns
+    assert set(taken) == {"a", "b"} and min(taken.values()) > 0
+    assert x.grad is None
 
 
-def test_the_table_has_every_length(capsys):
-    main(["--tokens", "16", "32", "--repeats", "1"])
+def test_a_failing_process_says_why():
+    with pytest.raises(ValueError, match="failed: .*broken"):
+        run_json([sys.executable, "-c", "raise SystemExit('broken')"])
+
+
+def test_the_rows_are_those_of_the_issue_and_all_run_small(tmp_path, capsys):
+    main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    for title in ("attention KL", "layer 4 of 12"):
-        for tokens in (16, 32):
-            (line,) = [line for line in said.splitlines() if title in line and f"T={tokens} " in line]
-            plain, ours, ratio = (float(part) for part in line.split(f"T={tokens}")[1].replace(" s", "").split())
-            assert plain > 0 and ours > 0 and ratio > 0
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["name"] for row in record["rows"]] == list(ROWS)
+    for row in record["rows"]:
+        assert row["ours"] > 0 and row["theirs"] > 0
+        assert row["ratio"] == row["ours"] / row["theirs"]
+        assert row["reached"] == (row["ratio"] <= row["bar"])
+        assert f"{row['ratio']:.2f}, bar {row['bar']:.2f}: {'reached' if row['reached'] else 'missed'}" in said
+    (row,) = (row for row in record["rows"] if row["name"] == "vocabulary")
+    logits = 64 * QUICK.vocabulary * 4 / 2**20  # (N, V) in float32
+    assert row["theirs"] > 3 * logits  # those of student and teacher, and their logarithms, at least
+    assert row["ours"] < row["theirs"]
+    assert "threads" in record["conditions"] and "show nothing" in record["conditions"]
+
+
+def test_rows_are_chosen_by_name(tmp_path):
+    main(["--quick", "--repeats", "1", "--rows", "floor", "--out", str(tmp_path)])
+    assert [row["name"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == ["floor"]
+    with pytest.raises(ValueError, match="no row is called nonsense; the rows are seconds, memory"):
+        list(Table(quick=True, repeats=1).run(["nonsense"]))
+
+
+def test_a_bar_is_reached_at_or_below_it():
+    assert not ROW.reached and ROW.ratio == 0.12
+    assert replace(ROW, ours=10.0).reached
+    assert "| 0.12 | ≤ 0.10 | missed |" in markdown([ROW], "said")
+
+
+def test_the_report_has_table_record_and_figure(tmp_path):
+    paths = write(tmp_path / "new", [ROW, replace(ROW, name="other", ours=5.0)], conditions(quick=False, repeats=5))
+    assert [path.name for path in paths] == ["bench.json", "bench.md", "bench.svg"]
+    assert "median of 5 turns" in paths[1].read_text()
+    assert ElementTree.parse(paths[2]).getroot().tag.endswith("svg")
+    (axes,) = figure([ROW, replace(ROW, ours=5.0)]).axes
+    assert [text.get_text() for text in axes.texts] == ["0.12 (bar 0.10, missed)", "0.05 (bar 0.10, reached)"]
+    assert [bar.get_x() + bar.get_width() for bar in axes.patches] == pytest.approx([0.12, 0.05])

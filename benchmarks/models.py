@@ -1,0 +1,70 @@
+"""What every way is given: teacher, student and batch, of one size and one seed. Imports torch and transformers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM
+
+
+@dataclass(frozen=True)
+class Size:
+    """BERT with random weights and dropout 0, so that two ways can be compared number by number."""
+
+    teacher_layers: int = 6
+    student_layers: int = 3
+    width: int = 384
+    heads: int = 12
+    vocabulary: int = 30_522
+    positions: int = 4096
+
+    def config(self, layers: int) -> BertConfig:
+        """The configuration of a model with so many layers."""
+        return BertConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.width,
+            num_hidden_layers=layers,
+            num_attention_heads=self.heads,
+            intermediate_size=4 * self.width,
+            max_position_embeddings=self.positions,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+
+    def with_teacher(self, layers: int) -> Size:
+        """The same with another depth of the teacher."""
+        return replace(self, teacher_layers=layers)
+
+
+FULL = Size()
+QUICK = Size(width=32, heads=4, vocabulary=9_000, positions=256)  # large enough a vocabulary to be chunked
+
+Batch = dict[str, Tensor]
+
+
+def models(size: Size, attention: str = "sdpa") -> tuple[BertForMaskedLM, BertForMaskedLM]:
+    """Teacher, frozen and in eval mode, and student, in train mode; the same weights in every process."""
+    torch.manual_seed(0)
+    teacher, student = (
+        BertForMaskedLM._from_config(size.config(layers), attn_implementation=attention)
+        for layers in (size.teacher_layers, size.student_layers)
+    )
+    return teacher.eval().requires_grad_(False), student.train()
+
+
+def random_batch(size: Size, rows: int, tokens: int, seed: int = 0) -> Batch:
+    """input_ids, attention_mask and MLM labels on 15 % of the tokens, (B, T) each. Of several rows, the last is a quarter padding."""
+    random = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(1000, size.vocabulary, (rows, tokens), generator=random)
+    attention_mask = torch.ones_like(input_ids)
+    if rows > 1:
+        attention_mask[-1, -(tokens // 4) :] = 0
+    chosen = (torch.rand(rows, tokens, generator=random) < 0.15) & attention_mask.bool()
+    chosen[0, 0] = True
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": torch.where(chosen, input_ids, -100),
+    }

@@ -1,0 +1,85 @@
+"""Results on paper: Markdown, JSON and a figure, in a folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+import transformers
+from matplotlib.figure import Figure
+
+from benchmarks.table import Result
+from fakit.figures.theme import ALIGNED, STUDENT, TEXT
+
+
+def conditions(quick: bool, repeats: int) -> str:
+    """What the numbers hold for, in a sentence or two."""
+    sizes = (
+        "small models, which show nothing but that it runs" if quick else "BERT 6 × 384 → 3 × 384, 12 heads, V = 30,522"
+    )
+    return (
+        f"{sizes}; random weights, dropout 0, float32, forward and backward, no optimiser step except in `trainer`. {platform.machine()} CPU, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}. Seconds: median of {repeats} "
+        "turns in one process. Memory: peak resident MiB of a step above models, gradients and batch, each way in a fresh process."
+    )
+
+
+def markdown(results: Sequence[Result], said: str) -> str:
+    """A table of the rows, with the conditions above it."""
+    lines = [said, "", "| row | work | against | fakit | other | ratio | bar | |", "|---|---|---|---|---|---|---|---|"]
+    for r in results:
+        verdict = "reached" if r.reached else "missed"
+        lines.append(
+            f"| {r.name} | {r.work} | {r.against} | {r.ours:.3g} {r.unit} | {r.theirs:.3g} {r.unit} | {r.ratio:.2f} | ≤ {r.bar:.2f} | {verdict} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: Sequence[Result]) -> Figure:
+    """Ratios as bars on a log axis, with a tick where each had to be. 1 = as costly as the other way."""
+    drawing = Figure(figsize=(9, 0.9 + 0.55 * len(results)), layout="constrained")
+    axes = drawing.subplots()
+    places = range(len(results))
+    ratios = [r.ratio for r in results]
+    least = min([*ratios, *(r.bar for r in results)]) / 1.6
+    most = max([1.0, *ratios, *(r.bar for r in results)]) * 1.8
+    colours = [ALIGNED.colour if r.reached else STUDENT.colour for r in results]
+    axes.barh(places, [ratio - least for ratio in ratios], left=least, color=colours, height=0.5)
+    for place, r in zip(places, results, strict=True):
+        axes.plot([r.bar] * 2, [place - 0.38, place + 0.38], color="black", linewidth=2.5)
+        verdict = "reached" if r.reached else "missed"
+        axes.annotate(
+            f"{r.ratio:.2f} (bar {r.bar:.2f}, {verdict})",
+            (max(r.ratio, r.bar), place),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.axvline(1.0, color=TEXT, linewidth=1, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xlim(least, most * 2)
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if least <= tick <= most]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(places, [f"{r.work}\nagainst {r.against}" for r in results], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("cost of fakit / cost of the other way (left is better; black tick: the bar to reach)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawing
+
+
+def write(folder: Path, results: Sequence[Result], said: str, peers: Sequence[dict] = ()) -> list[Path]:
+    """bench.json, bench.md and bench.svg; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"bench.{kind}" for kind in ("json", "md", "svg")]
+    record = {"conditions": said, "rows": [r.as_dict() for r in results], "peers": list(peers)}
+    paths[0].write_text(json.dumps(record, indent=2) + "\n")
+    paths[1].write_text(markdown(results, said))
+    with matplotlib.rc_context({"svg.hashsalt": "fakit"}):
+        figure(results).savefig(paths[2])
+    return paths
