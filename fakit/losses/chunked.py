@@ -16,10 +16,10 @@ from fakit.losses import liger, outputs
 from fakit.losses.reduce import check_mask
 
 # Tokens of one chunk. Its logits, in float32, should stay in a CPU's caches (16 MiB; a GPU wants larger matrices), but every chunk also reads
-# both heads and adds to one gradient of their size, so that below some 200 tokens the traffic costs more than the caches save.
+# both heads and adds to one gradient of their size, so that below some 250 tokens the traffic costs more than the caches save.
 _ELEMENTS = {"cpu": 2**22}
 _ELEMENTS_ELSEWHERE = 2**25
-_FEWEST = 192
+_FEWEST = 256
 
 
 def fused_outputs(
