@@ -28,7 +28,7 @@ def shards_on_cpus() -> Iterator[None]:
     try:
         yield
     finally:
-        if told:
+        if state.get("distributed_type") is DistributedType.MULTI_GPU and told:  # it failed before it came to FSDP
             state["distributed_type"] = DistributedType.MULTI_CPU
 
 
