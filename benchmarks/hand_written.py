@@ -59,6 +59,11 @@ def all_terms(teacher: BertForMaskedLM, student: BertForMaskedLM, batch: Batch, 
     return total + label_loss(ours.logits, batch["labels"])
 
 
+def without_attention(teacher: BertForMaskedLM, student: BertForMaskedLM, batch: Batch) -> Tensor:
+    """Hidden states + logits + labels, which any attention implementation gives."""
+    return all_terms(teacher, student, batch, attention=False)
+
+
 def features_and_attention(teacher: BertForMaskedLM, student: BertForMaskedLM, batch: Batch) -> Tensor:
     """Hidden states + attention maps; the heads are left out."""
     mask = batch["attention_mask"].bool()

@@ -107,8 +107,11 @@ def fresh_memory(work: str, way: str, rows: int, tokens: int, quick: bool) -> di
     return run_json(command + (["--quick"] if quick else []))
 
 
-def run_json(command: list[str]) -> dict:
+def run_json(command: list[str], malloc: bool = True) -> dict:
     """Run a command in the kit's folder, with as many threads as here; what its last line says.
+
+    Args:
+        malloc: give freed memory back at once (`MALLOC`), for memory; seconds are measured without.
 
     Raises:
         ValueError: it failed; with the end of its error message.
@@ -118,7 +121,9 @@ def run_json(command: list[str]) -> dict:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads | MALLOC, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | threads | (MALLOC if malloc else {}), capture_output=True, text=True
+    )
     if done.returncode:
         raise ValueError(f"{' '.join(command[1:])} failed: {' | '.join(done.stderr.strip().splitlines()[-3:])}")
     return json.loads(done.stdout.strip().splitlines()[-1])

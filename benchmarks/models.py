@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, BertForMaskedLM
 
 
@@ -68,3 +69,17 @@ def random_batch(size: Size, rows: int, tokens: int, seed: int = 0) -> Batch:
         "attention_mask": attention_mask,
         "labels": torch.where(chosen, input_ids, -100),
     }
+
+
+def rows_of(size: Size, rows: int, tokens: int) -> list[dict]:
+    """A data set of random rows, each {"input_ids", "attention_mask", "labels"} of (T,); the last row is shorter."""
+    batch = random_batch(size, rows, tokens)
+    counts = batch["attention_mask"].bool()
+    return [{name: value[i][counts[i]] for name, value in batch.items()} for i in range(rows)]
+
+
+def collate(rows: list[dict]) -> Batch:
+    """A batch, padded to its longest row."""
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    batch = {k: pad_sequence([row[k] for row in rows], True, value) for k, value in padding.items()}
+    return batch | ({"row": torch.stack([row["row"] for row in rows])} if "row" in rows[0] else {})

@@ -39,6 +39,19 @@ def markdown(results: Sequence[Result], said: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def peers_markdown(peers: Sequence[dict]) -> str:
+    """Peers and fakit, each as a ratio to the hand-written loop that does the same work; a peer's loop runs in the peer's process."""
+    lines = ["| peer | work | seconds | fakit's | memory | fakit's | |", "|---|---|---|---|---|---|---|"]
+    for peer in peers:
+        its = ("–", "–") if "error" in peer else (f"{peer['seconds_ratio']:.2f}", f"{peer['memory_ratio']:.2f}")
+        said = peer.get("error", peer.get("note", "")).replace("|", "/")
+        lines.append(
+            f"| {peer['package']} | {peer['work']} | {its[0]} | {peer['fakit_seconds_ratio']:.2f} | {its[1]} "
+            f"| {peer['fakit_memory_ratio']:.2f} | {said} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def figure(results: Sequence[Result]) -> Figure:
     """Ratios as bars on a log axis, with a tick where each had to be. 1 = as costly as the other way."""
     drawing = Figure(figsize=(9, 0.9 + 0.55 * len(results)), layout="constrained")
@@ -79,7 +92,10 @@ def write(folder: Path, results: Sequence[Result], said: str, peers: Sequence[di
     paths = [folder / f"bench.{kind}" for kind in ("json", "md", "svg")]
     record = {"conditions": said, "rows": [r.as_dict() for r in results], "peers": list(peers)}
     paths[0].write_text(json.dumps(record, indent=2) + "\n")
-    paths[1].write_text(markdown(results, said))
+    peer_table = f"\nRatios to the hand-written loop:\n\n{peers_markdown(peers)}" if peers else ""
+    paths[1].write_text(markdown(results, said) + peer_table)
+    if not results:
+        return paths[:2]
     with matplotlib.rc_context({"svg.hashsalt": "fakit"}):
         figure(results).savefig(paths[2])
     return paths

@@ -8,6 +8,7 @@ from functools import cache
 
 from benchmarks.measure import agree, fresh_memory, seconds
 from benchmarks.models import FULL, QUICK, random_batch
+from benchmarks.peers.environments import PEERS, measure_peer
 from benchmarks.training import cache_against_live, trainer_against_loop
 from benchmarks.ways import WAYS
 
@@ -39,6 +40,11 @@ class Result:
     def as_dict(self) -> dict:
         """For JSON, ratio and verdict included."""
         return asdict(self) | {"ratio": self.ratio, "reached": self.reached}
+
+
+def divided(costs: tuple[float, float]) -> float:
+    """ours / theirs"""
+    return costs[0] / costs[1]
 
 
 class Table:
@@ -94,6 +100,20 @@ class Table:
         ours, theirs = (self._memory(work, way, rows, tokens) for way in ("fakit", "by hand"))
         agree({"by hand": theirs["loss"], "fakit": ours["loss"]})
         return ours["mebibytes"], theirs["mebibytes"]
+
+    def beside_peers(self, names: Iterable[str]) -> Iterable[dict]:
+        """Each peer's ratios to the hand-written loop, with fakit's to the same loop for the same work beside them."""
+        for name in names:
+            work = PEERS[name].work
+            ours = {
+                "fakit_seconds_ratio": divided(self.ratio_of_seconds(work, 16, 128)),
+                "fakit_memory_ratio": divided(self.ratio_of_memory(work, 16, 128)),
+            }
+            yield (
+                {"name": name, "package": PEERS[name].package, "work": work}
+                | ours
+                | measure_peer(name, self.shape(16, 128), self.quick, min(self.repeats, 3))
+            )
 
     def ratio_of_lengths(self) -> tuple[float, float]:
         """Peak MiB of fakit's step: one row of 4,096 tokens, eight of 512."""

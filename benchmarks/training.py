@@ -8,31 +8,16 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from benchmarks.measure import agree
-from benchmarks.models import Size, models, random_batch
+from benchmarks.models import Size, collate, models, rows_of
 from benchmarks.ways import all_terms, loss_of
 from fakit import Attention, DistillationTrainer, Features, LayerMap, Objective, Task, TeacherCache, capture
 
 LEARNING_RATE = 1e-4
 Run = tuple[float, float]  # seconds, mean loss
-
-
-def rows_of(size: Size, rows: int, tokens: int) -> list[dict]:
-    """A data set of random rows, each {"input_ids", "attention_mask", "labels"} of (T,); the last row is shorter."""
-    batch = random_batch(size, rows, tokens)
-    counts = batch["attention_mask"].bool()
-    return [{name: value[i][counts[i]] for name, value in batch.items()} for i in range(rows)]
-
-
-def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch, padded to its longest row."""
-    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    batch = {k: pad_sequence([row[k] for row in rows], True, value) for k, value in padding.items()}
-    return batch | ({"row": torch.stack([row["row"] for row in rows])} if "row" in rows[0] else {})
 
 
 def in_turns(ways: dict[str, Callable[[], Run]], repeats: int, rtol: float) -> dict[str, float]:

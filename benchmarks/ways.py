@@ -32,6 +32,21 @@ def all_terms() -> Objective:
     )
 
 
+def without_attention() -> Objective:
+    """What `hand_written.without_attention` computes."""
+    return Objective(
+        LayerMap(list(hand_written.PAIRS)),
+        Features("mse"),
+        outputs=Outputs("forward_kl", temperature=hand_written.TEMPERATURE),
+        task=Task(),
+    )
+
+
+def outputs_alone() -> Objective:
+    """What `hand_written.outputs_alone` computes."""
+    return Objective(outputs=Outputs("forward_kl", temperature=hand_written.TEMPERATURE))
+
+
 def features_and_attention() -> Objective:
     """What `hand_written.features_and_attention` computes."""
     return Objective(LayerMap(list(hand_written.PAIRS)), Features("mse"), Attention("kl"))
@@ -90,6 +105,14 @@ WAYS: dict[str, dict[str, Callable[[Size], Way]]] = {
     "features + attention": {
         "by hand": partial(by_hand, hand_written.features_and_attention, "eager"),
         "fakit": partial(by_fakit, features_and_attention),
+    },
+    "hidden states, outputs, labels": {
+        "by hand": partial(by_hand, hand_written.without_attention, "sdpa"),
+        "fakit": partial(by_fakit, without_attention),
+    },
+    "outputs": {
+        "by hand": partial(by_hand, hand_written.outputs_alone, "sdpa"),
+        "fakit": partial(by_fakit, outputs_alone),
     },
     "output loss": {"by hand": partial(heads, True), "fakit": partial(heads, False)},
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -15,7 +17,10 @@ from benchmarks import hand_written
 from benchmarks.__main__ import main
 from benchmarks.measure import Way, agree, run_json, seconds
 from benchmarks.models import QUICK, models, random_batch
-from benchmarks.report import conditions, figure, markdown, write
+from benchmarks.peers import environments
+from benchmarks.peers.environments import measure_peer
+from benchmarks.peers.run import trained_loss
+from benchmarks.report import conditions, figure, markdown, peers_markdown, write
 from benchmarks.table import ROWS, Result, Table
 from benchmarks.ways import WAYS
 
@@ -66,7 +71,7 @@ def test_seconds_are_those_of_the_steps():
 
 
 def test_a_failing_process_says_why():
-    with pytest.raises(ValueError, match="failed: .*broken"):
+    with pytest.raises(ValueError, match=r"failed: .*broken"):
         run_json([sys.executable, "-c", "raise SystemExit('broken')"])
 
 
@@ -108,3 +113,51 @@ def test_the_report_has_table_record_and_figure(tmp_path):
     (axes,) = figure([ROW, replace(ROW, ours=5.0)]).axes
     assert [text.get_text() for text in axes.texts] == ["0.12 (bar 0.10, missed)", "0.05 (bar 0.10, reached)"]
     assert [bar.get_x() + bar.get_width() for bar in axes.patches] == pytest.approx([0.12, 0.05])
+
+
+def test_a_peer_that_does_not_run_is_a_finding_with_its_reason():
+    with_nothing_installed = measure_peer("textbrewer", (2, 16), quick=True, repeats=1, python=Path(sys.executable))
+    assert list(with_nothing_installed) == ["error"]
+    assert "No module named 'textbrewer'" in with_nothing_installed["error"]
+    row = {"package": "textbrewer==1", "work": "all terms", "fakit_seconds_ratio": 0.5, "fakit_memory_ratio": 0.25}
+    *_, broken = peers_markdown([row | with_nothing_installed]).splitlines()
+    assert broken.startswith("| textbrewer==1 | all terms | – | 0.50 | – | 0.25 |") and "No module named" in broken
+    *_, good = peers_markdown([row | {"seconds_ratio": 1.5, "memory_ratio": 1.25, "note": "a|b"}]).splitlines()
+    assert good == "| textbrewer==1 | all terms | 1.50 | 0.50 | 1.25 | 0.25 | a/b |"
+
+
+def test_a_peer_that_trains_nothing_is_refused():
+    x, unused = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+    assert trained_loss(Way(lambda batch: x * 3, [x, unused]), {}) == 3
+    for loss in (lambda batch: x * 0, lambda batch: x * float("nan"), lambda batch: x.detach() + unused * 0 + 1):
+        with pytest.raises(ValueError, match="the loss is"):
+            trained_loss(Way(loss, [x, unused]), {})
+
+
+def test_an_environment_that_cannot_be_made_says_what_pip_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(environments, "FOLDER", tmp_path)
+    monkeypatch.setattr(environments.venv, "create", lambda folder, **options: folder.mkdir())
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no such package\n")
+    monkeypatch.setattr(environments.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(ValueError, match=r"pip install torch==.*failed: ERROR: no such package"):
+        environments.environment("trl")
+    assert not (tmp_path / "trl" / ".installed").exists()
+
+
+def test_torchvision_in_an_environment_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(environments, "FOLDER", tmp_path)
+
+    def create(folder, **options):
+        (folder / "lib" / "python3.11" / "site-packages" / "torchvision").mkdir(parents=True)
+
+    monkeypatch.setattr(environments.venv, "create", create)
+    monkeypatch.setattr(environments.subprocess, "run", lambda *a, **o: subprocess.CompletedProcess([], 0, "", ""))
+    with pytest.raises(ValueError, match="brought torchvision"):
+        environments.environment("trl")
+
+
+def test_an_unknown_peer_is_refused_before_any_work():
+    with pytest.raises(
+        ValueError, match="no peer is called nobody; the peers are textbrewer, silverspoon, trl, modelopt"
+    ):
+        main(["--quick", "--peers", "nobody"])
