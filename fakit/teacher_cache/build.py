@@ -1,0 +1,155 @@
+"""Run the teacher for a cache: first one row, to see what it gives, then shard by shard."""
+
+from collections.abc import Mapping
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from fakit.capture import capture, is_causal_lm
+from fakit.losses.attention_inputs import AttentionInputs
+from fakit.models.blocks import is_encoder_decoder, without_adapter
+from fakit.teacher_cache.content import CacheContent
+from fakit.teacher_cache.fingerprints import MODEL_INPUTS, config_facts
+from fakit.teacher_cache.packing import pack, pack_top_k
+from fakit.trace import Trace
+
+_INSTEAD = "cache hidden states and logits alone (attentions=()), and align attention with the live teacher."
+# Tensors of a shard that are one a row, not one a token, begin so.
+PER_ROW = "row."
+
+
+def describe(teacher: nn.Module, longest: Mapping, content: CacheContent) -> dict:
+    """What the manifest says of the teacher and its tensors, seen in the longest row of the data set; refuses what a cache cannot hold.
+
+    Raises:
+        ValueError: a teacher that is training or has no logits to keep, an encoder-decoder, a k above the number of classes, attention
+            that queries and keys alone do not make: maps of the model's own, a position bias, patterns other than causal and windows.
+    """
+    name = type(without_adapter(teacher)).__name__
+    if teacher.training:
+        raise ValueError(
+            f"{name} is in train mode: with dropout its answers are different every time. teacher.eval(); load_teacher does so."
+        )
+    if is_encoder_decoder(teacher):
+        raise ValueError(
+            f"{name} is an encoder-decoder, whose rows have tokens on two sides; a cache holds one. Distil from the live teacher."
+        )
+    trace = _run(teacher, [longest], content)
+    if trace.maps:
+        raise ValueError(
+            f"{name} shows its attention only as maps (B, H, T, T), and a cache holds queries and keys; {_INSTEAD}"
+        )
+    classes = None
+    if content.logits:
+        if trace.logits is None:
+            raise ValueError(f"{name} has no output head, so it gives no logits to cache: logits=False.")
+        classes = trace.logits.shape[-1]
+        if content.top_k is not None and content.top_k > classes:
+            raise ValueError(f"top_k={content.top_k} of {name}, which has {classes} classes; keep at most {classes}.")
+    attention = {str(layer): _settings(name, layer, inputs) for layer, inputs in trace.attention.items()}
+    config = config_facts(teacher.config)
+    config.pop("quantization_config", None)
+    packed = _pack(trace, 0, trace.mask[0], content)
+    return {
+        "name": name,
+        "config": config,
+        "precision": str(teacher.dtype).removeprefix("torch."),
+        "causal": is_causal_lm(teacher),
+        "classes": classes,
+        "attention": attention,
+        # bytes of one token, or of one row
+        "sizes": {key: x.nbytes // len(x) for key, x in packed.items()},
+    }
+
+
+def make_shard(teacher: nn.Module, rows: list[Mapping], content: CacheContent, batch_size: int) -> dict[str, Tensor]:
+    """{name: (tokens of all rows, …) or (rows, …)}, rows one after another, and their offsets (rows + 1,)."""
+    lengths = [int(_mask(row).sum()) for row in rows]
+    kept: list[dict[str, Tensor] | None] = [None] * len(rows)
+    order = sorted(
+        range(len(rows)), key=lambda i: len(rows[i]["input_ids"])
+    )  # neighbours of one length need little padding
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        trace = _run(teacher, [rows[i] for i in indices], content)
+        for b, i in enumerate(indices):
+            kept[i] = _pack(trace, b, trace.mask[b], content)
+    shard = {key: torch.cat([tensors[key] for tensors in kept]).contiguous() for key in kept[0]}
+    shard["offsets"] = torch.tensor([0, *accumulate(lengths)])
+    return shard
+
+
+def _run(teacher: nn.Module, rows: list[Mapping], content: CacheContent) -> Trace:
+    names = [name for name in MODEL_INPUTS if name in rows[0] and name != "attention_mask"]
+    batch = {name: pad_sequence([torch.as_tensor(row[name]) for row in rows], batch_first=True) for name in names}
+    batch["attention_mask"] = pad_sequence([_mask(row) for row in rows], batch_first=True)
+    with torch.no_grad():
+        return capture(teacher, batch, content.hidden_states, content.attentions, content.logits)
+
+
+def _mask(row: Mapping) -> Tensor:
+    mask = row.get("attention_mask")
+    return torch.as_tensor([1] * len(row["input_ids"]) if mask is None else mask)
+
+
+def _pack(trace: Trace, b: int, tokens: Tensor, content: CacheContent) -> dict[str, Tensor]:
+    """Row b's tensors as they are stored; `tokens` bool (T,) says which of its places are no padding."""
+    tensors = {f"hidden_states.{layer}": x[b][tokens] for layer, x in trace.hidden_states.items()}  # (n, d)
+    for name in content.inputs:
+        for layer, x in getattr(trace, name).items():
+            tensors[f"{name}.{layer}"] = x[b][:, tokens].transpose(0, 1)  # (n, H, d_head)
+    packed = {}
+    for key, values in tensors.items():
+        packed |= _named(key, pack(values.cpu(), content.dtype))
+    if content.logits:
+        per_token = trace.logits.dim() == 3
+        logits = trace.logits[b][tokens] if per_token else trace.logits[b : b + 1]  # (n, V) or (1, C)
+        top_k = content.top_k
+        stored = pack(logits, content.dtype) if top_k is None else pack_top_k(logits, top_k, content.dtype)
+        packed |= _named("logits" if per_token else f"{PER_ROW}logits", {k: v.cpu() for k, v in stored.items()})
+    return packed
+
+
+def _named(key: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{key}{suffix}": tensor.contiguous() for suffix, tensor in stored.items()}
+
+
+# -- what a layer does to its scores ----------------------------------------------------------------------------------
+
+
+def _settings(name: str, layer: int, inputs: AttentionInputs) -> dict:
+    """What, beside queries, keys and padding, makes a layer's maps; seen in one row (1, T) without padding."""
+    for bias in inputs.biases():
+        allowed = inputs.allowed()
+        added = bias if allowed is None else bias.masked_fill(~allowed, 0.0)
+        if added.any():
+            raise ValueError(
+                f"layer {layer} of {name} adds a position bias to its attention scores (T5, ALiBi), which a cache of queries and keys does "
+                f"not hold; {_INSTEAD}"
+            )
+    back, ahead = _reach(name, layer, inputs.allowed(), inputs.query.shape[2])
+    return {
+        "scaling": float(inputs.scaling),
+        "softcap": inputs.softcap,
+        "sinks": None if inputs.sinks is None else inputs.sinks.float().tolist(),  # (H,)
+        "back": back,
+        "ahead": ahead,
+    }
+
+
+def _reach(name: str, layer: int, allowed: Tensor | None, tokens: int) -> tuple[int | None, int | None]:
+    """How far a query looks back and ahead, in tokens; None for as far as there are tokens."""
+    if allowed is None:
+        return None, None
+    allowed = allowed.expand(*allowed.shape[:2], tokens, tokens).flatten(0, 1)  # (1 or H, T, T)
+    distance = torch.arange(tokens, device=allowed.device)
+    distance = distance[:, None] - distance  # of the query behind the key; (T, T)
+    back, ahead = int(distance[allowed[0]].max()), int(-distance[allowed[0]].min())
+    if not torch.equal(allowed, ((distance <= back) & (distance >= -ahead)).expand_as(allowed)):
+        raise ValueError(
+            f"layer {layer} of {name} attends in a pattern that is neither full, causal nor a sliding window (chunks, blocks, or one "
+            f"pattern a head), which a cache does not hold; {_INSTEAD}"
+        )
+    return (None if back == tokens - 1 else back), (None if ahead == tokens - 1 else ahead)

@@ -1,0 +1,95 @@
+"""Whose cache is it: fingerprints of a teacher, a tokenised data set and a tokeniser."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+# What a configuration says beside what the forward pass computes.
+_ASIDE = {
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the names, shapes, dtypes and bytes of all weights (of a quantised model: codes and scales) and over the configuration."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(json.dumps(_shaping(config_facts(model.config)), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def config_facts(config) -> dict:
+    """A transformers configuration as plain JSON."""
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def _shaping(config: dict) -> dict:
+    kept = {key: value for key, value in config.items() if key not in _ASIDE}
+    return {key: _shaping(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """sha256 over the vocabulary and the special tokens."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()
+
+
+def row_hashes(dataset) -> list[int]:
+    """A number of 63 bits for each row, of what the model is given: token ids, padding, token types, positions; not of labels or text.
+
+    A row without attention_mask is a row whose tokens all count.
+    """
+    return [int.from_bytes(hashlib.sha256(_canonical(row)).digest()[:8]) >> 1 for row in _inputs_of(dataset)]
+
+
+def data_fingerprint(dataset) -> str:
+    """sha256 over `row_hashes`: tokeniser, truncation and order are all in it."""
+    return combined(row_hashes(dataset))
+
+
+def combined(hashes: list[int]) -> str:
+    """sha256 over the hashes of rows, in order."""
+    return hashlib.sha256(np.asarray(hashes, dtype="<i8").tobytes()).hexdigest()
+
+
+def _inputs_of(dataset) -> Iterator[Mapping]:
+    from datasets import Dataset
+
+    if isinstance(dataset, Dataset):  # no text is decoded, no format (torch, numpy) applied
+        names = [name for name in MODEL_INPUTS if name in dataset.column_names]
+        dataset = dataset.with_format(None).select_columns(names)
+    return (dataset[i] for i in range(len(dataset)))
+
+
+def _canonical(row: Mapping) -> bytes:
+    values = {name: _list(row[name]) for name in MODEL_INPUTS if row.get(name) is not None}
+    if "input_ids" not in values:
+        raise ValueError(
+            f"a row of the data set holds {sorted(row)}; a cache is made of tokenised rows, with input_ids (T,): tokenise the data set first."
+        )
+    values.setdefault("attention_mask", [1] * len(values["input_ids"]))
+    return json.dumps(values, sort_keys=True).encode()
+
+
+def _list(values) -> list[int]:
+    return values.tolist() if isinstance(values, Tensor | np.ndarray) else [int(value) for value in values]
