@@ -81,21 +81,48 @@ def figure(results: Sequence[Result]) -> Figure:
     axes.minorticks_off()
     axes.set_yticks(places, [f"{r.work}\nagainst {r.against}" for r in results], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("cost of fakit / cost of the other way (left is better; black tick: the bar to reach)")
+    axes.set_xlabel("fakit / the other way (left is better; black tick: the bar)")
     axes.spines[["top", "right"]].set_visible(False)
     return drawing
 
 
+def peers_figure(peers: Sequence[dict]) -> Figure:
+    """Seconds and memory of each peer and of fakit, as ratios to the hand-written loop that does the same work."""
+    drawing = Figure(figsize=(9, 1.6 + 0.7 * len(peers)), layout="constrained")
+    for axes, what in zip(drawing.subplots(1, 2, sharey=True), ("seconds", "memory"), strict=True):
+        for place, peer in enumerate(peers):
+            bars = [
+                (-0.2, peer.get(f"{what}_ratio"), STUDENT, "peer"),
+                (0.2, peer[f"fakit_{what}_ratio"], ALIGNED, "fakit"),
+            ]
+            for shift, ratio, role, name in bars:
+                if ratio is not None:
+                    axes.barh(place + shift, ratio, color=role.colour, height=0.36)
+                said = f"{name} did not run" if ratio is None else f"{name} {ratio:.2f}"
+                axes.annotate(
+                    said, (ratio or 0, place + shift), (4, 0), textcoords="offset points", va="center", fontsize=8
+                )
+        axes.axvline(1.0, color=TEXT, linewidth=1, linestyle=":")
+        axes.margins(x=0.3)
+        axes.set_xlabel(f"{what}: ratio to the hand-written loop", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_yticks(range(len(peers)), [f"{p['package']}\n{p['work']}" for p in peers], fontsize=8)
+    axes.invert_yaxis()
+    return drawing
+
+
 def write(folder: Path, results: Sequence[Result], said: str, peers: Sequence[dict] = ()) -> list[Path]:
-    """bench.json, bench.md and bench.svg; returns their paths."""
+    """bench.json, bench.md, bench.svg where there are rows, peers.svg where there are peers; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"bench.{kind}" for kind in ("json", "md", "svg")]
     record = {"conditions": said, "rows": [r.as_dict() for r in results], "peers": list(peers)}
     paths[0].write_text(json.dumps(record, indent=2) + "\n")
     peer_table = f"\nRatios to the hand-written loop:\n\n{peers_markdown(peers)}" if peers else ""
     paths[1].write_text(markdown(results, said) + peer_table)
-    if not results:
-        return paths[:2]
+    drawings = {paths[2]: figure(results)} if results else {}
+    if peers:
+        drawings[folder / "peers.svg"] = peers_figure(peers)
     with matplotlib.rc_context({"svg.hashsalt": "fakit"}):
-        figure(results).savefig(paths[2])
-    return paths
+        for path, drawing in drawings.items():
+            drawing.savefig(path)
+    return [*paths[:2], *drawings]

@@ -20,7 +20,7 @@ from benchmarks.models import QUICK, models, random_batch
 from benchmarks.peers import environments
 from benchmarks.peers.environments import measure_peer
 from benchmarks.peers.run import trained_loss
-from benchmarks.report import conditions, figure, markdown, peers_markdown, write
+from benchmarks.report import conditions, figure, markdown, peers_figure, peers_markdown, write
 from benchmarks.table import ROWS, Result, Table
 from benchmarks.ways import WAYS
 
@@ -161,3 +161,13 @@ def test_an_unknown_peer_is_refused_before_any_work():
         ValueError, match="no peer is called nobody; the peers are textbrewer, silverspoon, trl, modelopt"
     ):
         main(["--quick", "--peers", "nobody"])
+
+
+def test_the_figure_of_peers_shows_those_that_did_not_run(tmp_path):
+    row = {"package": "one==1", "work": "outputs", "fakit_seconds_ratio": 0.5, "fakit_memory_ratio": 0.25}
+    peers = [row | {"seconds_ratio": 1.5, "memory_ratio": 1.25, "note": ""}, row | {"error": "broken"}]
+    assert [path.name for path in write(tmp_path, [], "said", peers)] == ["bench.json", "bench.md", "peers.svg"]
+    seconds, memory = peers_figure(peers).axes
+    said = [[text.get_text() for text in axes.texts] for axes in (seconds, memory)]
+    assert said[0] == ["peer 1.50", "fakit 0.50", "peer did not run", "fakit 0.50"]
+    assert said[1] == ["peer 1.25", "fakit 0.25", "peer did not run", "fakit 0.25"]

@@ -1,4 +1,7 @@
-"""TRL: logits alone, with the loss of `GKDTrainer`; β = 0 is the forward KL. Its trainers take causal models only."""
+"""TRL: logits alone, with the loss of `GKDTrainer`; β = 0 is the forward KL. Its trainers take causal models only.
+
+`GKDTrainer` of 1.16.0 does not hand its own temperature to this loss; here the loss is called with it.
+"""
 
 from __future__ import annotations
 
