@@ -22,6 +22,8 @@ from fakit.models.preflight import preflight
 from fakit.objective import Needs, Objective
 from fakit.sharding import check_sharding, load_whole_state, shards_on_cpus, whole_state
 from fakit.shares import counts, reweighted, shares
+from fakit.teacher_cache import TeacherCache
+from fakit.teacher_cache.training import ROW, CachedRowsCollator, CachedTeacher, recorded_teacher, with_rows
 from fakit.trace import Trace
 
 _PROJECTIONS, _OBJECTIVE = "projections.safetensors", "objective.json"
@@ -39,7 +41,7 @@ class Distiller(nn.Module):
     # otherwise, because `forward` takes **inputs.
     accepts_loss_kwargs = False
 
-    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, objective: Objective):
+    def __init__(self, teacher: PreTrainedModel | None, student: PreTrainedModel, objective: Objective):
         super().__init__()
         self.student = student
         self.objective = objective
@@ -47,8 +49,8 @@ class Distiller(nn.Module):
         self.breakdown: Breakdown | None = None  # of the last training step, detached
 
     @property
-    def teacher(self) -> PreTrainedModel:
-        """The frozen teacher."""
+    def teacher(self) -> PreTrainedModel | None:
+        """The frozen teacher; None where a cache stands for it."""
         return self._teacher[0]
 
     @property
@@ -80,19 +82,23 @@ class Distiller(nn.Module):
         self.student.tie_weights()
 
     def forward(
-        self, labels: Tensor | None = None, shares: dict[str, Tensor] | None = None, **inputs
+        self,
+        labels: Tensor | None = None,
+        shares: dict[str, Tensor] | None = None,
+        theirs: Trace | None = None,
+        **inputs,
     ) -> dict[str, Tensor]:
         """Training: the objective's loss (). Eval: the student's logits and, where there are labels, the task's loss (), without teacher.
 
         `shares`: what this batch counts for in the optimiser step, by term (see `fakit.shares`); None where it is all of the step.
+        `theirs`: the teacher's trace, where it comes from a cache.
         """
         if not self.training:
             logits = capture(self.student, inputs | {"labels": labels}).logits
             loss = {} if labels is None else {"loss": task_loss(logits, labels, is_causal_lm(self.student))}
             return loss | {"logits": logits}
-        theirs = None
         asked = inputs | {"labels": labels}  # an encoder-decoder makes its decoder's inputs of them
-        if self.objective.needs_teacher():
+        if theirs is None and self.objective.needs_teacher():
             with torch.no_grad():
                 theirs = _trace(self.teacher, asked, self.objective.needs("teacher"))
         ours = _trace(self.student, asked, self.objective.needs("student", labels is not None))
@@ -119,11 +125,14 @@ class DistillationTrainer(Trainer):
     """A `transformers.Trainer` for a teacher, a student and an objective.
 
     Args:
-        teacher: frozen here and put in eval mode; moved to the training device unless quantised.
+        teacher: frozen here and put in eval mode; moved to the training device unless quantised. May be None where there is a cache.
         student: trained; `trainer.save_model(folder)` and `trainer.student.save_pretrained(folder)` export it alone.
         objective: its projections are made here and trained, and checkpointed beside the student.
         args: `transformers.TrainingArguments`.
         teacher_tokenizer: compared with `processing_class` before training, if both are given.
+        teacher_cache: a `TeacherCache` of the training data, which is read in every step instead of running the teacher. The rows of
+            train_dataset are found in it by their tokens, so that shuffling, subsets and padding do not matter; a row that it lacks, and
+            a collator that changes tokens (masked language modelling), are refused.
         kwargs: everything else of `transformers.Trainer` (train_dataset, eval_dataset, data_collator, processing_class, compute_metrics,
             callbacks, optimizers …).
 
@@ -136,24 +145,37 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
         student: PreTrainedModel,
         objective: Objective,
         args=None,
         teacher_tokenizer=None,
+        teacher_cache: TeacherCache | None = None,
         **kwargs,
     ):
+        if teacher is None and teacher_cache is None:
+            raise ValueError("neither a teacher nor a cache of one was given; pass teacher=… or teacher_cache=….")
         args = TrainingArguments("tmp_trainer") if args is None else args
         if args.n_gpu > 1:
             logger.warning("Training on one of %d GPUs; `accelerate launch` starts a process on each.", args.n_gpu)
             args._n_gpu = 1  # not DataParallel, whose replicas lose their breakdown
         if args.activation_checkpointing:
             _refuse_reentrant(args.activation_checkpointing_kwargs)
-        check_fit(teacher, student, objective, teacher_tokenizer, kwargs.get("processing_class"))
-        objective.prepare(*(m.config.get_text_config().hidden_size for m in (student, teacher)))
-        teacher.eval().requires_grad_(False)
+        tokenizer = kwargs.get("processing_class")
+        described = recorded_teacher(teacher_cache) if teacher is None else teacher
+        check_fit(described, student, objective, teacher_tokenizer, tokenizer)
+        objective.prepare(*(m.config.get_text_config().hidden_size for m in (student, described)))
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+        self.cached_teacher = None
+        if teacher_cache is not None:
+            self.cached_teacher = CachedTeacher(teacher_cache, objective, teacher, teacher_tokenizer or tokenizer)
+            if kwargs.get("train_dataset") is not None:
+                kwargs["train_dataset"] = with_rows(teacher_cache, kwargs["train_dataset"])
         super().__init__(model=Distiller(teacher, student, objective), args=args, **kwargs)
-        if not is_quantized(teacher):
+        if self.cached_teacher is not None:
+            self.data_collator = CachedRowsCollator(self.data_collator)
+        elif not is_quantized(teacher):
             teacher.to(self.args.device)
         self.teacher, self.student, self.objective = teacher, student, objective
         self.add_callback(_EpochCallback(objective))
@@ -185,6 +207,14 @@ class DistillationTrainer(Trainer):
                 batch["shares"] = share
         return batches, num_items
 
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        # a cached teacher is read here, outside of the module that DDP, FSDP or compile wraps
+        inputs = super()._prepare_inputs(inputs)
+        rows = inputs.pop(ROW, None)
+        if rows is not None and self.model.training:
+            inputs["theirs"] = self.cached_teacher.trace(rows, self.args.device)
+        return inputs
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective's total; the breakdown goes into the running means of the log."""
         outputs = model(**inputs)
@@ -209,6 +239,7 @@ class DistillationTrainer(Trainer):
         if self._signature_columns is None:
             model, self.model = self.model, self.distiller.student
             super()._set_signature_columns_if_needed()
+            self._signature_columns.append(ROW)
             self.model = model
 
     # -- checkpoints: the student as transformers writes it, the rest beside it ------------------------------------

@@ -1,6 +1,6 @@
 """Run the teacher for a cache: first one row, to see what it gives, then shard by shard."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -20,8 +20,8 @@ _INSTEAD = "cache hidden states and logits alone (attentions=()), and align atte
 PER_ROW = "row."
 
 
-def describe(teacher: nn.Module, longest: Mapping, content: CacheContent) -> dict:
-    """What the manifest says of the teacher and its tensors, seen in the longest row of the data set; refuses what a cache cannot hold.
+def describe(teacher: nn.Module, rows: Sequence[Mapping], content: CacheContent) -> dict:
+    """What the manifest says of the teacher and its tensors, seen in the longest of the rows; refuses what a cache cannot hold.
 
     Raises:
         ValueError: a teacher that is training or has no logits to keep, an encoder-decoder, a k above the number of classes, attention
@@ -36,7 +36,10 @@ def describe(teacher: nn.Module, longest: Mapping, content: CacheContent) -> dic
         raise ValueError(
             f"{name} is an encoder-decoder, whose rows have tokens on two sides; a cache holds one. Distil from the live teacher."
         )
-    trace = _run(teacher, [longest], content)
+    longest = rows[max(range(len(rows)), key=lambda i: int(_mask(rows[i]).sum()))]
+    tokens = _mask(longest).bool()
+    inputs = {name: torch.as_tensor(longest[name])[tokens] for name in MODEL_INPUTS if longest.get(name) is not None}
+    trace = _run(teacher, [inputs], content)
     if trace.maps:
         raise ValueError(
             f"{name} shows its attention only as maps (B, H, T, T), and a cache holds queries and keys; {_INSTEAD}"
@@ -59,6 +62,7 @@ def describe(teacher: nn.Module, longest: Mapping, content: CacheContent) -> dic
         "causal": is_causal_lm(teacher),
         "classes": classes,
         "attention": attention,
+        "longest": int(tokens.sum()),
         # bytes of one token, or of one row
         "sizes": {key: x.nbytes // len(x) for key, x in packed.items()},
     }

@@ -76,6 +76,9 @@ class TeacherCache:
     ) -> "TeacherCache":
         """Run the teacher over `dataset` and keep what is asked for; whole shards of an interrupted build are kept.
 
+        Rows are run with padding on the right: a teacher of absolute positions that is given left-padded batches in training, without
+        position_ids, would read them at other positions than the cache's, which are the rows' own.
+
         Args:
             folder: made if missing. A finished cache of the same teacher, data and content is opened and returned.
             teacher: frozen, in eval mode; it may be quantised.
@@ -117,11 +120,7 @@ class TeacherCache:
             manifest = found
             _check_shards(folder, manifest)
         else:
-            longest = max(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
-            manifest |= describe(teacher, dataset[longest], content) | {
-                "longest": len(dataset[longest]["input_ids"]),
-                "shards": [],
-            }
+            manifest |= describe(teacher, dataset, content) | {"shards": []}
         if shard_rows is None:
             shard_rows = max(1, _SHARD_BYTES // (sum(manifest["sizes"].values()) * manifest["longest"] or 1))
         folder.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def refuse_foreign(folder: Path, found: dict, asked: dict) -> None:
         "content": "content",
     }
     for key, name in names.items():
-        ours, theirs = json.loads(json.dumps(asked.get(key))), found.get(key)  # tuples become lists, as in the file
+        ours, theirs = (json.loads(json.dumps(side.get(key))) for side in (asked, found))  # a file has no tuples
         if key == "tokenizer" and None in (ours, theirs):  # not given on one side; token ids are in `data`
             continue
         if theirs != ours:
