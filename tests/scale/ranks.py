@@ -106,6 +106,17 @@ def main(folder: Path) -> None:
     (mine / "seen.json").write_text(json.dumps(seen))
 
 
+def distill(folder: Path, config: str) -> int:
+    """`fakit distill` in these processes, counting how often each loads a teacher."""
+    from fakit.models import load
+
+    load_teacher, loaded = load.load_teacher, []
+    load.load_teacher = lambda *args, **kwargs: loaded.append(args) or load_teacher(*args, **kwargs)
+    status = fakit(["distill", config, "--out", str(folder / "runs")])
+    (folder / f"rank{RANK}/loaded.json").write_text(json.dumps(loaded))
+    return status
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    sys.exit(fakit(["distill", sys.argv[2], "--out", str(Path(sys.argv[1]) / "runs")]))
+    sys.exit(distill(Path(sys.argv[1]), sys.argv[2]))

@@ -97,6 +97,8 @@ def test_fakit_distill_gives_the_run_of_one_process(two, world, tmp_path):
     experiment(world, tmp_path / "whole.yaml")
     assert main(["distill", str(tmp_path / "whole.yaml"), "--out", str(tmp_path / "runs")]) == 0
     assert_same_run(tmp_path / "runs", two / "runs")
+    for rank in (0, 1):
+        assert len(json.loads((two / f"rank{rank}/loaded.json").read_text())) == 1  # one teacher a process
 
 
 def assert_same_run(alone: Path, shared: Path) -> None:
