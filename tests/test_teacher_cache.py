@@ -1,12 +1,20 @@
 """A cached teacher equals the live one, and a cache that is not this run's is refused."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from fakit import Attention, Features, LayerMap, Objective, Outputs, TeacherCache, capture, shrink
+from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, TeacherCache, capture, shrink
+from fakit.teacher_cache import CacheContent, data_fingerprint, fingerprint
+from tests.families import tokenizer
 
 KW = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=100)
 
@@ -23,6 +31,10 @@ def llama():
 
 @pytest.fixture
 def dataset():
+    return rows_of_lengths()
+
+
+def rows_of_lengths():
     generator = torch.Generator().manual_seed(1)
     rows = []
     for length in (5, 9, 3, 7, 8, 4, 6):
@@ -93,6 +105,42 @@ def test_a_killed_build_goes_on_and_gives_the_same_files(dataset, tmp_path):
     assert resumed.manifest["shards"] == whole.manifest["shards"]  # sha256 included
 
 
+_HALF_A_BUILD = """
+    import sys, time
+    from fakit import TeacherCache
+    from fakit.teacher_cache import cache
+    from tests.test_teacher_cache import bert, rows_of_lengths
+
+    write = cache.write_manifest
+    def write_and_wait(folder, manifest):
+        write(folder, manifest)
+        print("a shard is there", flush=True)
+        time.sleep(60)  # the parent kills here
+    cache.write_manifest = write_and_wait
+    TeacherCache.build(sys.argv[1], bert(), rows_of_lengths(), hidden_states=[2], attentions=[2], shard_rows=2, top_k=2)
+"""
+
+
+def test_a_build_killed_with_signal_9_goes_on_and_gives_the_same_bytes(dataset, tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(_HALF_A_BUILD), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    with process:
+        assert process.stdout.readline() == "a shard is there\n"
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    (tmp_path / "killed" / "shard-00001.partial").write_bytes(
+        b"half of a shar"
+    )  # a build that dies in writing leaves this
+    assert len(list((tmp_path / "killed").glob("*.safetensors"))) == 1
+    for name in ("killed", "whole"):
+        what = {"hidden_states": [2], "attentions": [2], "shard_rows": 2, "top_k": 2}
+        TeacherCache.build(tmp_path / name, bert(), dataset, **what)
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("killed", "whole")]
+    assert names[0] == names[1] and len(names[0]) == 5  # four shards and the manifest
+    for name in names[0]:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
 def test_foreign_truncated_and_corrupt_caches_are_refused(dataset, tmp_path):
     teacher = bert()
     TeacherCache.build(tmp_path, teacher, dataset, hidden_states=[2])
@@ -103,6 +151,10 @@ def test_foreign_truncated_and_corrupt_caches_are_refused(dataset, tmp_path):
     other.classifier.bias.data += 1
     with pytest.raises(ValueError, match="another teacher weights"):
         TeacherCache.open(tmp_path, other, dataset)
+    heads = bert()  # the same weights, read otherwise
+    heads.config.num_attention_heads = 2
+    with pytest.raises(ValueError, match="another teacher weights"):
+        TeacherCache.open(tmp_path, heads, dataset)
     with pytest.raises(ValueError, match=r"another content.*hidden_states"):
         TeacherCache.build(tmp_path, teacher, dataset, hidden_states=[3])
     with pytest.raises(ValueError, match="no teacher cache"):
@@ -137,3 +189,198 @@ def test_left_padding_puts_the_teacher_where_the_tokens_are(dataset, tmp_path):
     right, left = (batch_of(dataset, [0, 1], side)["attention_mask"] for side in ("right", "left"))
     a, b = (cache.trace([0, 1], mask).hidden_states[2][mask.bool()] for mask in (right, left))
     torch.testing.assert_close(a, b)
+
+
+# -- precisions and sizes ---------------------------------------------------------------------------------------------
+
+
+def test_int8_errs_by_half_a_step_of_each_vectors_scale(dataset, tmp_path):
+    teacher = llama()
+    what = {"hidden_states": [0, 4], "attentions": [2], "inputs": ("queries", "keys", "values")}
+    full, small = (TeacherCache.build(tmp_path / d, teacher, dataset, dtype=d, **what) for d in ("float32", "int8"))
+    mask = batch_of(dataset, [0, 1, 2])["attention_mask"]
+    a, b = (cache.trace([0, 1, 2], mask) for cache in (full, small))
+    pairs = [(a.hidden_states[i], b.hidden_states[i]) for i in (0, 4)] + [(a.logits, b.logits)]
+    pairs += [(getattr(a, name)[2], getattr(b, name)[2]) for name in what["inputs"]]
+    for exact, near in pairs:
+        step = exact.abs().amax(-1, keepdim=True) / 127
+        assert ((exact - near).abs() <= 0.504 * step).all() and not torch.equal(exact, near)
+
+
+@pytest.mark.parametrize(("dtype", "each", "scale"), [("float32", 4, 0), ("bfloat16", 2, 0), ("int8", 1, 2)])
+def test_bytes_of_a_token(dtype, each, scale, dataset, tmp_path):
+    """Width 32, 4 heads of 8 with 2 of keys, 100 classes: numbers, and scales one a vector."""
+    cache = TeacherCache.build(tmp_path, llama(), dataset, hidden_states=[2], attentions=[3], dtype=dtype)
+    assert cache.manifest["sizes"] | {} == {
+        name: bytes_
+        for name, bytes_ in {
+            "hidden_states.2": 32 * each,
+            "hidden_states.2.scale": scale,
+            "queries.3": 32 * each,
+            "queries.3.scale": 4 * scale,
+            "keys.3": 16 * each,
+            "keys.3.scale": 2 * scale,
+            "logits": 100 * each,
+            "logits.scale": scale,
+        }.items()
+        if bytes_
+    }
+    assert sum(shard["bytes"] for shard in cache.manifest["shards"]) < 42 * sum(cache.manifest["sizes"].values()) + 2500
+
+
+def test_a_dtype_too_narrow_for_the_teacher_is_refused(dataset, tmp_path):
+    teacher = bert()
+    teacher.bert.embeddings.LayerNorm.weight.fill_(1e5)
+    with pytest.raises(
+        ValueError, match=r"numbers up to .*e\+05, and float16 cannot hold them all; use dtype='bfloat16'"
+    ):
+        TeacherCache.build(tmp_path, teacher, dataset, hidden_states=[0], dtype="float16")
+    assert not (tmp_path / "manifest.json").exists()
+    teacher.bert.embeddings.LayerNorm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="look at the teacher's weights"):
+        TeacherCache.build(tmp_path, teacher, dataset, hidden_states=[0], dtype="float32")
+
+
+def test_only_the_rows_asked_for_are_read(dataset, tmp_path):
+    TeacherCache.build(tmp_path, bert(), dataset, hidden_states=[2], shard_rows=2)
+    cache = TeacherCache.open(tmp_path, verify=False)
+    cache.trace([2, 3], batch_of(dataset, [2, 3])["attention_mask"])
+    assert list(cache._shards) == [1]
+
+
+# -- the k largest logits ---------------------------------------------------------------------------------------------
+
+
+def logits_of(cache, dataset, rows):
+    mask = batch_of(dataset, rows)["attention_mask"]
+    return cache.trace(rows, mask).logits[mask.bool()].double()
+
+
+def test_top_k_keeps_the_largest_probabilities_and_the_mass_of_the_rest(dataset, tmp_path):
+    teacher = llama()
+    teacher.lm_head.weight.mul_(20)
+    full, top = (TeacherCache.build(tmp_path / str(k), teacher, dataset, top_k=k, dtype="float32") for k in (None, 10))
+    exact, near = (logits_of(cache, dataset, [0, 1, 5]) for cache in (full, top))  # (tokens, V)
+    values, indices = exact.topk(10)
+    torch.testing.assert_close(near.gather(-1, indices), values, rtol=1e-5, atol=1e-5)
+    p, q = exact.softmax(-1), near.softmax(-1)
+    torch.testing.assert_close(q.gather(-1, indices), p.gather(-1, indices), rtol=1e-5, atol=1e-7)
+    rest = torch.ones_like(q).scatter(-1, indices, 0).bool()
+    mass = (p * rest).sum(-1)
+    assert (mass > 1e-3).all() and (mass < 0.9).all()
+    torch.testing.assert_close((q * rest).sum(-1), mass, rtol=1e-5, atol=1e-6)
+    within = q[rest].view(-1, 90)
+    torch.testing.assert_close(within, (mass / 90).unsqueeze(-1).expand_as(within), rtol=1e-5, atol=1e-8)
+    # what is lost: the divergence within the rest, at most mass · log(V - k)
+    conditional = (p[rest].view(-1, 90) / mass.unsqueeze(-1)).clamp_min(1e-30)
+    entropy = -(conditional * conditional.log()).sum(-1)
+    divergence = (p * (p.log() - q.log())).sum(-1)
+    expected = mass * (torch.tensor(90.0).log() - entropy)
+    torch.testing.assert_close(divergence, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_all_of_the_logits_are_the_full_logits(make, dataset, tmp_path):
+    teacher = make()
+    classes = 3 if make is bert else 100
+    caches = [
+        TeacherCache.build(tmp_path / str(k), teacher, dataset, top_k=k, dtype="float32") for k in (None, classes)
+    ]
+    mask = batch_of(dataset, [4, 2])["attention_mask"]
+    full, top = (cache.trace([4, 2], mask).logits for cache in caches)
+    torch.testing.assert_close(top, full, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=f"top_k=101 of .* which has {classes} classes"):
+        TeacherCache.build(tmp_path / "more", teacher, dataset, top_k=101)
+
+
+def test_top_k_in_small_types_stays_close(dataset, tmp_path):
+    teacher = llama()
+    exact = logits_of(TeacherCache.build(tmp_path / "full", teacher, dataset, dtype="float32"), dataset, [1])
+    for dtype in ("bfloat16", "int8"):
+        cache = TeacherCache.build(tmp_path / dtype, teacher, dataset, top_k=20, dtype=dtype)
+        assert cache.manifest["sizes"]["logits.indices"] == 40
+        near, (values, indices) = logits_of(cache, dataset, [1]), exact.topk(20)
+        assert (near.gather(-1, indices) - values).abs().max() < 0.03
+
+
+# -- content ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_objective_says_what_to_keep():
+    objective = Objective(LayerMap([(0, 0), (1, 2), (2, 4)]), Features(weight=0), Attention(), task=Task())
+    assert CacheContent.for_objective(objective) == CacheContent((0, 2, 4), (2, 4), logits=False)
+    objective = Objective(
+        LayerMap.none(), attention=Attention("relations", relations=("values",), layer_map=LayerMap([(1, 3)]))
+    )
+    assert CacheContent.for_objective(objective, dtype="int8") == CacheContent(
+        (), (3,), ("values",), False, dtype="int8"
+    )
+    for random in (LayerMap.random(2, 4), LayerMap.random(2, 4).for_epoch(3)):
+        assert CacheContent.for_objective(Objective(random, Features())).hidden_states == (1, 2, 3, 4)
+    objective = Objective(outputs=Outputs())
+    assert CacheContent.for_objective(objective, top_k=8) == CacheContent(logits=True, top_k=8)
+
+
+def test_unknown_contents_are_refused():
+    with pytest.raises(ValueError, match="dtype='int4' is not known; a cache stores float32, bfloat16, float16, int8"):
+        CacheContent(dtype="int4")
+    with pytest.raises(ValueError, match="queries, keys, values"):
+        CacheContent(inputs=("maps",))
+    with pytest.raises(ValueError, match="top_k=0"):
+        CacheContent(top_k=0)
+
+
+def test_rows_are_found_by_what_the_model_is_given(dataset, tmp_path):
+    cache = TeacherCache.build(tmp_path, bert(), dataset, hidden_states=[2], shard_rows=3)
+    again = [{"input_ids": torch.tensor(dataset[i]["input_ids"]), "labels": 1, "text": "x"} for i in (5, 2, 2, 6)]
+    assert cache.rows_of(again) == [5, 2, 2, 6]
+    again[1]["attention_mask"] = [1, 1, 0]
+    with pytest.raises(ValueError, match=r"1 of the data set's 4 rows \(the first is row 1\)"):
+        cache.rows_of(again)
+    with pytest.raises(ValueError, match=r"holds \['text'\].*tokenise the data set first"):
+        cache.rows_of([{"text": "words"}])
+
+
+def test_another_tokeniser_is_refused(dataset, tmp_path):
+    TeacherCache.build(tmp_path, bert(), dataset, hidden_states=[2], tokenizer=tokenizer("a b"))
+    TeacherCache.open(tmp_path, tokenizer=tokenizer("a b"))
+    TeacherCache.open(tmp_path)
+    with pytest.raises(ValueError, match=r"another tokeniser: it has \w+…, this run has \w+…"):
+        TeacherCache.open(tmp_path, tokenizer=tokenizer("b a"))
+
+
+def test_a_damaged_manifest_and_a_missing_shard_are_refused(dataset, tmp_path):
+    teacher = bert()
+    TeacherCache.build(tmp_path, teacher, dataset, hidden_states=[2], shard_rows=4)
+    manifest = tmp_path / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text[: len(text) // 2])
+    with pytest.raises(ValueError, match="is no manifest of a teacher cache"):
+        TeacherCache.open(tmp_path)
+    manifest.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "sizes"}))
+    with pytest.raises(ValueError, match="lacks sizes"):
+        TeacherCache.open(tmp_path)
+    manifest.write_text(text)
+    (tmp_path / "shard-00001.safetensors").unlink()
+    for again in (
+        lambda: TeacherCache.open(tmp_path),
+        lambda: TeacherCache.build(tmp_path, teacher, dataset, hidden_states=[2]),
+    ):
+        with pytest.raises(ValueError, match="missing from its cache, whose manifest lists it with"):
+            again()
+
+
+def test_fingerprints_look_at_what_shapes_the_answer():
+    teacher, dataset = bert(), rows_of_lengths()
+    before = fingerprint(teacher)
+    teacher.config.id2label = {0: "a", 1: "b", 2: "c"}
+    teacher.config._name_or_path = "elsewhere"
+    assert fingerprint(teacher) == before == fingerprint(bert())
+    teacher.config.layer_norm_eps = 1e-3
+    assert fingerprint(teacher) != before
+    without = [{"input_ids": row["input_ids"], "labels": 0} for row in dataset]
+    assert data_fingerprint(without) == data_fingerprint(dataset)
+    assert data_fingerprint(dataset[::-1]) != data_fingerprint(dataset)
+    assert data_fingerprint([row | {"token_type_ids": row["attention_mask"]} for row in dataset]) != data_fingerprint(
+        dataset
+    )

@@ -24,13 +24,17 @@ def describe(teacher: nn.Module, rows: Sequence[Mapping], content: CacheContent)
     """What the manifest says of the teacher and its tensors, seen in the longest of the rows; refuses what a cache cannot hold.
 
     Raises:
-        ValueError: a teacher that is training or has no logits to keep, an encoder-decoder, a k above the number of classes, attention
+        ValueError: a teacher that is training, reads no tokens or has no logits to keep, an encoder-decoder, a k above the number of classes, attention
             that queries and keys alone do not make: maps of the model's own, a position bias, patterns other than causal and windows.
     """
     name = type(without_adapter(teacher)).__name__
     if teacher.training:
         raise ValueError(
             f"{name} is in train mode: with dropout its answers are different every time. teacher.eval(); load_teacher does so."
+        )
+    if teacher.main_input_name != "input_ids":
+        raise ValueError(
+            f"{name} reads {teacher.main_input_name}, and a cache holds rows of tokens (input_ids). Distil from the live teacher."
         )
     if is_encoder_decoder(teacher):
         raise ValueError(
@@ -39,7 +43,7 @@ def describe(teacher: nn.Module, rows: Sequence[Mapping], content: CacheContent)
     longest = rows[max(range(len(rows)), key=lambda i: int(_mask(rows[i]).sum()))]
     tokens = _mask(longest).bool()
     inputs = {name: torch.as_tensor(longest[name])[tokens] for name in MODEL_INPUTS if longest.get(name) is not None}
-    trace = _run(teacher, [inputs], content)
+    trace = _run(teacher, [inputs], content, "right")
     if trace.maps:
         raise ValueError(
             f"{name} shows its attention only as maps (B, H, T, T), and a cache holds queries and keys; {_INSTEAD}"
@@ -68,7 +72,9 @@ def describe(teacher: nn.Module, rows: Sequence[Mapping], content: CacheContent)
     }
 
 
-def make_shard(teacher: nn.Module, rows: list[Mapping], content: CacheContent, batch_size: int) -> dict[str, Tensor]:
+def make_shard(
+    teacher: nn.Module, rows: list[Mapping], content: CacheContent, batch_size: int, padding_side: str
+) -> dict[str, Tensor]:
     """{name: (tokens of all rows, …) or (rows, …)}, rows one after another, and their offsets (rows + 1,)."""
     lengths = [int(_mask(row).sum()) for row in rows]
     kept: list[dict[str, Tensor] | None] = [None] * len(rows)
@@ -77,7 +83,7 @@ def make_shard(teacher: nn.Module, rows: list[Mapping], content: CacheContent, b
     )  # neighbours of one length need little padding
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        trace = _run(teacher, [rows[i] for i in indices], content)
+        trace = _run(teacher, [rows[i] for i in indices], content, padding_side)
         for b, i in enumerate(indices):
             kept[i] = _pack(trace, b, trace.mask[b], content)
     shard = {key: torch.cat([tensors[key] for tensors in kept]).contiguous() for key in kept[0]}
@@ -85,10 +91,13 @@ def make_shard(teacher: nn.Module, rows: list[Mapping], content: CacheContent, b
     return shard
 
 
-def _run(teacher: nn.Module, rows: list[Mapping], content: CacheContent) -> Trace:
+def _run(teacher: nn.Module, rows: list[Mapping], content: CacheContent, padding_side: str) -> Trace:
+    def padded(values: list[Tensor]) -> Tensor:
+        return pad_sequence(values, batch_first=True, padding_side=padding_side)
+
     names = [name for name in MODEL_INPUTS if name in rows[0] and name != "attention_mask"]
-    batch = {name: pad_sequence([torch.as_tensor(row[name]) for row in rows], batch_first=True) for name in names}
-    batch["attention_mask"] = pad_sequence([_mask(row) for row in rows], batch_first=True)
+    batch = {name: padded([torch.as_tensor(row[name]) for row in rows]) for name in names}
+    batch["attention_mask"] = padded([_mask(row) for row in rows])
     with torch.no_grad():
         return capture(teacher, batch, content.hidden_states, content.attentions, content.logits)
 

@@ -72,12 +72,11 @@ class TeacherCache:
         dtype: str = "bfloat16",
         tokenizer=None,
         batch_size: int = 32,
+        padding_side: str = "right",
         shard_rows: int | None = None,
     ) -> "TeacherCache":
         """Run the teacher over `dataset` and keep what is asked for; whole shards of an interrupted build are kept.
 
-        Rows are run with padding on the right: a teacher of absolute positions that is given left-padded batches in training, without
-        position_ids, would read them at other positions than the cache's, which are the rows' own.
 
         Args:
             folder: made if missing. A finished cache of the same teacher, data and content is opened and returned.
@@ -89,6 +88,8 @@ class TeacherCache:
             hidden_states, attentions, inputs, logits: what to keep where there is neither: see `CacheContent`.
             top_k, dtype: how to keep it: see `CacheContent`.
             tokenizer: recorded by its fingerprint, if given, and compared when the cache is opened with one.
+            padding_side: "left" for a classifier that looks at the last place of a batch (XLNet). A teacher of absolute positions (BERT,
+                GPT-2) must have its padding on the right, here as in training: without position_ids it reads left-padded rows elsewhere.
             shard_rows: rows a file; as many as make 256 MiB unless given.
 
         Raises:
@@ -127,7 +128,7 @@ class TeacherCache:
         done = sum(shard["rows"] for shard in manifest["shards"])
         for start in tqdm(range(done, len(dataset), shard_rows), "teacher cache", unit="shard", disable=None):
             numbers = range(start, min(start + shard_rows, len(dataset)))
-            shard = make_shard(teacher, [dataset[i] for i in numbers], content, batch_size)
+            shard = make_shard(teacher, [dataset[i] for i in numbers], content, batch_size, padding_side)
             shard[f"{PER_ROW}hash"] = torch.tensor([hashes[i] for i in numbers])
             path = folder / f"shard-{len(manifest['shards']):05d}.safetensors"
             partial = path.with_suffix(".partial")
