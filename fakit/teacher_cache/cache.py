@@ -142,7 +142,7 @@ class TeacherCache:
             partial.replace(path)
             manifest["shards"].append(facts)
             write_manifest(folder, manifest)
-        return cls(folder, manifest)
+        return cls(folder, read_manifest(folder))
 
     # -- opening --------------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class TeacherCache:
                 "arguments goes on where it stopped."
             )
         _check_shards(folder, manifest, verify)
-        return cls(folder, manifest)
+        return cls(folder, read_manifest(folder))
 
     # -- reading --------------------------------------------------------------------------------------------------
 
