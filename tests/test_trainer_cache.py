@@ -102,6 +102,15 @@ def test_all_of_the_logits_among_the_k_largest_train_as_full_ones(tmp_path):
     assert logged(top) == pytest.approx(logged(full), rel=1e-5)
 
 
+def test_logits_of_a_large_vocabulary_are_compared_whole_where_the_live_teachers_are_in_chunks(tmp_path):
+    made = parts("gpt2", vocab_size=9000)
+    live = run(tmp_path, "gpt2", made=made, max_steps=3)
+    made = parts("gpt2", vocab_size=9000)
+    cache = TeacherCache.build(tmp_path / "cache", made[0], rows(causal=True), made[2], dtype="float32")
+    cached = run(tmp_path, "gpt2", cache, made=made, max_steps=3)
+    assert logged(cached) == pytest.approx(logged(live), rel=1e-4)
+
+
 def test_accumulation_and_the_last_smaller_batch(tmp_path):
     cache = build(tmp_path)
     how = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 5}
@@ -176,6 +185,35 @@ def test_each_process_of_several_gets_its_own_rows(tmp_path):
                 assert ids[mask].tolist() == dataset[row]["input_ids"]
             seen += batch[ROW].rows
     assert sorted(seen) == list(range(24)) and seen != sorted(seen)
+
+
+@pytest.mark.parametrize("how", [{"dataloader_num_workers": 1}, {"activation_checkpointing": True}, {"bf16": True}])
+def test_workers_checkpointing_and_autocast(how, tmp_path):
+    cache = build(tmp_path)
+    live, cached = run(tmp_path, max_steps=3, **how), run(tmp_path, cache=cache, max_steps=3, **how)
+    # under autocast the live teacher works in bfloat16, the cached one has worked in float32
+    assert logged(cached) == pytest.approx(logged(live), rel=5e-3 if "bf16" in how else 1e-4)
+
+
+def test_a_run_goes_on_from_a_checkpoint(tmp_path):
+    cache = build(tmp_path)
+    whole = run(tmp_path / "whole", cache=cache, num_train_epochs=2)
+    run(tmp_path / "parts", cache=cache, num_train_epochs=2, save_strategy="steps", save_steps=4)
+    _, student, objective = parts()
+    changes = {"optim": "sgd", "learning_rate": 1e-2, "train_sampling_strategy": "random", "num_train_epochs": 2}
+    resumed = DistillationTrainer(
+        None,
+        student,
+        objective,
+        arguments(tmp_path / "parts", **changes),
+        train_dataset=rows(),
+        data_collator=collator(),
+        teacher_cache=cache,
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-8"))
+    assert logged(resumed)[-4:] == pytest.approx(logged(whole)[-4:])
+    for name, p in weights(whole).items():
+        assert torch.allclose(weights(resumed)[name], p, atol=1e-7), name
 
 
 def test_evaluation_knows_no_rows(tmp_path):

@@ -50,9 +50,6 @@ class TeacherCache:
         size = sum(shard["bytes"] for shard in self.manifest["shards"]) / 2**20
         return f"TeacherCache({len(self)} rows of {self.manifest['name']}, {size:.1f} MiB, {self.content})"
 
-    def __getstate__(self) -> dict:  # a worker process maps the files anew
-        return vars(self) | {"_shards": {}, "_offsets": {}}
-
     # -- writing --------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -176,7 +173,7 @@ class TeacherCache:
                 "arguments goes on where it stopped."
             )
         _check_shards(folder, manifest, verify)
-        return cls(folder, read_manifest(folder))
+        return cls(folder, manifest)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
