@@ -60,14 +60,15 @@ def streamed_loss(
         heads: average neighbouring heads' maps down to this many on both sides first; None compares head h with head h.
 
     Maps are over the keys that count, whether or not the layer itself masks the padding. The KL takes no account of attention sinks (its
-    rows sum to 1 over the tokens, as in `map_kl`); the MSE compares maps that a sink has taken its share of. A pair that both sides mask (future, window) takes no part in the MSE's mean.
+    rows sum to 1 over the tokens, as in `map_kl`); the MSE compares maps that a sink has taken its share of. A pair that both sides mask
+    (future, window) takes no part in the MSE's mean.
 
     Raises:
         ValueError: B, H or T differ between the sides, or a mask of another shape.
     """
     _check(student, teacher, mask, heads)
     learned = [student.query, student.key, *student.biases()]
-    if loss == "mse" and student.sinks is not None:
+    if _learns_sinks(loss, student):
         learned.append(student.sinks)
     return _Streamed.apply(loss, student, teacher.detach(), mask, heads, *learned)
 
@@ -75,8 +76,8 @@ def streamed_loss(
 def head_costs(loss: str, student: AttentionInputs, teacher: AttentionInputs, mask: Tensor | None = None) -> Tensor:
     """The loss of every student head against every teacher head, without graph. (H_S, H_T)"""
     with torch.no_grad():
-        valid = _valid(student, mask)
-        ours, theirs = (_Side(side, valid, mask is not None, sinks=loss == "mse") for side in (student, teacher))
+        ours, theirs = (_Side(side, mask, loss) for side in (student, teacher))
+        valid = ours.valid
         costs = ours.query.new_zeros(ours.query.shape[1], theirs.query.shape[1])
         for start, end, keys in _blocks(student, teacher):
             log_s, log_t = (side.log_maps(start, end, keys) for side in (ours, theirs))
@@ -114,7 +115,7 @@ def relation_inputs(side: AttentionInputs, which: str, heads: int) -> AttentionI
     All heads are concatenated and split anew into `heads` relation heads, so that two models need not have the same number
     (Wang et al. 2021, arXiv 2012.15828, eq. 3). Padding and, in causal layers, the future stay masked.
     """
-    x = {"queries": side.query, "keys": side.key, "values": side.value}[which]  # (B, H, T, d)
+    x = _vectors(side, which)  # (B, H, T, d)
     width = x.shape[1] * x.shape[3]
     if width % heads:
         raise ValueError(
@@ -131,11 +132,13 @@ def relation_inputs(side: AttentionInputs, which: str, heads: int) -> AttentionI
 
 def relation_heads(student: AttentionInputs, teacher: AttentionInputs, relations: Sequence[str]) -> int:
     """The largest number of relation heads, up to the student's heads, that divides every width concerned."""
-    sides = [
-        {"queries": s.query, "keys": s.key, "values": s.value}[which] for which in relations for s in (student, teacher)
-    ]
-    common = math.gcd(*(x.shape[1] * x.shape[3] for x in sides))
+    concerned = [_vectors(side, which) for which in relations for side in (student, teacher)]
+    common = math.gcd(*(x.shape[1] * x.shape[3] for x in concerned))
     return max(r for r in range(1, student.query.shape[1] + 1) if common % r == 0)
+
+
+def _vectors(side: AttentionInputs, which: str) -> Tensor:
+    return {"queries": side.query, "keys": side.key, "values": side.value}[which]
 
 
 # -- one pass ---------------------------------------------------------------------------------------------------------
@@ -144,17 +147,19 @@ def relation_heads(student: AttentionInputs, teacher: AttentionInputs, relations
 class _Side:
     """One side's log-maps over blocks of queries, and the way from their scores' gradient to what the layer computed."""
 
-    def __init__(self, inputs: AttentionInputs, valid: Tensor, masked: bool, sinks: bool):
-        self.inputs, self.valid, self.masked = inputs, valid, masked
+    def __init__(self, inputs: AttentionInputs, mask: Tensor | None, loss: str):
+        self.inputs, self.masked = inputs, mask is not None
+        B, _, T, _ = inputs.query.shape
+        self.valid = mask.bool() if self.masked else torch.ones(B, T, dtype=torch.bool, device=inputs.query.device)
         # models hand over views of (B, T, H, d); laid out by head once, no block's product has to copy them again
         self.query, key = (at_least_float32(x).contiguous() for x in (inputs.query, inputs.key))
-        if masked:  # NaN in padding must not reach the products
-            padding = ~valid[:, None, :, None]
+        if self.masked:  # NaN in padding must not reach the products
+            padding = ~self.valid[:, None, :, None]
             self.query, key = self.query.masked_fill(padding, 0.0), key.masked_fill(padding, 0.0)
         self.groups = self.query.shape[1] // key.shape[1]
         self.key = key.repeat_interleave(self.groups, dim=1) if self.groups > 1 else key  # (B, H, T, d)
         self.biases = [at_least_float32(bias) for bias in inputs.biases()]
-        self.sinks = at_least_float32(inputs.sinks) if sinks and inputs.sinks is not None else None
+        self.sinks = at_least_float32(inputs.sinks) if _learns_sinks(loss, inputs) else None
         self.hidden = self._slope = None  # of the block at hand: masked pairs, and the slope of the soft cap
 
     def log_maps(self, start: int, end: int, keys: int) -> Tensor:
@@ -178,9 +183,8 @@ class _Side:
         else:
             self.total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), self.sinks[:, None, None])
             log_maps = scores - self.total
-        return log_maps.clamp_min_(
-            math.log(torch.finfo(scores.dtype).tiny)
-        )  # a map of 0 has a logarithm, as in `map_kl`
+        tiny = torch.finfo(scores.dtype).tiny
+        return log_maps.clamp_min_(math.log(tiny))  # a map of 0 has a logarithm, as in `map_kl`
 
     def gradients(self) -> None:
         """Make room for the gradients."""
@@ -207,13 +211,10 @@ class _Side:
         """The gradients in the order and the dtypes of what `streamed_loss` differentiates."""
         if self.masked:
             self.grad_query.masked_fill_(~self.valid[:, None, :, None], 0.0)
-        self.grad_query, self.grad_key = (
-            self.grad_query.mul_(self.inputs.scaling),
-            self.grad_key.mul_(self.inputs.scaling),
-        )
-        key = self.grad_key if self.groups == 1 else self.grad_key.unflatten(1, (-1, self.groups)).sum(2)
         inputs = self.inputs
-        found = [self.grad_query.to(inputs.query.dtype), key.to(inputs.key.dtype)]
+        query, key = (grad.mul_(inputs.scaling) for grad in (self.grad_query, self.grad_key))
+        key = key if self.groups == 1 else key.unflatten(1, (-1, self.groups)).sum(2)
+        found = [query.to(inputs.query.dtype), key.to(inputs.key.dtype)]
         found += [None if g is None else g.to(b.dtype) for g, b in zip(self.grad_biases, inputs.biases(), strict=True)]
         return found if self.sinks is None else [*found, self.grad_sinks.to(inputs.sinks.dtype)]
 
@@ -221,8 +222,8 @@ class _Side:
 class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, student, teacher, mask, heads, *learned):
-        valid = _valid(student, mask)
-        ours, theirs = (_Side(side, valid, mask is not None, sinks=loss == "mse") for side in (student, teacher))
+        ours, theirs = (_Side(side, mask, loss) for side in (student, teacher))
+        valid = ours.valid
         compare = _kl if loss == "kl" else _mse
         needs_grad = any(tensor.requires_grad for tensor in learned)
         if needs_grad:
@@ -242,7 +243,7 @@ class _Streamed(torch.autograd.Function):
                 ours.back(grad, start, end, keys)
         compared = (student.query.shape[1] if heads is None else heads) * (valid.sum() if loss == "kl" else pairs)
         if needs_grad:
-            ctx.save_for_backward(compared, *(g for g in ours.collected()))
+            ctx.save_for_backward(compared, *ours.collected())
         return total / compared
 
     @staticmethod
@@ -250,7 +251,7 @@ class _Streamed(torch.autograd.Function):
     def backward(ctx, grad):
         compared, *saved = ctx.saved_tensors
         factor = grad / compared
-        return None, None, None, None, None, *(None if g is None else (g * factor).to(g.dtype) for g in saved)
+        return None, None, None, None, None, *(None if g is None else g * factor for g in saved)
 
 
 def _kl(log_s: Tensor, log_t: Tensor, ours: _Side, counts: Tensor, heads: int | None, needs_grad: bool):
@@ -267,7 +268,7 @@ def _kl(log_s: Tensor, log_t: Tensor, ours: _Side, counts: Tensor, heads: int | 
     q = log_s.exp()
     tiny = torch.finfo(q.dtype).tiny
     q_mean = _grouped(q, heads).clamp_min(tiny)
-    p = log_t.exp() if log_t.shape[1] == heads else _grouped(log_t.exp(), heads)
+    p = _grouped(log_t.exp(), heads)
     value = ((p * (p.clamp_min(tiny).log() - q_mean.log())).sum(-1, keepdim=True) * counts).sum()
     return value, _through_softmax(q, -p / q_mean, ours, counts) if needs_grad else None
 
@@ -275,7 +276,7 @@ def _kl(log_s: Tensor, log_t: Tensor, ours: _Side, counts: Tensor, heads: int | 
 def _mse(log_s: Tensor, log_t: Tensor, ours: _Side, counts: Tensor, heads: int | None, needs_grad: bool):
     """Σ (a_S - a_T)² of one block, and its gradient in the student's scores."""
     q, p = log_s.exp_(), log_t.exp_()
-    difference = (q if heads is None else _grouped(q, heads)) - (p if heads is None else _grouped(p, heads))
+    difference = _grouped(q, heads) - _grouped(p, heads)
     value = (difference.square() * counts).sum()
     return value, _through_softmax(q, 2 * difference, ours, counts) if needs_grad else None
 
@@ -292,13 +293,13 @@ def _through_softmax(q: Tensor, grad: Tensor, ours: _Side, counts: Tensor) -> Te
     return q * (grad - inner)
 
 
-def _grouped(maps: Tensor, heads: int) -> Tensor:
-    return maps if maps.shape[1] == heads else maps.unflatten(1, (heads, -1)).mean(2)
+def _grouped(maps: Tensor, heads: int | None) -> Tensor:
+    return maps if heads in (None, maps.shape[1]) else maps.unflatten(1, (heads, -1)).mean(2)
 
 
-def _valid(side: AttentionInputs, mask: Tensor | None) -> Tensor:
-    B, _, T, _ = side.query.shape
-    return torch.ones(B, T, dtype=torch.bool, device=side.query.device) if mask is None else mask.bool()
+def _learns_sinks(loss: str, side: AttentionInputs) -> bool:
+    """The KL is over the tokens alone; maps that the MSE compares have given a sink its share."""
+    return loss == "mse" and side.sinks is not None
 
 
 def _blocks(student: AttentionInputs, teacher: AttentionInputs):
