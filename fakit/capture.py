@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from fakit.losses.head import Head
 from fakit.models.blocks import encoder_depth, find_blocks, is_encoder_decoder, without_adapter
 from fakit.models.head import find_finish, find_head, without_logits
+from fakit.models.random_state import random_state_kept
 from fakit.recorder import Recorder
 from fakit.trace import Trace
 
@@ -255,9 +256,8 @@ def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int]) -
 
 # -- (B, T, d) --------------------------------------------------------------------------------------------------------
 
-_tokens_first: dict[
-    type, bool
-] = {}  # by class, whether its blocks work on (T, B, d): seen in the first batch that is not square
+# By class, whether its blocks work on (T, B, d): seen in the first batch that is not square.
+_tokens_first: dict[type, bool] = {}
 
 
 def _batch_first(model: nn.Module, inputs: dict, blocks: list[nn.Module], trace: Trace) -> None:
@@ -288,8 +288,7 @@ def _works_tokens_first(model: nn.Module, inputs: dict, blocks: list[nn.Module])
     some = {k: v[:fewer] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
     probe = Recorder(Trace(), {0}, set(), last=0)
     device = next(model.parameters()).device
-    drawn = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with torch.no_grad(), drawn, probe.watching(blocks, "none"):
+    with torch.no_grad(), random_state_kept(device), probe.watching(blocks, "none"):
         model(**some)
     return probe.trace.hidden_states[0].shape[:2] == (tokens, fewer)
 

@@ -249,6 +249,7 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
     """
     from fakit.evaluation.cost import count_flops
     from fakit.models.load import is_quantized
+    from fakit.models.random_state import random_state_kept
 
     if is_quantized(trainer.teacher):
         return None
@@ -257,7 +258,7 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
     was_training = distiller.training
     trainable = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     counts = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with random_state_kept(device):
         distiller.train()
         for examples in rows.typical_batches(batches):
             batch = {name: value.to(device) for name, value in trainer.data_collator(examples).items()}

@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fakit.models.random_state import random_state_kept
+
 # Smaller vocabularies' logits fit beside everything else, and one product is faster than many.
 LARGE_VOCABULARY = 8192
 
@@ -47,13 +49,11 @@ def find_finish(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Tensor])
     Asked of the model itself, once: it answers two tokens of `inputs` as it always does, and the answer is compared with the head's.
     """
     if model not in _finishes:
-        few = {k: v[:1, :2] if isinstance(v, Tensor) and v.dim() >= 2 else v for k, v in inputs.items()}
-        few = {k: v[:1] if isinstance(v, Tensor) and v.dim() == 1 else v for k, v in few.items()}
+        few = {k: v[(slice(1), slice(2))[: v.dim()]] if isinstance(v, Tensor) else v for k, v in inputs.items()}
         seen: list[Tensor] = []
         handle = head.register_forward_hook(lambda module, args, output: seen.append(output))
-        devices = [head.weight.device] if head.weight.device.type == "cuda" else []
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices):  # dropout here must not shift the dropout of the run
+            with torch.no_grad(), random_state_kept(head.weight.device):
                 logits = getattr(model(**few), "logits", None)
         finally:
             handle.remove()
