@@ -211,6 +211,18 @@ class LayerMap:
         drawn._redraw = self._redraw
         return drawn
 
+    @property
+    def is_random(self) -> bool:
+        """True when every epoch draws the map anew."""
+        return self._redraw is not None
+
+    def possible_pairs(self) -> list[tuple[int, int]]:
+        """Every pair of this map in any epoch: a random map's are all that it may draw."""
+        if not self.is_random:
+            return self.pairs
+        S, T, _ = self._redraw
+        return [(s, t) for s in range(1, S + 1) for t in range(s, T - S + s + 1)]
+
     def __iter__(self):
         return iter(self.pairs)
 

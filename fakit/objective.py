@@ -30,6 +30,11 @@ class Needs:
     logits: bool
     in_chunks: bool = field(default=False, compare=False)  # capture(..., logits="head") will do
 
+    @property
+    def capture_logits(self) -> bool | str:
+        """What to ask of `capture` as `logits`: "head" where that will do."""
+        return "head" if self.in_chunks else self.logits
+
 
 class Objective(nn.Module):
     """The multi-task distillation loss over two traces. Its parameters are the projections, where widths differ.
@@ -72,10 +77,14 @@ class Objective(nn.Module):
         """True when the term exists and its weight is above 0."""
         return self.weights.get(name, 0.0) > 0
 
+    def map_of(self, name: str) -> LayerMap:
+        """The layer map of "features" or "attention": its own, or the objective's."""
+        own = getattr(self, name).layer_map
+        return self.layer_map if own is None else own
+
     def pairs(self, name: str) -> dict[Pair, float]:
         """The layer pairs of a term and their shares, which sum to 1."""
-        term = getattr(self, name)
-        layer_map = self.layer_map if term.layer_map is None else term.layer_map
+        layer_map = self.map_of(name)
         pairs = dict(zip(layer_map.pairs, layer_map.pair_weights, strict=True))
         if name == "attention":  # embeddings do not attend
             pairs = {pair: w for pair, w in pairs.items() if min(pair) > 0}
@@ -122,16 +131,9 @@ class Objective(nn.Module):
         """
         if self.features is None or student_width == teacher_width:
             return self
-        for pair in self._possible_pairs():
+        for pair in self.map_of("features").possible_pairs():
             self._projection(pair, student_width, teacher_width)
         return self
-
-    def _possible_pairs(self) -> list[Pair]:
-        layer_map = self.layer_map if self.features.layer_map is None else self.features.layer_map
-        if layer_map._redraw is None:
-            return layer_map.pairs
-        S, T, _ = layer_map._redraw
-        return [(s, t) for s in range(1, S + 1) for t in range(s, T - S + s + 1)]
 
     def _projection(self, pair: Pair, d_student: int, d_teacher: int, like: Tensor | None = None) -> nn.Linear:
         name = f"S{pair[0]}_T{pair[1]}"
@@ -338,7 +340,12 @@ def _predicting_positions(student, teacher, labels: Tensor | None, like: Tensor)
     """Which positions of (B, T, …) predict something: a valid next token in causal models (B, T - 1), any token otherwise (B, T)."""
     mask = _both(student.logits_mask, teacher.logits_mask)
     mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask
-    if not student.causal:
+    return predicting_positions(mask, labels, student.causal)
+
+
+def predicting_positions(mask: Tensor, labels: Tensor | None, causal: bool) -> Tensor:
+    """Which tokens of a mask (B, T) predict something: all of them, or in causal models those before a valid one, (B, T - 1)."""
+    if not causal:
         return mask
     mask = mask[:, :-1] & mask[:, 1:]
     if labels is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fakit.breakdown import Breakdown
-from fakit.objective import Objective
+from fakit.objective import Objective, predicting_positions
 
 Batch = Mapping[str, Tensor]
 
@@ -87,11 +87,6 @@ def _positions(mask: Tensor, batch: Batch, causal: bool) -> Tensor:
     labels = batch.get("labels")
     if batch.get("decoder_attention_mask") is not None:
         return batch["decoder_attention_mask"].bool()
-    if not causal:
-        is_decoders = labels is not None and labels.shape != mask.shape
-        return labels != -100 if is_decoders else mask
-    mask = mask[:, :-1] & mask[:, 1:]
-    if labels is not None:
-        labelled = labels[:, 1:] != -100
-        mask = mask & (labelled | ~labelled.any(1, keepdim=True))
-    return mask
+    if not causal and labels is not None and labels.shape != mask.shape:  # a decoder's
+        return labels != -100
+    return predicting_positions(mask, labels, causal)

@@ -9,6 +9,10 @@ from fakit.losses import attention as attention_losses
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
 
+# Relations have no maps in the sense of the others: the objective compares them itself.
+ATTENTION_LOSSES = attention_losses.LOSSES | {"relations": None}
+HEADS = ("one-to-one", "group-mean", "best-match")
+
 
 @dataclass
 class Features:
@@ -58,9 +62,8 @@ class Attention:
     layer_map: LayerMap | None = None
 
     def __post_init__(self):
-        known = attention_losses.LOSSES | {"relations": None}  # relations have no maps in the sense of the others
-        self.function = _choose("Attention", self.loss, known)
-        if self.heads not in ("one-to-one", "group-mean", "best-match"):
+        self.function = _choose("Attention", self.loss, ATTENTION_LOSSES)
+        if self.heads not in HEADS:
             raise ValueError(
                 f"Attention(heads={self.heads!r}) is not known; choose 'one-to-one', 'group-mean' or 'best-match'."
             )

@@ -110,7 +110,7 @@ class Distiller(nn.Module):
 
 
 def _trace(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
-    return capture(model, inputs, needs.hidden_states, needs.attentions, "head" if needs.in_chunks else needs.logits)
+    return capture(model, inputs, needs.hidden_states, needs.attentions, needs.capture_logits)
 
 
 def _refuse_reentrant(activation_checkpointing_kwargs: dict | None) -> None:

@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fakit.experiments.schema import Section, describe, did_you_mean, option
-from fakit.losses import attention as attention_losses
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
+from fakit.terms import ATTENTION_LOSSES, HEADS
 
 LAYER_MAPS = ("uniform", "last", "first", "skip", "reverse", "all_to_one", "random", "none")
-HEADS = ("one-to-one", "group-mean", "best-match")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 ARMS = {
     "none": (),
@@ -82,7 +81,7 @@ class AttentionConfig(Section):
     """Attention-map matching over the mapped layers."""
 
     section: ClassVar[str] = "attention"
-    loss: str = option("kl", choices=(*attention_losses.LOSSES, "relations"))
+    loss: str = option("kl", choices=tuple(ATTENTION_LOSSES))
     weight: float = option(1.0, at_least=0.0)
     heads: str = option("one-to-one", choices=HEADS)
 

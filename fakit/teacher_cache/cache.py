@@ -74,7 +74,6 @@ class TeacherCache:
     ) -> "TeacherCache":
         """Run the teacher over `dataset` and keep what is asked for; whole shards of an interrupted build are kept.
 
-
         Args:
             folder: made if missing. A finished cache of the same teacher, data and content is opened and returned.
             teacher: frozen, in eval mode; it may be quantised.

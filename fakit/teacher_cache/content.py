@@ -74,10 +74,8 @@ def _inputs(objective: Objective) -> tuple[str, ...]:
 
 
 def _teacher_layers(objective: Objective, name: str) -> tuple[int, ...]:
-    term = getattr(objective, name)
-    if term is None:
+    if getattr(objective, name) is None:
         return ()
-    layer_map = objective.layer_map if term.layer_map is None else term.layer_map
-    if layer_map._redraw is not None:
-        return tuple(range(1, layer_map._redraw[1] + 1))
-    return tuple({teacher for _, teacher in objective.pairs(name)})
+    layer_map = objective.map_of(name)
+    pairs = layer_map.possible_pairs() if layer_map.is_random else objective.pairs(name)
+    return tuple({teacher for _, teacher in pairs})
