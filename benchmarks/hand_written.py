@@ -5,12 +5,16 @@ Attention maps come from eager attention, the only implementation under which tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertForMaskedLM
 
-from benchmarks.models import Batch
+from benchmarks.measure import Way
+from benchmarks.models import Batch, Size, models
 
 PAIRS = ((1, 2), (2, 4), (3, 6))  # (student layer, teacher layer), evenly spaced
 TEMPERATURE = 2.0
@@ -91,3 +95,9 @@ def floor(teacher: BertForMaskedLM, student: BertForMaskedLM, batch: Batch) -> T
     with torch.no_grad():
         teacher(**inputs)
     return label_loss(student(**inputs).logits, batch["labels"])
+
+
+def by_hand(loss: Callable[..., Tensor], attention: str, size: Size) -> Way:
+    """One of the losses above as a way, over models with this attention implementation."""
+    teacher, student = models(size, attention)
+    return Way(partial(loss, teacher, student), list(student.parameters()))

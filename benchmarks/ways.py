@@ -56,25 +56,15 @@ def loss_of(objective: Objective, teacher: nn.Module, student: nn.Module, batch:
     """The loop of the README: capture twice, compare."""
     needs, given = objective.needs("student"), objective.needs("teacher")
     with torch.no_grad():
-        theirs = capture(teacher, batch, given.hidden_states, given.attentions, _logits(given))
-    ours = capture(student, batch, needs.hidden_states, needs.attentions, _logits(needs))
+        theirs = capture(teacher, batch, given.hidden_states, given.attentions, given.capture_logits)
+    ours = capture(student, batch, needs.hidden_states, needs.attentions, needs.capture_logits)
     return objective(ours, theirs, batch["labels"]).total
-
-
-def _logits(needs) -> bool | str:
-    return "head" if needs.in_chunks else needs.logits
 
 
 def by_fakit(objective: Callable[[], Objective], size: Size) -> Way:
     """The kit's way, under fused attention."""
     teacher, student = models(size)
     return Way(partial(loss_of, objective(), teacher, student), list(student.parameters()))
-
-
-def by_hand(loss: Callable[..., Tensor], attention: str, size: Size) -> Way:
-    """A loss of `hand_written`."""
-    teacher, student = models(size, attention)
-    return Way(partial(loss, teacher, student), list(student.parameters()))
 
 
 def heads(whole: bool, size: Size) -> Way:
@@ -98,20 +88,20 @@ def heads(whole: bool, size: Size) -> Way:
 
 WAYS: dict[str, dict[str, Callable[[Size], Way]]] = {
     "all terms": {
-        "by hand": partial(by_hand, hand_written.all_terms, "eager"),
-        "floor": partial(by_hand, hand_written.floor, "sdpa"),
+        "by hand": partial(hand_written.by_hand, hand_written.all_terms, "eager"),
+        "floor": partial(hand_written.by_hand, hand_written.floor, "sdpa"),
         "fakit": partial(by_fakit, all_terms),
     },
     "features + attention": {
-        "by hand": partial(by_hand, hand_written.features_and_attention, "eager"),
+        "by hand": partial(hand_written.by_hand, hand_written.features_and_attention, "eager"),
         "fakit": partial(by_fakit, features_and_attention),
     },
     "hidden states, outputs, labels": {
-        "by hand": partial(by_hand, hand_written.without_attention, "sdpa"),
+        "by hand": partial(hand_written.by_hand, hand_written.without_attention, "sdpa"),
         "fakit": partial(by_fakit, without_attention),
     },
     "outputs": {
-        "by hand": partial(by_hand, hand_written.outputs_alone, "sdpa"),
+        "by hand": partial(hand_written.by_hand, hand_written.outputs_alone, "sdpa"),
         "fakit": partial(by_fakit, outputs_alone),
     },
     "output loss": {"by hand": partial(heads, True), "fakit": partial(heads, False)},

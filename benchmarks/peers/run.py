@@ -13,8 +13,9 @@ from functools import partial
 
 from torch import Tensor
 
+from benchmarks import hand_written
 from benchmarks.measure import Way, peak_mebibytes, seconds
-from benchmarks.models import FULL, QUICK, Batch, Size, models, random_batch
+from benchmarks.models import FULL, QUICK, Batch, Size, random_batch
 
 
 def run(
@@ -43,9 +44,7 @@ def run(
     size = QUICK if args.quick else FULL
     batch, warm_up = (random_batch(size, args.rows, tokens) for tokens in (args.tokens, 16))
 
-    def hand() -> Way:
-        teacher, student = models(size, attention)
-        return Way(partial(by_hand, teacher, student), list(student.parameters()))
+    hand = partial(hand_written.by_hand, by_hand, attention, size)
 
     if args.what == "seconds":
         ways = {"by hand": hand(), "peer": peer(size)}
