@@ -176,6 +176,29 @@ def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes) -> PreT
     return model.eval()
 
 
+def with_sinks(seed: int = 0) -> PreTrainedModel:
+    """A small random GPT-OSS, whose heads have attention sinks: 0, 1, 2 and 3."""
+    config = hf.GptOssConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        sliding_window=4,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed)
+    model = hf.GptOssForCausalLM._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    return model
+
+
 def batch(rows: int = 2, tokens: int = 7, padding: int = 2, side: str = "right", seed: int = 1) -> dict[str, Tensor]:
     """Random input_ids (rows, tokens) and attention_mask; the last row ends (or starts) with `padding` padding tokens."""
     generator = torch.Generator().manual_seed(seed)

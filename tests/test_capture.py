@@ -10,7 +10,19 @@ from torch import Tensor
 from fakit import Trace, capture
 from fakit.capture import is_causal_lm
 from fakit.models import find_blocks
-from tests.families import DECODERS, EAGER_ONLY, ENCODERS, FAMILIES, LAYERS, VOCAB, WIDTH, batch, batch_for, tiny
+from tests.families import (
+    DECODERS,
+    EAGER_ONLY,
+    ENCODERS,
+    FAMILIES,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    batch,
+    batch_for,
+    tiny,
+    with_sinks,
+)
 
 # The norm after the last block, for the families whose own last hidden state has gone through it.
 FINAL_NORM = {
@@ -78,23 +90,8 @@ def test_without_an_attention_mask_every_token_counts(family):
 
 
 def test_attention_sinks_take_their_share():
-    config = hf.GptOssConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-        sliding_window=4,
-        pad_token_id=0,
-    )
-    model = hf.GptOssForCausalLM._from_config(config, attn_implementation="eager").eval()
+    model = with_sinks()
     with torch.no_grad():
-        for block in find_blocks(model):
-            block.self_attn.sinks.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
         trace = capture(model, batch(), attentions=[1, 2])
         own = model(**batch(), output_attentions=True).attentions
     for i in (1, 2):

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor
 
 from fakit import TeacherCache, capture
 from fakit.losses.attention_inputs import AttentionInputs
-from fakit.models.blocks import find_blocks
 from fakit.teacher_cache import fingerprint
 from fakit.teacher_cache.build import _settings
-from tests.families import EAGER_ONLY, FAMILIES, LAYERS, SEQ2SEQ, VOCAB, WIDTH, tiny
+from tests.families import EAGER_ONLY, FAMILIES, LAYERS, SEQ2SEQ, VOCAB, tiny, with_sinks
 
 ALL = range(LAYERS + 1)
 LENGTHS = (5, 9, 3, 7)
@@ -88,24 +86,7 @@ def test_windows_and_soft_caps_are_recorded(tmp_path):
 
 
 def test_attention_sinks_are_kept(tmp_path):
-    config = hf.GptOssConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        num_local_experts=3,
-        num_experts_per_tok=2,
-        sliding_window=4,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    teacher = hf.GptOssForCausalLM._from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for block in find_blocks(teacher):
-            block.self_attn.sinks.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    teacher = with_sinks()
     cache = same(teacher, tmp_path, layers=[1, 2], attentions=[1, 2])
     assert cache.manifest["attention"]["1"]["sinks"] == [0.0, 1.0, 2.0, 3.0]
 
