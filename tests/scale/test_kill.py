@@ -1,5 +1,6 @@
 """kill -9 through the command line, between checkpoints and while one is written: --resume ends in the weights of an unbroken run."""
 
+import json
 import os
 import shutil
 import signal
@@ -50,11 +51,16 @@ def unbroken(world, tmp_path_factory) -> tuple[ExperimentConfig, Path]:
 
 
 def checkpoints(folder: Path) -> list[int]:
-    """The steps whose checkpoint was written to its end, which is the trainer's state."""
-    return sorted(
-        int(path.parent.name.split("-")[1])
-        for path in folder.glob("student/checkpoints/checkpoint-*/trainer_state.json")
-    )
+    """The steps whose checkpoint was written to its end, which is the trainer's state: a file that is there before it is whole."""
+    states = folder.glob("student/checkpoints/checkpoint-*/trainer_state.json")
+    return sorted(int(path.parent.name.split("-")[1]) for path in states if is_json(path.read_text()))
+
+
+def is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def test_killed_twice_and_resumed_it_ends_in_the_same_weights(unbroken, tmp_path, caplog):
