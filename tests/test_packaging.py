@@ -222,6 +222,7 @@ LAYERS = {
     "terms": (["fakit.losses", "fakit.layer_maps", "torch"], []),
     "trace": (["fakit.losses", "torch"], []),
     "objective": (["fakit.breakdown", "fakit.layer_maps", "fakit.losses", "fakit.terms", "torch"], []),
+    "gradients": (["fakit.breakdown", "fakit.capture", "fakit.models", "fakit.objective", "torch"], []),
     "figures": (["fakit.errors", "fakit.figures", "plotly", "matplotlib", "numpy"], NUMERICS),
 }
 
