@@ -3,6 +3,7 @@
 from fakit.figures.attention import attention_pair, head_matching, head_profiles, rollout, token_attributions
 from fakit.figures.fidelity import layer_errors, memory_bars, reliability
 from fakit.figures.figure import Figure
+from fakit.figures.gradients import term_pulls
 from fakit.figures.map_gallery import layer_map_gallery
 from fakit.figures.maps import layer_map
 from fakit.figures.quantization import quantization_by_layer
@@ -38,6 +39,7 @@ __all__ = [
     "similarity_heatmap",
     "similarity_panels",
     "softened",
+    "term_pulls",
     "token_attributions",
     "weight_sensitivity",
 ]

@@ -107,6 +107,12 @@ def examples() -> dict[str, draw.Figure]:
         "conflict": draw.gradient_conflict(
             [[1, 0.4, 0.2, -0.1], [0.4, 1, 0.3, 0.05], [0.2, 0.3, 1, 0.7], [-0.1, 0.05, 0.7, 1]], ["features", "attention", "outputs", "task"]
         ),
+        "pulls": draw.term_pulls(
+            {"features": 0.22, "attention": 0.0, "outputs": 3.38, "task": 1.19},
+            {part: {"features": f, "attention": 0.0, "outputs": o, "task": t}
+             for part, f, o, t in (("all", 0.98, 21.6, 11.6), ("S0", 0.91, 16.4, 8.6), ("S1", 0.28, 9.4, 5.2), ("S2", 0, 7.8, 4.2), ("head", 0, 2.0, 1.2))},
+            [[1, 0.65, 0.53, np.nan], [0.65, 1, 0.4, -0.34], [0.53, 0.4, 1, 0.88], [np.nan, -0.34, 0.88, 1]],
+        ),
         "differences": draw.paired_differences(_summary(rng, tasks, ARMS[1:], -0.4, 2.5), metrics={t: "points gained over ‘none’" for t in tasks}),
         "scores": draw.scores_by_arm(
             _summary(rng, tasks, ARMS, 80, 3),
