@@ -11,6 +11,21 @@ from fakit.objective import Objective
 from fakit.widgets.panel import LABEL, WIDE, Panel
 
 
+def weight_slider(description: str, value: float, highest: float, lowest: float = 0.0) -> widgets.FloatSlider:
+    """A slider from `lowest` to at least `highest` in steps of 0.05, that tells when it is let go."""
+    return widgets.FloatSlider(
+        value=value,
+        min=lowest,
+        max=max(highest, value),
+        step=0.05,
+        description=description,
+        continuous_update=False,
+        readout_format=".2f",
+        style=LABEL,
+        layout={"width": WIDE},
+    )
+
+
 class LossWeights(Panel):
     """See `loss_weights`.
 
@@ -31,28 +46,14 @@ class LossWeights(Panel):
         if above := {name: weight for name, weight in objective.weights.items() if weight > highest}:
             raise ValueError(f"weights {above} are above the sliders' maximum of {highest:g}; raise maximum")
         names = [name for name in objective.weights if name != "task" or labels is not None]
-        self.sliders = {name: self._slider(f"weight: {name}", objective.weights[name], highest) for name in names}
+        self.sliders = {name: weight_slider(f"weight: {name}", objective.weights[name], highest) for name in names}
         outputs = objective.outputs
-        self.temperature = None if outputs is None else self._slider("temperature τ", outputs.temperature, 10.0, 0.25)
+        self.temperature = None if outputs is None else weight_slider("temperature τ", outputs.temperature, 10.0, 0.25)
         self._axis = 0.0  # right end of the axis: the largest bar so far, so that bars move and the scale rarely does
         controls = [*self.sliders.values(), *([] if self.temperature is None else [self.temperature])]
         super().__init__(controls)
         for control in controls:
             control.observe(self._write, "value")
-
-    @staticmethod
-    def _slider(description: str, value: float, highest: float, lowest: float = 0.0) -> widgets.FloatSlider:
-        return widgets.FloatSlider(
-            value=value,
-            min=lowest,
-            max=max(highest, value),
-            step=0.05,
-            description=description,
-            continuous_update=False,
-            readout_format=".2f",
-            style=LABEL,
-            layout={"width": WIDE},
-        )
 
     def _write(self, change: object = None) -> None:
         for name, slider in self.sliders.items():
