@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertPreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ QUICK = Size(width=32, heads=4, vocabulary=9_000, positions=256)  # large enough
 Batch = dict[str, Tensor]
 
 
-def models(size: Size, attention: str = "sdpa") -> tuple[BertForMaskedLM, BertForMaskedLM]:
+def models(
+    size: Size, attention: str = "sdpa", head: type[BertPreTrainedModel] = BertForMaskedLM
+) -> tuple[BertPreTrainedModel, BertPreTrainedModel]:
     """Teacher, frozen and in eval mode, and student, in train mode; the same weights in every process."""
     torch.manual_seed(0)
     teacher, student = (
-        BertForMaskedLM._from_config(size.config(layers), attn_implementation=attention)
+        head._from_config(size.config(layers), attn_implementation=attention)
         for layers in (size.teacher_layers, size.student_layers)
     )
     return teacher.eval().requires_grad_(False), student.train()
@@ -78,8 +80,17 @@ def rows_of(size: Size, rows: int, tokens: int) -> list[dict]:
     return [{name: value[i][counts[i]] for name, value in batch.items()} for i in range(rows)]
 
 
+def classified(rows: list[dict]) -> list[dict]:
+    """The same rows with one label of two each."""
+    return [row | {"labels": torch.tensor(i % 2)} for i, row in enumerate(rows)]
+
+
 def collate(rows: list[dict]) -> Batch:
     """A batch, padded to its longest row."""
-    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    batch = {k: pad_sequence([row[k] for row in rows], True, value) for k, value in padding.items()}
-    return batch | ({"row": torch.stack([row["row"] for row in rows])} if "row" in rows[0] else {})
+    padding = {"labels": -100}  # the rest with 0
+    return {
+        name: torch.stack([row[name] for row in rows])
+        if rows[0][name].dim() == 0
+        else pad_sequence([row[name] for row in rows], True, padding.get(name, 0))
+        for name in rows[0]
+    }

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainingArguments
+from transformers import BertForSequenceClassification, TrainerCallback, TrainingArguments
 
+from benchmarks.hand_written import TEMPERATURE
 from benchmarks.measure import agree
-from benchmarks.models import Size, collate, models, rows_of
+from benchmarks.models import Size, classified, collate, models, rows_of
 from benchmarks.ways import all_terms, loss_of
-from fakit import Attention, DistillationTrainer, Features, LayerMap, Objective, Task, TeacherCache, capture
+from fakit import Attention, DistillationTrainer, Features, LayerMap, Objective, Outputs, Task, TeacherCache, capture
 
 LEARNING_RATE = 1e-4
 Run = tuple[float, float]  # seconds, mean loss
@@ -95,18 +96,26 @@ def trainer_against_loop(size: Size, rows: int, tokens: int, steps: int, repeats
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
-def cache_against_live(size: Size, rows: int, tokens: int, steps: int, repeats: int) -> dict[str, float]:
-    """Seconds of an epoch: {"live teacher", "fakit"}. Features, attention and labels; the cache in bf16, shuffled rows.
+def cache_against_live(size: Size, rows: int, tokens: int, steps: int, repeats: int, head: str) -> dict[str, float]:
+    """Seconds of an epoch: {"live teacher", "fakit"}. The cache in bf16, rows shuffled; building it is not counted: one pass of the teacher, once.
 
-    Building the cache is not counted: it costs one pass of the teacher, once.
+    Args:
+        head: "classes", all four terms under a head of two classes; or "vocabulary", features, attention and masked tokens under a head of
+            `size.vocabulary`, which costs the student as much as seven of its layers, with a teacher or without.
     """
     depth = size.teacher_layers
     pairs = [(s, s * depth // size.student_layers) for s in range(1, size.student_layers + 1)]
-    objective = Objective(LayerMap(pairs), Features("mse"), Attention("kl"), task=Task())
     dataset = rows_of(size, rows * steps, tokens)
-    teacher, student = models(size)
+    if head == "classes":
+        dataset = classified(dataset)
+        teacher, student = models(size, head=BertForSequenceClassification)
+        outputs = Outputs("forward_kl", temperature=TEMPERATURE)
+    else:
+        teacher, student = models(size)
+        outputs = None
+    objective = Objective(LayerMap(pairs), Features("mse"), Attention("kl"), outputs, Task())
     given, needs = objective.needs("teacher"), objective.needs("student")
-    numbered = [{**row, "row": torch.tensor(i)} for i, row in enumerate(dataset)]
+    numbered = [row | {"row": torch.tensor(i)} for i, row in enumerate(dataset)]
 
     def epoch(theirs: Callable) -> Run:
         losses = []

@@ -1,0 +1,219 @@
+"""What the planner says beside what a training step takes: peak resident memory of a fresh process, and torch's count of FLOPs.
+
+python -m benchmarks.planner                    every case, a table
+python -m benchmarks.planner --case NAME        one case measured in this process; prints JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+
+from benchmarks.measure import _resident, run_json
+from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture, load_teacher, shrink
+
+AUTO = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "masked-lm": transformers.AutoModelForMaskedLM,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A teacher's configuration, and the keywords of `fakit.planner.plan`."""
+
+    model: str
+    teacher_layers: int
+    student: str
+    batch: int
+    seq: int
+    options: dict = field(default_factory=dict)
+
+    def config(self) -> PreTrainedConfig:
+        """The teacher's."""
+        kind, values = MODELS[self.model]
+        depth = {"gpt2": "n_layer"}.get(kind, "num_hidden_layers")
+        return AutoConfig.for_model(kind, **values, **{depth: self.teacher_layers})
+
+
+MODELS: dict[str, tuple[str, dict]] = {
+    "BERT 384": ("bert", dict(hidden_size=384, num_attention_heads=12, intermediate_size=1536)),
+    "BERT 768": ("bert", {}),
+    "GPT-2 768": ("gpt2", {}),
+    "Llama 1024": (
+        "llama",
+        dict(
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            vocab_size=32_000,
+        ),
+    ),
+    "Qwen 896": (
+        "qwen2",
+        dict(
+            hidden_size=896,
+            intermediate_size=4864,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            vocab_size=151_936,
+            tie_word_embeddings=True,
+        ),
+    ),
+}
+MASKED, CAUSAL, CLASSES = {"task": "masked-lm"}, {"task": "causal-lm"}, {"task": "sequence-classification"}
+CASES = {
+    "base": Case("BERT 384", 6, "3", 16, 128, MASKED),
+    "layers": Case("BERT 384", 12, "6", 16, 128, MASKED),
+    "width": Case("BERT 768", 6, "3x384", 16, 128, MASKED),
+    "batch": Case("BERT 384", 6, "3", 64, 128, MASKED),
+    "length": Case("BERT 384", 6, "3", 4, 512, MASKED),
+    "checkpointing": Case("BERT 768", 12, "12", 16, 256, CLASSES | {"checkpointing": True}),
+    "no checkpointing": Case("BERT 768", 12, "12", 16, 256, CLASSES),
+    "bf16": Case("BERT 768", 12, "6", 16, 128, MASKED | {"dtype": "bf16"}),
+    "gpt2": Case("GPT-2 768", 12, "6", 4, 256, CAUSAL),
+    "8bit": Case("GPT-2 768", 12, "6", 4, 256, CAUSAL | {"quantize": "8bit"}),
+    "4bit": Case("GPT-2 768", 12, "6", 4, 256, CAUSAL | {"quantize": "4bit"}),
+    "llama": Case("Llama 1024", 8, "4", 4, 512, CAUSAL),
+    "llama 8bit": Case("Llama 1024", 16, "4", 4, 256, CAUSAL | {"quantize": "8bit"}),
+    "llama 4bit bf16": Case("Llama 1024", 16, "4x512", 2, 512, CAUSAL | {"quantize": "4bit", "dtype": "bf16"}),
+    "qwen": Case("Qwen 896", 6, "3", 2, 512, CAUSAL),
+    "without outputs": Case("BERT 384", 12, "4", 32, 128, MASKED | {"terms": ("features", "attention")}),
+    "sgd": Case("BERT 768", 12, "4", 8, 128, MASKED | {"optimizer": "sgd"}),
+}
+
+
+def measure(name: str) -> dict[str, float]:
+    """{"bytes"}: peak resident memory above that of the process before any model was made, over a second training step."""
+    case = CASES[name]
+    options = {"dtype": "fp32", "terms": ("features", "attention", "outputs", "task")} | case.options
+    task, mixed = options["task"], options["dtype"] == "bf16"
+    _warm_up(task, options)
+    gc.collect()
+    baseline = _resident("VmRSS")
+    torch.manual_seed(0)
+    teacher, student = _models(case, options)
+    objective = _objective(options["terms"], teacher, student)
+    trained = [*student.parameters(), *objective.parameters()]
+    make = {"adamw": lambda p: torch.optim.AdamW(p, fused=True), "sgd": torch.optim.SGD}
+    optimizer = make[options.get("optimizer", "adamw")](trained)
+    batch = _batch(case, task)
+    for step in range(2):
+        gc.collect()
+        if step:
+            Path("/proc/self/clear_refs").write_text("5")
+        _step(teacher, student, objective, batch, mixed)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"bytes": 1024 * (_resident("VmHWM") - baseline)}
+
+
+def _step(teacher, student, objective, batch, mixed: bool) -> None:
+    given, needs = objective.needs("teacher"), objective.needs("student")
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        with torch.no_grad():
+            theirs = capture(teacher, batch, given.hidden_states, given.attentions, given.capture_logits)
+        ours = capture(student, batch, needs.hidden_states, needs.attentions, needs.capture_logits)
+        total = objective(ours, theirs, batch["labels"]).total
+    del theirs, ours
+    total.backward()
+
+
+def _models(case: Case, options: dict):
+    config, task = case.config(), options["task"]
+    dtype = torch.bfloat16 if options["dtype"] == "bf16" else torch.float32
+    teacher = AUTO[task].from_config(config, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
+    layers, _, width = case.student.partition("x")
+    student = shrink(teacher, int(layers), int(width) if width else None)
+    if options.get("checkpointing"):
+        student.config.use_cache = False
+        student.activation_checkpointing_enable()
+    if options.get("quantize"):
+        with tempfile.TemporaryDirectory() as folder:
+            teacher.save_pretrained(folder)
+            del teacher
+            gc.collect()
+            teacher = load_teacher(folder, task, options["quantize"], dtype=dtype, device="cpu")
+    return teacher, student
+
+
+def _objective(terms: tuple[str, ...], teacher, student) -> Objective:
+    ours, theirs = student.config, teacher.config
+    heads = "one-to-one" if ours.num_attention_heads == theirs.num_attention_heads else "group-mean"
+    every = {
+        "features": Features("mse"),
+        "attention": Attention("kl", heads=heads),
+        "outputs": Outputs("forward_kl", temperature=2.0),
+        "task": Task(),
+    }
+    layer_map = LayerMap.uniform(ours.num_hidden_layers, theirs.num_hidden_layers)
+    objective = Objective(layer_map, **{name: every[name] for name in terms})
+    return objective.prepare(ours.hidden_size, theirs.hidden_size)
+
+
+def _batch(case: Case, task: str) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1000, 20_000, (case.batch, case.seq))
+    mask = torch.ones_like(ids)
+    mask[-1, -case.seq // 4 :] = 0  # padding, as batches have
+    labels = torch.zeros(case.batch, dtype=torch.long) if task == "sequence-classification" else ids
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _warm_up(task: str, options: dict) -> None:
+    """A step of tiny models: libraries are loaded and threads started before anything is measured."""
+    kind = {"causal-lm": "gpt2", "masked-lm": "bert", "sequence-classification": "bert"}[task]
+    small = {"gpt2": dict(n_embd=32, n_head=2), "bert": dict(hidden_size=32, num_attention_heads=2, intermediate_size=64)}
+    MODELS["warm up"] = (kind, small[kind])
+    case = Case("warm up", 2, "1", 2, 16, options)
+    teacher, student = _models(case, options)
+    objective = _objective(options["terms"], teacher, student)
+    _step(teacher, student, objective, _batch(case, task), options["dtype"] == "bf16")
+    optimizer = torch.optim.AdamW(student.parameters(), fused=True)
+    optimizer.step()
+
+
+def predict(name: str) -> dict[str, int]:
+    """part → bytes, from the configuration."""
+    from fakit.planner.step import Setup, simulate
+
+    case = CASES[name]
+    options = {"dtype": "fp32"} | case.options
+    config = case.config()
+    layers, _, width = case.student.partition("x")
+    text = json.dumps(config.to_diff_dict() | {"model_type": config.model_type})
+    step = simulate(
+        Setup(text, layers=int(layers), width=int(width) if width else None, batch=case.batch, seq=case.seq, accelerator=False, **options)
+    )
+    return step.memory
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__)
+    parser.add_argument("--case", choices=CASES)
+    parser.add_argument("--only")
+    args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    if args.case:
+        print(json.dumps(measure(args.case)))
+        return
+    for name in args.only.split(",") if args.only else CASES:
+        parts = predict(name)
+        measured = run_json([sys.executable, "-m", "benchmarks.planner", "--case", name])["bytes"]
+        said = sum(parts.values())
+        fixed = sum(parts.get(k, 0) for k in ("teacher weights", "student weights", "optimiser state"))
+        print(f"{name:18} {said/2**20:8.0f} {measured/2**20:8.0f} {said/measured-1:+.1%}   above fixed {(said-fixed)/(measured-fixed)-1:+.1%}", {k: v >> 20 for k, v in parts.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
