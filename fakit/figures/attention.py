@@ -58,7 +58,7 @@ def attention_pair(
 
     Args:
         teacher_map: (T, T), rows sum to 1 over the keys that count.
-        student_map: (T, T).
+        student_map: (T, T); None shows the teacher alone.
         tokens: T strings.
         mask: what counts: bool (T,) (True = a token, not padding) or bool (T, T) (True = the query may see the key, as
             under a causal mask). Cells that do not count are hatched, not zero.
@@ -69,7 +69,9 @@ def attention_pair(
     Raises:
         ValueError: maps of different shapes, or tokens or mask that do not fit them.
     """
-    teacher, student = matrix(teacher_map, "teacher_map"), matrix(student_map, "student_map")
+    alone = student_map is None
+    teacher = matrix(teacher_map, "teacher_map")
+    student = teacher if alone else matrix(student_map, "student_map")
     length = len(tokens)
     if teacher.shape != (length, length) or student.shape != (length, length):
         raise ValueError(
@@ -85,7 +87,7 @@ def attention_pair(
         raise ValueError("no pair of tokens counts under this mask: there is nothing to draw")
     labels = [_short(token) for token in tokens]
     side, below = label_width(labels) + 24, label_width(labels) + 74
-    width = 960
+    width = side + 16 + 280 if alone else 960
     figure = canvas(title, (width, 330 + below), {"l": side, "r": 16, "t": 72, "b": below})
     drawn = [np.where(counts, values, np.nan) for values in (teacher, student, student - teacher)]
     top = max(float(np.nanmax(drawn[0])), float(np.nanmax(drawn[1])), 1e-6)
@@ -93,8 +95,9 @@ def attention_pair(
     heads = (teacher_name, student_name, "student − teacher")
     styles = ((ramp(TEACHER), 0.0, top), (ramp(STUDENT), 0.0, top), (DIFFERENCE, -reach, reach))
     plot_height = 330 - 72
+    domains = panels(1) if alone else panels(3, 0.035)
     for number, (values, head, (scale, low, high), domain) in enumerate(
-        zip(drawn, heads, styles, panels(3, 0.035), strict=True)
+        zip(drawn, heads, styles, domains, strict=False)  # alone: the first of the three
     ):
         figure.update_layout(
             {
@@ -132,6 +135,11 @@ def attention_pair(
         if strokes := hatch(~counts, number):
             figure.add_trace(strokes)
         panel_title(figure, number, head)
+    hidden = "Hatched: masked, takes no part. " if not counts.all() else ""
+    if alone:
+        q, k = np.unravel_index(np.nanargmax(drawn[0]), (length, length))
+        summary = f"{teacher_name}: most attention at {tokens[q]} → {tokens[k]} ({teacher[q, k]:.2f})."
+        return Figure(figure, summary, f"Rows are queries, columns keys. {hidden}".strip())
     gap = np.nanargmax(np.abs(drawn[2]))
     q, k = np.unravel_index(gap, (length, length))
     total = 0.5 * np.nansum(np.abs(drawn[2]), axis=1)[counts.any(1)].mean()
@@ -139,7 +147,6 @@ def attention_pair(
         f"Teacher and student maps differ by a total variation of {total:.2f} a row on average; most at {tokens[q]} → {tokens[k]} "
         f"(teacher {teacher[q, k]:.2f}, student {student[q, k]:.2f})."
     )
-    hidden = "Hatched: masked, takes no part. " if not counts.all() else ""
     return Figure(
         figure, summary, f"Rows are queries, columns keys. {hidden}Teacher and student share one scale, 0 to {top:.2f}."
     )
