@@ -336,7 +336,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_to_whoever_asked_and_ends_n
 
     asking = threading.Thread(target=ask)
     asking.start()
-    while not session._requests:
+    while not session._loop.requests:
         threading.Event().wait(0.01)
     hold.go.set()
     asking.join(WAIT)
@@ -354,7 +354,7 @@ def test_a_checkpoint_of_a_run_that_fails_meanwhile_does_not_wait_for_ever(tmp_p
     hold.go.set()
     with pytest.raises(RuntimeError, match="on fire"):
         session.result(WAIT)
-    assert not (tmp_path / "checkpoint-2").exists() and not session._requests
+    assert not (tmp_path / "checkpoint-2").exists() and not session._loop.requests
 
 
 def test_a_checkpoint_after_the_end_holds_the_end(tmp_path):
