@@ -4,17 +4,29 @@ Each is an ipywidgets box whose display also carries its figure as SVG and as te
 package imports ipywidgets, and nothing in the kit imports this package.
 """
 
-from fakit.widgets.layer_map import LayerMapChooser, layer_map_chooser
+from fakit.widgets.attention_viewer import AttentionViewer, attention_viewer
+from fakit.widgets.cockpit import Cockpit, cockpit
+from fakit.widgets.loss_laboratory import LossLaboratory, loss_laboratory
+from fakit.widgets.mapping_board import MappingBoard, mapping_board
 from fakit.widgets.panel import Panel
+from fakit.widgets.run_browser import RunBrowser, run_browser
 from fakit.widgets.temperature import TemperatureExplorer, temperature_explorer
 from fakit.widgets.weights import LossWeights, loss_weights
 
 __all__ = [
-    "LayerMapChooser",
+    "AttentionViewer",
+    "Cockpit",
+    "LossLaboratory",
     "LossWeights",
+    "MappingBoard",
     "Panel",
+    "RunBrowser",
     "TemperatureExplorer",
-    "layer_map_chooser",
+    "attention_viewer",
+    "cockpit",
+    "loss_laboratory",
     "loss_weights",
+    "mapping_board",
+    "run_browser",
     "temperature_explorer",
 ]

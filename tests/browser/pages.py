@@ -160,6 +160,15 @@ class Notebook:
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         self.page.wait_for_function(FINISHED, timeout=timeout * 1000)
 
+    def use_theme(self, theme: str) -> None:
+        """Settings > Theme: "light" or "dark", and wait until the page has its colours."""
+        name = f"JupyterLab {theme.capitalize()}"
+        if self.page.locator("body").get_attribute("data-jp-theme-name") != name:
+            self.page.get_by_role("menuitem", name="Settings", exact=True).click()
+            for label in ("Theme", name):  # items of a menu have no role of their own
+                self.page.locator(".lm-Menu-itemLabel").get_by_text(label, exact=True).click()
+            self.page.wait_for_selector(f'body[data-jp-theme-name="{name}"]', state="attached")
+
     def outputs(self, mime: str) -> list[str]:
         """The text of every output of a MIME type, as `application/vnd.jupyter.stderr`."""
         return self.page.locator(f'.jp-OutputArea-output[data-mime-type="{mime}"]').all_inner_texts()

@@ -1,0 +1,100 @@
+"""Shoot the widgets in JupyterLab, light and dark → docs/pictures/NAME_light.png and NAME_dark.png.
+
+    .venv/bin/python -m scripts.widget_pictures                  every widget
+    .venv/bin/python -m scripts.widget_pictures mapping_board    one
+
+A widget is one entry of `CELLS`: its name → the code of a notebook cell whose last line is the widget. Where the picture should show
+more than the first sight, `ACTIONS` names what a person does before, with the page and the output's locator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
+from playwright.sync_api import Locator, Page, sync_playwright
+
+from tests.browser import find
+from tests.browser.pages import running_lab
+
+PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
+LARGEST = 200_000  # bytes
+
+CELLS: dict[str, str] = {
+    "mapping_board": """
+import numpy as np
+from fakit.widgets import mapping_board
+
+student, teacher = np.arange(4) / 3, np.arange(7) / 6  # relative depths; a made-up likeness that falls with their distance
+similarity = 0.98 - 0.75 * abs(student[:, None] - teacher)
+mapping_board(3, 6, similarity, start="last", widths=(192, 384), heads=(12, 12), batch=32, tokens=64)
+""",
+}
+ACTIONS: dict[str, Callable[[Page, Locator], None]] = {
+    "mapping_board": lambda page, output: output.get_by_role("button", name="student layer 2").click(),
+}
+
+
+def shoot(names: list[str], folder: Path = PICTURES) -> list[Path]:
+    """Take both pictures of each widget named; returns their paths.
+
+    Raises:
+        RuntimeError: a cell failed or wrote to stderr, or a picture is larger than 200 kB.
+    """
+    pictures = []
+    with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
+        notebooks = Path(scratch, "notebooks")
+        notebooks.mkdir()
+        for name in names:
+            notebook = new_notebook(cells=[new_code_cell(CELLS[name].strip())])
+            notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+            nbformat.write(notebook, notebooks / f"{name}.ipynb")
+        browser = playwright.chromium.launch(executable_path=find.ensure(), args=find.ARGS)
+        with running_lab(browser, notebooks, Path(scratch, "jupyter")) as lab:
+            for name in names:
+                with lab.open(f"{name}.ipynb") as opened:
+                    opened.run_all()
+                    output = opened.page.locator(".jp-OutputArea-output").first
+                    output.wait_for()
+                    if name in ACTIONS:
+                        ACTIONS[name](opened.page, output)
+                    for theme in ("light", "dark"):
+                        opened.use_theme(theme)
+                        opened.page.wait_for_timeout(500)  # colours fade from one theme to the other
+                        pictures.append(_shrunk(output, folder / f"{name}_{theme}.png"))
+                    opened.assert_clean()
+        browser.close()
+    return pictures
+
+
+def _shrunk(output: Locator, path: Path) -> Path:
+    """The output's picture, with a palette of 256 colours where it would be too large without."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    output.screenshot(path=path, animations="disabled")
+    if path.stat().st_size > LARGEST:
+        Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    if path.stat().st_size > LARGEST:
+        raise RuntimeError(
+            f"{path} has {path.stat().st_size} bytes; a picture has at most {LARGEST}: show less of the widget"
+        )
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CELLS)}; all unless given")
+    names = parser.parse_args(arguments).names or list(CELLS)
+    if unknown := sorted(set(names) - set(CELLS)):
+        sys.exit(f"no widget {', '.join(unknown)}; there are {', '.join(CELLS)}. Add a cell to CELLS in {__file__}")
+    for path in shoot(names):
+        print(f"{path} ({path.stat().st_size / 1000:.0f} kB)")
+
+
+if __name__ == "__main__":
+    main()
