@@ -75,9 +75,9 @@ class Source:
         inputs = self.layers[layer]
         return inputs.key.shape[1] if isinstance(inputs, AttentionInputs) else inputs.shape[1]
 
-    def is_causal(self, layer: int) -> bool:
+    def is_causal(self, layer: int, rows: slice) -> bool:
         """Whether no query of the layer sees a key after it."""
-        return not self.visible(layer, slice(0, 1))[0].triu(1).any()
+        return not self.visible(layer, rows).triu(1).any()
 
     def visible(self, layer: int, rows: slice) -> Tensor:
         """bool (b, T, T): the query may see the key, and both are tokens. CPU."""
@@ -195,7 +195,7 @@ def _layers(role: Role, attention: Any) -> tuple[dict[int, Tensor | AttentionInp
         return found, {i: attention.layer_mask(i) for i in numbers}
     if isinstance(attention, Mapping):
         named = {int(i): attention[i] for i in sorted(attention)}
-    elif isinstance(attention, (Sequence, Tensor, np.ndarray)):
+    elif isinstance(attention, (Sequence, Tensor, np.ndarray)) and not isinstance(attention, str):
         named = dict(enumerate(attention, 1))
     else:
         raise ValueError(

@@ -25,6 +25,10 @@ SELECTION = ("sequence", "teacher_layer", "student_layer", "teacher_head", "stud
 SELECTION += ("without_sinks", "view", "cursor")
 
 
+class Refused(ValueError, traitlets.TraitError):
+    """A choice that the viewer does not have: a ValueError, as everywhere in the kit, that traitlets takes back."""
+
+
 class AttentionViewer(anywidget.AnyWidget):
     """See `attention_viewer`. Every choice is a trait: set it from Python, or observe what the page chose.
 
@@ -65,6 +69,7 @@ class AttentionViewer(anywidget.AnyWidget):
         self._sources = {"teacher": teacher} | ({} if student is None else {"student": student})
         self._tokens, self._special, self._pairs, self._padding = tokens, special, pairs, padding
         self._matches: dict[tuple[int, int], HeadMatching] = {}
+        self._thumbs_of: int | None = None
         self._following = True  # until the state is whole
         super().__init__()
         self.spec = {
@@ -79,7 +84,7 @@ class AttentionViewer(anywidget.AnyWidget):
         if student is not None and not pairs:
             self.student_layer = max(student.layers)
         self._following = False
-        self._follow({"name": "teacher_head"})
+        self._follow({"name": "linked"})
         self.cursor = self._loudest()
 
     @staticmethod
@@ -102,7 +107,7 @@ class AttentionViewer(anywidget.AnyWidget):
         source = self._sources.get(name.removesuffix("_layer"))
         if source is None:
             if proposal["value"] is not None:
-                raise ValueError(f"{name} = {proposal['value']}: this viewer shows no student")
+                raise Refused(f"{name} = {proposal['value']}: this viewer shows no student")
             return None
         return _one_of(name, proposal["value"], source.layers)
 
@@ -123,7 +128,7 @@ class AttentionViewer(anywidget.AnyWidget):
     @traitlets.validate("view")
     def _is_view(self, proposal: dict) -> str:
         if proposal["value"] == "rollout" and self.spec["no_rollout"]:
-            raise ValueError(f"{self.spec['no_rollout']}; capture(model, batch, attentions=range(1, depth + 1))")
+            raise Refused(f"{self.spec['no_rollout']}; capture(model, batch, attentions=range(1, depth + 1))")
         return proposal["value"]
 
     # --- what follows from a choice ---
@@ -139,11 +144,11 @@ class AttentionViewer(anywidget.AnyWidget):
                 self._clamp()
                 if self.linked and self.student_layer is not None:
                     self._link(change["name"])
-                if change["name"] != "cursor":
+                if change["name"] not in ("cursor", "teacher_head", "student_head"):
                     self._show()
-                self.error = ""
         except Exception as failure:
-            self.teacher_page = self.student_page = b""
+            self.teacher_page = self.student_page = self.teacher_thumbs = self.student_thumbs = b""
+            self._thumbs_of = None
             self.error = str(failure)  # the page says it too: an error in a callback would reach the log alone
             raise
         finally:
@@ -180,7 +185,10 @@ class AttentionViewer(anywidget.AnyWidget):
         for side, source in self._sources.items():
             page = self.page(side, getattr(self, f"{side}_layer"), self.view, self.without_sinks)
             setattr(self, f"{side}_page", encode(*page))
-            setattr(self, f"{side}_thumbs", source.thumbs(self.sequence, window))
+            if self._thumbs_of != self.sequence:
+                setattr(self, f"{side}_thumbs", source.thumbs(self.sequence, window))
+        self._thumbs_of = self.sequence
+        self.error = ""
 
     def page(self, side: str, layer: int, view: str, without_sinks: bool) -> tuple[Tensor, Tensor]:
         """Maps (H, t, t) and visible cells (t, t) of the shown window; rollout counts as one head."""
@@ -230,7 +238,7 @@ class AttentionViewer(anywidget.AnyWidget):
                 student.maps(student_layer, rows),
                 teacher.maps(teacher_layer, rows),
                 teacher.masks[teacher_layer][rows],
-                teacher.is_causal(teacher_layer),
+                teacher.is_causal(teacher_layer, rows),
             )
             self._matches[student_layer, teacher_layer] = match_heads(distance)
         return self._matches[student_layer, teacher_layer]
@@ -380,5 +388,5 @@ def _one_of(what: str, value: Any, allowed: Any) -> Any:
     if value not in allowed:
         choices = list(allowed)
         listed = f"{choices[0]} to {choices[-1]}" if isinstance(allowed, range) else ", ".join(map(str, choices))
-        raise ValueError(f"{what} = {value!r}; this viewer has {listed}")
+        raise Refused(f"{what} = {value!r}; this viewer has {listed}")
     return value
