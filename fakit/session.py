@@ -165,9 +165,8 @@ class TrainSession:
             ValueError: a term that the objective lacks, a weight that is negative or not finite, or nothing left to learn from.
         """
         with self._changed:
-            coming = Weights(dict(self.objective.weights))  # refuses what the objective's own would refuse
-            coming.update({name: new for _, name, new in self._loop.requests if name in coming})
-            coming[term] = value
+            coming = Weights({name: self.settings[name] for name in self.objective.weights})
+            coming[term] = value  # refuses what the objective's own would refuse
             if not any(coming.values()):
                 raise ValueError(
                     f"with {term} at 0 every weight is 0: nothing is left to learn from; raise another first"
@@ -238,6 +237,12 @@ class TrainSession:
     def ended(self) -> bool:
         """Finished, stopped or failed."""
         return self.state in (FINISHED, STOPPED, FAILED)
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Weights by term, and the temperature where there is one: as they will be from the next step on."""
+        with self._changed:
+            return self._loop.settings()
 
     @property
     def progress(self) -> tuple[int, int]:

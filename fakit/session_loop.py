@@ -75,6 +75,10 @@ class Loop(TrainerCallback):
             self._end(*(STOPPED, STOPPED) if self.stopping else (FINISHED, FINISHED))
         return output
 
+    def settings(self) -> dict[str, float]:
+        """Weights and temperature as they will be once everything that was asked is carried out."""
+        return self._now() | {name: value for kind, name, value in self.requests if kind == "set"}
+
     def enter(self, state: str) -> None:
         """Be in another state, and tell."""
         self.state = state

@@ -1,0 +1,258 @@
+"""The picture of a run while it trains: loss by term, CKA to the teacher over steps, and its matrix now, as one SVG.
+
+Drawn by hand. plotly draws a whole figure anew for every point, which flickers, and the matplotlib twin takes a good part of a second; this
+is text of a few kilobytes, made in a millisecond, that a page puts in place of the one before without a flicker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from plotly.colors import sample_colorscale
+
+from fakit.figures.drawing import distinct
+from fakit.figures.theme import EXTRA, FONT, FONT_SIZE, GRID, ROLES, SIMILARITY, SMALL, TEXT, Role
+from fakit.figures.training import term_style
+
+WIDTH, HEIGHT = 960, 340  # px
+POINTS = 240  # drawn of a line; more would not be seen
+_DASHES = {"solid": "none", "dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "13 4"}
+_TOP, _BOTTOM = 62, 48  # px above and below the axes
+
+
+def training_now(
+    history: Sequence[Mapping[str, Any]],
+    terms: Sequence[str],
+    similarity: Mapping[int, Any],
+    pairs: Sequence[tuple[int, int]] = (),
+    events: Sequence[Mapping[str, Any]] = (),
+    steps: int = 0,
+    weighted: bool = False,
+) -> tuple[str, str]:
+    """A run as it stands.
+
+    Args:
+        history: rows with `step` and a column a term; a row may lack a term.
+        terms: the terms to draw.
+        similarity: step → (S + 1, T + 1) CKA, rows and columns by layer number.
+        pairs: (student layer, teacher layer), the mapped ones: a line each, and framed in the matrix.
+        events: {step, name, old, new}: dotted lines.
+        steps: right end of the axes, steps in all; 0 where that is not known yet.
+        weighted: what the columns are; it names the axis.
+
+    Returns:
+        (SVG document of 960 × 340 px, one sentence that says what it shows).
+    """
+    lines = {name: _points(history, name) for name in terms}
+    found = {name: points for name, points in lines.items() if points}
+    name = "weighted loss" if weighted else "loss before weighting"
+    wide = WIDTH if not similarity else 470
+    parts = [
+        _chart(
+            found,
+            {name: term_style(name, i) for i, name in enumerate(terms)},
+            (0, wide),
+            "Loss by term",
+            name,
+            steps,
+            events,
+            log=True,
+        )
+    ]
+    looks = {}
+    if similarity:
+        shape = np.shape(next(iter(similarity.values())))
+        pairs = [(s, t) for s, t in pairs if s < shape[0] and t < shape[1]]
+        looks = {
+            f"S{s}·T{t}": [
+                (step, float(values[s][t])) for step, values in similarity.items() if np.isfinite(values[s][t])
+            ]
+            for s, t in pairs
+        }
+        styles = {name: ROLES[i % len(ROLES)] for i, name in enumerate(looks)}
+        parts.append(_chart(looks, styles, (470, 270), "CKA, mapped pairs", "", steps, events=(), log=False))
+        last = max(similarity)
+        parts.append(_matrix(np.asarray(similarity[last], float), pairs, (752, 208), f"CKA at step {last}"))
+    summary = _summary(found, looks, events, steps)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'font-family="{escape(FONT)}" font-size="{SMALL}" fill="{TEXT}" style="max-width:100%;height:auto">'
+        f"<title>Training now</title><desc>{escape(summary)}</desc>{''.join(parts)}</svg>"
+    ), summary
+
+
+Points = list[tuple[float, float]]
+
+
+def _points(history: Sequence[Mapping[str, Any]], name: str) -> Points:
+    """(step, value) of one term, above 0 and finite; thinned, the last one kept."""
+    found = [(row["step"], row[name]) for row in history if name in row and 0 < row[name] < math.inf]
+    stride = -(-len(found) // POINTS) or 1
+    return found[::-1][::stride][::-1]
+
+
+def _chart(
+    lines: Mapping[str, Points],
+    styles: Mapping[str, Role],
+    place: tuple[float, float],
+    title: str,
+    axis: str,
+    steps: int,
+    events: Sequence[Mapping[str, Any]],
+    log: bool,
+) -> str:
+    """Lines over steps, each named at its end."""
+    start, width = place
+    left, right = start + 62, start + width - 86
+    top, bottom = _TOP, HEIGHT - _BOTTOM
+    values = [value for points in lines.values() for _, value in points]
+    low, high, ticks = _log_ticks(values) if log else (0.0, 1.0, [0, 0.25, 0.5, 0.75, 1])
+    steps = max([steps, 1, *(step for points in lines.values() for step, _ in points)])
+    scale = math.log if log else float
+
+    def x(step: float) -> float:
+        return left + (right - left) * step / steps
+
+    def y(value: float) -> float:
+        share = (scale(value) - scale(low)) / (scale(high) - scale(low))
+        return bottom - (bottom - top) * min(1.0, max(0.0, share))
+
+    parts = [_text(start + 12, 22, title, FONT_SIZE + 2)]
+    if axis:
+        parts.append(_text(start + 12, 42, f"{axis}, logarithmic axis"))
+    for tick in ticks:
+        parts.append(f'<path d="M{left:.0f} {y(tick):.1f}H{right:.0f}" stroke="{GRID}" fill="none"/>')
+        parts.append(_text(left - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
+    for tick in _step_ticks(steps, 5 if width > 400 else 3):
+        parts.append(f'<path d="M{x(tick):.1f} {bottom}v5" stroke="{TEXT}"/>')
+        parts.append(_text(x(tick), bottom + 20, f"{tick:g}", anchor="middle"))
+    parts.append(_text((left + right) / 2, bottom + 38, "step", anchor="middle"))
+    parts.append(f'<path d="M{left:.0f} {top}V{bottom}H{right:.0f}" stroke="{TEXT}" fill="none"/>')
+    heights: dict[float, int] = {}
+    for event in events:
+        at = x(event["step"])
+        row = heights[event["step"]] = heights.get(event["step"], -1) + 1
+        side = ("end", -4) if at > (left + right) / 2 else ("start", 4)
+        parts.append(f'<path d="M{at:.1f} {top}V{bottom}" stroke="{TEXT}" stroke-dasharray="2 3" fill="none"/>')
+        parts.append(
+            _text(
+                at + side[1],
+                top + 11 + 15 * row,
+                f"{event['name']} {event['old']:g} → {event['new']:g}",
+                anchor=side[0],
+            )
+        )
+    if not values:
+        parts.append(_text((left + right) / 2, (top + bottom) / 2, "no step yet", anchor="middle"))
+    ends = {name: (x(points[-1][0]), y(points[-1][1])) for name, points in lines.items() if points}
+    labels = _apart({name: end[1] for name, end in ends.items()}, top, bottom)
+    for name, (at, end) in ends.items():
+        role = styles.get(name, EXTRA)
+        path = "M" + "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in lines[name])
+        parts.append(
+            f'<path d="{path}" data-line="{escape(name)}" data-points="{len(lines[name])}" stroke="{role.colour}" stroke-width="2" '
+            f'stroke-dasharray="{_DASHES[role.dash]}" stroke-linejoin="round" fill="none"/>'
+            f'<circle cx="{at:.1f}" cy="{end:.1f}" r="3.5" fill="{role.colour}"/>'
+        )
+        parts.append(_text(at + 9, labels[name] + 4, name, colour=role.colour))
+    return "".join(parts)
+
+
+def _matrix(values: np.ndarray, pairs: Sequence[tuple[int, int]], place: tuple[float, float], title: str) -> str:
+    """Student layers (rows, S0 at the bottom) against teacher layers: cividis from 0 to 1, mapped pairs framed."""
+    start, width = place
+    rows, columns = values.shape
+    cell = min((width - 34) / columns, (HEIGHT - _TOP - _BOTTOM) / rows, 44)
+    left, bottom = start + 30, _TOP + cell * rows
+    parts = [_text(start, 22, title, FONT_SIZE + 2), _text(start, 42, "framed: mapped pairs" if pairs else "")]
+    shown = np.nan_to_num(values).clip(0, 1)
+    colours = sample_colorscale(SIMILARITY, shown.flatten().tolist())
+    for i in range(rows):
+        for j in range(columns):
+            at, top = left + j * cell, bottom - (i + 1) * cell
+            parts.append(
+                f'<rect x="{at:.1f}" y="{top:.1f}" width="{cell:.2f}" height="{cell:.2f}" fill="{colours[i * columns + j]}">'
+                f"<title>S{i} and T{j}: CKA {values[i, j]:.3f}</title></rect>"
+            )
+            if cell >= 24:  # ".87": a cell is too small for the 0
+                ink = "#111" if shown[i, j] > 0.55 else "#fff"
+                label = (
+                    f"{values[i, j]:.2f}".replace("-0.00", "0.00").replace("0.", ".", 1)
+                    if np.isfinite(values[i, j])
+                    else "–"
+                )
+                parts.append(_text(at + cell / 2, top + cell / 2 + 4, label, anchor="middle", colour=ink))
+    every = max(1, math.ceil(22 / cell))  # layers between two names
+    parts += [_text(left - 6, bottom - (i + 0.5) * cell + 4, f"S{i}", anchor="end") for i in range(0, rows, every)]
+    parts += [_text(left + (j + 0.5) * cell, bottom + 16, f"T{j}", anchor="middle") for j in range(0, columns, every)]
+    for i, j in pairs:
+        parts.append(
+            f'<rect x="{left + j * cell + 1:.1f}" y="{bottom - (i + 1) * cell + 1:.1f}" width="{cell - 2:.2f}" height="{cell - 2:.2f}" '
+            f'fill="none" stroke="#D55E00" stroke-width="2.5"/>'
+        )
+    return "".join(parts)
+
+
+def _text(x: float, y: float, text: str, size: int = SMALL, anchor: str = "start", colour: str = TEXT) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'
+    )
+
+
+def _apart(heights: Mapping[str, float], top: float, bottom: float, gap: float = 15) -> dict[str, float]:
+    """Heights of labels, at least `gap` apart, as near as may be to where they belong."""
+    order = sorted(heights, key=heights.get)
+    placed: dict[str, float] = {}
+    at = top - gap
+    for name in order:
+        at = placed[name] = max(heights[name], at + gap)
+    over = max(0.0, at - bottom)
+    limit = bottom
+    for name in reversed(order) if over else ():
+        limit = placed[name] = min(placed[name], limit)
+        limit -= gap
+    return placed
+
+
+def _log_ticks(values: Sequence[float]) -> tuple[float, float, list[float]]:
+    """(low, high, ticks) of a logarithmic axis: at 1, 2 and 5 of each power of ten, or powers alone where these are many."""
+    low, high = (min(values), max(values)) if values else (0.1, 1.0)
+    marks = [
+        m * 10.0**p for p in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)
+    ]
+    below = max((m for m in marks if m <= low * 1.0001), default=marks[0])
+    above = min((m for m in marks if m >= high * 0.9999 and m > below), default=marks[-1])
+    ticks = [m for m in marks if below <= m <= above]
+    if len(ticks) > 8:
+        powers = [m for m in ticks if math.isclose(math.log10(m), round(math.log10(m)), abs_tol=1e-9)]
+        ticks = powers[:: max(1, len(powers) // 6)]
+    return below, above, [float(f"{tick:.3g}") for tick in ticks]
+
+
+def _step_ticks(steps: int, count: int) -> list[int]:
+    """0 … steps at round distances, `count` or so."""
+    rough = max(1, steps / count)
+    unit = 10 ** math.floor(math.log10(rough))
+    stride = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
+    return distinct([*range(0, steps + 1, int(stride))])
+
+
+def _summary(
+    terms: Mapping[str, Points], looks: Mapping[str, Points], events: Sequence[Mapping[str, Any]], steps: int
+) -> str:
+    if not terms:
+        return f"0 of {steps} steps done." if steps else "0 steps done."
+    last = max(points[-1][0] for points in terms.values())
+    text = (
+        f"Step {last:g}"
+        + (f" of {steps}: " if steps else ": ")
+        + ", ".join(f"{n} {p[0][1]:.3g} → {p[-1][1]:.3g}" for n, p in terms.items())
+    )
+    if any(looks.values()):
+        text += "; CKA " + ", ".join(f"{name} {p[0][1]:.2f} → {p[-1][1]:.2f}" for name, p in looks.items() if p)
+    changed = [f"{event['name']} {event['old']:g} → {event['new']:g} at step {event['step']}" for event in events]
+    return text + (f"; changed: {', '.join(changed)}" if changed else "") + "."
