@@ -8,6 +8,7 @@ from fakit.figures.map_gallery import layer_map_gallery
 from fakit.figures.maps import layer_map
 from fakit.figures.quantization import quantization_by_layer
 from fakit.figures.results import paired_differences, pareto, retention, scores_by_arm, weight_sensitivity
+from fakit.figures.runs import runs_overview
 from fakit.figures.similarity import bias_curve, rogue_dimensions, similarity_heatmap, similarity_panels
 from fakit.figures.story import distillation_story, softened
 from fakit.figures.terms import loss_bars
@@ -35,6 +36,7 @@ __all__ = [
     "retention",
     "rogue_dimensions",
     "rollout",
+    "runs_overview",
     "scores_by_arm",
     "similarity_heatmap",
     "similarity_panels",

@@ -107,6 +107,12 @@ def examples() -> dict[str, draw.Figure]:
         "conflict": draw.gradient_conflict(
             [[1, 0.4, 0.2, -0.1], [0.4, 1, 0.3, 0.05], [0.2, 0.3, 1, 0.7], [-0.1, 0.05, 0.7, 1]], ["features", "attention", "outputs", "task"]
         ),
+        "runs": draw.runs_overview(
+            [{"run_id": f"{a}-{i}", "arm": a, "seed": i, "cost": c, "quality": q + i, "steps": list(range(0, 100, 10)), "values": list(np.exp(-np.arange(10) / (3 + i))), "chosen": a == "all"}
+             for a, c, q in (("none", 6.3, 70), ("features", 13.5, 71), ("all", 13.6, 77)) for i in range(2)]
+            + [{"run_id": "t", "arm": "teacher", "seed": 0, "cost": None, "quality": 83, "steps": [], "values": [], "chosen": False}],
+            [(6.3, 70.5), (13.5, 71.5), (13.6, 77.5)], "loss", "training FLOPs (10¹²)", "accuracy (%)",
+        ),
         "pulls": draw.term_pulls(
             {"features": 0.22, "attention": 0.0, "outputs": 3.38, "task": 1.19},
             {part: {"features": f, "attention": 0.0, "outputs": o, "task": t}
