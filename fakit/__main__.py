@@ -1,4 +1,4 @@
-"""The commands: `fakit run`, `distill`, `study` and `report`; each calls the function that a notebook would call."""
+"""The commands: `fakit run`, `distill`, `study`, `plan` and `report`; each calls the function that a notebook would call."""
 
 from __future__ import annotations
 
@@ -35,11 +35,20 @@ def distill(args: argparse.Namespace) -> int:
 
 def study(args: argparse.Namespace) -> int:
     """`fakit study`: run what a study has not recorded yet."""
-    from fakit.experiments import StudyConfig, run_study
+    from fakit.experiments import MapStudyConfig, run_map_study, run_study, study_from_yaml
 
-    store = run_study(StudyConfig.from_yaml(args.config), args.out, workers=args.workers)
+    config = study_from_yaml(args.config)
+    run = run_map_study if isinstance(config, MapStudyConfig) else run_study
+    store = run(config, args.out, workers=args.workers)
     print(f"{len(store)} runs are recorded in {store.path}; `fakit report {store.path}` compares them.")
     return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    """`fakit plan`: memory and time of a step, from configurations alone; 1 where it does not fit."""
+    from fakit.planner.command import print_plan
+
+    return print_plan(args)
 
 
 def report(args: argparse.Namespace) -> int:
@@ -78,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", type=Path, metavar="STUDY.yaml")
     sub.add_argument("--out", type=Path, default=Path("runs/study"), help="the runs directory (%(default)s)")
     sub.add_argument("--workers", type=int, default=1, help="processes side by side (%(default)s)")
+
+    from fakit.planner.command import add_options
+
+    add_options(command(plan, "Will it fit, and how long will it take? Memory and FLOPs from configurations alone."))
 
     sub = command(report, "Compare recorded runs: tables and figures.")
     sub.add_argument("runs", type=Path, metavar="RUNS_DIR")

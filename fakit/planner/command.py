@@ -1,0 +1,42 @@
+"""`fakit plan`: its options, and what it does with them. Imports nothing heavy until it is run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options; each is a keyword of `fakit.planner.plan`."""
+    add = parser.add_argument
+    add("--teacher", required=True, metavar="ID_OR_PATH", help="a folder, a hub id, or a recorded model (Llama-3.1-8B)")
+    add("--student", required=True, metavar="LAYERS[xWIDTH]", help="4: four layers of the teacher's width; 4x1024")
+    add("--batch", type=int, default=8, metavar="N", help="rows of a batch (%(default)s)")
+    add("--seq", type=int, default=512, metavar="T", help="tokens of a row (%(default)s)")
+    add("--quantize", choices=("8bit", "4bit"), help="the teacher; not unless given")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="fp32, or mixed precision (%(default)s)")
+    add("--memory", default="16GB", help="an amount or a card's name: T4, 'A100 40GB' (%(default)s)")
+    add("--task", help="causal-lm, masked-lm, sequence-classification …; guessed from the configuration")
+    add("--optimizer", default="adamw", help="adamw, adamw-8bit, adafactor or sgd (%(default)s)")
+    add("--checkpointing", action="store_true", help="recompute the student's activations in the backward pass")
+    add("--terms", default="features,attention,outputs,task", help="terms of the objective (%(default)s)")
+    add("--tokens", type=float, metavar="N", help="tokens to train on, for the time of the whole: 1e8")
+    add("--utilisation", type=float, default=0.4, help="share of a card's FLOP/s that is reached (%(default)s)")
+    add("--device", choices=("gpu", "cpu"), default="gpu", help="whose kernels and block sizes (%(default)s)")
+    add("--figure", type=Path, metavar="FILE", help="write the figure: .svg, .png or .html")
+
+
+def print_plan(args: argparse.Namespace) -> int:
+    """Print the plan; 0 where it fits, 1 where it does not."""
+    import transformers
+
+    from fakit.planner.plan import plan
+
+    transformers.logging.set_verbosity_error()
+    options = {name: value for name, value in vars(args).items() if name not in ("function", "debug", "figure")}
+    options["terms"] = [term for term in options["terms"].split(",") if term]
+    found = plan(options.pop("teacher"), options.pop("student"), **options)
+    print(found)
+    if args.figure is not None:
+        print(found.figure().save(args.figure))
+    return 0 if found.fits else 1

@@ -1,0 +1,384 @@
+"""`plan`: will this teacher with this student, batch and length fit, and how long will it take? From configurations alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fakit.figures import Figure
+from fakit.figures.plan import memory_plan
+from fakit.layer_maps import LayerMap
+from fakit.planner.cards import CARDS, GB, Card, find_card
+from fakit.planner.presets import config_text, guess_task, read_config
+from fakit.planner.step import OPTIMIZERS, TERMS, Setup, Step, simulate
+
+Student = str | int | tuple[int, int | None] | Sequence[int]
+
+# What a GPU holds beside tensors: the driver's context, cuBLAS' workspaces and loaded kernels; and the share of what comes and goes in a step
+# that the caching allocator cannot use, for its blocks do not fit together. Both are assumptions: no GPU has measured them here.
+CONTEXT = 0.7 * GB
+FRAGMENTS = 0.05
+# Share of a card's memory bandwidth that eager kernels reach.
+BANDWIDTH = 0.8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training step would take; it draws itself in a notebook and prints itself in a terminal.
+
+    Attributes:
+        teacher: name of the teacher.
+        setup: everything that was asked.
+        step: memory by part and FLOPs of a step, from the step run without data.
+        limit_name, limit: the card or amount asked about, and its bytes.
+        card: its arithmetic, where a card was named.
+        utilisation: share of a card's FLOP/s that a step is taken to reach.
+        steps: number of steps of the whole training, if its tokens were given.
+    """
+
+    teacher: str
+    setup: Setup
+    step: Step
+    limit_name: str
+    limit: float
+    card: Card | None
+    utilisation: float
+    steps: int | None = None
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """part → bytes at the peak of a step, overhead included."""
+        return _with_overhead(self.step, self.setup.accelerator)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the peak."""
+        return float(sum(self.memory.values()))
+
+    @property
+    def fits(self) -> bool:
+        """True when the peak is within the limit."""
+        return self.peak <= self.limit
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a step: a multiply-add is 2; products and attention alone, as torch counts."""
+        return sum(self.step.flops.values())
+
+    def seconds(self, card: Card | str | None = None) -> float:
+        """Seconds of a step on a card (the one asked about unless given).
+
+        Phase by phase the longer of two: its FLOPs at `utilisation` of the card's rate for their precision, or what it writes, and reads as
+        much of, and the weights that it reads, at 0.8 of the card's bandwidth.
+
+        Raises:
+            ValueError: no card was named.
+        """
+        card = self._card(card)
+        weights, step = self.step.weight_bytes, self.step
+        reads = {"teacher forward": weights["teacher"], "student forward": weights["student"]}
+        reads["backward"] = weights["student"]
+        total = 0.0
+        for phase, flops in step.flops.items():
+            single = step.single[phase]
+            products = (single / card.single + (flops - single) / card.half) / self.utilisation
+            total += max(products, (2 * step.written[phase] + reads.get(phase, 0)) / (BANDWIDTH * card.bandwidth))
+        # the optimiser reads weight, gradient and its state and writes them
+        return total + 2 * (2 * 4 * step.trainable + step.memory.get("optimiser state", 0)) / (
+            BANDWIDTH * card.bandwidth
+        )
+
+    def tokens_per_second(self, card: Card | str | None = None) -> float:
+        """Tokens of the batch by the seconds of a step."""
+        return self.setup.batch * self.setup.seq / self.seconds(card)
+
+    def _card(self, card: Card | str | None) -> Card:
+        found = find_card(card)[2] if isinstance(card, str) else card or self.card
+        if found is None:
+            raise ValueError(
+                f"a time needs a card, and {card or self.limit_name} names none; cards: {', '.join(CARDS)}."
+            )
+        return found
+
+    # -- what to change ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def largest_batch(self) -> int:
+        """The largest batch that fits, everything else as it is; 0 if not even one row does."""
+
+        def peak(batch: int) -> float:
+            return self.with_setup(batch=batch).peak
+
+        if peak(1) > self.limit:
+            return 0
+        # beyond fixed parts, memory grows by the row: aim with a line through two batches, and correct
+        low, guess = 1, max(2, self.setup.batch)
+        for _ in range(4):
+            slope = (peak(guess) - peak(low)) / (guess - low)
+            aimed = max(1, int(low + (self.limit - peak(low)) / slope)) if slope > 0 else guess
+            if aimed in (guess, low):
+                break
+            low, guess = sorted((low if peak(guess) > self.limit else guess, aimed))
+            if low == guess:
+                break
+        while peak(guess) > self.limit:
+            guess = guess - 1 if peak(guess - 1) <= self.limit or guess < 3 else (guess + low) // 2
+        return guess
+
+    @cached_property
+    def changes(self) -> list[tuple[str, Plan]]:
+        """Single changes that save memory, each with its plan, from the least intrusive on; for a plan that does not fit also their sum."""
+        setup, found = self.setup, []
+        for name, new in _changes(setup):
+            plan = self.with_setup(**new)
+            if plan.peak < self.peak:
+                found.append((name, plan, new))
+        chosen = [(name, plan) for name, plan, _ in found]
+        if not self.fits and not any(plan.fits for _, plan in chosen):
+            together = {key: value for _, _, new in found for key, value in new.items()} | {"batch": 1}
+            chosen.append(("all of these, batch 1", self.with_setup(**together)))
+        return chosen
+
+    def with_setup(self, **changes) -> Plan:
+        """The same plan with other settings of `setup`."""
+        setup = replace(self.setup, **changes)
+        steps = None if self.steps is None else math.ceil(self.steps * self.setup.batch / setup.batch)
+        return replace(self, setup=setup, step=simulate(setup), steps=steps)
+
+    # -- how it shows itself ------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The set-up in a few words."""
+        return describe(self.setup)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: fits or not, by how much."""
+        size, left = self.peak / GB, (self.limit - self.peak) / GB
+        if self.fits:
+            return f"Fits: {size:.3g} GB of {self.limit / GB:.3g} GB ({self.limit_name}), {left:.3g} GB to spare."
+        return (
+            f"Does not fit: {size:.3g} GB, and {self.limit_name} has {self.limit / GB:.3g} GB, {-left:.3g} GB too few."
+        )
+
+    def advice(self) -> Iterator[str]:
+        """Sentences: the largest batch that fits, and for a plan that does not fit what would."""
+        if self.largest_batch:
+            yield f"Largest batch that fits at {self.setup.seq} tokens: {self.largest_batch}."
+        elif not self.fits:
+            yield "Not even a batch of one row fits."
+        if not self.fits:
+            for name, plan in self.changes:
+                yield f"{name}: {plan.peak / GB:.3g} GB, {'fits' if plan.fits else 'does not fit'}."
+
+    def figure(self, changes: bool | None = None) -> Figure:
+        """Memory by part against the cards.
+
+        Args:
+            changes: with a bar for each change of `changes`; where the plan does not fit unless given.
+        """
+        rows = {"as asked": self.memory}
+        if changes if changes is not None else not self.fits:
+            rows |= {name: plan.memory for name, plan in self.changes}
+        others = {card.name: card.memory for card in CARDS.values()}
+        return memory_plan(
+            rows, self.limit, self.limit_name, others, title=f"{self.teacher.split('/')[-1]} → {self.name}"
+        )
+
+    def __str__(self) -> str:
+        step, setup = self.step, self.setup
+        millions = {side: number / 1e6 for side, number in step.parameters.items()}
+        lines = [
+            f"teacher  {self.teacher}, {step.depths['teacher']} layers × {step.widths['teacher']}, {millions['teacher']:,.0f} M parameters, "
+            f"{setup.quantize or _DTYPES[setup.dtype]}",
+            f"student  {step.depths['student']} layers × {step.widths['student']}, {millions['student']:,.0f} M parameters, float32"
+            + (" under bf16 autocast" if setup.dtype == "bf16" else ""),
+            f"step     {setup.batch} × {setup.seq} tokens, {', '.join(setup.terms)}, {setup.optimizer}"
+            + (", gradient checkpointing" if setup.checkpointing else ""),
+            "",
+            "memory at the peak of a step",
+        ]
+        longest = max(self.memory.values())
+        for part, size in self.memory.items():
+            lines.append(f"  {part:20}{size / GB:9.3f} GB  {'█' * round(30 * size / longest)}")
+        if "gradients" not in self.memory:
+            lines.append(
+                f"  {'gradients':20}{'':12}  {4 * step.trainable / GB:.3g} GB come after the peak, as activations go"
+            )
+        lines += [f"  {'peak':20}{self.peak / GB:9.3f} GB", "", self.verdict, *self.advice(), ""]
+        phases = ", ".join(f"{phase} {flops / 1e12:.3g}" for phase, flops in step.flops.items())
+        lines.append(f"FLOPs of a step: {self.flops / 1e12:.4g} T ({phases})")
+        lines += self._times()
+        if setup.accelerator:
+            lines.append(
+                f"Overhead ({CONTEXT / GB:.1g} GB context, {FRAGMENTS:.0%} fragments) and times are assumptions: no GPU has measured them here."
+            )
+        return "\n".join(lines)
+
+    def _times(self) -> list[str]:
+        cards = [self.card] if self.card is not None else [c for c in CARDS.values() if c.memory >= self.peak][:3]
+        lines = []
+        for card in cards if self.setup.accelerator else []:
+            seconds = self.seconds(card)
+            whole = "" if self.steps is None else f", {self.steps:,} steps in {_duration(self.steps * seconds)}"
+            note = f" ({card.note})" if card.note else ""
+            lines.append(
+                f"{card.name}: {seconds:.3g} s a step, {self.tokens_per_second(card):,.0f} tokens/s at {self.utilisation:.0%} of its FLOP/s{whole}{note}"
+            )
+        return lines
+
+    def __repr__(self) -> str:
+        return f"Plan({self.teacher} → {self.name}: {self.verdict})"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, object]:
+        return {**self.figure()._repr_mimebundle_(), "text/plain": str(self)}
+
+
+def plan(
+    teacher: str | Path | PreTrainedConfig | PreTrainedModel,
+    student: Student,
+    batch: int = 8,
+    seq: int = 512,
+    *,
+    quantize: str | None = None,
+    dtype: str = "bf16",
+    memory: str | float = "16GB",
+    task: str | None = None,
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+    terms: Sequence[str] = TERMS,
+    layer_map: LayerMap | None = None,
+    tokens: float | None = None,
+    utilisation: float = 0.4,
+    device: str = "gpu",
+) -> Plan:
+    """Memory, FLOPs and time of a distillation step, from configurations alone.
+
+    The step is run on tensors that have shapes and no data: the models are made on the meta device, and the kit's own capture, objective
+    and backward pass are watched for what they allocate and multiply. Adapters are merged into a teacher and take no memory of their own.
+
+    Args:
+        teacher: a recorded model ("meta-llama/Llama-3.1-8B", or what stands after the slash), a folder, a hub id, a configuration or a model.
+        student: layers, or layers and width: 4, "4", (4, 1024), "4x1024"; or the teacher's block numbers, [1, 8, 16].
+        batch: rows of a batch, in one micro-step.
+        seq: tokens of a row, padding included.
+        quantize: the teacher's: None, "8bit" or "4bit".
+        dtype: "bf16": the teacher in bf16, the student in float32 under bf16 autocast (fp16 takes as much); "fp32".
+        memory: a card's name ("T4", "A100 40GB") or an amount ("16GB"), a GB being 10⁹ bytes.
+        task: of both models, as for `load_teacher`; guessed from the configuration unless given.
+        optimizer: "adamw" (fused), "adamw-8bit", "adafactor" or "sgd".
+        checkpointing: recompute the student's activations in the backward pass.
+        terms: which of "features", "attention", "outputs" and "task" the objective has.
+        layer_map: evenly spaced unless given.
+        tokens: how many tokens to train on, all epochs together, for the time of the whole.
+        utilisation: share of a card's FLOP/s that a step is taken to reach.
+        device: "gpu", or "cpu", which takes the sizes and kernels of a CPU and no overhead.
+
+    Raises:
+        ValueError: nothing to be read as teacher, a student that it does not allow, or a setting that is not known.
+
+    >>> plan("gpt2", "4x256", batch=4, seq=128, memory="T4").fits
+    True
+    """
+    name, config = read_config(teacher)
+    layers, width = parse_student(student)
+    choices = {
+        "quantize": (quantize, (None, "8bit", "4bit")),
+        "dtype": (dtype, tuple(_DTYPES)),
+        "optimizer": (optimizer, OPTIMIZERS),
+        "device": (device, ("gpu", "cpu")),
+        **{f"terms[{i}]": (term, TERMS) for i, term in enumerate(terms)},
+    }
+    for what, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"{what} is {value!r}; choose one of {', '.join(map(str, known))}.")
+    for what, number in (("batch", batch), ("seq", seq), ("tokens", tokens or 1), ("utilisation", utilisation)):
+        if not number > 0 or (what == "utilisation" and number > 1):
+            raise ValueError(f"{what} is {number}; it is above 0{' and at most 1' if what == 'utilisation' else ''}.")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if config.model_type in _LEARNED_POSITIONS and positions is not None and seq > positions:
+        raise ValueError(f"{seq} tokens a row, and {name} has {positions} positions; choose seq up to that.")
+    limit_name, limit, card = find_card(memory)
+    setup = Setup(
+        config_text(config),
+        task or guess_task(config),
+        layers,
+        width,
+        batch,
+        seq,
+        quantize,
+        dtype,
+        optimizer,
+        checkpointing,
+        tuple(term for term in TERMS if term in terms),
+        None if layer_map is None else tuple(layer_map.pairs),
+        device == "gpu",
+    )
+    steps = None if tokens is None else math.ceil(tokens / (batch * seq))
+    return Plan(name, setup, simulate(setup), limit_name, limit, card, utilisation, steps)
+
+
+def parse_student(student: Student) -> tuple[int | tuple[int, ...], int | None]:
+    """(layers, width) of 4, "4", "4x1024", (4, 1024) or [1, 8, 16]; width None is the teacher's."""
+    if isinstance(student, int) and not isinstance(student, bool):
+        return student, None
+    if isinstance(student, tuple) and len(student) == 2:
+        return student
+    if isinstance(student, list):
+        return tuple(student), None
+    found = re.fullmatch(r"\s*(\d+)\s*(?:[x×]\s*(\d+)\s*)?", str(student))
+    if not found:
+        raise ValueError(
+            f"student {student!r} is no LAYERS[xWIDTH]; write 4 for four layers of the teacher's width, or 4x1024."
+        )
+    return int(found[1]), int(found[2]) if found[2] else None
+
+
+def describe(setup: Setup) -> str:
+    """The set-up in a few words: student, batch, length, and what is out of the ordinary."""
+    depth = setup.layers if isinstance(setup.layers, int) else len(setup.layers)
+    student = f"{depth} layers" + (f" × {setup.width}" if setup.width else "")
+    rest = [setup.quantize and f"{setup.quantize} teacher", setup.checkpointing and "checkpointing"]
+    return ", ".join([student, f"batch {setup.batch} × {setup.seq}", *(word for word in rest if word)])
+
+
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+# Families whose positions are a table: a longer row would have none.
+_LEARNED_POSITIONS = ("bert", "roberta", "distilbert", "gpt2", "electra", "opt", "bart", "xlm-roberta", "camembert")
+
+
+def _with_overhead(step: Step, accelerator: bool) -> dict[str, float]:
+    memory = {part: float(size) for part, size in step.memory.items()}
+    if accelerator:
+        fixed = ("teacher weights", "student weights", "optimiser state")
+        moving = sum(size for part, size in memory.items() if part not in fixed)
+        memory["overhead"] = CONTEXT + FRAGMENTS * moving
+    return memory
+
+
+def _changes(setup: Setup) -> Iterator[tuple[str, dict]]:
+    if not setup.checkpointing:
+        yield "gradient checkpointing", {"checkpointing": True}
+    if setup.batch > 1:
+        yield f"batch {setup.batch // 2}", {"batch": setup.batch // 2}
+    if setup.dtype == "fp32":
+        yield "bf16", {"dtype": "bf16"}
+    if setup.quantize is None:
+        yield "8-bit teacher", {"quantize": "8bit"}
+    if setup.quantize != "4bit":
+        yield "4-bit teacher", {"quantize": "4bit"}
+    if setup.optimizer == "adamw":
+        yield "8-bit AdamW", {"optimizer": "adamw-8bit"}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,128 @@
+"""Configurations of common models, recorded, so that a plan for them needs no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from fakit.models.load import resolve_model
+
+
+def _decoder(
+    kind: str, width: int, inner: int, depth: int, heads: int, groups: int, vocabulary: int, **rest: Any
+) -> dict:
+    return {
+        "model_type": kind,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": False,
+    } | rest
+
+
+def _gpt2(width: int, depth: int, heads: int) -> dict:
+    return {"model_type": "gpt2", "n_embd": width, "n_layer": depth, "n_head": heads}
+
+
+def _encoder(kind: str, width: int, depth: int, heads: int, **rest: Any) -> dict:
+    return {
+        "model_type": kind,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+    } | rest
+
+
+_TIED = {"tie_word_embeddings": True}
+_ROBERTA = {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1}
+
+# The numbers of each model's config.json on the hub that decide about shapes.
+PRESETS: dict[str, dict[str, Any]] = {
+    "sentence-transformers/all-MiniLM-L6-v2": _encoder("bert", 384, 6, 12),
+    "distilbert/distilbert-base-uncased": {"model_type": "distilbert"},
+    "google-bert/bert-base-uncased": _encoder("bert", 768, 12, 12),
+    "google-bert/bert-large-uncased": _encoder("bert", 1024, 24, 16),
+    "FacebookAI/roberta-base": _encoder("roberta", 768, 12, 12, **_ROBERTA),
+    "FacebookAI/roberta-large": _encoder("roberta", 1024, 24, 16, **_ROBERTA),
+    "openai-community/gpt2": _gpt2(768, 12, 12),
+    "openai-community/gpt2-medium": _gpt2(1024, 24, 16),
+    "openai-community/gpt2-large": _gpt2(1280, 36, 20),
+    "openai-community/gpt2-xl": _gpt2(1600, 48, 25),
+    "Qwen/Qwen2.5-0.5B": _decoder("qwen2", 896, 4864, 24, 14, 2, 151_936, **_TIED),
+    "Qwen/Qwen2.5-1.5B": _decoder("qwen2", 1536, 8960, 28, 12, 2, 151_936, **_TIED),
+    "Qwen/Qwen2.5-7B": _decoder("qwen2", 3584, 18_944, 28, 28, 4, 152_064),
+    "Qwen/Qwen3-0.6B": _decoder("qwen3", 1024, 3072, 28, 16, 8, 151_936, head_dim=128, **_TIED),
+    "Qwen/Qwen3-4B": _decoder("qwen3", 2560, 9728, 36, 32, 8, 151_936, head_dim=128, **_TIED),
+    "Qwen/Qwen3-8B": _decoder("qwen3", 4096, 12_288, 36, 32, 8, 151_936, head_dim=128),
+    "mistralai/Mistral-7B-v0.3": _decoder("mistral", 4096, 14_336, 32, 32, 8, 32_768, sliding_window=None),
+    "meta-llama/Llama-3.2-1B": _decoder("llama", 2048, 8192, 16, 32, 8, 128_256, head_dim=64, **_TIED),
+    "meta-llama/Llama-3.2-3B": _decoder("llama", 3072, 8192, 28, 24, 8, 128_256, head_dim=128, **_TIED),
+    "meta-llama/Llama-3.1-8B": _decoder("llama", 4096, 14_336, 32, 32, 8, 128_256),
+    "meta-llama/Llama-3.1-70B": _decoder("llama", 8192, 28_672, 80, 64, 8, 128_256),
+}
+
+
+def read_config(teacher: str | Path | PreTrainedConfig | PreTrainedModel) -> tuple[str, PreTrainedConfig]:
+    """(name, configuration) of a recorded model (by its hub id, or what stands after the slash), a folder, a hub id, or a model itself.
+
+    Raises:
+        ValueError: nothing to be read there.
+    """
+    if isinstance(teacher, PreTrainedModel):
+        return teacher.name_or_path or type(teacher).__name__, teacher.config
+    if isinstance(teacher, PreTrainedConfig):
+        return teacher.name_or_path or type(teacher).__name__.removesuffix("Config"), teacher
+    name = str(teacher)
+    for preset, values in PRESETS.items():
+        if name.lower() in (preset.lower(), preset.split("/")[1].lower()):
+            values = dict(values)
+            return preset, AutoConfig.for_model(values.pop("model_type"), **values)
+    try:
+        return name, AutoConfig.from_pretrained(resolve_model(name))
+    except OSError as error:
+        short = ", ".join(preset.split("/")[1] for preset in PRESETS)
+        raise ValueError(
+            f"no configuration of {name!r} on this machine or within reach: {str(error).splitlines()[0]} Give a folder that holds a config.json, "
+            f"or one of the recorded models: {short}."
+        ) from error
+
+
+def guess_task(config: PreTrainedConfig) -> str:
+    """The task of the class that the configuration was saved from; else the one that its family is known for."""
+    architectures = " ".join(config.architectures or [])
+    for words, task in (
+        ("ForSequenceClassification", "sequence-classification"),
+        ("ForCausalLM", "causal-lm"),
+        ("LMHead", "causal-lm"),
+        ("ForMaskedLM", "masked-lm"),
+        ("ForConditionalGeneration", "seq2seq-lm"),
+    ):
+        if words in architectures:
+            return task
+    known = {
+        "masked-lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "seq2seq-lm": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    return next((task for task, names in known.items() if config.model_type in names), "encoder")
+
+
+def config_text(config: PreTrainedConfig) -> str:
+    """A configuration as JSON, with its model type."""
+    values = config.to_dict() | {"model_type": config.model_type}
+    for name in ("quantization_config", "architectures", "_name_or_path", "transformers_version"):
+        values.pop(name, None)
+    return json.dumps(values, sort_keys=True, default=str)

@@ -1,0 +1,259 @@
+"""One training step of a plan, run on fake tensors: what is in memory at its peak, and its FLOPs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from fakit.capture import capture
+from fakit.layer_maps import LayerMap
+from fakit.models.blocks import find_blocks, find_stacks
+from fakit.models.head import _finishes
+from fakit.models.shrink import shrink
+from fakit.objective import Objective
+from fakit.planner.fake import give_fake_weights, loops_of, meta_model, quantise, run_one_of_each
+from fakit.planner.ledger import Ledger
+from fakit.terms import Attention, Features, Outputs, Task
+
+TERMS = ("features", "attention", "outputs", "task")
+OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor", "sgd")
+PARTS = (
+    "teacher weights",
+    "teacher activations",
+    "captured traces",
+    "student weights",
+    "student activations",
+    "gradients",
+    "optimiser state",
+    "losses",
+    "overhead",
+)
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides about memory and FLOPs of a step; see `fakit.planner.plan` for each."""
+
+    config: str  # the teacher's configuration as JSON
+    task: str
+    layers: int | tuple[int, ...]
+    width: int | None
+    batch: int
+    seq: int
+    quantize: str | None = None
+    dtype: str = "bf16"
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    terms: tuple[str, ...] = TERMS
+    pairs: tuple[tuple[int, int], ...] | None = None
+    accelerator: bool = True
+
+    def teacher_config(self) -> PreTrainedConfig:
+        """The configuration as an object."""
+        values = json.loads(self.config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step costs.
+
+    Attributes:
+        memory: part → bytes, at the moment when most are in use; "overhead" left out.
+        flops: "teacher forward", "student forward", "losses", "backward" → FLOPs.
+        single: the same → those of them that are computed in float32.
+        written: the same, and "optimiser" → bytes that are written.
+        parameters: "teacher", "student" → number.
+        trainable: number of entries that the optimiser has, projections included.
+        weight_bytes: "teacher", "student" → bytes of weights as stored.
+        depths: "teacher", "student" → layers; widths: the same → hidden size.
+    """
+
+    memory: dict[str, int]
+    flops: dict[str, float]
+    single: dict[str, float]
+    written: dict[str, float]
+    parameters: dict[str, int]
+    trainable: int
+    weight_bytes: dict[str, int]
+    depths: dict[str, int]
+    widths: dict[str, int]
+
+
+@lru_cache(maxsize=256)
+def simulate(setup: Setup) -> Step:
+    """Run the step of a setup without data. Seconds for the largest teachers; each setup once a process."""
+    mixed = setup.dtype == "bf16"
+    config = setup.teacher_config()
+    teacher = meta_model(config, setup.task, torch.bfloat16 if mixed else torch.float32)
+    with torch.device("meta"):
+        layers = setup.layers if isinstance(setup.layers, int) else list(setup.layers)
+        student = shrink(teacher, layers, setup.width, init="random")
+    if setup.accelerator:  # fused kernels drop attention themselves; torch's CPU kernel does not, and makes the maps
+        _without_attention_dropout(student)
+    logical = {"teacher": _numel(teacher), "student": _numel(student)}
+    depths = {
+        side: sum(len(s.blocks) for s in find_stacks(m)) for side, m in (("teacher", teacher), ("student", student))
+    }
+    objective = _objective(setup, teacher, student)
+    if setup.quantize is not None:
+        quantise(teacher, setup.quantize, setup.task, on_cpu=not setup.accelerator)
+    teacher.eval().requires_grad_(False)
+    if setup.checkpointing:
+        student.config.use_cache = False
+        student.activation_checkpointing_enable()
+
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    for part in (teacher, student, objective):
+        give_fake_weights(part, fakes)
+    for model in (teacher, student):  # known beforehand: asking it of the model would run it
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        _finishes[model] = (True, None if cap is None else lambda z, cap=cap: cap * torch.tanh(z / cap))
+    ledger, needs = Ledger(), objective.needs("teacher")
+    # layer i is what block i gives and block i + 1 is given
+    run_one_of_each(find_blocks(teacher), needs.attentions | needs.hidden_states, ledger)
+    with fakes, ledger:
+        ledger.phase = "teacher weights"
+        ledger.book(_tensors(teacher))
+        ledger.phase = "student weights"
+        ledger.book([*_tensors(student), *_tensors(objective)])
+        ledger.phase = "student activations"
+        batch = _batch(setup, teacher)
+        trainable = [p for model in (student, objective) for p in model.parameters()]
+        state = optimizer_bytes(setup.optimizer, trainable)
+        ledger.phase = "optimiser state"
+        kept = torch.empty(state, dtype=torch.uint8)
+        with loops_of(setup.accelerator, ledger), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            labels = batch.get("labels")
+            theirs = None
+            if objective.needs_teacher():
+                ledger.phase = "teacher activations"
+                with torch.no_grad():
+                    theirs = _trace(teacher, batch, needs)
+                ledger.move("captured traces", booked="teacher activations")
+            ledger.phase = "student activations"
+            ours = _trace(student, batch, objective.needs("student", labels is not None))
+            ledger.phase = "losses"
+            total = objective(ours, theirs, labels).total
+        del ours, theirs
+        ledger.phase = "backward"
+        total.backward()
+        ledger.claim("gradients", [p.grad for p in trainable if p.grad is not None])
+        ledger.phase = "optimiser step"
+        scratch = torch.empty(step_bytes(setup.optimizer, trainable), dtype=torch.uint8)
+        del scratch, kept
+    return _booked(ledger, logical, depths, teacher, student, trainable)
+
+
+def _booked(ledger: Ledger, logical, depths, teacher, student, trainable) -> Step:
+    found = ledger.peak()
+    # gradients of activations, and under checkpointing activations made again
+    found["student activations"] = found.get("student activations", 0) + found.pop("backward", 0)
+    found["optimiser state"] = found.get("optimiser state", 0) + found.pop("optimizer step", 0)
+    phases = {"teacher forward": "teacher activations", "student forward": "student activations"}
+    phases |= {"losses": "losses", "backward": "backward"}
+    single = {name: float(ledger.flops[phase, "single"]) for name, phase in phases.items()}
+    return Step(
+        memory={part: found[part] for part in PARTS if found.get(part)},
+        flops={name: single[name] + ledger.flops[phase, "half"] for name, phase in phases.items()},
+        single=single,
+        written={name: float(ledger.written[phase]) for name, phase in phases.items()},
+        parameters=logical,
+        trainable=sum(p.numel() for p in trainable),
+        weight_bytes={side: _bytes(model) for side, model in (("teacher", teacher), ("student", student))},
+        depths=depths,
+        widths={
+            side: model.config.get_text_config().hidden_size
+            for side, model in (("teacher", teacher), ("student", student))
+        },
+    )
+
+
+def optimizer_bytes(name: str, parameters: list[Tensor]) -> int:
+    """Bytes that an optimiser keeps between steps: AdamW two float32 numbers an entry; in 8 bits two bytes and a scale for every 256
+    entries (tensors below 4,096 entries stay in float32); Adafactor a row and a column of each matrix; SGD without momentum nothing.
+    """
+    if name == "adamw":
+        return sum(8 * p.numel() for p in parameters)
+    if name == "adamw-8bit":
+        return sum(
+            8 * p.numel() if p.numel() < 4096 else 2 * (p.numel() + 4 * -(-p.numel() // 256)) for p in parameters
+        )
+    if name == "adafactor":
+        return sum(
+            4 * (p.numel() if p.dim() < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2]) for p in parameters
+        )
+    return 0
+
+
+def step_bytes(name: str, parameters: list[Tensor]) -> int:
+    """Bytes that the optimiser's step takes for a moment: fused AdamW none, Adafactor updates of the largest tensor."""
+    return 8 * max(p.numel() for p in parameters) if name == "adafactor" else 0
+
+
+def _objective(setup: Setup, teacher: PreTrainedModel, student: PreTrainedModel) -> Objective:
+    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    heads = "one-to-one" if ours.num_attention_heads == theirs.num_attention_heads else "group-mean"
+    terms = {
+        "features": Features("mse"),
+        "attention": Attention("kl", heads=heads),
+        "outputs": Outputs("forward_kl", temperature=2.0),
+        "task": Task(),
+    }
+    pairs = _uniform(student, teacher) if setup.pairs is None else setup.pairs
+    objective = Objective(LayerMap(pairs), **{name: term for name, term in terms.items() if name in setup.terms})
+    with torch.device("meta"):
+        return objective.prepare(ours.hidden_size, theirs.hidden_size)
+
+
+def _uniform(student: PreTrainedModel, teacher: PreTrainedModel) -> list[tuple[int, int]]:
+    """Evenly spaced pairs in each stack."""
+    pairs, before = [], (0, 0)
+    for ours, theirs in zip(find_stacks(student), find_stacks(teacher), strict=True):
+        found = LayerMap.uniform(len(ours.blocks), len(theirs.blocks)).pairs
+        pairs += [(before[0] + s, before[1] + t) for s, t in found]
+        before = (before[0] + len(ours.blocks), before[1] + len(theirs.blocks))
+    return pairs
+
+
+def _batch(setup: Setup, teacher: PreTrainedModel) -> dict[str, Tensor]:
+    shape = (setup.batch, setup.seq)
+    batch = {"input_ids": torch.zeros(shape, dtype=torch.long), "attention_mask": torch.ones(shape, dtype=torch.long)}
+    if setup.task == "sequence-classification":
+        batch["labels"] = torch.zeros(setup.batch, dtype=torch.long)
+    elif setup.task != "encoder":
+        batch["labels"] = torch.zeros(shape, dtype=torch.long)
+    return batch
+
+
+def _trace(model: PreTrainedModel, batch: dict[str, Tensor], needs):
+    return capture(model, batch, needs.hidden_states, needs.attentions, needs.capture_logits)
+
+
+def _without_attention_dropout(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        for name in (*_ATTENTION_DROPOUT, "dropout_p", "dropout_prob"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+    for name in _ATTENTION_DROPOUT:
+        if isinstance(getattr(model.config, name, None), float):
+            setattr(model.config, name, 0.0)
+
+
+def _tensors(model: torch.nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _numel(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(model))
