@@ -9,6 +9,7 @@ from functools import cache
 from benchmarks.measure import agree, fresh_memory, seconds
 from benchmarks.models import FULL, QUICK, random_batch
 from benchmarks.peers.environments import PEERS, measure_peer
+from benchmarks.similarity import all_pairs_against_torch_cka, streaming_against_forward
 from benchmarks.training import cache_against_live, trainer_against_loop
 from benchmarks.ways import WAYS
 
@@ -134,6 +135,16 @@ class Table:
         taken = trainer_against_loop(self.size, *self.shape(16, 128), steps, min(self.repeats, 3))
         return taken["fakit"], taken["by hand"]
 
+    def ratio_of_stream(self) -> tuple[float, float]:
+        """Seconds: streaming CKA over 100,000 tokens, the forward passes that give them."""
+        batches = 2 if self.quick else 25
+        return streaming_against_forward(self.size, *self.shape(32, 128), batches, min(self.repeats, 3))
+
+    def ratio_of_pairs(self) -> tuple[float, float]:
+        """Seconds of all layer pairs: fakit's, torch-cka's way."""
+        n, width = (64, 32) if self.quick else (2048, 768)
+        return all_pairs_against_torch_cka((13, 7), n, width, min(self.repeats, 3))
+
 
 # name: (work, against, unit, bar, how)
 ROWS: dict[str, tuple[str, str, str, float, Callable[[Table], tuple[float, float]]]] = {
@@ -206,5 +217,19 @@ ROWS: dict[str, tuple[str, str, str, float, Callable[[Table], tuple[float, float
         "s",
         1.05,
         Table.ratio_of_loops,
+    ),
+    "streaming-cka": (
+        "streaming CKA, 100,000 tokens, 7 × 4 layers of 384: seconds",
+        "forward passes of both models",
+        "s",
+        0.15,
+        Table.ratio_of_stream,
+    ),
+    "all-pairs-cka": (
+        "CKA of all pairs of 13 × 7 layers, d = 768, n = 2,048: seconds",
+        "torch-cka's way",
+        "s",
+        0.05,
+        Table.ratio_of_pairs,
     ),
 }

@@ -94,10 +94,18 @@ def paired_rows(
                 f"the mask has shape {tuple(mask.shape)}, the layers {tuple(first.shape)}: expected (B, T)"
             )
     for name, x in named:
-        finite = x.isfinite().all(-1)
+        finite = _finite_rows(x)
         if not (finite if mask is None else finite | ~mask.to(x.device)).all():
             raise ValueError(f"{name} holds NaN or infinity in a row that counts: mask the row, or mend the model")
     return [x for _, x in named[: len(student_layers)]], [y for _, y in named[len(student_layers) :]], mask
+
+
+def _finite_rows(x: Tensor) -> Tensor:
+    """bool (…): no NaN or infinity among the last dimension's features. A sum tells it in a tenth of the time, unless it overflows."""
+    if not x.is_floating_point():
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    finite = x.detach().sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
+    return finite if finite.all() else x.isfinite().all(-1)
 
 
 def valid_rows(layers: list[Tensor], mask: Tensor | None) -> list[Tensor]:
@@ -106,7 +114,10 @@ def valid_rows(layers: list[Tensor], mask: Tensor | None) -> list[Tensor]:
         return layers
     if not mask.any():
         raise ValueError(f"the mask {tuple(mask.shape)} leaves no valid token: True must mark the tokens that count")
-    return [x[mask.to(x.device)] for x in layers]
+    if mask.all():
+        return [x.flatten(0, 1) for x in layers]
+    rows = mask.flatten().nonzero()[:, 0]
+    return [x.flatten(0, 1).index_select(0, rows.to(x.device)) for x in layers]
 
 
 def centred_gram(gram: Tensor, estimator: str) -> Tensor:
@@ -154,13 +165,13 @@ def _squared_distances(x: Tensor) -> Tensor:
     return (squares[:, None] + squares - 2 * x @ x.T).clamp_min(0)
 
 
-def above_rounding(hsic: Tensor, terms: Tensor) -> Tensor:
-    """``hsic`` with 0 where it is nothing but the rounding error of the ``terms`` it is a difference of.
+def above_rounding(hsic: Tensor, terms: Tensor, rounding: float = 1e-13) -> Tensor:
+    """``hsic`` with 0 where it is nothing but the rounding error (relative, of float64) of the ``terms`` it is a difference of.
 
     Debiased self-HSIC is a sum of squares, and exactly 0 when all rows (or all but one) are equal: dividing by the rounding
     error that is computed instead would give an arbitrary similarity.
     """
-    return torch.where(hsic > 1e-13 * terms, hsic, 0.0)
+    return torch.where(hsic > rounding * terms, hsic, 0.0)
 
 
 def cheaper_route(n: int, student_widths: Sequence[int], teacher_widths: Sequence[int]) -> str:

@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .hsic import above_rounding, check_estimator, double, hsic_matrix, paired_rows, ratio, valid_rows, warn_reasons
+from .hsic import above_rounding, check_estimator, hsic_matrix, paired_rows, ratio, valid_rows, warn_reasons
 
-
-class _Moments:
-    """Σ over rows of a pair's products: C = Σ w x yᵀ (p, q), Σ w gʸ x (p,), Σ w gˣ y (q,), Σ w gˣ gʸ, with g a number a row."""
-
-    def __init__(self, p: int, q: int, device: torch.device) -> None:
-        self.c, self.px, self.py, self.gg = (
-            torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((p, q), (p,), (q,), ())
-        )
-
-    def add(self, x: Tensor, y: Tensor, gx: Tensor, gy: Tensor, weight: Tensor | None) -> None:
-        wx, wgx = (x, gx) if weight is None else (x * weight[:, None], gx * weight)
-        if x.dtype == torch.float64:
-            self.c.addmm_(wx.T, y)  # in place: a copy of C an update would cost more than a small batch's product
-        else:
-            self.c += wx.T @ y
-        self.px += wx.T @ gy
-        self.py += y.T @ wgx
-        self.gg += wgx @ gy
+_BLOCK = (
+    2048  # rows a product: its matrices stay below 32 MiB, above which every allocation is mapped (and cleared) anew
+)
 
 
 class StreamingCKA:
     """Exact CKA of every student layer with every teacher layer, one pass, any split into batches.
 
     The result equals :func:`fakit.similarity.cka` on all rows at once, however the rows came in and wherever their mean
-    lies: a fixed pilot mean (the first batch's) is taken off, and the sums stay in float64. Memory is Σ p·q over the
-    layer pairs (91 pairs of width 768: 0.4 GB; 28 of 384: 33 MB), whatever the number of rows.
+    lies: a fixed pilot mean (the first batch's) is taken off, and the sums stay in float64. Memory is Σp·Σq + Σp² + Σq²
+    over the layers (13 × 7 of width 768: 0.5 GB; 7 × 4 of 384: 46 MB) and a few thousand rows, whatever the number of rows.
 
     Args:
         clusters: what a row is when layers are (B, T, d). False: every valid token, as if they were independent (they
             are not: tokens of one sequence are alike, which inflates the value). True: HSIC₁ of one token a sequence,
             averaged over *all* ways to draw one valid token from each, the same token in both models; exact, no random
             numbers. A sequence must come whole, in one update. Debiased only.
-        dtype: of the products inside an update. torch.float32 halves the time of float64 and costs about 1e-6.
+        dtype: of the products over some thousand rows, which are then summed in float64. None: the features' own, at
+            least float32. float64 features are exact to 1e-10, float32 features cost about 1e-6 (dtype=torch.float64: not).
 
     Attributes:
         n: rows (or sequences) so far.
@@ -58,16 +44,14 @@ class StreamingCKA:
     Source: HSIC₁ of Song et al. (2012) written in sums; Kornblith et al. (2019) for CKA.
     """
 
-    def __init__(self, clusters: bool = False, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, clusters: bool = False, dtype: torch.dtype | None = None) -> None:
         self.clusters, self.dtype = clusters, dtype
         self.n = 0
         self._split = 0  # student layers come first in every list
         self._pilot: list[Tensor] = []
-        self._sum: list[Tensor] = []  # Σ μ_i (d,), one a layer
-        self._squares: list[Tensor] = []  # Σ ‖μ_i‖²
-        self._tokens: dict[tuple[int, int], _Moments] = {}
-        self._means: dict[tuple[int, int], _Moments] = {}  # the same moments of sequence means
-        self._within: dict[tuple[int, int], Tensor] = {}  # Σ_i ‖C_i‖²
+        self._tokens: _Moments | None = None
+        self._means: _Moments | None = None  # the same moments of sequence means
+        self._within: Tensor | None = None  # (layers, layers): Σ_i ‖C_i‖² of a pair
 
     def update(
         self, student_layers: Sequence[Tensor], teacher_layers: Sequence[Tensor], mask: Tensor | None = None
@@ -81,9 +65,9 @@ class StreamingCKA:
         if self.clusters and mask is None:  # (n, d): sequences of one token
             xs, ys = [x[:, None] for x in xs], [y[:, None] for y in ys]
             mask = torch.ones(xs[0].shape[:2], dtype=torch.bool, device=xs[0].device)
-        layers = xs + ys
+        layers = [_at_least_float32(x) for x in xs + ys]
         widths = [x.shape[-1] for x in layers]
-        rows = [double(x) for x in valid_rows(layers, mask)]  # (N, d)
+        rows = valid_rows(layers, mask)  # (N, d)
         if not self._pilot:
             self._start(rows, len(xs))
         known = [pilot.shape[0] for pilot in self._pilot]
@@ -92,11 +76,14 @@ class StreamingCKA:
                 f"this batch has layers of widths {widths[: len(xs)]} (student) and {widths[len(xs) :]} (teacher), the "
                 f"first one had {known[: self._split]} and {known[self._split :]}: one StreamingCKA serves one pair of models"
             )
-        rows = [(x - pilot).to(self.dtype) for x, pilot in zip(rows, self._pilot, strict=True)]
+        dtype = self._tokens.dtype  # the pilot goes before precision does
+        wide = [x.to(torch.promote_types(x.dtype, dtype)) for x in rows]
+        rows = [(x - pilot).to(dtype) for x, pilot in zip(wide, self._pilot, strict=True)]
         if self.clusters:
             self._add_clusters(rows, mask)
         else:
-            self._add_rows(rows)
+            self.n += len(rows[0])
+            self._tokens.add(rows, _squares(rows))  # each row is its own mean: token and mean moments are one
         return self
 
     def matrix(self, estimator: str = "debiased") -> Tensor:
@@ -111,11 +98,15 @@ class StreamingCKA:
                 "StreamingCKA(clusters=True) has the debiased estimator only: for the biased one use clusters=False here, "
                 "or compare_layers(…, estimator='biased')"
             )
+        for moments in (self._tokens, self._means):
+            moments.flush()
         students, teachers = range(self._split), range(self._split, len(self._pilot))
         hsic = self._debiased if estimator == "debiased" else self._biased
         cross = torch.stack([torch.stack([hsic(s, t) for t in teachers]) for s in students])
+        rounding = 1e-13 if self._tokens.dtype == torch.float64 else 1e-6
         own = [
-            above_rounding(hsic(i, i), self._tokens[i, i].c.square().sum() / self.n**2) for i in (*students, *teachers)
+            above_rounding(hsic(i, i), self._tokens.outer(i, i).square().sum() / self.n**2, rounding)
+            for i in (*students, *teachers)
         ]
         values, reasons = ratio(cross, torch.stack(own[: self._split]), torch.stack(own[self._split :]))
         warn_reasons(reasons)
@@ -125,46 +116,30 @@ class StreamingCKA:
         self._split = split
         # first row + mean of what is left: exactly the constant where a feature is constant
         self._pilot = [x[0] + (x - x[:1]).mean(0) for x in rows]
-        self._sum = [torch.zeros_like(pilot) for pilot in self._pilot]
-        self._squares = [pilot.new_zeros(()) for pilot in self._pilot]
-        pairs = [*product(range(split), range(split, len(rows))), *((i, i) for i in range(len(rows)))]
-
-        def moments() -> dict[tuple[int, int], _Moments]:
-            return {(i, j): _Moments(len(self._pilot[i]), len(self._pilot[j]), rows[0].device) for i, j in pairs}
-
-        self._tokens = moments()
-        self._means = moments() if self.clusters else self._tokens
-        self._within = {pair: self._pilot[0].new_zeros(()) for pair in pairs} if self.clusters else {}
-
-    def _add_rows(self, rows: list[Tensor]) -> None:
-        """Every row is its own cluster: its mean is itself, so that token and mean moments are one."""
-        self._add_means(rows, [x.square().sum(1) for x in rows])
-
-    def _add_means(self, means: list[Tensor], squares: list[Tensor]) -> None:
-        self.n += means[0].shape[0]
-        for layer, (mean, square) in enumerate(zip(means, squares, strict=True)):
-            self._sum[layer] += mean.sum(0, dtype=torch.float64)
-            self._squares[layer] += square.sum(dtype=torch.float64)
-        for (i, j), moments in self._means.items():
-            moments.add(means[i], means[j], squares[i], squares[j], None)
+        dtype = self.dtype or (torch.float64 if any(x.dtype == torch.float64 for x in rows) else torch.float32)
+        widths, device = [x.shape[1] for x in rows], rows[0].device
+        self._tokens = _Moments(widths, split, dtype, device)
+        self._means = _Moments(widths, split, dtype, device) if self.clusters else self._tokens
+        self._within = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
 
     def _add_clusters(self, rows: list[Tensor], mask: Tensor) -> None:
         mask = mask[mask.any(1)].to(rows[0].device)  # a sequence without a valid token is no sequence
         lengths = mask.sum(1)  # (B,)
-        share = 1 / lengths.to(self.dtype)  # each token's weight: a mean over its sequence
+        self.n += len(lengths)
+        share = 1 / lengths.to(rows[0].dtype)  # each token's weight: a mean over its sequence
         owner = torch.repeat_interleave(torch.arange(len(lengths), device=mask.device), lengths)  # (N,)
         weight = share[owner]
         means = [x.new_zeros(len(lengths), x.shape[1]).index_add_(0, owner, x * weight[:, None]) for x in rows]
-        self._add_means(means, [mean.square().sum(1) for mean in means])
+        self._means.add(means, _squares(means))
         along = [(x * mean[owner]).sum(1) for x, mean in zip(rows, means, strict=True)]  # x_it · μ_i
+        self._tokens.add(rows, along, weight)
         grams = []
         for x in rows:  # padding is 0 here, so it adds nothing below
             padded = x.new_zeros(*mask.shape, x.shape[1])
             padded[mask] = x
             grams.append((padded @ padded.mT * share[:, None, None]).flatten())  # (B·T·T,)
-        for (i, j), moments in self._tokens.items():
-            moments.add(rows[i], rows[j], along[i], along[j], weight)
-            self._within[i, j] += (grams[i] @ grams[j]).double()  # ‖C_i‖² = mean over tokens t, u of K_tu L_tu
+        stacked = torch.stack(grams)
+        self._within += (stacked @ stacked.T).double()  # ‖C_i‖² = mean over tokens t, u of K_tu L_tu
 
     def _debiased(self, i: int, j: int) -> Tensor:
         """HSIC₁ as a U-statistic over distinct sequences a, b, c, d: mean K_ab L_ab − 2 mean K_ab L_ac + mean K_ab L_cd.
@@ -173,22 +148,121 @@ class StreamingCKA:
         Σ K_ab L_ab = ‖C‖² − Σ‖C_a‖²;  Σ K_ab L_ac = sᵀC t − s·p − t·q + 2 Σ μ_aᵀC_aν_a − ⟨C, M⟩;  Σ K_ab L_cd by
         inclusion and exclusion from the same two sums of the means.
         """
-        n, sx, sy = self.n, self._sum[i], self._sum[j]
-        tokens, means = self._tokens[i, j], self._means[i, j]
+        n, tokens, means = self.n, self._tokens, self._means
+        sx, sy, centre = means.total(i), means.total(j), means.outer(i, j)
 
         def pairs_and_triples(moments: _Moments, within: Tensor) -> tuple[Tensor, Tensor]:
-            pairs = moments.c.square().sum() - within
-            triples = sx @ moments.c @ sy - sx @ moments.px - sy @ moments.py + 2 * moments.gg
-            return pairs, triples - (moments.c * means.c).sum()
+            c = moments.outer(i, j)
+            triples = sx @ c @ sy - sx @ moments.along(i, j) - sy @ moments.along(j, i) + 2 * moments.numbers[i, j]
+            return c.square().sum() - within, triples - (c * centre).sum()
 
-        pairs, triples = pairs_and_triples(tokens, self._within[i, j] if self.clusters else tokens.gg)
-        mean_pairs, mean_triples = pairs_and_triples(means, means.gg)
-        quadruples = (sx @ sx - self._squares[i]) * (sy @ sy - self._squares[j]) - 4 * mean_triples - 2 * mean_pairs
+        pairs, triples = pairs_and_triples(tokens, self._within[i, j] if self.clusters else tokens.numbers[i, j])
+        mean_pairs, mean_triples = pairs_and_triples(means, means.numbers[i, j])
+        quadruples = (sx @ sx - means.numbers[i, -1]) * (sy @ sy - means.numbers[j, -1])
+        quadruples = quadruples - 4 * mean_triples - 2 * mean_pairs
         return (pairs - 2 * triples / (n - 2) + quadruples / ((n - 2) * (n - 3))) / (n * (n - 1))
 
     def _biased(self, i: int, j: int) -> Tensor:
-        c = self._tokens[i, j].c - torch.outer(self._sum[i], self._sum[j]) / self.n
+        c = self._tokens.outer(i, j) - torch.outer(self._tokens.total(i), self._tokens.total(j)) / self.n
         return c.square().sum() / (self.n - 1) ** 2
+
+
+class _Moments:
+    """Sums over rows, in float64, of products within every pair of layers that has a CKA: student with teacher, each with itself.
+
+    A row brings x (d,) and a number g of each layer, and a weight w. Rows wait until they fill a block, since one large
+    product takes less time than many small ones.
+
+    Attributes:
+        numbers: (layers + 1, layers + 1), Σ w g_i g_j; the last row and column are those of g = 1.
+    """
+
+    def __init__(self, widths: list[int], split: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self._split, self._widths = dtype, split, widths
+        zeros = {"dtype": torch.float64, "device": device}
+        self._cross = torch.zeros(sum(widths[:split]), sum(widths[split:]), **zeros)  # Σ w x yᵀ of all pairs
+        self._own = [torch.zeros(width, width, **zeros) for width in widths]  # Σ w x xᵀ
+        self._along = torch.zeros(sum(widths), len(widths) + 1, **zeros)  # Σ w g x; last column Σ w x
+        self.numbers = torch.zeros(len(widths) + 1, len(widths) + 1, **zeros)
+        self._waiting: list[list[Tensor]] = []
+
+    def add(self, rows: list[Tensor], numbers: list[Tensor], weight: Tensor | None = None) -> None:
+        """Add x (N, d) and g (N,) of each layer, and w (N,), 1 unless given."""
+        root = (
+            torch.ones_like(numbers[0]) if weight is None else weight.sqrt()
+        )  # of w: products of two rows bring it back
+        if weight is not None:
+            rows, numbers = [x * root[:, None] for x in rows], [g * root for g in numbers]
+        row_numbers = torch.stack([*numbers, root], dim=1)  # (N, layers + 1)
+        for block in zip(*(x.split(_BLOCK) for x in (*rows, row_numbers)), strict=True):
+            self._waiting.append(list(block))
+            if sum(len(waiting[0]) for waiting in self._waiting) >= _BLOCK:
+                self.flush()
+
+    def flush(self) -> None:
+        """Bring in the rows that wait."""
+        if not self._waiting:
+            return
+        parts = (
+            self._waiting[0]
+            if len(self._waiting) == 1
+            else [torch.cat(part) for part in zip(*self._waiting, strict=True)]
+        )
+        self._waiting = []
+        *rows, numbers = parts
+        n, students = len(numbers), sum(self._widths[: self._split])
+        flat = numbers.new_empty(sum(self._widths), n)  # (Σ d, n)
+        layers = flat.split(self._widths)
+        for layer, x in zip(layers, rows, strict=True):
+            layer.copy_(x.T)
+        self._cross += _outer(flat[:students], flat[students:])
+        for own, layer in zip(self._own, layers, strict=True):
+            _add_symmetric(own, layer)
+        self._along += _outer(flat, numbers.T.contiguous())
+        self.numbers += numbers.double().T @ numbers.double()
+
+    def outer(self, i: int, j: int) -> Tensor:
+        """Σ w x yᵀ of layers i and j, (p, q): i a student's and j a teacher's, or i = j."""
+        if i == j:
+            return self._own[i]
+        return self._cross.split(self._widths[: self._split])[i].split(self._widths[self._split :], 1)[j - self._split]
+
+    def along(self, i: int, j: int) -> Tensor:
+        """Σ w g_j x_i, (p,)"""
+        return self._along.split(self._widths)[i][:, j]
+
+    def total(self, i: int) -> Tensor:
+        """Σ w x_i, (p,)"""
+        return self.along(i, -1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    x = x.detach()
+    x = x.cpu() if x.device.type == "mps" else x  # which has no float64 to sum in
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _squares(rows: list[Tensor]) -> list[Tensor]:
+    return [torch.linalg.vector_norm(x, dim=1).square() for x in rows]
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    """x yᵀ of (p, n), (q, n). On a CPU by oneDNN, whose float32 products use all of AVX-512 on every make of processor."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return F.linear(x.to_mkldnn(), y.to_mkldnn()).to_dense()
+    return x @ y.T
+
+
+def _add_symmetric(total: Tensor, x: Tensor) -> None:
+    """total += x xᵀ, (p, p), without computing what lies below the diagonal blocks."""
+    parts = x.tensor_split(3) if len(x) >= 192 else (x,)
+    start = 0
+    for part in parts:
+        stop = start + len(part)
+        product = _outer(part, x[start:])  # (b, p − start)
+        total[start:stop, start:] += product
+        total[stop:, start:stop] += product[:, stop - start :].T
+        start = stop
 
 
 class MinibatchCKA:

@@ -92,27 +92,83 @@ def test_padding_kept_as_rows_would_invent_similarity():
     assert abs(StreamingCKA().update([x], [y], mask).matrix().item()) < 0.05
 
 
-def test_float32_products_stay_close():
-    students, teachers = layers(4, 500)
-    fast = StreamingCKA(dtype=torch.float32)
-    fast = streamed(fast, [x + 100 for x in students], [y + 100 for y in teachers], [100] * 5)
-    torch.testing.assert_close(fast.matrix(), cka_matrix(students, teachers), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+@pytest.mark.parametrize("clusters", [False, True])
+def test_float32_features_stay_close_whatever_the_shift(shift, clusters):
+    students, teachers = layers(4, 500, 9)
+    # the shift rounds the features themselves to 1e-3: that is what both are given
+    students, teachers = [[(x + shift).float() for x in side] for side in (students, teachers)]
+    mask = torch.arange(9) < torch.arange(500)[:, None] % 9 + 1
+    exact = streamed(StreamingCKA(clusters, dtype=torch.float64), students, teachers, [500], mask).matrix()
+    fast = streamed(StreamingCKA(clusters), students, teachers, [100] * 5, mask)
+    assert fast._tokens.dtype == torch.float32
+    torch.testing.assert_close(fast.matrix(), exact, rtol=2e-6, atol=2e-6)
+    wide = [[x.double() for x in side] for side in (students, teachers)]
+    torch.testing.assert_close(
+        streamed(StreamingCKA(clusters), *wide, [7, 493], mask).matrix(), exact, rtol=1e-10, atol=0
+    )
+
+
+def test_float32_features_of_independent_data_are_0():
+    x, y = (gaussian(seed, 6000, 64).float() + 100 for seed in (0, 1))
+    value = streamed(StreamingCKA(), [x], [y], [1999, 4001]).matrix().item()
+    assert value == pytest.approx(cka(x, y), abs=1e-6)
+    assert abs(value) < 5e-3
+
+
+def test_half_precision_features_are_taken_as_they_are():
+    x, y = (gaussian(seed, 200, 8).bfloat16() for seed in (0, 1))
+    y = y + x
+    got = StreamingCKA().update([x], [y]).matrix().item()
+    assert got == pytest.approx(cka(x.double(), y.double()), abs=2e-6)
+
+
+@pytest.mark.parametrize("splits", [[5000], [2048, 2048, 904], [100] * 50, [3000, 2000], [2047, 1, 1, 2951]])
+def test_blocks_of_rows_do_not_show(splits):
+    """Rows wait until they fill a block; asking in between changes nothing."""
+    students, teachers = layers(8, 5000)
+    stream = StreamingCKA()
+    for pieces in zip(*(x.split(splits) for x in students + teachers), strict=True):
+        stream.update(pieces[:2], pieces[2:])
+        if stream.n > 3:
+            stream.matrix()
+    torch.testing.assert_close(stream.matrix(), cka_matrix(students, teachers), rtol=1e-10, atol=0)
+
+
+def test_wide_layers_take_symmetric_products_in_parts():
+    x, y = gaussian(0, 300, 250), gaussian(1, 300, 201)
+    y[:, :50] += x[:, :50]
+    for dtype, close in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        got = StreamingCKA().update([x.to(dtype)], [y.to(dtype)]).matrix().item()
+        assert got == pytest.approx(cka(x, y), rel=close)
+
+
+def test_a_batch_may_be_changed_after_its_update():
+    students, teachers = layers(9, 40)
+    expected = cka_matrix(students, teachers)
+    stream = StreamingCKA().update(students, teachers)
+    for x in (*students, *teachers):
+        x.fill_(7.0)
+    torch.testing.assert_close(stream.matrix(), expected, rtol=1e-10, atol=0)
 
 
 def test_memory_does_not_grow_with_rows():
     def held(stream):
-        tensors = [t for moments in stream._tokens.values() for t in vars(moments).values()]
-        return sum(t.numel() for t in [*tensors, *stream._pilot, *stream._sum, *stream._squares])
+        own = vars(stream._tokens)
+        tensors = [own["_cross"], *own["_own"], own["_along"], own["numbers"], stream._within, *stream._pilot]
+        return sum(t.numel() for t in tensors), sum(t.numel() for rows in own["_waiting"] for t in rows)
 
-    stream = StreamingCKA()
-    stream.update(*layers(0, 10))
-    after_ten = held(stream)
-    for seed in range(20):
+    stream, most = StreamingCKA(), 0
+    sums, _ = held(stream.update(*layers(0, 10)))
+    for seed in range(60):
         stream.update(*layers(seed, 100))
-    assert stream.n == 2010
-    assert held(stream) == after_ten
-    # 6 pairs of 6 × 9, 2 of 6 × 6 and 3 of 9 × 9, and vectors
-    assert 6 * 54 + 2 * 36 + 3 * 81 <= after_ten < 2 * (6 * 54 + 2 * 36 + 3 * 81)
+        now, waiting = held(stream)
+        assert now == sums
+        most = max(most, waiting)
+    assert stream.n == 6010
+    assert most < 2048 * (2 * 6 + 3 * 9 + 6)  # fewer rows than a block, of 5 layers and their numbers
+    # 12 × 27 of pairs, 2 of 6 × 6 and 3 of 9 × 9, and vectors
+    assert 12 * 27 + 2 * 36 + 3 * 81 <= sums < 2 * (12 * 27 + 2 * 36 + 3 * 81)
 
 
 def test_minibatch_of_one_batch_is_exact_and_of_many_close():
