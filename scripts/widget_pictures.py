@@ -35,6 +35,24 @@ student, teacher = np.arange(4) / 3, np.arange(7) / 6  # relative depths; a made
 similarity = 0.98 - 0.75 * abs(student[:, None] - teacher)
 mapping_board(3, 6, similarity, start="last", widths=(192, 384), heads=(12, 12), batch=32, tokens=64)
 """,
+    "attention_viewer": """
+import torch
+from fakit import LayerMap, capture, shrink
+from fakit.tasks import embedded_teacher
+from fakit.teaching import setup
+from fakit.widgets import attention_viewer
+
+setup()
+teacher, tokenizer = embedded_teacher("glosses")
+student = shrink(teacher, layers=3).eval()
+batch = tokenizer(["a small bird that sings at night", "the plot was thin , and still we stayed to the end"], padding=True, return_tensors="pt")
+with torch.no_grad():
+    seen = [capture(model, batch, attentions=range(1, layers + 1)) for model, layers in ((teacher, 6), (student, 3))]
+tokens = [tokenizer.convert_ids_to_tokens(row) for row in batch["input_ids"].tolist()]
+viewer = attention_viewer(*seen, tokens, layer_map=LayerMap.uniform(3, 6), special=batch["input_ids"] == tokenizer.sep_token_id)
+viewer.teacher_layer, viewer.teacher_head, viewer.cursor = 4, 8, (5, 3)
+viewer
+""",
 }
 ACTIONS: dict[str, Callable[[Page, Locator], None]] = {
     "mapping_board": lambda page, output: output.get_by_role("button", name="student layer 2").click(),

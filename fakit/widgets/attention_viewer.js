@@ -135,7 +135,7 @@ class Grid {
   draw(width) {
     const { spec, canvas, most } = this, [layer, heads, keys] = spec.layers[this.row], grouped = keys < heads;
     const left = this.left = 30, top = this.top = 18 + (grouped ? 18 : 0);
-    const fits = Math.min((width - left - 4) / (most + 1), 400 / spec.layers.length);
+    const fits = Math.min((width - left - 14) / (most + 1), 400 / spec.layers.length);
     const step = this.step = clamp(Math.floor(fits), 18, 34), size = step - 3;
     const context = sheet(canvas, left + step * (most + 1) + 14, top + step * spec.layers.length + 2);
     const every = Math.ceil(18 / step), ink = context.fillStyle;
@@ -261,8 +261,8 @@ class View {
 
   // --- what is seen ---
   draw() {
-    const width = this.root.clientWidth;
-    if (!width) return;  // not laid out yet; the ResizeObserver calls again
+    const width = this.root.clientWidth - 10;  // without its padding
+    if (width < 0) return;  // not laid out yet; the ResizeObserver calls again
     const { model, shown, sides } = this, rollout = shown.view === "rollout";
     this.failed.textContent = model.get("error");
     for (const [name, one] of Object.entries(this.toggles)) {
