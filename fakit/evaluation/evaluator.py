@@ -49,7 +49,8 @@ def evaluate(
         task: a TextTask; its kind, label_names and columns are read.
         tokenizer: to decode generated text (None leaves cer out), and where teacher and student pad their vocabulary
             to different sizes, to know the size that they share.
-        teacher: compared on the same batches; same classes or vocabulary.
+        teacher: compared on the same batches; same classes or vocabulary. For classification and regression also its `predictions`
+            on this dataset, (N, C), which many students may share.
         max_examples: generate for the first so many lines.
 
     Raises:
@@ -66,7 +67,11 @@ def evaluate(
         return results
 
     logits, labels = _predict(model, dataset, collator, batch_size)  # (N, C), (N,)
-    teacher_logits = None if teacher is None else predictions(teacher, dataset, collator, batch_size)
+    teacher_logits = (
+        teacher
+        if teacher is None or isinstance(teacher, Tensor)
+        else predictions(teacher, dataset, collator, batch_size)
+    )
     if labels is None or not (labelled := labels != UNLABELLED).any():
         raise ValueError(
             f"evaluate: none of the {len(logits)} rows has a label (column labels, -100 = none); evaluate on a "

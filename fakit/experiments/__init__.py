@@ -7,6 +7,7 @@ report("runs/study")
 """
 
 from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.map_study import MapStudyConfig, map_scores, run_map_study, study_from_yaml
 from fakit.experiments.report import Report, report
 from fakit.experiments.run import RunResult, run_experiment
 from fakit.experiments.statistics import gap_closed, paired_bootstrap, paired_difference, paired_table, retention
@@ -16,17 +17,21 @@ from fakit.experiments.table import study_table
 
 __all__ = [
     "ExperimentConfig",
+    "MapStudyConfig",
     "Report",
     "RunResult",
     "RunStore",
     "StudyConfig",
     "gap_closed",
+    "map_scores",
     "paired_bootstrap",
     "paired_difference",
     "paired_table",
     "report",
     "retention",
     "run_experiment",
+    "run_map_study",
     "run_study",
+    "study_from_yaml",
     "study_table",
 ]

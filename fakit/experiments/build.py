@@ -21,6 +21,7 @@ from fakit.terms import Attention, Features, Outputs, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from fakit.tasks import TextTask
@@ -81,6 +82,56 @@ def build_teacher(
         tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and kin; masks and labels leave padding out either way
         teacher.config.pad_token_id = tokenizer.pad_token_id  # the student's, too: its configuration is a copy
     return teacher, tokenizer
+
+
+@dataclass
+class Prepared:
+    """What runs of one task, teacher, seed and length have in common, see `prepare`.
+
+    Attributes:
+        validation, test: encoded splits.
+    """
+
+    config: ExperimentConfig
+    task: TextTask
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    validation: Dataset
+    test: Dataset
+    _logits: Tensor | None = None
+
+    def reference(self) -> PreTrainedModel | Tensor:
+        """What students are compared with on the test split: a classifier's logits (N, C), asked once; else the teacher itself."""
+        if self.task.kind == "causal-lm":
+            return self.teacher
+        if self._logits is None:
+            from fakit.evaluation import predictions
+
+            self._logits = predictions(self.teacher, self.test, self.task.collator(self.tokenizer))
+        return self._logits
+
+    def check(self, config: ExperimentConfig) -> None:
+        """Raise ValueError where a run's configuration needs other parts than these."""
+        for name in ("task", "teacher", "seed", "training.max_length"):
+            ours, asked = (_at(c, name) for c in (self.config, config))
+            if ours != asked:
+                raise ValueError(
+                    f"prepared for {name} = {ours}, but the run has {asked}; call prepare with the run's own configuration."
+                )
+
+
+def prepare(config: ExperimentConfig, device: str | torch.device = "cpu") -> Prepared:
+    """Load a run's task and teacher and encode the splits that it is evaluated on."""
+    task = build_task(config)
+    teacher, tokenizer = build_teacher(config, task, device)
+    splits = {name: task.encode(name, tokenizer, config.training.max_length) for name in ("validation", "test")}
+    return Prepared(config, task, teacher, tokenizer, **splits)
+
+
+def _at(config: ExperimentConfig, name: str):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
 
 
 def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: TextTask) -> PreTrainedModel:

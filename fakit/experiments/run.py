@@ -15,13 +15,13 @@ import pandas as pd
 import torch
 
 from fakit.experiments.build import (
+    Prepared,
     TrainingRows,
     build_arguments,
     build_objective,
     build_student,
-    build_task,
-    build_teacher,
     build_training_rows,
+    prepare,
 )
 from fakit.experiments.checkpoints import last_whole_checkpoint
 from fakit.experiments.config import ExperimentConfig
@@ -44,7 +44,7 @@ class RunResult:
         validation, test: all metrics by name; test also has the agreement with the teacher.
         steps, seconds: optimiser steps, and the wall time of training alone (of a resumed run: since it was resumed).
         flops_per_step, flops: of one optimiser step and of all, teacher included; None with a quantised teacher, whose
-            kernels no counter sees.
+            kernels no counter sees, and in a study that does not count them.
         labelled, unlabelled: training rows.
         history: the logged steps. student: the trained model; None when the run was read from a store.
     """
@@ -104,6 +104,8 @@ def run_experiment(
     resume: bool = False,
     callbacks: Iterable[TrainerCallback] = (),
     progress: bool = True,
+    prepared: Prepared | None = None,
+    count_flops: bool = True,
 ) -> RunResult:
     """Train a student as configured, evaluate it on validation and test, export and record it.
 
@@ -115,6 +117,8 @@ def run_experiment(
         resume: a run that is recorded is returned as recorded; one with checkpoints in `config.out` goes on from the last whole one.
         callbacks: of transformers, passed to the trainer.
         progress: the trainer's progress bar.
+        prepared: what `prepare` gave for a configuration of the same task, teacher, seed and length, so that many runs load it once.
+        count_flops: count a step's FLOPs, which costs the time of some steps.
 
     Raises:
         ValueError: before any training, for parts that do not fit, or a run that is recorded while `resume` is off.
@@ -136,31 +140,29 @@ def run_experiment(
     with without_side_bars(), folder as folder:
         args = build_arguments(config, folder, progress)
         set_seed(config.seed)
-        task = build_task(config)
-        teacher, tokenizer = build_teacher(config, task, args.device)
+        prepared = prepared or prepare(config, args.device)
+        prepared.check(config)
+        task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
         set_seed(config.seed)  # the student's first weights depend on the seed alone, not on what loading drew
         student = build_student(config, teacher, task)
         rows = build_training_rows(config, task, tokenizer, processes=args.world_size)
-        max_length = config.training.max_length
-        validation = task.encode("validation", tokenizer, max_length)
         trainer = DistillationTrainer(
             teacher,
             student,
             build_objective(config, student, teacher),
             args=args,
             train_dataset=rows.dataset(),
-            eval_dataset=validation,
+            eval_dataset=prepared.validation,
             data_collator=task.collator(tokenizer),
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # what stands in for a progress bar that was switched off
-        flops_per_step = step_flops(trainer, rows)
+        flops_per_step = step_flops(trainer, rows) if count_flops else None
         checkpoint = last_whole_checkpoint(folder, args.world_size) if resume else None
         trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         student = trainer.whole_student()
-        test = task.encode("test", tokenizer, max_length)
 
-    scores = _evaluate(student, test, task, tokenizer, teacher)
+    scores = _evaluate(student, prepared.test, task, tokenizer, prepared.reference())
     result = RunResult(
         run_id=config.run_id,
         task=task.name,
@@ -169,7 +171,7 @@ def run_experiment(
         metric=task.metric,
         score=scores[task.metric],
         higher_is_better=task.metric not in LOWER_IS_BETTER,
-        validation=_evaluate(student, validation, task, tokenizer),
+        validation=_evaluate(student, prepared.validation, task, tokenizer),
         test=scores,
         steps=trainer.state.global_step,
         seconds=trained.metrics["train_runtime"],
@@ -205,11 +207,11 @@ def evaluate_baselines(config: ExperimentConfig) -> list[dict[str, Any]]:
     args = build_arguments(config, tempfile.gettempdir())
     set_seed(config.seed)
     with without_side_bars():
-        task = build_task(config)
-        teacher, tokenizer = build_teacher(config, task, args.device)
+        prepared = prepare(config, args.device)
+        task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
+        splits = {"validation": prepared.validation, "test": prepared.test}
         set_seed(config.seed)
         student = build_student(config, teacher, task)
-        splits = {name: task.encode(name, tokenizer, config.training.max_length) for name in ("validation", "test")}
     scores = {"teacher": {name: _evaluate(teacher, split, task, tokenizer) for name, split in splits.items()}}
     copied = f"{task.metric}_copy"
     if copied in scores["teacher"]["test"]:

@@ -19,7 +19,7 @@ LOWER_IS_BETTER = frozenset({"cer", "wer", "perplexity", "bits_per_byte", "loss"
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate over n seeds with its interval; `low` and `high` are nan where n = 1 gives none."""
+    """An estimate over n seeds (or what `of` says) with its interval; `low` and `high` are nan where n = 1 gives none."""
 
     mean: float
     low: float
@@ -27,6 +27,7 @@ class Interval:
     n: int
     level: float = 0.95
     p: float | None = None  # two-sided, of "the true mean is 0"
+    of: str = "seeds"
 
     @property
     def excludes_zero(self) -> bool:
@@ -41,7 +42,7 @@ class Interval:
     def __str__(self) -> str:
         if math.isnan(self.low):
             return f"{self.format()} (n = {self.n} seed: no interval)"
-        return f"{self.format()} ({self.level:.0%} interval, n = {self.n} seeds)"
+        return f"{self.format()} ({self.level:.0%} interval, n = {self.n} {self.of})"
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
@@ -96,6 +97,78 @@ def paired_bootstrap(
     tail = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
     return Interval(float(difference.mean()), float(low), float(high), len(difference), level, p)
+
+
+def paired_means(values: Sequence[Sequence[float]], level: float = 0.95) -> list[Interval]:
+    """The mean of each arm over paired seeds, with the interval that matters when arms are compared: free of what a seed does to all.
+
+    Loftus & Masson (1994): seeds are taken off as the blocks of a two-way table, one residual variance serves all arms, so
+    the half width is t(ν) · s / √seeds with ν = (arms − 1)(seeds − 1). Two arms differ beyond chance, one comparison only,
+    where they are apart by more than √2 half widths.
+
+    Args:
+        values: (arms, seeds).
+
+    Raises:
+        ValueError: fewer than two arms or two seeds, or a value that is not finite.
+    """
+    x = _table("values", values)
+    arms, seeds = x.shape
+    if arms < 2 or seeds < 2:
+        raise ValueError(
+            f"paired_means needs two arms and two seeds at least, found {arms} × {seeds}; see mean_interval."
+        )
+    residuals = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
+    freedom = (arms - 1) * (seeds - 1)
+    half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(float((residuals**2).sum()) / freedom / seeds)
+    return [Interval(float(mean), float(mean) - half, float(mean) + half, seeds, level) for mean in x.mean(1)]
+
+
+def spearman_interval(
+    scores: Sequence[float],
+    qualities: Sequence[float] | Sequence[Sequence[float]],
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Spearman's ρ between a score and a quality over items (layer maps), with its percentile bootstrap interval.
+
+    Each resample draws items again with replacement and, where qualities come by seed, seeds too: the same for all items,
+    since they are paired. A drawn item brings its score along. Items that share parts (maps that share pairs) are less than
+    independent, so read the interval as the least uncertainty there is.
+
+    Args:
+        scores: (items,), one a map.
+        qualities: (items,), or (items, seeds): averaged over seeds.
+
+    Returns:
+        mean = ρ of all items and seeds; n = items; p: two-sided, by permuting the scores.
+
+    Raises:
+        ValueError: fewer than 4 items, numbers of items that differ, values not finite, or a side that is constant (it has no ranks).
+    """
+    x = _finite("scores", scores)
+    y = _table("qualities", [[q] if np.ndim(q) == 0 else q for q in qualities])
+    if len(x) != len(y) or len(x) < 4:
+        raise ValueError(
+            f"one score and one quality an item, at least 4 items: found {len(x)} scores, {len(y)} qualities."
+        )
+    for name, side in (("scores", x), ("qualities", y.mean(1))):
+        if np.ptp(side) == 0:
+            raise ValueError(f"{name} are all {side[0]:g}: a constant has no ranks to correlate.")
+    rng = np.random.default_rng(seed)
+    items, seeds = y.shape
+    rho = float(_spearman(x[None], y.mean(1)[None])[0])
+    at = rng.integers(0, items, (resamples, items))
+    drawn = np.stack(
+        [(rng.integers(0, seeds, (resamples, seeds)) == s).mean(1) for s in range(seeds)], 1
+    )  # shares of seeds
+    qualities_drawn = np.take_along_axis(drawn @ y.T, at, axis=1)  # (resamples, items)
+    found = _spearman(x[at], qualities_drawn)
+    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])  # nan: a resample of one item alone
+    permuted = _spearman(rng.permuted(np.tile(x, (resamples, 1)), axis=1), np.tile(y.mean(1), (resamples, 1)))
+    p = (int((np.abs(permuted) >= abs(rho) - 1e-12).sum()) + 1) / (resamples + 1)
+    return Interval(rho, float(low), float(high), items, level, p, of="items")
 
 
 @dataclass(frozen=True)
@@ -261,3 +334,21 @@ def _paired(values: Sequence[float], baseline: Sequence[float]) -> tuple[np.ndar
     if len(a) != len(b):
         raise ValueError(f"paired values need one baseline each: found {len(a)} values and {len(b)} baselines.")
     return a, b
+
+
+def _table(name: str, values: Sequence[Sequence[float]]) -> np.ndarray:
+    rows = [np.asarray(row, dtype=float) for row in values]
+    if not rows or any(row.ndim != 1 or row.shape != rows[0].shape or not len(row) for row in rows):
+        raise ValueError(
+            f"{name}: every row needs one number a seed, found shapes {sorted({row.shape for row in rows})}."
+        )
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{name}: not all are finite. Leave out diverged runs by name and say so.")
+    return np.array(rows)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Row by row, (rows, items) each → (rows,); nan where a row is constant."""
+    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (stats.rankdata(x, axis=1), stats.rankdata(y, axis=1)))
+    norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return np.divide((a * b).sum(1), norms, out=np.full(len(a), np.nan), where=norms > 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,29 +48,19 @@ class StudyConfig(Section):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], folder: str | Path = ".") -> Self:
         """Build from a mapping; names of YAML files in `experiments` are relative to `folder`."""
-        if isinstance(data, Mapping) and isinstance(data.get("experiments"), list | tuple):
-            data = {
-                **data,
-                "experiments": [_experiment(n, item, Path(folder)) for n, item in enumerate(data["experiments"])],
-            }
-        return super().from_dict(data)
+        return super().from_dict(read_experiments(data, folder))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
         return from_file(path, lambda data: cls.from_dict(data, Path(path).parent))
 
     def _check(self) -> None:
-        for key in ("experiments", "arms", "seeds"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}: found none; a study needs at least one.")
-        for key, values in (("arms", self.arms), ("seeds", self.seeds), ("equal_compute", self.equal_compute)):
+        if not self.arms:
+            raise ValueError("arms: found none; a study needs at least one.")
+        for key, values in (("arms", self.arms), ("equal_compute", self.equal_compute)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}: found {list(values)}, in which one comes twice.")
-        tasks = [experiment.task.name for experiment in self.experiments]
-        if len(set(tasks)) < len(tasks):
-            raise ValueError(
-                f"experiments: found {', '.join(tasks)}; one for each task, so that its runs can be paired."
-            )
+        check_pairing(self.experiments, self.seeds)
         for arm in (*self.arms, *self.equal_compute):
             if arm not in ARMS:
                 raise ValueError(f"arms: {arm!r} is not one of {', '.join(ARMS)}.{did_you_mean(arm, ARMS)}")
@@ -110,6 +100,25 @@ class StudyConfig(Section):
         return sorted(configs, key=lambda config: self.seeds.index(config.seed))
 
 
+def read_experiments(data: Any, folder: str | Path) -> Any:
+    """A study's mapping with its `experiments` read: mappings as they are, names of YAML files relative to `folder`."""
+    if not (isinstance(data, Mapping) and isinstance(data.get("experiments"), list | tuple)):
+        return data  # whoever builds the study from it says what is wrong
+    return {**data, "experiments": [_experiment(n, item, Path(folder)) for n, item in enumerate(data["experiments"])]}
+
+
+def check_pairing(experiments: tuple[ExperimentConfig, ...], seeds: tuple[int, ...]) -> None:
+    """Raise ValueError unless there are experiments, one a task, and seeds, each once: what pairing needs."""
+    for key, values in (("experiments", experiments), ("seeds", seeds)):
+        if not values:
+            raise ValueError(f"{key}: found none; a study needs at least one.")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: found {list(seeds)}, in which one comes twice.")
+    tasks = [experiment.task.name for experiment in experiments]
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"experiments: found {', '.join(tasks)}; one for each task, so that its runs can be paired.")
+
+
 def equal_compute_steps(own: Mapping[str, Any], target: Mapping[str, Any]) -> int:
     """Steps after which a run has cost the FLOPs that another run cost in all; both are records of a store."""
     for record in (own, target):
@@ -133,12 +142,12 @@ def run_study(study: StudyConfig, out: str | Path, workers: int = 1, progress: b
         The store, complete. An exception of a run (noted with its run id) ends the study; what finished is recorded.
     """
     store = RunStore.open(out, what=study.what)
-    say = print if progress else _nothing
+    say = print if progress else silent
     if study.baselines:
         for experiment in study.experiments:
             _record_baselines(experiment.replace(seed=study.seeds[0]), store, say)
-    _run_missing(study.runs(), store, workers, say)
-    _run_missing(study.equal_compute_runs(store), store, workers, say)
+    run_missing(study.runs(), store, workers, say)
+    run_missing(study.equal_compute_runs(store), store, workers, say)
     return store
 
 
@@ -151,26 +160,33 @@ def _record_baselines(config: ExperimentConfig, store: RunStore, say) -> None:
             say(f"{record['task']}, {record['arm']}: test {record['metric']} {record['score']:.4f}", flush=True)
 
 
-def _run_missing(configs: list[ExperimentConfig], store: RunStore, workers: int, say) -> None:
+def run_missing(
+    configs: list[ExperimentConfig],
+    store: RunStore,
+    workers: int,
+    say: Callable[..., None],
+    run: Callable[[ExperimentConfig, Path], RunResult] | None = None,
+) -> None:
+    """Run what the store does not hold; `run` (by default `run_experiment`) trains one and records it, and is a module's function."""
     done = {record["run_id"] for record in store.records()}
     missing = [config for config in configs if config.run_id not in done]
     if len(missing) < len(configs):
         say(f"{len(configs) - len(missing)} of {len(configs)} runs are recorded in {store.path}; {len(missing)} to go.")
     start = time.monotonic()
-    for number, result in enumerate(_results(missing, store, workers), start=1):
+    for number, result in enumerate(_results(missing, store, workers, run or run_recorded), start=1):
         left = (time.monotonic() - start) / number * (len(missing) - number)
         say(f"[{number}/{len(missing)}] {result} · about {left / 60:.0f} min left", flush=True)
 
 
-def _results(configs: list[ExperimentConfig], store: RunStore, workers: int) -> Iterator[RunResult]:
+def _results(configs: list[ExperimentConfig], store: RunStore, workers: int, run: Callable) -> Iterator[RunResult]:
     """Run and record each, in this process or in several; results as they come."""
     if workers == 1:
         for config in configs:
-            yield _run(config, store.path)
+            yield run(config, store.path)
         return
     spawn = multiprocessing.get_context("spawn")  # forked children would share torch's thread pools
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_one_thread) as pool:
-        futures = [pool.submit(_run, config, store.path) for config in configs]
+        futures = [pool.submit(run, config, store.path) for config in configs]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -179,9 +195,10 @@ def _results(configs: list[ExperimentConfig], store: RunStore, workers: int) -> 
             raise
 
 
-def _run(config: ExperimentConfig, path: Path) -> RunResult:
+def run_recorded(config: ExperimentConfig, path: Path, **options: Any) -> RunResult:
+    """`run_experiment` without its bar; an error says which run it was, and the result leaves its model behind."""
     try:
-        result = run_experiment(config, path, progress=False)
+        result = run_experiment(config, path, progress=False, **options)
     except Exception as error:
         error.add_note(f"in the run {config.run_id}, task {config.task.name}, arm {config.arm}, seed {config.seed}")
         raise
@@ -195,7 +212,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _nothing(*_args, **_kwargs) -> None:
+def silent(*_args, **_kwargs) -> None:
     """A study without progress lines."""
 
 

@@ -1,0 +1,213 @@
+"""Does the CKA score of a layer map predict the student's quality? Every increasing map, trained and tested, beside three controls.
+
+A map's score is the mean similarity of its pairs, student layer to teacher layer, measured on unlabelled texts before any training (and, for
+comparison, on a student trained without layer matching); its quality is the test score of the student trained with it. Nothing is scored and
+tested on the same text, and the teacher was trained on neither.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import pandas as pd
+
+from fakit.experiments.build import Prepared, build_student, prepare
+from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.run import RunResult
+from fakit.experiments.schema import Section, from_file, option
+from fakit.experiments.store import RunStore
+from fakit.experiments.study import StudyConfig, check_pairing, read_experiments, run_missing, run_recorded, silent
+from fakit.layer_maps import LayerMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONTROLS = ("none", "reverse", "random")
+SIMILARITY = "similarity.json"
+Pairs = tuple[tuple[int, int], ...]
+
+
+def increasing_maps(student_layers: int, teacher_layers: int) -> list[LayerMap]:
+    """Every map that gives each student layer a teacher layer of its own, deeper ones to deeper layers: T over S of them.
+
+    >>> len(increasing_maps(3, 6))
+    20
+    """
+    chosen = combinations(range(1, teacher_layers + 1), student_layers)
+    return [LayerMap(enumerate(layers, start=1), name="-".join(map(str, layers))) for layers in chosen]
+
+
+@dataclass(frozen=True)
+class MapStudyConfig(Section):
+    """Experiments × maps × seeds.
+
+    Attributes:
+        experiments: one for each task; their layer map is what varies. In a file, mappings or names of YAML files beside it.
+        maps: which maps are trained, beside the controls; in a file, the key that tells this study from one of arms.
+        seeds: each runs every map from the same student, labelled texts and batches.
+        texts: unlabelled texts on which a map is scored.
+    """
+
+    experiments: tuple[ExperimentConfig, ...]
+    maps: str = option("increasing", choices=("increasing",))
+    seeds: tuple[int, ...] = (0, 1, 2)
+    texts: int = option(512, at_least=8)
+    what: str = field(default="does a map's CKA score predict the student's quality?")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], folder: str | Path = ".") -> Self:
+        """Build from a mapping; names of YAML files in `experiments` are relative to `folder`."""
+        return super().from_dict(read_experiments(data, folder))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        return from_file(path, lambda data: cls.from_dict(data, Path(path).parent))
+
+    def _check(self) -> None:
+        check_pairing(self.experiments, self.seeds)
+
+    def runs(self, student_layers: int, teacher_layers: int) -> list[ExperimentConfig]:
+        """Every map of every task, seed by seed, so that a study that was stopped early compares whole sets of maps.
+
+        "random" draws each student layer's teacher layer freely, in any order, anew for every seed.
+        """
+        maps = {layer_map.name: tuple(layer_map.pairs) for layer_map in increasing_maps(student_layers, teacher_layers)}
+        maps |= {"none": "none", "reverse": tuple(LayerMap.reverse(student_layers, teacher_layers).pairs)}
+        return [
+            experiment.replace(seed=seed, name=name, layer_map=pairs)
+            for seed in self.seeds
+            for experiment in self.experiments
+            for name, pairs in {**maps, "random": random_pairs(student_layers, teacher_layers, seed)}.items()
+        ]
+
+
+def study_from_yaml(path: str | Path) -> MapStudyConfig | StudyConfig:
+    """A study's file: of maps where it has the key `maps`, else of arms."""
+
+    def read(data: Any) -> MapStudyConfig | StudyConfig:
+        kind = MapStudyConfig if isinstance(data, Mapping) and "maps" in data else StudyConfig
+        return kind.from_dict(data, Path(path).parent)
+
+    return from_file(path, read)
+
+
+def random_pairs(student_layers: int, teacher_layers: int, seed: int) -> Pairs:
+    """A teacher layer for each student layer, drawn freely: any order, repeats allowed."""
+    draw = random.Random(f"fakit maps {seed}")
+    return tuple((layer, draw.randint(1, teacher_layers)) for layer in range(1, student_layers + 1))
+
+
+def run_map_study(study: MapStudyConfig, out: str | Path, workers: int = 1, progress: bool = True) -> RunStore:
+    """Run what is not recorded in `out` yet, then score the maps; one line of progress a run.
+
+    Args:
+        out: the runs directory, made when missing; the similarities go to similarity.json in it.
+        workers: processes side by side, each with one thread.
+    """
+    from fakit.models.blocks import depth
+
+    store = RunStore.open(out, what=study.what)
+    first = [experiment.replace(seed=study.seeds[0]) for experiment in study.experiments]
+    prepared = [prepare(config) for config in first]
+    depths = {
+        (depth(build_student(c, p.teacher, p.task)), depth(p.teacher)) for c, p in zip(first, prepared, strict=True)
+    }
+    if len(depths) > 1:
+        raise ValueError(
+            f"experiments: (student, teacher) depths are {sorted(depths)}; one study compares the same maps."
+        )
+    runs = study.runs(*depths.pop())
+    found = {p.task.name: similarity(c, p, study.texts) for c, p in zip(first, prepared, strict=True)}
+    (Path(out) / SIMILARITY).write_text(json.dumps(found, indent=1) + "\n")
+    run_missing(runs, store, workers, print if progress else silent, run=_run)
+    return store
+
+
+def similarity(config: ExperimentConfig, prepared: Prepared, texts: int) -> dict[str, Any]:
+    """CKA of the untrained student's layers with the teacher's, debiased, one token a sequence; (S + 1, T + 1) by layer number."""
+    student = build_student(config, prepared.teacher, prepared.task)
+    matrix = cka_to_teacher(student, prepared, texts)
+    return {"texts": texts, "estimator": "debiased, one token a sequence", "student": "before training", "cka": matrix}
+
+
+def cka_to_teacher(student: PreTrainedModel, prepared: Prepared, texts: int) -> list[list[float]]:
+    """CKA (S + 1, T + 1) on the first `texts` unlabelled texts of the task's pool."""
+    import torch
+
+    from fakit.capture import capture
+    from fakit.models.blocks import depth
+    from fakit.similarity import StreamingCKA
+
+    task, tokenizer = prepared.task, prepared.tokenizer
+    rows = task.pool.select(range(min(texts, len(task.pool))))
+    encoded = task.encode(rows, tokenizer, prepared.config.training.max_length)
+    collate, stream = task.collator(tokenizer), StreamingCKA(clusters=True)
+    for start in range(0, len(encoded), 64):
+        batch = collate(encoded.select(range(start, min(start + 64, len(encoded)))).to_list())
+        batch.pop("labels", None)
+        with torch.no_grad():
+            ours, theirs = (
+                capture(model, batch, hidden_states=range(depth(model) + 1), logits=False)
+                for model in (student.eval(), prepared.teacher)
+            )
+        sides = [[trace.hidden_states[i] for i in sorted(trace.hidden_states)] for trace in (ours, theirs)]
+        stream.update(*sides, mask=theirs.mask)
+    return [[round(value, 5) for value in row] for row in stream.matrix().tolist()]
+
+
+def map_scores(path: str | Path) -> pd.DataFrame:
+    """One row a task and map of a recorded study, the mean over seeds beside each seed's score.
+
+    Returns:
+        columns task, map, kind ("increasing" or a control), pairs, cka (mean over the map's pairs, before training; NaN without pairs), metric,
+        score (mean over seeds), agreement, seeds, and scores: the tuple of the seeds' test scores, in the order of the seeds.
+
+    Raises:
+        ValueError: a folder without a map study.
+    """
+    store = RunStore.open(path)
+    file = Path(path) / SIMILARITY
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is missing: {path} holds no map study; `fakit study configs/maps.yaml --out {path}` makes one."
+        )
+    found = json.loads(file.read_text())
+    records = sorted(store.records(), key=lambda record: record["seed"])
+    rows = []
+    for (task, name), group in pd.DataFrame(records).groupby(["task", "arm"], sort=False):
+        cka = found[task]["cka"]
+        # a random map is another one for every seed: its score is the mean over the draws
+        pairs = [() if c["layer_map"] == "none" else tuple(map(tuple, c["layer_map"])) for c in group["config"]]
+        values = [sum(cka[s][t] for s, t in each) / len(each) for each in pairs if each]
+        rows.append(
+            {
+                "task": task,
+                "map": name,
+                "kind": name if name in CONTROLS else "increasing",
+                "pairs": pairs[0] if name != "random" else (),
+                "cka": sum(values) / len(values) if values else float("nan"),
+                "metric": group["metric"].iloc[0],
+                "score": group["score"].mean(),
+                "agreement": pd.Series([test["agreement"] for test in group["test"]]).mean(),
+                "seeds": tuple(group["seed"]),
+                "scores": tuple(group["score"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+_PREPARED: dict[str, Prepared] = {}  # of this process; the last one only: runs come seed by seed and task by task
+
+
+def _run(config: ExperimentConfig, path: Path) -> RunResult:
+    key = json.dumps([config.task.to_dict(), config.teacher.to_dict(), config.seed, config.training.max_length])
+    if key not in _PREPARED:
+        _PREPARED.clear()
+        _PREPARED[key] = prepare(config)
+    return run_recorded(config, path, prepared=_PREPARED[key], count_flops=False)
