@@ -4,6 +4,7 @@ from fakit.figures.attention import attention_pair, head_matching, head_profiles
 from fakit.figures.fidelity import layer_errors, memory_bars, reliability
 from fakit.figures.figure import Figure
 from fakit.figures.gradients import term_pulls
+from fakit.figures.map_experiment import map_experiment
 from fakit.figures.map_gallery import layer_map_gallery
 from fakit.figures.maps import layer_map
 from fakit.figures.quantization import quantization_by_layer
@@ -28,6 +29,7 @@ __all__ = [
     "layer_map_gallery",
     "loss_bars",
     "loss_curves",
+    "map_experiment",
     "memory_bars",
     "paired_differences",
     "pareto",

@@ -11,8 +11,10 @@ from fakit.experiments.statistics import (
     mean_interval,
     paired_bootstrap,
     paired_difference,
+    paired_means,
     paired_table,
     retention,
+    spearman_interval,
 )
 
 
@@ -185,3 +187,75 @@ def test_paired_table_names_what_is_missing():
         paired_table(runs, "score", "outputs")
     with pytest.raises(ValueError, match="glosses, arm none, seed 0 is there more than once"):
         paired_table(pd.concat([runs, runs.head(1)]), "score", "none")
+
+
+def test_spearman_of_paired_seeds_is_that_of_their_means():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=20)
+    qualities = scores[:, None] + rng.normal(size=(20, 3))
+    found = spearman_interval(scores, qualities, resamples=2000)
+    expected = stats.spearmanr(scores, qualities.mean(1))
+    assert found.mean == pytest.approx(expected.statistic, abs=1e-12)
+    assert found.p == pytest.approx(expected.pvalue, abs=0.02)
+    assert found.low < found.mean < found.high
+    assert str(found).endswith("(95% interval, n = 20 items)")
+
+
+def test_spearman_reads_ranks_alone_and_its_sign():
+    scores = np.arange(1.0, 9.0)
+    found = spearman_interval(scores, np.exp(scores), resamples=500)
+    assert (found.mean, found.low, found.high) == (1.0, 1.0, 1.0)
+    assert spearman_interval(scores, -(scores**3), resamples=500).mean == -1.0
+    assert found.p < 0.01
+
+
+def test_spearman_interval_covers_the_truth_about_as_often_as_it_says():
+    """Gaussian pairs of correlation r have Spearman 6/π · asin(r/2)."""
+    truth, hits = 6 / np.pi * np.arcsin(0.25), 0
+    for seed in range(200):
+        a, b = np.random.default_rng(seed).normal(size=(2, 20))
+        found = spearman_interval(a, 0.5 * a + math.sqrt(0.75) * b, resamples=400, seed=seed)
+        hits += found.low <= truth <= found.high
+    assert 0.85 * 200 <= hits <= 0.99 * 200
+
+
+def test_seeds_that_disagree_widen_spearmans_interval():
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=20)
+    noise = rng.normal(size=(20, 1))
+    alike = spearman_interval(scores, scores[:, None] + np.hstack([noise] * 3), resamples=2000)
+    apart = spearman_interval(
+        scores, scores[:, None] + noise + 3 * np.hstack([-noise, noise, 0 * noise]), resamples=2000
+    )
+    assert apart.mean == pytest.approx(alike.mean)  # the seeds' means are the same
+    assert apart.high - apart.low > 1.5 * (alike.high - alike.low)
+
+
+def test_spearman_refuses():
+    with pytest.raises(ValueError, match="found 5 scores, 4 qualities"):
+        spearman_interval([1, 2, 3, 4, 5], [1, 2, 3, 4])
+    with pytest.raises(ValueError, match="scores are all 1: a constant has no ranks"):
+        spearman_interval([1, 1, 1, 1], [1, 2, 3, 4])
+    with pytest.raises(ValueError, match="one number a seed"):
+        spearman_interval([1, 2, 3, 4], [[1, 2], [1, 2], [1, 2], [1]])
+    with pytest.raises(ValueError, match="not all are finite"):
+        spearman_interval([1, 2, 3, 4], [1, 2, float("nan"), 3])
+
+
+def test_paired_means_are_free_of_what_a_seed_does_to_all_arms():
+    rng = np.random.default_rng(0)
+    values = np.array([0.0, 1.0, 2.0])[:, None] + 0.1 * rng.normal(size=(3, 4))
+    shifted = values + np.array([0.0, 100.0, -50.0, 7.0])
+    for plain, moved in zip(paired_means(values), paired_means(shifted), strict=True):
+        assert moved.mean - plain.mean == pytest.approx(57 / 4)
+        assert moved.high - moved.low == pytest.approx(plain.high - plain.low)
+
+
+def test_paired_means_of_two_arms_give_the_paired_t_interval():
+    rng = np.random.default_rng(2)
+    values = rng.normal(size=(2, 5))
+    low, high = paired_difference(*values).low, paired_difference(*values).high
+    half = (paired_means(values)[0].high - paired_means(values)[0].low) / 2
+    assert (high - low) / 2 == pytest.approx(math.sqrt(2) * half)  # as the docstring says
+    with pytest.raises(ValueError, match="found 1 × 5"):
+        paired_means(values[:1])

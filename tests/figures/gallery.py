@@ -5,6 +5,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -36,6 +37,19 @@ def _by_layer(errors, divergences):
     """Rows as `QuantizationFidelity.rows()` gives them."""
     pairs = enumerate(zip(errors, divergences, strict=True))
     return [{"layer": i, "relative_error": error, "attention_jsd": divergence} for i, (error, divergence) in pairs]
+
+
+def _map_rows(rng):
+    """As `fakit.experiments.map_scores` gives them, with intervals."""
+    rows = []
+    for task, centre in (("glosses", 0.71), ("reviews", 0.82)):
+        maps = [(f"{a}-{b}-{c}", "increasing") for a in range(1, 5) for b in range(a + 1, 6) for c in range(b + 1, 7)]
+        for name, kind in [*maps, ("none", "none"), ("reverse", "reverse"), ("random", "random")]:
+            cka = {"none": np.nan, "reverse": 0.31, "random": 0.42}.get(kind, rng.uniform(0.4, 0.9))
+            score = centre + (0.03 * cka if kind == "increasing" else -0.02) + 0.01 * rng.normal()
+            ends = {"low": score - 0.008, "high": score + 0.008, "scores": (score - 0.01, score, score + 0.01)}
+            rows.append({"task": task, "map": name, "kind": kind, "cka": cka, "score": score, **ends})
+    return rows
 
 
 def examples() -> dict[str, draw.Figure]:
@@ -85,6 +99,11 @@ def examples() -> dict[str, draw.Figure]:
         "map_similarity": draw.layer_map([(1, 6), (2, 4), (3, 2)], 3, 6, cka, title="Layer map ‘reverse’"),
         "map_gallery": draw.layer_map_gallery({"uniform": [(1, 2), (2, 4), (3, 6)], "reverse": [(1, 6), (2, 4), (3, 2)], "none": [], "all to one": [(1, 6), (2, 6), (3, 6)], "last": [(1, 4), (2, 5), (3, 6)]}, 3, 6),
         "map_12_to_24": draw.layer_map([(i, 2 * i) for i in range(1, 13)], 12, 24, np.full((13, 25), 0.62)),
+        "map_experiment": draw.map_experiment(
+            _map_rows(np.random.default_rng(1)), {"glosses": SimpleNamespace(mean=0.41, low=-0.05, high=0.74, n=20), "reviews": SimpleNamespace(mean=-0.2, low=-0.6, high=0.3, n=20)},
+            {"glosses": "test accuracy", "reviews": "test accuracy"},
+        ),
+        "map_experiment_one": draw.map_experiment(_map_rows(np.random.default_rng(2))[:23]),
         "similarity": draw.similarity_heatmap(cka, null=0.12, low=cka - 0.05, high=cka + 0.05, map_pairs=[(1, 2), (2, 4), (3, 6)]),
         "similarity_25": draw.similarity_heatmap(np.linspace(0, 1, 13 * 25).reshape(13, 25), null=0.2),
         "similarity_pair": draw.similarity_panels({"biased": np.clip(cka + 0.2, 0, 1), "debiased": cka}, {"debiased": 0.12}, map_pairs=[(1, 2), (2, 4), (3, 6)]),
