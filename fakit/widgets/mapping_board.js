@@ -2,7 +2,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const TOP = 30;  // px above layer 0: the columns' headings
-const LEFT = 84, RIGHT = 296;  // px: where links begin and end; the buttons lie outside, label and mark
+const LEFT = 96, RIGHT = 300;  // px: where links begin and end; the buttons lie outside, label and mark
 const DRAG = 6;  // px of movement that make a press a drag
 
 function element(tag, attributes = {}, ...children) {
@@ -66,13 +66,14 @@ export function render({ model, el }) {
   const status = element("p", { class: "status", role: "status", "aria-live": "polite" });
   const refusal = element("p", { class: "refusal", role: "alert" });
   const notes = element("ul", { class: "notes", "aria-label": "what to know about this map" });
-  const alike = element("ul", { class: "pairs", "aria-label": "pairs" });
+  const alike = element("ul", { class: "pairs", "aria-label": "similarity of the pairs" });
   const cost = element("ul", { class: "cost" });
   const keys = element("p", { class: "keys" },
     "Click a student layer, then a teacher layer, or drag: connected; again: disconnected. Keys: arrows move, Enter or Space picks and " +
     "connects, Escape lets go, Delete takes a layer’s links away, Ctrl+Z undoes. A picked teacher layer is the one of “all to one”.");
-  const side = element("div", { class: "told" }, presets, status, refusal, notes,
-    element("h4", {}, setup.similarity ? "Pairs and their similarity" : "Pairs"), alike, element("h4", {}, setup.step), cost);
+  const side = element("div", { class: "told" }, presets, status, refusal, notes);
+  if (setup.similarity) side.append(element("h4", {}, "Similarity of the pairs"), alike);
+  side.append(element("h4", {}, setup.step), cost);
   if (setup.refused) side.append(element("p", { class: "keys" }, setup.refused));
   const root = element("div", { class: "fakit-mapping-board", role: "group", "aria-label": "mapping board" }, stage, side, keys);
   el.append(root);
@@ -212,9 +213,9 @@ export function render({ model, el }) {
     alike.replaceChildren(...pairs.map(([s, t]) => {
       const value = similarity(s, t);
       const chip = value === null ? "" : element("i", { style: `background:${colour(value)}` });
-      return element("li", {}, chip, `S${s} ← T${t}${value === null ? "" : `  ${value.toFixed(2)}`}`);
+      return element("li", {}, chip, `S${s} ← T${t}  ${value === null ? "not measured" : value.toFixed(2)}`);
     }));
-    cost.replaceChildren(...view.cost.map(line => element("li", {}, line)));
+    cost.replaceChildren(...view.cost.map(line => element("li", {}, `· ${line}`)));
     for (const [name, button] of Object.entries(preset)) button.setAttribute("aria-pressed", String(view.preset === name));
     undo.disabled = !view.undo;
   }

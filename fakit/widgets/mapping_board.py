@@ -174,13 +174,15 @@ class MappingBoard(anywidget.AnyWidget):
         S, T = self._depths
         values = None if self.similarity is None else np.where(np.isnan(self.similarity), -1, self.similarity)
         B, tokens = self._sizes["batch"], self._sizes["tokens"]
+        # several strategies are refused for one reason: it is said once
+        reasons = {reason.removeprefix(name): reason for name, reason in self.refused.items()}.values()
         return {
             "student_layers": S,
             "teacher_layers": T,
             "similarity": None if values is None else values.round(3).tolist(),
             "scale": [colour for _, colour in SIMILARITY],
             "presets": list(self.maps),
-            "refused": " ".join(f"{name} is not offered: {reason}" for name, reason in self.refused.items()),
+            "refused": f"Not offered here: {', '.join(self.refused)}. {' '.join(reasons)}" if self.refused else "",
             "step": f"Cost of a step of {B} sequences × {tokens} tokens, float32",
         }
 

@@ -67,7 +67,7 @@ def map_notes(
         notes.append(Note(HINT, "drawn anew each epoch: this is the first epoch's draw"))
     if not notes:
         notes.append(Note(GOOD, "every student layer has a teacher, in the order of depth, the last on the last"))
-    return sorted(notes, key=lambda note: note.level != WARNING) + _shapes(pairs, widths, heads)
+    return sorted(notes + _shapes(pairs, widths, heads), key=lambda note: note.level != WARNING)
 
 
 def _numbering(layer_map: LayerMap, S: int, T: int) -> list[Note]:

@@ -105,7 +105,7 @@ def test_a_click_on_a_link_takes_it_away_and_undo_brings_it_back(board):
     board.holds([(1, 2), (2, 4), (3, 6)], "uniform")
     ends = [board.node(name).bounding_box() for name in ("S2", "T4")]
     board.page.mouse.click(
-        (ends[0]["x"] + ends[1]["x"] + 84) / 2, ends[0]["y"] + 9
+        (ends[0]["x"] + ends[1]["x"] + 96) / 2, ends[0]["y"] + 9
     )  # between them: S2 and T4 lie at one height
     board.holds([(1, 2), (3, 6)], "custom")
     board.root.get_by_text("without a teacher: S2").wait_for()

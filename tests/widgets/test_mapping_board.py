@@ -199,7 +199,10 @@ def test_wrong_maps_from_python_raise_and_nothing_changes():
 def test_what_depths_do_not_allow_is_not_offered_and_the_board_says_why():
     board = mapping_board(3, 2)
     assert board.setup["presets"] == ["uniform", "skip", "reverse", "all_to_one", "none"]
-    assert "last is not offered: last gives each of 3 student layers its own" in board.setup["refused"]
+    assert board.setup["refused"] == (
+        "Not offered here: last, first, random. random gives each of 3 student layers its own teacher layer, and the "
+        "teacher has 2; use LayerMap.uniform, which may use a layer twice."
+    )
     with pytest.raises(ValueError, match=r"'skip' is not offered; choose one of uniform.*skip leaves the last of 1"):
         mapping_board(1, 6, start="skip")
 
@@ -268,9 +271,9 @@ def test_unequal_widths_and_heads_are_explained():
     assert len(said(UNIFORM.pairs, widths=(384, 384), heads=(12, 12))) == 1
     _, (level, text) = said(UNIFORM.pairs, widths=(192, 384))
     assert level == "hint" and "each of 3 pairs learns a projection 192 → 384" in text
-    _, (level, text) = said(UNIFORM.pairs, heads=(6, 12))
+    (level, text), _ = said(UNIFORM.pairs, heads=(6, 12))
     assert level == "warning" and "6 and 12" in text and "group-mean" in text and "best-match" in text
-    _, (_, text) = said(UNIFORM.pairs, heads=(5, 12))
+    (_, text), _ = said(UNIFORM.pairs, heads=(5, 12))
     assert "group-mean" not in text and "relations" in text
     assert not any("heads differ" in text for _, text in said([(3, 0)], heads=(6, 12)))  # embeddings do not attend
 
