@@ -201,7 +201,7 @@ class TrainSession:
         return written.result() if wait else None
 
     def result(self, timeout: float | None = None) -> Any:
-        """Wait for the end; what `trainer.train()` returned.
+        """Wait for the end; what `trainer.train()` returned. An interrupt (Ctrl-C, ■) ends the waiting, not the run.
 
         Raises:
             Exception: what the run raised, whatever it was.

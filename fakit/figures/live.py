@@ -111,7 +111,7 @@ def _chart(
     top, bottom = _TOP, HEIGHT - _BOTTOM
     values = [value for points in lines.values() for _, value in points]
     low, high, ticks = _log_ticks(values) if log else (0.0, 1.0, [0, 0.25, 0.5, 0.75, 1])
-    steps = max([steps, 1, *(step for points in lines.values() for step, _ in points)])
+    steps = _end(steps, max((step for points in lines.values() for step, _ in points), default=0))
     scale = math.log if log else float
 
     def x(step: float) -> float:
@@ -216,6 +216,13 @@ def _apart(heights: Mapping[str, float], top: float, bottom: float, gap: float =
         limit = placed[name] = min(placed[name], limit)
         limit -= gap
     return placed
+
+
+def _end(steps: int, last: float) -> int:
+    """Right end of the axis: a round number well ahead of the last step, all of them at most, so that a long run is seen early."""
+    unit = 10 ** math.floor(math.log10(max(1, last)))
+    ahead = next(unit * m for m in (5, 10, 20, 50) if unit * m >= max(20, 2 * last))
+    return int(ahead if steps < 1 else min(ahead, max(steps, last)))
 
 
 def _log_ticks(values: Sequence[float]) -> tuple[float, float, list[float]]:

@@ -299,8 +299,9 @@ def cockpit(session: TrainSession, start: bool = False) -> Cockpit:
     """A running distillation in the hand: start, pause, step, stop; weights and temperature mid-run; curves, CKA, samples, log.
 
     Other cells work while it trains. What is shown follows from the kernel's event loop, or from a cell that waits in
-    `session.result()`; the thread that trains never touches a widget. A failure stands in red, and `session.result()` raises it.
-    A page without a kernel shows the picture of the end.
+    `session.result()`; the thread that trains never touches a widget. Buttons are heard between cells: while a cell waits, they wait
+    with it, and interrupting it (■) ends the waiting, not the run. A failure stands in red, and `session.result()` raises it. A page
+    without a kernel shows the picture of the end.
 
     Args:
         session: of this run.

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from fakit.figures.live import HEIGHT, POINTS, _apart, _log_ticks, training_now
+from fakit.figures.live import HEIGHT, POINTS, _apart, _end, _log_ticks, training_now
 
 TERMS = ["features", "task"]
 
@@ -84,3 +84,11 @@ def test_names_are_escaped():
     svg, _ = training_now([{"step": 1, "a<b": 1.0}], ["a<b"], {}, steps=1)
     ET.fromstring(svg)
     assert f'height="{HEIGHT}"' in svg
+
+
+@pytest.mark.parametrize(
+    ("steps", "last", "end"),
+    [(80, 0, 20), (8, 3, 8), (80, 11, 50), (80, 48, 80), (100_000, 260, 1000), (0, 30, 100), (5, 7, 7)],
+)
+def test_the_axis_ends_well_ahead_of_the_last_step(steps, last, end):
+    assert _end(steps, last) == end
