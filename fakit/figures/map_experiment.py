@@ -56,7 +56,7 @@ def map_experiment(
     if extra := [task for task in correlations if task not in tasks]:
         raise ValueError(f"correlations of {extra}, but the tasks are {tasks}")
     check_keys({row["task"]: 1 for row in rows if row["kind"] == "increasing"}, "map_experiment: increasing maps")
-    figure = canvas(title, (960 if len(tasks) > 1 else 720, 440), {"t": 104, "b": 60})
+    figure = canvas(title, (960 if len(tasks) > 1 else 720, 440), {"t": 104, "b": 60}, legend={"y": 1.08})
     named: set[str] = set()
     sentences = []
     for number, (task, domain) in enumerate(zip(tasks, panels(len(tasks), 0.09), strict=True)):
@@ -87,7 +87,7 @@ def map_experiment(
                 **look,
             )
         ends = [row.get(end, row["score"]) for row in mine for end in ("low", "high")]
-        bottom, top = _limits(ends, 0.1)
+        bottom, top = _limits(ends, 0.12)
         figure.update_layout(
             {
                 axis_key("x", number): {"domain": domain, "anchor": y, "range": (low, high), "nticks": 6, "title": {"text": "mean CKA of the map's pairs"}},
@@ -146,10 +146,8 @@ def _name_extremes(figure: Any, rows: list[dict], number: int) -> None:
         "yref": axis_id("y", number),
         "font": {"size": SMALL, "color": ALIGNED.colour},
     }
-    middle = sum(row["cka"] for row in (chosen, best)) / 2
     for row in (chosen,) if chosen is best else (chosen, best):
-        right = row["cka"] < middle
-        note(figure, row["map"], row["cka"], row["score"], xanchor="left" if right else "right", xshift=9 if right else -9, **where)  # fmt: skip
+        note(figure, row["map"], row["cka"], row.get("high", row["score"]), yanchor="bottom", yshift=1, **where)
 
 
 def _sentence(task: str, rows: list[dict], found: Any) -> str:
