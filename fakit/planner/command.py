@@ -30,7 +30,7 @@ def print_plan(args: argparse.Namespace) -> int:
     """Print the plan; 0 where it fits, 1 where it does not."""
     import transformers
 
-    from fakit.planner.plan import plan
+    from fakit.planner.planning import plan
 
     transformers.logging.set_verbosity_error()
     options = {name: value for name, value in vars(args).items() if name not in ("function", "debug", "figure")}

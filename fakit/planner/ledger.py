@@ -67,6 +67,8 @@ class Ledger(TorchDispatchMode):
         if packet is _aten.nonzero:
             found = args[0].numel() if self._true(args[0]) else 0
             result = torch.empty(found, args[0].dim(), dtype=torch.long, device=args[0].device)
+        elif packet is _aten._grouped_mm:  # fake tensors know the products of a mixture's experts in bf16 alone
+            result = torch.empty(_grouped_shape(*args, **kwargs), dtype=args[0].dtype, device=args[0].device)
         else:
             result = func(*args, **kwargs)
         if packet in _LOGIC and result.dtype == torch.bool and not _LOGIC[packet](*map(self._true, args[:2])):
@@ -130,6 +132,13 @@ class Ledger(TorchDispatchMode):
             self._events.append((number, -self._sizes[number]))
 
 
+def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor | None = None, *_, **__) -> tuple[int, ...]:
+    """The shape of products of groups of rows (or of columns) of a and b."""
+    if a.dim() == b.dim() == 2:
+        return offs.numel(), a.shape[0], b.shape[1]
+    return (*a.shape[:-1], b.shape[-1]) if a.dim() == b.dim() or a.dim() == 2 else (a.shape[1], b.shape[-1])
+
+
 def _flops(packet, args, kwargs, result) -> int:
     if packet is _CPU_ATTENTION or packet is _CPU_ATTENTION_BACKWARD:
         # the counter has no formula for the CPU's kernel: two products forward, four backward, of all pairs of tokens
@@ -137,5 +146,9 @@ def _flops(packet, args, kwargs, result) -> int:
         batch, heads, rows, width = query.shape
         once = 2 * batch * heads * rows * key.shape[2] * (width + value.shape[3])
         return once if packet is _CPU_ATTENTION else 2 * once
+    if packet is _aten._grouped_mm:  # nor for a mixture's experts, each of which sees its share of the rows
+        a, b = args[:2]
+        rows, inner, columns = (a.shape[0], a.shape[1], b.shape[-1]) if a.dim() == 2 else (*a.shape[-2:], b.shape[-1])
+        return 2 * rows * inner * columns * (a.shape[0] if a.dim() == b.dim() == 3 else 1)
     formula = flop_registry.get(_aten.mm if packet is _aten._int_mm else packet)
     return 0 if formula is None else formula(*args, **kwargs, out_val=result)

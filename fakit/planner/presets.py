@@ -89,7 +89,7 @@ def read_config(teacher: str | Path | PreTrainedConfig | PreTrainedModel) -> tup
     for preset, values in PRESETS.items():
         if name.lower() in (preset.lower(), preset.split("/")[1].lower()):
             values = dict(values)
-            return preset, AutoConfig.for_model(values.pop("model_type"), **values)
+            return preset, AutoConfig.for_model(values.pop("model_type"), name_or_path=preset, **values)
     try:
         return name, AutoConfig.from_pretrained(resolve_model(name))
     except OSError as error:

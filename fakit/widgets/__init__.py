@@ -9,6 +9,7 @@ from fakit.widgets.cockpit import Cockpit, cockpit
 from fakit.widgets.loss_laboratory import LossLaboratory, loss_laboratory
 from fakit.widgets.mapping_board import MappingBoard, mapping_board
 from fakit.widgets.panel import Panel
+from fakit.widgets.planner import MemoryPlanner, memory_planner
 from fakit.widgets.run_browser import RunBrowser, run_browser
 from fakit.widgets.temperature import TemperatureExplorer, temperature_explorer
 from fakit.widgets.weights import LossWeights, loss_weights
@@ -19,6 +20,7 @@ __all__ = [
     "LossLaboratory",
     "LossWeights",
     "MappingBoard",
+    "MemoryPlanner",
     "Panel",
     "RunBrowser",
     "TemperatureExplorer",
@@ -27,6 +29,7 @@ __all__ = [
     "loss_laboratory",
     "loss_weights",
     "mapping_board",
+    "memory_planner",
     "run_browser",
     "temperature_explorer",
 ]

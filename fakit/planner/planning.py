@@ -135,7 +135,7 @@ class Plan:
     def changes(self) -> list[tuple[str, Plan]]:
         """Single changes that save memory, each with its plan, from the least intrusive on; for a plan that does not fit also their sum."""
         setup, found = self.setup, []
-        for name, new in _changes(setup):
+        for name, new in _changes(setup, self.largest_batch):
             plan = self.with_setup(**new)
             if plan.peak < self.peak:
                 found.append((name, plan, new))
@@ -322,7 +322,14 @@ def plan(
         device == "gpu",
     )
     steps = None if tokens is None else math.ceil(tokens / (batch * seq))
-    return Plan(name, setup, simulate(setup), limit_name, limit, card, utilisation, steps)
+    try:
+        step = simulate(setup)
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"a step of {name} cannot be run without data: its code looks at values or makes tensors in ways that shapes alone do not answer "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Plan with a family of its size that can, such as BERT or Llama."
+        ) from error
+    return Plan(name, setup, step, limit_name, limit, card, utilisation, steps)
 
 
 def parse_student(student: Student) -> tuple[int | tuple[int, ...], int | None]:
@@ -363,11 +370,12 @@ def _with_overhead(step: Step, accelerator: bool) -> dict[str, float]:
     return memory
 
 
-def _changes(setup: Setup) -> Iterator[tuple[str, dict]]:
+def _changes(setup: Setup, largest_batch: int) -> Iterator[tuple[str, dict]]:
     if not setup.checkpointing:
         yield "gradient checkpointing", {"checkpointing": True}
     if setup.batch > 1:
-        yield f"batch {setup.batch // 2}", {"batch": setup.batch // 2}
+        batch = largest_batch if 0 < largest_batch < setup.batch else setup.batch // 2
+        yield f"batch {batch}", {"batch": batch}
     if setup.dtype == "fp32":
         yield "bf16", {"dtype": "bf16"}
     if setup.quantize is None:
