@@ -66,24 +66,16 @@ class StreamingCKA:
             xs, ys = [x[:, None] for x in xs], [y[:, None] for y in ys]
             mask = torch.ones(xs[0].shape[:2], dtype=torch.bool, device=xs[0].device)
         layers = [_at_least_float32(x) for x in xs + ys]
-        widths = [x.shape[-1] for x in layers]
-        rows = valid_rows(layers, mask)  # (N, d)
-        if not self._pilot:
-            self._start(rows, len(xs))
-        known = [pilot.shape[0] for pilot in self._pilot]
-        if widths != known or len(xs) != self._split:
+        widths, known = [x.shape[-1] for x in layers], [pilot.shape[0] for pilot in self._pilot]
+        if known and (widths != known or len(xs) != self._split):
             raise ValueError(
                 f"this batch has layers of widths {widths[: len(xs)]} (student) and {widths[len(xs) :]} (teacher), the "
                 f"first one had {known[: self._split]} and {known[self._split :]}: one StreamingCKA serves one pair of models"
             )
-        dtype = self._tokens.dtype  # the pilot goes before precision does
-        wide = [x.to(torch.promote_types(x.dtype, dtype)) for x in rows]
-        rows = [(x - pilot).to(dtype) for x, pilot in zip(wide, self._pilot, strict=True)]
         if self.clusters:
-            self._add_clusters(rows, mask)
+            self._add_clusters(valid_rows(layers, mask), mask, len(xs))
         else:
-            self.n += len(rows[0])
-            self._tokens.add(rows, _squares(rows))  # each row is its own mean: token and mean moments are one
+            self._add_rows(layers, mask, len(xs))
         return self
 
     def matrix(self, estimator: str = "debiased") -> Tensor:
@@ -122,7 +114,34 @@ class StreamingCKA:
         self._means = _Moments(widths, split, dtype, device) if self.clusters else self._tokens
         self._within = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
 
-    def _add_clusters(self, rows: list[Tensor], mask: Tensor) -> None:
+    def _shifted(self, rows: list[Tensor], split: int) -> list[Tensor]:
+        """Rows without the pilot, which goes before precision does, in the dtype of the products."""
+        if not self._pilot:
+            self._start(rows, split)
+        dtype = self._tokens.dtype
+        wide = (x.to(torch.promote_types(x.dtype, dtype)) for x in rows)
+        return [(x - pilot).to(dtype) for x, pilot in zip(wide, self._pilot, strict=True)]
+
+    def _add_rows(self, layers: list[Tensor], mask: Tensor | None, split: int) -> None:
+        """Each row is its own mean: token and mean moments are one. Rows come as many at a time as complete a block."""
+        layers = [x.flatten(0, -2) for x in layers]  # (B·T, d)
+        index = torch.arange(len(layers[0])) if mask is None else mask.flatten().nonzero()[:, 0]
+        if not len(index):
+            raise ValueError(
+                f"the mask {tuple(mask.shape)} leaves no valid token: True must mark the tokens that count"
+            )
+        self.n += len(index)
+        whole, start = len(index) == len(layers[0]), 0
+        while start < len(index):
+            stop = start + (self._tokens.room if self._tokens else _BLOCK)
+            at = index[start:stop]
+            block = [x[start:stop] if whole else x.index_select(0, at.to(x.device)) for x in layers]
+            block = self._shifted(block, split)
+            self._tokens.add(block, _squares(block))
+            start = stop
+
+    def _add_clusters(self, rows: list[Tensor], mask: Tensor, split: int) -> None:
+        rows = self._shifted(rows, split)
         mask = mask[mask.any(1)].to(rows[0].device)  # a sequence without a valid token is no sequence
         lengths = mask.sum(1)  # (B,)
         self.n += len(lengths)
@@ -185,6 +204,12 @@ class _Moments:
         self._along = torch.zeros(sum(widths), len(widths) + 1, **zeros)  # Σ w g x; last column Σ w x
         self.numbers = torch.zeros(len(widths) + 1, len(widths) + 1, **zeros)
         self._waiting: list[list[Tensor]] = []
+        self._flat = torch.empty(sum(widths), _BLOCK, dtype=dtype, device=device)  # a block of all layers, kept
+
+    @property
+    def room(self) -> int:
+        """How many rows complete the block."""
+        return _BLOCK - sum(len(waiting[0]) for waiting in self._waiting)
 
     def add(self, rows: list[Tensor], numbers: list[Tensor], weight: Tensor | None = None) -> None:
         """Add x (N, d) and g (N,) of each layer, and w (N,), 1 unless given."""
@@ -193,33 +218,40 @@ class _Moments:
         )  # of w: products of two rows bring it back
         if weight is not None:
             rows, numbers = [x * root[:, None] for x in rows], [g * root for g in numbers]
-        row_numbers = torch.stack([*numbers, root], dim=1)  # (N, layers + 1)
-        for block in zip(*(x.split(_BLOCK) for x in (*rows, row_numbers)), strict=True):
-            self._waiting.append(list(block))
-            if sum(len(waiting[0]) for waiting in self._waiting) >= _BLOCK:
+        parts = [*rows, torch.stack([*numbers, root], dim=1)]  # the last: (N, layers + 1)
+        start = 0
+        while start < len(root):
+            stop = start + self.room
+            self._waiting.append([part[start:stop] for part in parts])
+            start = stop
+            if not self.room:
                 self.flush()
 
     def flush(self) -> None:
         """Bring in the rows that wait."""
         if not self._waiting:
             return
-        parts = (
-            self._waiting[0]
-            if len(self._waiting) == 1
-            else [torch.cat(part) for part in zip(*self._waiting, strict=True)]
-        )
-        self._waiting = []
-        *rows, numbers = parts
-        n, students = len(numbers), sum(self._widths[: self._split])
-        flat = numbers.new_empty(sum(self._widths), n)  # (Σ d, n)
-        layers = flat.split(self._widths)
+        *rows, numbers = zip(*self._waiting, strict=True)
+        numbers = _joined(numbers)  # (n, layers + 1)
+        flat = self._flat if len(numbers) == _BLOCK else self._flat.new_empty(len(self._flat), len(numbers))
+        layers = flat.split(self._widths)  # (d, n) each
         for layer, x in zip(layers, rows, strict=True):
-            layer.copy_(x.T)
-        self._cross += _outer(flat[:students], flat[students:])
+            layer.copy_(_joined(x).T)
+        self._waiting = []
+        students = sum(self._widths[: self._split])
+        g, teachers = _operand(numbers.T.contiguous()), _operand(flat[students:])
+        cross, along = (
+            self._cross.split(self._widths[: self._split]),
+            self._along[:students].split(self._widths[: self._split]),
+        )
+        for layer, pairs, along_layer in zip(layers, cross, along, strict=False):
+            student = _operand(layer)
+            pairs += _outer(student, teachers)
+            along_layer += _outer(student, g)
+        self._along[students:] += _outer(teachers, g)
+        self.numbers += numbers.double().T @ numbers.double()
         for own, layer in zip(self._own, layers, strict=True):
             _add_symmetric(own, layer)
-        self._along += _outer(flat, numbers.T.contiguous())
-        self.numbers += numbers.double().T @ numbers.double()
 
     def outer(self, i: int, j: int) -> Tensor:
         """Σ w x yᵀ of layers i and j, (p, q): i a student's and j a teacher's, or i = j."""
@@ -246,23 +278,35 @@ def _squares(rows: list[Tensor]) -> list[Tensor]:
     return [torch.linalg.vector_norm(x, dim=1).square() for x in rows]
 
 
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+def _operand(x: Tensor) -> Tensor:
+    """x (d, n) as :func:`_outer` wants it. On a CPU for oneDNN: its float32 products use AVX-512 on every make of processor."""
+    fast = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return x.to_mkldnn() if fast else x
+
+
 def _outer(x: Tensor, y: Tensor) -> Tensor:
-    """x yᵀ of (p, n), (q, n). On a CPU by oneDNN, whose float32 products use all of AVX-512 on every make of processor."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return F.linear(x.to_mkldnn(), y.to_mkldnn()).to_dense()
-    return x @ y.T
+    """x yᵀ of operands (p, n) and (q, n): (p, q)"""
+    product = F.linear(x, y)
+    return product.to_dense() if product.is_mkldnn else product
 
 
 def _add_symmetric(total: Tensor, x: Tensor) -> None:
-    """total += x xᵀ, (p, p), without computing what lies below the diagonal blocks."""
+    """total += x xᵀ, (p, p) from (p, n), without computing what lies below the diagonal blocks."""
     parts = x.tensor_split(3) if len(x) >= 192 else (x,)
-    start = 0
+    operands, ends = [_operand(part) for part in parts], [0]
     for part in parts:
-        stop = start + len(part)
-        product = _outer(part, x[start:])  # (b, p − start)
-        total[start:stop, start:] += product
-        total[stop:, start:stop] += product[:, stop - start :].T
-        start = stop
+        ends.append(ends[-1] + len(part))
+    for i in range(len(parts)):
+        for j in range(i, len(parts)):
+            product = _outer(operands[i], operands[j])
+            rows, columns = slice(*ends[i : i + 2]), slice(*ends[j : j + 2])
+            total[rows, columns] += product
+            if i != j:
+                total[columns, rows] += product.T
 
 
 class MinibatchCKA:
