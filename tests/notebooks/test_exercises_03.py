@@ -1,5 +1,6 @@
 """Exercises of notebook 03: the solution in the last hint passes, a classic wrong answer is told what is wrong."""
 
+import linecache
 import re
 from pathlib import Path
 
@@ -48,12 +49,21 @@ def jsd(p, q):
     return (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum() / 2  # nats
 
 
+def scores(query, key, scaling):
+    return query @ key.transpose(-2, -1) * scaling
+
+
+def closed(x, mask):
+    return x.masked_fill(~mask, torch.finfo(x.dtype).min)
+
+
 DISTANCE = ("03_attention_maps", "s03-ex1-check")
 SINKS = ("03_attention_maps", "s03-ex2-check")
+MAPS = ("03_attention_maps", "s03-bug-check")
 WRITE = ("03_attention_maps", "s03-ex3-check")
 
 
-@pytest.mark.parametrize("where", [DISTANCE, SINKS, WRITE], ids=lambda where: where[1])
+@pytest.mark.parametrize("where", [DISTANCE, SINKS, MAPS, WRITE], ids=lambda where: where[1])
 def test_the_solution_in_the_hints_passes(where):
     task, namespace = exercise(*where)
     result = task.check(solution(task, namespace))
@@ -70,6 +80,15 @@ def test_the_solution_in_the_hints_passes(where):
         (SINKS, lambda maps, mask, sinks: on_sinks(maps, sinks).mean((0, 2)), "rows of padding as queries"),
         (SINKS, lambda maps, mask, sinks: maps[..., 0].transpose(1, 2)[mask].mean(0), "the first token only"),
         (SINKS, lambda maps, mask, sinks: torch.ones(2), "one number a head"),
+        (MAPS, lambda q, k, m, c: closed(scores(q, k, c), m[:, None, :, None]).softmax(-2), "as it was, each key"),
+        (MAPS, lambda q, k, m, c: closed(scores(q, k, c), m[:, None, None]).softmax(-2), "still runs over the queries"),
+        (MAPS, lambda q, k, m, c: closed(scores(q, k, c), m[:, None, :, None]).softmax(-1), "the mask closes queries"),
+        (MAPS, lambda q, k, m, c: scores(q, k, c).softmax(-1), "nothing closes padding any more"),
+        (MAPS, lambda q, k, m, c: scores(q, k, c).softmax(-1) * m[:, None, None], "set to 0 after the softmax"),
+        (MAPS, lambda q, k, m, c: closed(scores(q, k, 1), m[:, None, None]).softmax(-1), "the scaling is lost"),
+        (MAPS, lambda q, k, m, c: scores(q, k, c).masked_fill(~m[:, None, :, None], -torch.inf).softmax(-1), "NaN"),
+        (MAPS, lambda q, k, m, c: scores(q, k, c).softmax(-1)[0], "expected maps of shape (2, 3, 5, 5)"),
+        (MAPS, lambda q, k, m, c: scores(q, k, c).sigmoid(), "the largest error of a cell"),
         (WRITE, "a", "not its reason"),
         (WRITE, "b", "may be noise"),
         (WRITE, "d", "neither student was trained on"),
@@ -78,3 +97,28 @@ def test_the_solution_in_the_hints_passes(where):
 def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
     result = exercise(*where)[0].check(answer)
     assert result.status == "not right" and message in result.message
+
+
+@pytest.mark.parametrize("cell", ["s03-ex1", "s03-ex2", "s03-bug-mine", "s03-ex3"])
+def test_an_empty_stub_is_not_done_yet(cell):
+    cells = {c.id: c for c in nbformat.read(NOTEBOOKS / "03_attention_maps.ipynb", as_version=4).cells}
+    namespace = exercise("03_attention_maps", f"{cell.removesuffix('-mine')}-check")[1]
+    *stub, check = cells[cell].source.strip().splitlines(keepends=True)
+    linecache.cache[cell] = (0, None, stub, cell)  # a stub is known by its source
+    exec(compile("".join(stub), cell, "exec"), namespace)
+    result = eval(check, namespace)
+    assert result.status == "not done yet", result
+
+
+def test_the_planted_bug_hides_the_sinks_and_the_repair_shows_them():
+    """What the notebook's table shows, on maps in which every token looks at the first."""
+    cells = {c.id: c.source for c in nbformat.read(NOTEBOOKS / "03_attention_maps.ipynb", as_version=4).cells}
+    task, namespace = exercise(*MAPS)
+    exec(cells["s03-bug-function"], namespace)
+    query, key, mask = torch.ones(2, 1, 6, 4), torch.zeros(2, 1, 6, 4), torch.arange(6) < torch.tensor([[6], [3]])
+    key[:, :, 0] = 3.0
+    planted, repaired = (
+        function(query, key, mask, 0.5)[:, 0].masked_fill(~mask[..., None], 0)[..., 0].sum() / mask.sum()
+        for function in (namespace["colleague_maps"], solution(task, namespace))
+    )
+    assert float(planted) == pytest.approx(2 / 9) and float(repaired) > 0.9
