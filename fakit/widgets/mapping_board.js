@@ -111,21 +111,23 @@ export function render({ model, el }) {
   };
   actions.Backspace = actions.Delete;
 
+  const isUndo = event => (event.ctrlKey || event.metaKey) && !event.shiftKey && event.key === "z";
+  const isModified = event => event.ctrlKey || event.metaKey || event.altKey || event.shiftKey;
+
   function onKey(event) {
-    if ((event.ctrlKey || event.metaKey) && event.key === "z") { event.preventDefault(); return ask("undo"); }
+    if (isUndo(event)) { event.preventDefault(); return ask("undo"); }
     const node = event.target.closest(".node");
-    if (!node || event.ctrlKey || event.metaKey || event.altKey || !(event.key in actions)) return;
+    if (!node || isModified(event) || !(event.key in actions)) return;
     event.preventDefault();
     event.stopPropagation();
     actions[event.key](node.dataset.side, Number(node.dataset.layer));
   }
   root.addEventListener("keydown", onKey);
 
-  // JupyterLab listens before the page does, and takes arrows and Delete for its cells; it leaves an element with this attribute
-  // alone. Ctrl+S and its like stay JupyterLab's.
+  // JupyterLab listens before the page does, and takes arrows, Enter and letters for its cells; it leaves an element with this
+  // attribute alone. Ctrl+S, Shift+Enter and their like stay JupyterLab's.
   function keepKeys(event) {
-    const ours = root.contains(event.target) && (!(event.ctrlKey || event.metaKey) || event.key === "z");
-    root.toggleAttribute("data-lm-suppress-shortcuts", ours);
+    root.toggleAttribute("data-lm-suppress-shortcuts", root.contains(event.target) && (!isModified(event) || isUndo(event)));
   }
   window.addEventListener("keydown", keepKeys, true);
 

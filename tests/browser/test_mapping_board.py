@@ -158,6 +158,7 @@ def test_everything_goes_by_keyboard(board):
     board.holds([(1, 3)], "custom")
     board.press("Control+z")
     board.holds([(1, 3), (3, 6)], "custom")
+    board.press("a", "x")  # would insert a cell above, and cut this one
     # one stop for Tab among the layers, and none of these keys was taken for a command of JupyterLab
     assert board.root.locator('.node[tabindex="0"]').count() == 1
     assert cells.count() == before
@@ -166,6 +167,8 @@ def test_everything_goes_by_keyboard(board):
 
 def test_presets_by_keyboard_and_all_to_a_picked_layer(board):
     board.button("skip").focus()
+    board.press("Enter")
+    board.holds([(1, 2), (2, 4)], "skip")
     board.press("Tab", "Space")
     board.holds([(1, 6), (2, 4), (3, 2)], "reverse")
     board.root.get_by_text("not in the order of depth").wait_for()

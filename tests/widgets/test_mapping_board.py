@@ -125,6 +125,14 @@ def test_observers_of_pairs_see_the_map_that_is_shown():
     assert seen == [(first, first, "first"), ([(1, 6)], [(1, 6)], ""), ([(1, 1), (2, 2)], [(1, 1), (2, 2)], "")]
 
 
+def test_a_page_gets_pairs_and_what_follows_from_them_in_one_message():
+    board, sent = mapping_board(3, 6), []
+    board._send = lambda message, buffers=None: sent.append(message)
+    ask(board, "choose", preset="last")
+    (update,) = [message["state"] for message in sent if message["method"] == "update"]
+    assert update["pairs"] == [(1, 4), (2, 5), (3, 6)] and update["view"]["preset"] == "last"
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 WRONG = [
