@@ -151,7 +151,7 @@ def _cosines(figure: go.Figure, number: int, values: np.ndarray, terms: list[str
         zmax=1,
         colorscale=DIFFERENCE,
         colorbar=colour_bar("cosine", y=sum(BOTTOM) / 2, length=BOTTOM[1] - BOTTOM[0], tickvals=[-1, -0.5, 0, 0.5, 1]),
-        text=[[f"{v:.2f}" if np.isfinite(v) else "–" for v in row] for row in values],
+        text=[[f"{v:.2f}".replace("-0.00", "0.00") if np.isfinite(v) else "–" for v in row] for row in values],
         texttemplate="%{text}",
         textfont={"size": SMALL},
         hovertemplate="row %{y}, column %{x}: %{z:.3f}<extra></extra>",
@@ -173,7 +173,9 @@ def _summary(losses: Mapping, norms: Mapping, values: np.ndarray, terms: list[st
     total = sum(losses.values())
     largest, hardest = max(losses, key=losses.get), max(terms, key=lambda name: norms[name])
     share = f", {100 * losses[largest] / total:.0f} % of it {largest}" if total else ""
-    text = f"Total loss {total:.3g}{share}; {hardest} pulls hardest (gradient norm {norms[hardest]:.3g})"
+    pulling = [value for value in norms.values() if value > 0]
+    alike = len(pulling) > 1 and max(pulling) < 1.01 * min(pulling)
+    text = f"Total loss {total:.3g}{share}; {'all pull alike' if alike else f'{hardest} pulls hardest'} (gradient norm {norms[hardest]:.3g})"
     pairs = [
         (values[i, j], terms[j], terms[i]) for i in range(len(terms)) for j in range(i) if np.isfinite(values[i, j])
     ]

@@ -58,7 +58,7 @@ class LossLaboratory(Panel):
         self.part = widgets.ToggleButtons(
             options=[("all", ALL), *((part_name(part), part) for part in self._now[0].parts)],
             description="cosines in",
-            style={"description_width": "150px", "button_width": "auto"},
+            style={"description_width": "70px", "button_width": "auto"},
         )
         self.balance = _button("balance", "weights under which every term pulls as hard as the task", self._balance)
         self.reset = _button("reset", "the weights and τ that the objective holds", self._reset)

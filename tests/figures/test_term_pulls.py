@@ -41,6 +41,11 @@ def test_agreement_is_no_conflict_and_a_missing_cosine_is_hatched():
     assert len(lone.plotly.data) == len(agreed.plotly.data) + 1
 
 
+def test_equal_pulls_are_called_alike():
+    equal = {"all": {"features": 4.0, "task": 4.0}, "S1": {"features": 4.0, "task": 4.0}}
+    assert "all pull alike (gradient norm 4)" in term_pulls(LOSSES, equal, COSINES).summary
+
+
 def test_all_terms_off_is_a_picture_too():
     off = term_pulls({"task": 0.0}, {"all": {"task": 0.0}, "S1": {"task": 0.0}}, [[1.0]])
     assert off.plotly.data[0].text == ("off",) and off.summary.startswith("Total loss 0;")
