@@ -139,8 +139,15 @@ class TrainSession:
         self._steer("resume", math.inf)
         return self
 
-    def step(self, n: int = 1) -> None:
-        """Train n more steps, then hold; starts the session if need be. Returns at once."""
+    def step(self, n: int = 1, wait: bool = False) -> None:
+        """Train n more steps, then hold; starts the session if need be.
+
+        Args:
+            wait: until they are done (or the run has ended); else return at once.
+
+        Raises:
+            Exception: with `wait`, what the run raised.
+        """
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"step({n!r}): a whole number of steps, at least 1")
         with self._changed:
@@ -150,13 +157,15 @@ class TrainSession:
                 self._launch()
             else:
                 self._steer("step", n)
+        while wait and self.state == RUNNING:
+            self._done.wait(EVERY / 4)
+            self._listen()
+        if wait and self.state != PAUSED:
+            self.result()
 
     def stop(self) -> None:
         """End after the step under way; the student stays as it is then, ready for use. Returns at once; `result()` waits."""
-        with self._changed:
-            self._check_alive("stop")
-            self._loop.stopping = True
-            self._changed.notify_all()
+        self._steer("stop", math.inf, stopping=True)
 
     def set_weight(self, term: str, value: float) -> None:
         """A term's weight from the next step on.
@@ -280,10 +289,15 @@ class TrainSession:
             self.error = error
         self._done.set()
 
-    def _steer(self, what: str, allowed: float) -> None:
+    def _steer(self, what: str, allowed: float, stopping: bool = False) -> None:
         with self._changed:
-            self._check_alive(what)
-            self._loop.allowed = allowed
+            if self.state not in (RUNNING, PAUSED):
+                raise ValueError(
+                    f"{what}: the session is {self.state}, and only one that runs or is paused can be steered"
+                )
+            self._loop.allowed, self._loop.stopping = allowed, self._loop.stopping or stopping
+            if self.state == PAUSED and allowed:  # at once, so that whoever waits next does not take it for paused
+                self._loop.enter(RUNNING)
             self._changed.notify_all()
 
     def _ask(self, kind: str, name: Any, value: Any = None) -> None:
@@ -294,10 +308,6 @@ class TrainSession:
                 self._changed.notify_all()
             else:
                 self._loop.carry_out()
-
-    def _check_alive(self, what: str) -> None:
-        if self.state not in (RUNNING, PAUSED):
-            raise ValueError(f"{what}: the session is {self.state}, and only one that runs or is paused can be steered")
 
     def _listen(self, force: bool = False) -> None:
         if force or time.monotonic() - self._listened >= EVERY:

@@ -153,7 +153,6 @@ class Loop(TrainerCallback):
             self.changed.wait()
             self.carry_out()
         self._since = time.perf_counter()
-        self.enter(RUNNING)
 
     def _change(self, name: str, new: float) -> None:
         old = self._now()[name]

@@ -10,6 +10,7 @@ more than the first sight, `ACTIONS` names what a person does before, with the p
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -54,7 +55,52 @@ viewer.teacher_layer, viewer.teacher_head, viewer.cursor = 4, 8, (5, 3)
 viewer
 """,
 }
+CELLS["cockpit"] = """
+import tempfile
+from fakit import Attention, DistillationTrainer, Features, LayerMap, Objective, Outputs, Task, shrink
+from fakit.session import TrainSession
+from fakit.tasks import embedded_teacher, load_task
+from fakit.teaching import setup
+from fakit.widgets import cockpit
+from transformers import TrainingArguments
+
+setup()
+task = load_task("glosses")
+teacher, tokenizer = embedded_teacher("glosses")
+student = shrink(teacher, layers=2)
+student.get_input_embeddings().requires_grad_(False)
+objective = Objective(LayerMap.uniform(2, 6), Features("mse"), Attention("kl"), Outputs("forward_kl", temperature=2.0), Task())
+arguments = TrainingArguments(
+    tempfile.mkdtemp(), max_steps=60, per_device_train_batch_size=16, learning_rate=3e-4, logging_steps=2, use_cpu=True,
+    report_to="none", save_strategy="no", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+)
+trainer = DistillationTrainer(
+    teacher, student, objective, args=arguments, train_dataset=task.encode("train", tokenizer, 48), data_collator=task.collator(tokenizer)
+)
+session = TrainSession(
+    trainer, tokenizer(task.validation["text"][:32], padding=True, truncation=True, max_length=48, return_tensors="pt"),
+    task.validation["text"][40:43], tokenizer, task.label_names, look_every=5,
+)
+cockpit(session)
+"""
+
+
+def _fly(page: Page, output: Locator) -> None:
+    """Train half of the way, turn two knobs, and hold."""
+    output.get_by_role("button", name="Start").click()
+    output.get_by_text(re.compile("step 2[0-9] of 60")).wait_for(timeout=120_000)
+    handle = output.locator(".noUi-handle").first
+    handle.focus()
+    for _ in range(4):
+        page.keyboard.press("PageDown")
+    output.get_by_text(re.compile("step 4[0-9] of 60")).wait_for(timeout=120_000)
+    output.get_by_role("button", name="Pause").click()
+    output.get_by_role("button", name="Resume").wait_for()
+    page.wait_for_timeout(1000)
+
+
 ACTIONS: dict[str, Callable[[Page, Locator], None]] = {
+    "cockpit": _fly,
     "mapping_board": lambda page, output: output.get_by_role("button", name="student layer 2").click(),
 }
 

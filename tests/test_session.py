@@ -176,13 +176,9 @@ def test_pause_step_and_resume_change_nothing_but_the_pace(tmp_path):
     assert [row["step"] for row in session.curve] == [1]  # where one looks there is a point
     with pytest.raises(ValueError, match="paused at step 1: resume"):
         session.result()
-    session.step(2)
-    while session.progress[0] < 3:
-        threading.Event().wait(0.01)
-    until(session, "paused")
-    assert session.progress[0] == 3
-    session.resume()
-    session.result(WAIT)
+    session.step(2, wait=True)
+    assert session.state == "paused" and session.progress[0] == 3
+    session.resume().result()  # no longer paused, even if its thread has not woken yet
     assert session.progress == (6, 6) and same(session.trainer, plain)
     assert [text for _, text in session.log] == ["started", "paused", "paused", "finished"]
     assert sum(row["loss"] for row in session.curve if row["step"] == 1) == pytest.approx(session.curve[0]["loss"])
@@ -190,9 +186,8 @@ def test_pause_step_and_resume_change_nothing_but_the_pace(tmp_path):
 
 def test_a_first_step_starts_the_session(tmp_path):
     session = TrainSession(make(tmp_path))
-    session.step()
-    until(session, "paused")
-    assert session.progress == (1, 6)
+    session.step(wait=True)
+    assert session.state == "paused" and session.progress == (1, 6)
     session.stop()
     session.result(WAIT)
     assert session.state == "stopped" and session.progress == (1, 6)
@@ -257,6 +252,12 @@ def test_a_failure_is_raised_by_result(how, tmp_path):
     assert len(session.curve) == 2
     with pytest.raises(RuntimeError, match="the disk is on fire"):  # again, to whoever asks
         session.result()
+
+
+def test_a_failure_is_raised_by_a_step_that_waits(tmp_path):
+    session = TrainSession(make(tmp_path, callbacks=[Breaks()]))
+    with pytest.raises(RuntimeError, match="the disk is on fire"):
+        session.step(5, wait=True)
 
 
 def test_a_nan_is_named_by_term_and_layer(tmp_path):

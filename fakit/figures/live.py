@@ -18,7 +18,7 @@ from fakit.figures.drawing import distinct
 from fakit.figures.theme import EXTRA, FONT, FONT_SIZE, GRID, ROLES, SIMILARITY, SMALL, TEXT, Role
 from fakit.figures.training import term_style
 
-WIDTH, HEIGHT = 960, 340  # px
+WIDTH, HEIGHT = 840, 340  # px: as wide as a notebook's cell beside the open side bar
 POINTS = 240  # drawn of a line; more would not be seen
 _DASHES = {"solid": "none", "dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "13 4"}
 _TOP, _BOTTOM = 62, 48  # px above and below the axes
@@ -45,12 +45,12 @@ def training_now(
         weighted: what the columns are; it names the axis.
 
     Returns:
-        (SVG document of 960 × 340 px, one sentence that says what it shows).
+        (SVG document of 840 × 340 px, one sentence that says what it shows).
     """
     lines = {name: _points(history, name) for name in terms}
     found = {name: points for name, points in lines.items() if points}
     name = "weighted loss" if weighted else "loss before weighting"
-    wide = WIDTH if not similarity else 470
+    wide = WIDTH if not similarity else 410
     parts = [
         _chart(
             found,
@@ -74,9 +74,9 @@ def training_now(
             for s, t in pairs
         }
         styles = {name: ROLES[i % len(ROLES)] for i, name in enumerate(looks)}
-        parts.append(_chart(looks, styles, (470, 270), "CKA, mapped pairs", "", steps, events=(), log=False))
+        parts.append(_chart(looks, styles, (410, 236), "CKA, mapped pairs", "", steps, events=(), log=False))
         last = max(similarity)
-        parts.append(_matrix(np.asarray(similarity[last], float), pairs, (752, 208), f"CKA at step {last}"))
+        parts.append(_matrix(np.asarray(similarity[last], float), pairs, (654, 186), f"CKA at step {last}"))
     summary = _summary(found, looks, events, steps)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -127,13 +127,13 @@ def _chart(
     for tick in ticks:
         parts.append(f'<path d="M{left:.0f} {y(tick):.1f}H{right:.0f}" stroke="{GRID}" fill="none"/>')
         parts.append(_text(left - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
-    for tick in _step_ticks(steps, 5 if width > 400 else 3):
+    for tick in _step_ticks(steps, 5 if width > 300 else 3):
         parts.append(f'<path d="M{x(tick):.1f} {bottom}v5" stroke="{TEXT}"/>')
         parts.append(_text(x(tick), bottom + 20, f"{tick:g}", anchor="middle"))
     parts.append(_text((left + right) / 2, bottom + 38, "step", anchor="middle"))
     parts.append(f'<path d="M{left:.0f} {top}V{bottom}H{right:.0f}" stroke="{TEXT}" fill="none"/>')
     heights: dict[float, int] = {}
-    for event in events:
+    for event in _net(events):
         at = x(event["step"])
         row = heights[event["step"]] = heights.get(event["step"], -1) + 1
         side = ("end", -4) if at > (left + right) / 2 else ("start", 4)
@@ -178,14 +178,11 @@ def _matrix(values: np.ndarray, pairs: Sequence[tuple[int, int]], place: tuple[f
                 f'<rect x="{at:.1f}" y="{top:.1f}" width="{cell:.2f}" height="{cell:.2f}" fill="{colours[i * columns + j]}">'
                 f"<title>S{i} and T{j}: CKA {values[i, j]:.3f}</title></rect>"
             )
-            if cell >= 24:  # ".87": a cell is too small for the 0
+            if cell >= 22:
                 ink = "#111" if shown[i, j] > 0.55 else "#fff"
-                label = (
-                    f"{values[i, j]:.2f}".replace("-0.00", "0.00").replace("0.", ".", 1)
-                    if np.isfinite(values[i, j])
-                    else "–"
+                parts.append(
+                    _text(at + cell / 2, top + cell / 2 + 4, _short(values[i, j]), anchor="middle", colour=ink)
                 )
-                parts.append(_text(at + cell / 2, top + cell / 2 + 4, label, anchor="middle", colour=ink))
     every = max(1, math.ceil(22 / cell))  # layers between two names
     parts += [_text(left - 6, bottom - (i + 0.5) * cell + 4, f"S{i}", anchor="end") for i in range(0, rows, every)]
     parts += [_text(left + (j + 0.5) * cell, bottom + 16, f"T{j}", anchor="middle") for j in range(0, columns, every)]
@@ -195,6 +192,15 @@ def _matrix(values: np.ndarray, pairs: Sequence[tuple[int, int]], place: tuple[f
             f'fill="none" stroke="#D55E00" stroke-width="2.5"/>'
         )
     return "".join(parts)
+
+
+def _short(value: float) -> str:
+    """ ".87": a cell has no room for the 0; "1" from 0.995 on."""
+    return (
+        f"{value:.2f}".replace("-0.00", "0.00").replace("1.00", "1").replace("0.", ".", 1)
+        if np.isfinite(value)
+        else "–"
+    )
 
 
 def _text(x: float, y: float, text: str, size: int = SMALL, anchor: str = "start", colour: str = TEXT) -> str:
@@ -248,6 +254,15 @@ def _step_ticks(steps: int, count: int) -> list[int]:
     return distinct([*range(0, steps + 1, int(stride))])
 
 
+def _net(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Changes of one setting at one step as one: where a hand turned a knob in several goes, the first old and the last new value."""
+    merged: dict[tuple[int, str], dict[str, Any]] = {}
+    for event in events:
+        known = merged.setdefault((event["step"], event["name"]), dict(event))
+        known["new"] = event["new"]
+    return [event for event in merged.values() if event["new"] != event["old"]]
+
+
 def _summary(
     terms: Mapping[str, Points], looks: Mapping[str, Points], events: Sequence[Mapping[str, Any]], steps: int
 ) -> str:
@@ -261,5 +276,5 @@ def _summary(
     )
     if any(looks.values()):
         text += "; CKA " + ", ".join(f"{name} {p[0][1]:.2f} → {p[-1][1]:.2f}" for name, p in looks.items() if p)
-    changed = [f"{event['name']} {event['old']:g} → {event['new']:g} at step {event['step']}" for event in events]
+    changed = [f"{event['name']} {event['old']:g} → {event['new']:g} at step {event['step']}" for event in _net(events)]
     return text + (f"; changed: {', '.join(changed)}" if changed else "") + "."

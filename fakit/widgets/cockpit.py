@@ -18,7 +18,7 @@ _STYLE = """<style>
 .fakit-cockpit button:focus-visible, .fakit-cockpit .noUi-handle:focus-visible { outline: 3px solid #1F83C4; outline-offset: 2px; }
 .fakit-cockpit table { border-collapse: collapse; font-size: 13px; }
 .fakit-cockpit th, .fakit-cockpit td { text-align: left; padding: 2px 12px 2px 0; vertical-align: top; line-height: 1.4; }
-.fakit-cockpit td:first-child { max-width: 420px; }
+.fakit-cockpit td:first-child { max-width: 280px; }
 .fakit-cockpit ol { margin: 0; padding: 0; list-style: none; font-size: 13px; line-height: 1.5; }
 .fakit-cockpit .failed { color: var(--jp-error-color1, #d32f2f); border-left: 4px solid currentColor; padding-left: 8px; }
 </style>"""
@@ -32,7 +32,7 @@ class Cockpit(widgets.VBox):
         go, step, stop, save: the buttons; `go` starts, pauses and resumes.
         sliders: term → slider of its weight.
         temperature: slider of τ, None without an output term.
-        view: "before weighting" or "weighted".
+        view: "loss before weighting" or "weighted loss".
         sentence: what the picture shows, in words.
         svg: the picture.
     """
@@ -57,7 +57,7 @@ class Cockpit(widgets.VBox):
             _slider("temperature τ", settings[TEMPERATURE], 10.0, 0.25) if TEMPERATURE in settings else None
         )
         self.view = widgets.ToggleButtons(
-            options=["before weighting", "weighted"], description="losses", style={**LABEL, "button_width": "150px"}
+            options=["loss before weighting", "weighted loss"], style={"button_width": "190px"}
         )
         self._bar = widgets.IntProgress(description="progress", style=LABEL, layout={"width": WIDE})
         self._where, self._status, self._failure = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -70,13 +70,13 @@ class Cockpit(widgets.VBox):
         for name, slider in self._controls().items():
             slider.observe(self._moved(name), "value")
         self.view.observe(lambda change: self._draw_curves(), "value")
-        below = widgets.HBox([self._table, self._log], layout={"flex_flow": "row wrap", "grid_gap": "12px 40px"})
+        below = widgets.HBox([self._table, self._log], layout={"flex_flow": "row wrap", "grid_gap": "12px 28px"})
         super().__init__(
             [
                 widgets.HTML(_STYLE),
                 widgets.HBox([self.go, self.step, self.stop, self.save, self._where]),
                 self._bar,
-                *self._controls().values(),
+                widgets.HBox(list(self._controls().values()), layout={"flex_flow": "row wrap"}),
                 self.view,
                 self._status,
                 self._failure,
@@ -182,7 +182,7 @@ class Cockpit(widgets.VBox):
 
     def _draw_curves(self) -> None:
         session = self.session
-        weighted = self.view.value == "weighted"
+        weighted = self.view.value == "weighted loss"
         self.svg, self.sentence = training_now(
             session.history(weighted),
             list(session.objective.weights),
@@ -291,7 +291,7 @@ def _slider(description: str, value: float, highest: float, lowest: float = 0.0)
         continuous_update=False,
         readout_format=".2f",
         style=LABEL,
-        layout={"width": WIDE},
+        layout={"width": "400px"},  # two of them side by side
     )
 
 

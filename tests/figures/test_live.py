@@ -45,7 +45,16 @@ def test_a_long_run_is_thinned_and_keeps_its_last_point():
 
 
 def test_changes_are_lines_with_their_old_and_new_values():
-    events = [{"step": 2, "name": "task", "old": 1, "new": 0.3}, {"step": 2, "name": "temperature", "old": 2, "new": 4}]
+    turned = [
+        ("task", 1, 0.5),
+        ("task", 0.5, 0.3),
+        ("features", 1, 2),
+        ("features", 2, 1),
+    ]  # in two goes; and back again
+    events = [
+        *({"step": 2, "name": n, "old": old, "new": new} for n, old, new in turned),
+        {"step": 2, "name": "temperature", "old": 2, "new": 4},
+    ]
     svg, sentence = training_now(rows(4), TERMS, {}, events=events, steps=4)
     heights = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>(?:task 1 → 0.3|temperature 2 → 4)<', svg)]
     assert len(heights) == 2 and heights[1] - heights[0] >= 14  # one below the other

@@ -138,7 +138,7 @@ def test_the_picture_can_show_the_weighted_losses(tmp_path):
     session.run()
     panel = cockpit(session)
     raw = panel.sentence
-    panel.view.value = "weighted"
+    panel.view.value = "weighted loss"
     assert "weighted loss" in panel.svg and panel.sentence != raw
     assert f"features {session.curve[0]['weighted/features']:.3g} →" in panel.sentence
 
