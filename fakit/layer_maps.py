@@ -143,26 +143,54 @@ class LayerMap:
         Raises:
             ValueError: a matrix that is not two-dimensional, holds NaN, or has more student than teacher layers.
         """
-        scores = torch.as_tensor(matrix, dtype=torch.float64)
-        if scores.dim() != 2 or min(scores.shape) < 2:
-            raise ValueError(
-                f"from_similarity wants a matrix (S+1) × (T+1) with the embeddings as row and column 0; found {tuple(scores.shape)}."
-            )
-        _depths(scores.shape[0] - 1, scores.shape[1] - 1, name=f"a {method} map")
-        if not torch.isfinite(scores[1:, 1:]).all():
-            where = [tuple(i + 1 for i in index) for index in (~torch.isfinite(scores[1:, 1:])).nonzero().tolist()]
-            raise ValueError(
-                f"the similarity matrix holds NaN or inf at (student, teacher) {where}; measure on more sequences first."
-            )
+        scores = _scores(matrix, "from_similarity")
+        _depths(*scores.shape, name=f"a {method} map")
         if method == "monotone":
-            pairs = _best_monotone(scores[1:, 1:].tolist())
+            pairs = _best_monotone(scores.tolist())
         elif method == "assignment":
             from scipy.optimize import linear_sum_assignment
 
-            pairs = list(zip(*linear_sum_assignment(scores[1:, 1:].numpy(), maximize=True), strict=True))
+            pairs = list(zip(*linear_sum_assignment(scores.numpy(), maximize=True), strict=True))
         else:
             raise ValueError(f"method {method!r} is not known; choose 'monotone' or 'assignment'.")
         return cls([(int(s) + 1, int(t) + 1) for s, t in pairs], name=f"similarity ({method})")
+
+    @classmethod
+    def emd(
+        cls,
+        similarity,
+        student_weights: Sequence[float] | None = None,
+        teacher_weights: Sequence[float] | None = None,
+        *,
+        cost: bool = False,
+    ) -> "LayerMap":
+        """The many-to-many map of the earth mover's distance: each layer has a mass, and the cheapest flow moves it all.
+
+        Every student layer learns from the teacher layers that its mass flows to, every teacher layer is taught to someone:
+        min Σ F_st · D_st with Σ_t F_st = student_weights_s, Σ_s F_st = teacher_weights_t; the pairs' weights are F (sum 1).
+        BERT-EMD (Li et al. 2020), whose D is the MSE of the layers; of a similarity, D = 1 − similarity.
+
+        Args:
+            similarity: (S+1) × (T+1), rows and columns by layer number; row and column 0 (embeddings) are not mapped.
+            student_weights: S masses ≥ 0, equal unless given; scaled to sum 1.
+            teacher_weights: T masses ≥ 0, likewise.
+            cost: the matrix holds costs (MSE, distances), which are to be small.
+
+        Raises:
+            ValueError: a matrix that is no matrix or holds NaN, or masses of another number or sign.
+        """
+        from scipy.optimize import linprog
+
+        values = _scores(similarity, "emd")
+        S, T = values.shape
+        distances = values if cost else 1 - values
+        masses = [_masses(student_weights, S, "student"), _masses(teacher_weights, T, "teacher")]
+        eye = torch.eye
+        rows = torch.cat([eye(S).repeat_interleave(T, 1), eye(T).repeat(1, S)])  # of the flow (S, T), row by row
+        found = linprog(distances.flatten().numpy(), A_eq=rows.numpy(), b_eq=torch.cat(masses).numpy(), method="highs")
+        flow = torch.as_tensor(found.x).view(S, T)
+        pairs = (flow > 1e-9).nonzero().tolist()
+        return cls([(s + 1, t + 1) for s, t in pairs], [float(flow[s, t]) for s, t in pairs], name="emd")
 
     # -- what one asks of a map -----------------------------------------------------------------------------------
 
@@ -261,6 +289,30 @@ def _depths(student_layers: int, teacher_layers: int, name: str | None = None) -
             "use LayerMap.uniform, which may use a layer twice."
         )
     return student_layers, teacher_layers
+
+
+def _scores(matrix, asked_by: str) -> Tensor:
+    """The mapped part (S, T) of a matrix by layer number; ValueError where there is none, or a number is missing."""
+    scores = torch.as_tensor(matrix, dtype=torch.float64)
+    if scores.dim() != 2 or min(scores.shape) < 2:
+        raise ValueError(
+            f"{asked_by} wants a matrix (S+1) × (T+1) with the embeddings as row and column 0; found {tuple(scores.shape)}."
+        )
+    if not torch.isfinite(scores[1:, 1:]).all():
+        where = [tuple(i + 1 for i in index) for index in (~torch.isfinite(scores[1:, 1:])).nonzero().tolist()]
+        raise ValueError(
+            f"the similarity matrix holds NaN or inf at (student, teacher) {where}; measure on more sequences first."
+        )
+    return scores[1:, 1:]
+
+
+def _masses(weights: Sequence[float] | None, count: int, side: str) -> Tensor:
+    masses = torch.ones(count) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+    if masses.shape != (count,) or not (torch.isfinite(masses) & (masses >= 0)).all() or not masses.sum() > 0:
+        raise ValueError(
+            f"emd wants {count} finite {side} masses ≥ 0, one a layer 1…{count}, with a sum above 0; found {weights!r}."
+        )
+    return masses.double() / masses.sum()
 
 
 def _spaced(j: int, S: int, T: int) -> int:

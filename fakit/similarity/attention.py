@@ -90,6 +90,36 @@ def match_heads(distance: Tensor) -> HeadMatching:
     return HeadMatching(pairs, tuple(float(distance[pair]) for pair in pairs))
 
 
+def attention_similarity(
+    student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """How alike two models' layers look at the input: 1 − mean Jensen–Shannon distance of best-matched heads, of all layer pairs.
+
+    Args:
+        student_maps: one (B, H_s, T, T) a block, first block first.
+        teacher_maps: one (B, H_t, T, T) a block, of the same sequences.
+        mask: bool (B, T), True where a token counts.
+        causal: whether a query sees no key after it.
+
+    Returns:
+        (S + 1, T + 1), float64, by layer number, as ``LayerMap.from_similarity`` and ``LayerMap.emd`` take it. Row and
+        column 0 are NaN: embeddings do not attend.
+
+    Raises:
+        ValueError: no maps on a side, maps of different sequences, or no row that counts.
+    """
+    if not len(student_maps) or not len(teacher_maps):
+        raise ValueError(
+            f"maps of both models are compared, found {len(student_maps)} layers of the student and {len(teacher_maps)} of "
+            "the teacher: capture attentions of at least one layer of each"
+        )
+    values = torch.full((len(student_maps) + 1, len(teacher_maps) + 1), torch.nan, dtype=torch.float64)
+    for s, ours in enumerate(student_maps, start=1):
+        for t, theirs in enumerate(teacher_maps, start=1):
+            values[s, t] = 1 - match_heads(head_distance(ours, theirs, mask, causal)).mean_distance
+    return values
+
+
 def attention_entropy(
     maps: Tensor, mask: Tensor | None = None, causal: bool = False, normalized: bool = False
 ) -> Tensor:
