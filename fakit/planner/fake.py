@@ -173,7 +173,9 @@ def loops_of(accelerator: bool, ledger: Ledger) -> Iterator[None]:
 
     def chunks(*bounds):
         every = range(*bounds)
-        return repeated(every[-2:], len(every) / 2) if len(bounds) == 3 and len(every) > 2 else every
+        if len(bounds) < 3 or len(every) < 3:
+            return every
+        return repeated(every[-2:], every.stop / (every.stop - every[-2]))  # the last chunk is shorter
 
     def repeated(some, times):
         ledger.repeat = times

@@ -1,0 +1,80 @@
+"""Exercises of notebook 06: the stub is not done, the solution in the last hint passes, a classic wrong answer is told what is wrong."""
+
+import numpy as np
+import pytest
+from IPython.display import Markdown
+
+from fakit.experiments import paired_difference
+from fakit.experiments.statistics import mean_interval
+from fakit.teaching import Exercise
+from tests.notebooks.cells import exercise, solution, source, stub
+
+SCORES = {"all": np.array([0.81, 0.84, 0.80]), "outputs": np.array([0.78, 0.83, 0.79])}
+# what earlier cells of the notebook define
+KNOWN = {
+    **{"np": np, "Exercise": Exercise, "Markdown": Markdown, "display": lambda *_: None, "tasks": ["glosses"]},
+    **{
+        "paired_difference": paired_difference,
+        "mean_interval": mean_interval,
+        "scores_of": lambda task, arm: SCORES[arm],
+    },
+}
+exec(source("06_results_analysis", "s06-bug"), KNOWN)
+
+INTERVAL = ("06_results_analysis", "s06-exercise-1")
+CLAIM = ("06_results_analysis", "s06-exercise-2")
+REPORT = ("06_results_analysis", "s06-exercise-3")
+DIFFERENCE = SCORES["all"] - SCORES["outputs"]
+MEAN, DEVIATION, T = (
+    DIFFERENCE.mean(),
+    DIFFERENCE.std(ddof=1) / 3**0.5,
+    4.302652729911275,
+)  # Student's t, 2 degrees of freedom
+OWN = sum((T * scores.std(ddof=1) / 3**0.5) ** 2 for scores in SCORES.values()) ** 0.5
+
+
+def around(half, mean=MEAN):
+    return mean - half, mean + half
+
+
+@pytest.mark.parametrize("where", [INTERVAL, CLAIM, REPORT], ids=lambda where: where[1])
+def test_the_solution_in_the_hints_passes_and_the_stub_is_not_done(where):
+    task, namespace = exercise(*where, KNOWN)
+    assert task.check(stub(*where, namespace)).status == "not done yet"
+    result = task.check(solution(task, namespace))
+    assert result.status == "passes", result
+
+
+@pytest.mark.parametrize(
+    ("where", "answer", "message"),
+    [
+        (INTERVAL, around(1.96 * DEVIATION), "with 3 seeds Student's t is 4.30"),
+        (INTERVAL, around(OWN), "the unpaired interval"),
+        (INTERVAL, around(T * DEVIATION * (2 / 3) ** 0.5), "n − 1"),
+        (INTERVAL, around(DEVIATION), "the width is not"),
+        (INTERVAL, around(T * DEVIATION, -MEAN), "its middle is"),
+        (INTERVAL, around(-T * DEVIATION), "low comes first"),
+        (CLAIM, "a", "does not say that there is no difference"),
+        (CLAIM, "c", "were paired"),
+        (CLAIM, "d", "equal-compute row"),
+        (CLAIM, "e", "one letter"),
+        (REPORT, KNOWN["report_of_colleague"], "the function as it was"),
+        (REPORT, lambda validation, test: validation.max(), "as lucky as the other"),
+        (REPORT, lambda validation, test: test[-1], "the last checkpoint needs no choice"),
+        (REPORT, lambda validation, test: test.mean(), "the accuracy of no model"),
+        (REPORT, lambda validation, test: test[(validation + test).argmax()], "by both sets together"),
+        (REPORT, lambda validation, test: 0.5, "it gives 0.500"),
+    ],
+)
+def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
+    result = exercise(*where, KNOWN)[0].check(answer)
+    assert result.status == "not right" and message in result.message
+
+
+def test_the_bug_lies_and_its_repair_does_not():
+    truth, validation, test = KNOWN["made_up_runs"](runs=2000)
+    task, namespace = exercise(*REPORT, KNOWN)
+    repaired = solution(task, namespace)
+    for report, chooser, luck in ((KNOWN["report_of_colleague"], test, 0.03), (repaired, validation, 0.0)):
+        reported = np.mean([report(v, t) for v, t in zip(validation, test, strict=True)])
+        assert reported - truth[chooser.argmax(1)].mean() == pytest.approx(luck, abs=0.01)

@@ -1,0 +1,200 @@
+"""Plans: recorded models have their real sizes, fitting and largest batch are true, what cannot be planned is refused, the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig
+
+from fakit import LayerMap
+from fakit.__main__ import main
+from fakit.planner import CARDS, PRESETS, Plan, find_card, plan, read_config
+from fakit.planner.planning import CONTEXT, FRAGMENTS
+from fakit.planner.presets import guess_task
+from fakit.planner.step import simulate
+
+# As the models' pages on the hub count them; an encoder with its masked-language head.
+PARAMETERS = {
+    "bert-base-uncased": 109_514_298,
+    "gpt2": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-8B": 8_190_735_360,
+    "Mistral-7B-v0.3": 7_248_023_552,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496,
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """GPT-2 on two gigabytes: a plan whose batch of 8 does not fit."""
+    return plan("gpt2", "2x256", 64, 256, memory="3GB")
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_recorded_models_have_the_sizes_they_are_known_by(name):
+    found = plan(name, (1, None), 1, 8, terms=("outputs",))
+    assert found.step.parameters["teacher"] == PARAMETERS[name]
+    assert found.teacher.endswith(name)
+
+
+def test_teachers_reach_from_a_tenth_to_seventy_billion_parameters():
+    assert len(PRESETS) >= 15
+    seventy = plan("meta-llama/Llama-3.1-70B", "4x1024", 1, 128, quantize="4bit", memory="A100 80GB")
+    assert 35e9 < seventy.memory["teacher weights"] < 45e9 and seventy.fits
+    assert not plan("meta-llama/Llama-3.1-70B", "4x1024", 1, 128, memory="A100 80GB").fits
+
+
+def test_a_plan_is_the_sum_of_its_parts(small):
+    moving = {
+        k: v
+        for k, v in small.memory.items()
+        if k not in ("teacher weights", "student weights", "optimiser state", "overhead")
+    }
+    assert small.memory["overhead"] == pytest.approx(CONTEXT + FRAGMENTS * sum(moving.values()))
+    assert small.peak == pytest.approx(sum(small.memory.values()))
+    assert sum(small.step.flops.values()) == small.flops
+    assert "overhead" not in plan("gpt2", "2x256", 2, 32, device="cpu").memory
+
+
+def test_the_largest_batch_fits_and_the_next_does_not(small):
+    assert not small.fits and 0 < small.largest_batch < small.setup.batch
+    assert small.with_setup(batch=small.largest_batch).fits
+    assert not small.with_setup(batch=small.largest_batch + 1).fits
+
+
+def test_changes_save_memory_and_say_whether_they_suffice(small):
+    changes = dict(small.changes)
+    assert {"gradient checkpointing", f"batch {small.largest_batch}", "8-bit teacher", "4-bit teacher"} <= set(changes)
+    assert all(found.peak < small.peak for found in changes.values())
+    advice = " ".join(small.advice())
+    assert f"batch {small.largest_batch}:" in advice and "fits" in advice
+    assert plan("Llama-3.1-70B", "4x1024", 1, 64, memory="12GB").largest_batch == 0
+
+
+def test_longer_rows_and_more_rows_take_more():
+    shapes = [(1, 64), (2, 64), (2, 128), (8, 128)]
+    peaks = [plan("gpt2", "2x256", *shape, memory="T4").peak for shape in shapes]
+    assert peaks == sorted(peaks) and len(set(peaks)) == 4
+
+
+def test_time_follows_from_flops_bandwidth_and_card(small):
+    fast, slow = (small.seconds(name) for name in ("H100", "T4"))
+    assert fast < slow
+    half = small.flops / CARDS["T4"].half / small.utilisation
+    assert slow >= half  # no step is faster than its products
+    with pytest.raises(ValueError, match=r"names none; cards: .*T4"):
+        small.seconds()
+    assert plan("gpt2", "2x256", 4, 128, memory="T4", tokens=512_000).steps == 1000
+
+
+def test_the_same_question_is_answered_once():
+    plan("gpt2", 2, 2, 32)
+    before = simulate.cache_info().hits
+    plan("gpt2", 2, 2, 32, memory="A100 80GB")
+    assert simulate.cache_info().hits == before + 1
+
+
+def test_a_folder_and_a_hub_model_on_this_machine(tmp_path):
+    BertForSequenceClassification(
+        BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    ).save_pretrained(tmp_path)
+    found = plan(tmp_path, 1, 2, 16)
+    assert found.setup.task == "sequence-classification" and found.step.depths == {"teacher": 2, "student": 1}
+    packaged = plan("sentence-transformers/all-MiniLM-L6-v2", 3, 2, 16)
+    assert packaged.step.depths["teacher"] == 6 and packaged.step.widths["teacher"] == 384
+
+
+def test_a_layer_map_and_blocks_by_number():
+    one = plan("gpt2", [1, 12], 32, 128, layer_map=LayerMap([(2, 12)]), terms=("features",))
+    all_of_them = plan("gpt2", [1, 12], 32, 128, terms=("features",))
+    assert one.setup.layers == (1, 12) and one.step.depths["student"] == 2
+    assert one.memory["captured traces"] < all_of_them.memory["captured traces"]
+
+
+def test_it_draws_and_prints_itself(small):
+    bundle = small._repr_mimebundle_()
+    assert set(bundle) == {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"}
+    text = bundle["text/plain"]
+    assert "no GPU has measured them" in text and "Does not fit" in text and "openai-community/gpt2" in text
+    figure = small.figure()
+    assert [trace.name for trace in figure.plotly.data] == [part for part in small.memory]
+    assert list(figure.plotly.data[0].y)[-1] == "as asked"
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("16GB", (16e9, None)),
+        ("0.5 gb", (5e8, None)),
+        ("8GiB", (2**33, None)),
+        (1e9, (1e9, None)),
+        ("t4", (16e9, "T4")),
+        ("a100-40gb", (40e9, "A100 40GB")),
+    ],
+)
+def test_memory_is_an_amount_or_a_card(asked, found):
+    _, size, card = find_card(asked)
+    assert (size, card and card.name) == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (dict(teacher="no/such-model"), r"no/such-model.*recorded models: .*Llama-3\.1-8B"),
+        (dict(student="4 by 256"), r"LAYERS\[xWIDTH\]"),
+        (dict(student=40), "a student of 40 layers asked of a teacher of 12"),
+        (dict(student="4x4000"), "hidden_size 4000 asked of a teacher of width 768"),
+        (dict(quantize="2bit"), "quantize is '2bit'; choose one of None, 8bit, 4bit"),
+        (dict(optimizer="lion"), "optimizer is 'lion'"),
+        (dict(terms=("features", "hints")), "'hints'; choose one of features"),
+        (dict(batch=0), "batch is 0"),
+        (dict(seq=4096), "4096 tokens a row, and .*gpt2 has 1024 positions"),
+        (dict(memory="plenty"), "'plenty' is neither an amount .* known: .*T4"),
+        (dict(utilisation=40), "utilisation is 40"),
+        (dict(terms=()), "needs at least one of"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(asked, said):
+    with pytest.raises(ValueError, match=said):
+        plan(**{"teacher": "gpt2", "student": 4, "batch": 2, "seq": 32} | asked)
+
+
+def test_the_task_is_the_one_that_was_saved_or_that_the_family_is_known_for():
+    assert guess_task(read_config("gpt2")[1]) == "causal-lm"
+    assert guess_task(read_config("bert-base-uncased")[1]) == "masked-lm"
+    assert guess_task(LlamaConfig(architectures=["LlamaForSequenceClassification"])) == "sequence-classification"
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_command_prints_and_its_exit_says_whether_it_fits(capsys, tmp_path):
+    asked = ["plan", "--teacher", "gpt2", "--student", "2x256", "--batch", "4", "--seq", "64", "--quantize", "8bit"]
+    picture = tmp_path / "plan.svg"
+    assert main([*asked, "--memory", "T4", "--figure", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert "Fits:" in said and "8bit" in said and "T4:" in said and picture.read_text().startswith("<svg")
+    assert main([*asked, "--memory", "1GB"]) == 1
+    assert "Does not fit" in capsys.readouterr().out
+
+
+def test_command_refuses_in_one_line(capsys):
+    assert main(["plan", "--teacher", "gpt2", "--student", "99"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fakit: ") and "12" in said and "Traceback" not in said
+
+
+def test_a_plan_needs_no_weights(tmp_path):
+    """A folder with a configuration alone."""
+    values = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 4}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    found = plan(tmp_path, "2x32", 2, 16)
+    assert isinstance(found, Plan) and found.step.widths == {"teacher": 64, "student": 32}

@@ -1,0 +1,170 @@
+"""A step without data against the same step with data: FLOPs as torch counts them, memory as torch allocates it, what is stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture, load_teacher, shrink
+from fakit.evaluation.cost import count_flops, forward_flops, peak_memory
+from fakit.losses import chunked, streamed
+from fakit.planner import plan, step
+from tests.families import batch_for, objective_for, tiny
+
+LARGE = BertConfig(
+    hidden_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=96,
+    vocab_size=9_000,  # large enough to be compared in chunks
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+
+
+def run(objective, teacher, student, batch) -> None:
+    needs, given = objective.needs("student"), objective.needs("teacher")
+    with torch.no_grad():
+        theirs = capture(teacher, batch, given.hidden_states, given.attentions, given.capture_logits)
+    ours = capture(student, batch, needs.hidden_states, needs.attentions, needs.capture_logits)
+    total = objective(ours, theirs, batch.get("labels")).total
+    del ours, theirs
+    total.backward()
+
+
+def labelled(rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 9_000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    return BertForMaskedLM(LARGE).eval().requires_grad_(False)
+
+
+# -- FLOPs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family", ["roberta", "albert", "modernbert", "gpt2", "llama", "qwen3", "gemma3", "bloom", "t5"]
+)
+def test_flops_of_a_step_are_those_that_torch_counts(family):
+    teacher = tiny(family)
+    student = shrink(teacher, 2)
+    batch = batch_for(teacher, rows=3, tokens=16, padding=0)
+    if family == "t5":  # a decoder as long as the encoder
+        batch["labels"] = batch["input_ids"]
+    task = {"t5": "seq2seq-lm", "modernbert": "sequence-classification"}.get(family)
+    if task is None:
+        task = "masked-lm" if family in ("roberta", "albert") else "causal-lm"
+    objective = objective_for(student, teacher)
+    counted = count_flops(lambda: run(objective, teacher, student, batch))
+    assert plan(teacher, 2, 3, 16, task=task, dtype="fp32", device="cpu").flops == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize("student", ["2", "2x24", [1, 4]], ids=str)
+@pytest.mark.parametrize("terms", [("features", "attention", "outputs", "task"), ("attention",), ("outputs",)], ids=str)
+def test_flops_with_a_large_vocabulary_a_projection_and_fewer_terms(models, student, terms):
+    made = plan(LARGE, student, 16, 64, task="masked-lm", dtype="fp32", device="cpu", terms=terms)
+    layers, width = made.setup.layers, made.setup.width
+    small = shrink(models, layers if isinstance(layers, int) else list(layers), width)
+    heads = "one-to-one" if width is None else "group-mean"
+    every = {"features": Features(), "attention": Attention(heads=heads), "outputs": Outputs(), "task": Task()}
+    objective = Objective(LayerMap.uniform(2, 4), **{term: every[term] for term in terms}).prepare(width or 48, 48)
+    counted = count_flops(lambda: run(objective, models, small, labelled(16, 64)))
+    assert made.flops == pytest.approx(counted, rel=0.02)
+    assert made.step.flops["teacher forward"] <= forward_flops(models, labelled(16, 64))
+
+
+def test_blocks_that_nobody_looks_at_cost_what_they_cost_when_they_run(models, monkeypatch):
+    def plans():
+        step.simulate.cache_clear()
+        found = [plan(LARGE, 1, 8, 64, task="masked-lm", terms=(term,)).step for term in ("features", "outputs")]
+        return [(one.flops, one.memory) for one in found]
+
+    once = plans()
+    monkeypatch.setattr(step, "run_one_of_each", lambda *_: None)
+    all_of_them = plans()
+    for (flops, memory), (expected_flops, expected_memory) in zip(once, all_of_them, strict=True):
+        assert flops == expected_flops and memory == expected_memory
+
+
+def test_experts_are_counted():
+    """Two of three experts see a token each: as many products as two plain feed-forward layers of their width."""
+    teacher = tiny("mixtral")
+    rows, tokens, width, inner, layers = 3, 16, 32, 48, 3
+    plain = plan(tiny("mistral"), 1, rows, tokens, task="causal-lm", dtype="fp32").step.flops["teacher forward"]
+    mixed = plan(teacher, 1, rows, tokens, task="causal-lm", dtype="fp32").step.flops["teacher forward"]
+    feed_forward = 2 * 3 * rows * tokens * width * inner * layers
+    router = 2 * rows * tokens * width * 3 * layers
+    assert mixed - plain == feed_forward + router
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("layers", "rows", "tokens"), [(2, 8, 64), (4, 4, 128)])
+def test_memory_above_the_models_is_what_torch_allocates(models, layers, rows, tokens, checkpointing):
+    student = shrink(models, layers).train()
+    if checkpointing:
+        student.activation_checkpointing_enable()
+    objective = Objective(LayerMap.uniform(layers, 4), Features(), Attention(), Outputs(), Task())
+    batch = labelled(rows, tokens)
+    run(objective, models, student, batch)  # what is made once is there
+    student.zero_grad()
+    allocated = peak_memory(lambda: run(objective, models, student, batch))
+    made = plan(LARGE, layers, rows, tokens, task="masked-lm", dtype="fp32", device="cpu", checkpointing=checkpointing)
+    fixed = ("teacher weights", "student weights", "optimiser state")
+    above = sum(size for part, size in made.memory.items() if part not in fixed)
+    assert above == pytest.approx(allocated, rel=0.05)
+
+
+def test_checkpointing_trades_activations_for_products():
+    plain, checkpointed = (plan(LARGE, 4, 16, 128, task="masked-lm", checkpointing=on).step for on in (False, True))
+    assert checkpointed.memory["student activations"] < 0.7 * plain.memory["student activations"]
+    blocks = plain.flops["student forward"] - 2 * 16 * 128 * 48 * 48  # all but the head's first layer are run again
+    assert checkpointed.flops["backward"] - plain.flops["backward"] == pytest.approx(blocks, rel=0.02)
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_a_quantised_teacher_takes_what_bitsandbytes_stores(tmp_path, quantize):
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=500)).save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path, "causal-lm", quantize=quantize, device="cpu")
+    stored = sum(tensor.nbytes for tensor in [*teacher.parameters(), *teacher.buffers()])
+    for module in teacher.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        stored += 0 if state is None else state.absmax.nbytes
+        scales = getattr(getattr(module, "weight", None), "SCB", None)
+        stored += 0 if scales is None else scales.nbytes
+    planned = plan(tmp_path, 1, 1, 8, quantize=quantize, dtype="fp32", device="cpu").step.weight_bytes["teacher"]
+    assert planned == pytest.approx(stored, rel=0.01)
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_an_entry"), [("adamw", 8), ("sgd", 0)])
+def test_optimiser_state(optimizer, bytes_an_entry):
+    found = plan(LARGE, 2, 2, 16, task="masked-lm", optimizer=optimizer).step
+    assert found.memory.get("optimiser state", 0) == bytes_an_entry * found.trainable
+
+
+def test_eight_bit_adamw_keeps_what_bitsandbytes_keeps():
+    from bitsandbytes.optim import AdamW8bit
+
+    weights = [torch.nn.Parameter(torch.zeros(64, 128)), torch.nn.Parameter(torch.zeros(7))]
+    optimizer = AdamW8bit(weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    maps = ("qmap1", "qmap2")  # two tables of 256 numbers, shared by all
+    kept = [v for s in optimizer.state.values() for k, v in s.items() if torch.is_tensor(v) and k not in maps]
+    assert step.optimizer_bytes("adamw-8bit", weights) == sum(tensor.nbytes for tensor in kept)
+
+
+def test_nothing_of_the_kit_stays_changed(models):
+    before = chunked._ELEMENTS, streamed._BLOCK_CPU, streamed._blocks
+    step.simulate.cache_clear()
+    plan(LARGE, 2, 4, 32, task="masked-lm")
+    assert (chunked._ELEMENTS, streamed._BLOCK_CPU, streamed._blocks) == before
+    assert "range" not in vars(chunked)
