@@ -11,6 +11,7 @@ from fakit.figures.quantization import quantization_by_layer
 from fakit.figures.results import paired_differences, pareto, retention, scores_by_arm, weight_sensitivity
 from fakit.figures.runs import runs_overview
 from fakit.figures.similarity import bias_curve, rogue_dimensions, similarity_heatmap, similarity_panels
+from fakit.figures.similarity_steps import similarity_over_steps
 from fakit.figures.story import distillation_story, softened
 from fakit.figures.terms import loss_bars
 from fakit.figures.training import gradient_bars, gradient_conflict, loss_curves
@@ -41,6 +42,7 @@ __all__ = [
     "runs_overview",
     "scores_by_arm",
     "similarity_heatmap",
+    "similarity_over_steps",
     "similarity_panels",
     "softened",
     "term_pulls",

@@ -108,6 +108,7 @@ def examples() -> dict[str, draw.Figure]:
         "similarity_25": draw.similarity_heatmap(np.linspace(0, 1, 13 * 25).reshape(13, 25), null=0.2),
         "similarity_pair": draw.similarity_panels({"biased": np.clip(cka + 0.2, 0, 1), "debiased": cka}, {"debiased": 0.12}, map_pairs=[(1, 2), (2, 4), (3, 6)]),
         "similarity_three": draw.similarity_panels({"copied": cka, "random": cka / 4, "distilled": np.sqrt(np.clip(cka, 0, 1))}),
+        "similarity_steps": draw.similarity_over_steps([0, 20, 40, 60], {"S1 and T2": [0.97, 0.96, 0.97, 0.98], "S2 and T4": [0.7, 0.8, 0.86, 0.88], "S3 and T6": [0.4, np.nan, 0.7, 0.8]}),
         "bias": draw.bias_curve(n, biased, 0.01 * rng.normal(size=(20, 7))),
         "rogue": draw.rogue_dimensions(shares),
         "attention": draw.attention_pair(teacher, student, TOKENS),
