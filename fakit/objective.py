@@ -6,6 +6,7 @@ Each term is optional, each weight may change at any time, and each call returns
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -99,7 +100,9 @@ class Objective(nn.Module):
             for name in ("features", "attention")
         }
         logits = self.active("outputs") or (side == "student" and labels and self.active("task"))
-        in_chunks = self.active("outputs") and self.outputs.chunked and not callable(self.outputs.loss)
+        in_chunks = logits and (
+            not self.active("outputs") or (self.outputs.chunked and not callable(self.outputs.loss))
+        )
         return Needs(layers["features"], layers["attention"], logits, in_chunks)
 
     def needs_teacher(self) -> bool:
@@ -162,13 +165,16 @@ class Objective(nn.Module):
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
-    def forward(self, student, teacher=None, labels: Tensor | None = None) -> Breakdown:
+    def forward(
+        self, student, teacher=None, labels: Tensor | None = None, shares: Mapping[str, Tensor] | None = None
+    ) -> Breakdown:
         """Compare two traces.
 
         Args:
             student: `Trace` with graph.
             teacher: `Trace`; it is detached here. None is allowed while no active term looks at a teacher.
             labels: (B,) classes or values, or (B, T) token labels; -100 takes no part. None leaves the task term out.
+            shares: a factor () for every term: what this batch, a part of an optimiser step, counts for in it (`fakit.shares`).
 
         Returns:
             Breakdown, whose `.total` one calls `.backward()` on.
@@ -188,8 +194,9 @@ class Objective(nn.Module):
                 terms[name] = sum(share * losses[pair] for pair, share in pairs.items())
                 per_layer[name] = {pair: loss.detach() for pair, loss in losses.items()}
         together = None
-        if self.active("outputs") and student.head is not None and teacher.head is not None:
-            together, chunked = self._compare_heads(student, teacher, labels)
+        predicts = self.active("outputs") or (self.active("task") and labels is not None)
+        if predicts and student.head is not None and not (self.active("outputs") and teacher.head is None):
+            together, chunked = self._compare_heads(student, teacher, labels, shares)
             terms |= chunked
         else:
             student, teacher = _with_logits(student), _with_logits(teacher)
@@ -202,6 +209,9 @@ class Objective(nn.Module):
                 f"nothing to compute: weights {dict(self.weights)}, {len(self.layer_map)} layer pairs, "
                 f"labels {'given' if labels is not None else 'missing'}. Raise a weight, map a layer, or pass labels."
             )
+        if shares is not None:
+            terms = {name: shares[name] * value for name, value in terms.items()}
+            per_layer = {n: {pair: shares[n] * v for pair, v in pairs.items()} for n, pairs in per_layer.items()}
         weighted = {name: self.weights[name] * value for name, value in terms.items()}
         total = sum(weighted.values())
         if together is not None:  # the same number; its gradient is there already
@@ -308,32 +318,35 @@ class Objective(nn.Module):
                 ours, theirs = ours[:, :-1], theirs[:, :-1]
         return self.outputs.function(ours, theirs, mask, temperature=self.outputs.temperature)
 
-    def _compare_heads(self, student, teacher, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Outputs and task together, a chunk of logits at a time: their weighted sum, and each of them."""
-        mask = _predicting_positions(student, teacher, labels, student.head.hidden)
-        ours, theirs = student.head.hidden, teacher.head.hidden  # (B, T, d)
-        labels = labels if self.active("task") else None
+    def _compare_heads(self, student, teacher, labels: Tensor | None, shares) -> tuple[Tensor, dict[str, Tensor]]:
+        """Outputs and task, or one of them, a chunk of logits at a time: their weighted sum, and each of them."""
+        ours, labels = student.head, labels if self.active("task") else None
+        mask, theirs = None, ours.detach()  # not looked at by the task alone
+        if self.active("outputs"):
+            mask, theirs = _predicting_positions(student, teacher, labels, ours.hidden), teacher.head
+        hidden = [ours.hidden, theirs.hidden]  # (B, T, d) each
         if student.causal:
-            ours, theirs = ours[:, :-1], theirs[:, :-1]
+            hidden = [states[:, :-1] for states in hidden]
             labels = None if labels is None else labels[:, 1:]
         total, outputs, task = fused_outputs(
-            ours,
-            student.head.weight,
-            student.head.bias,
-            theirs,
-            teacher.head.weight,
-            teacher.head.bias,
+            hidden[0],
+            ours.weight,
+            ours.bias,
+            hidden[1],
+            theirs.weight,
+            theirs.bias,
             mask,
-            divergence=self.outputs.loss,
-            temperature=self.outputs.temperature,
-            outputs_weight=self.weights["outputs"],
+            divergence="forward_kl" if self.outputs is None else self.outputs.loss,
+            temperature=1.0 if self.outputs is None else self.outputs.temperature,
+            outputs_weight=self.weights.get("outputs", 0.0),
             task_labels=labels,
             task_weight=self.weights.get("task", 0.0),
-            vocab_size=self.outputs.vocab_size,
-            student_finish=student.head.finish,
-            teacher_finish=teacher.head.finish,
+            vocab_size=None if self.outputs is None else self.outputs.vocab_size,
+            student_finish=ours.finish,
+            teacher_finish=theirs.finish,
+            shares=None if shares is None else tuple(shares.get(name) for name in ("outputs", "task")),
         )
-        return total, {"outputs": outputs} | ({} if task is None else {"task": task})
+        return total, {n: v for n, v in (("outputs", outputs), ("task", task)) if v is not None}
 
 
 def _predicting_positions(student, teacher, labels: Tensor | None, like: Tensor) -> Tensor:

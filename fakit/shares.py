@@ -9,12 +9,10 @@ Exact for every named loss, with these exceptions: the MSE of maps where a windo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fakit.breakdown import Breakdown
 from fakit.objective import Objective, predicting_positions
 
 Batch = Mapping[str, Tensor]
@@ -54,18 +52,6 @@ def shares(parts: Sequence[dict[str, Tensor]], gather: Callable[[Tensor], Tensor
     total = gather(own.unsqueeze(0)).sum(0)  # over the processes
     weights = table * total[-1] / total[:-1].clamp_min(1)
     return [dict(zip(names, row, strict=True)) for row in weights.float()]
-
-
-def reweighted(breakdown: Breakdown, share: Mapping[str, Tensor]) -> Breakdown:
-    """A part's losses, each multiplied by its share: averaged over all parts, every number is that of the global batch."""
-    weighted = {name: share[name] * value for name, value in breakdown.weighted.items()}
-    return replace(
-        breakdown,
-        total=sum(weighted.values()),
-        terms={name: share[name] * value for name, value in breakdown.terms.items()},
-        weighted=weighted,
-        per_layer={n: {pair: share[n] * v for pair, v in pairs.items()} for n, pairs in breakdown.per_layer.items()},
-    )
 
 
 def _nothing(part: dict[str, Tensor]) -> Tensor:

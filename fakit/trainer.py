@@ -21,7 +21,7 @@ from fakit.models.load import is_quantized
 from fakit.models.preflight import preflight
 from fakit.objective import Needs, Objective
 from fakit.sharding import check_sharding, load_whole_state, shards_on_cpus, whole_state
-from fakit.shares import counts, reweighted, shares
+from fakit.shares import counts, shares
 from fakit.teacher_cache import TeacherCache
 from fakit.teacher_cache.training import ROW, CachedRowsCollator, CachedTeacher, recorded_teacher, with_rows
 from fakit.trace import Trace
@@ -102,9 +102,7 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 theirs = _trace(self.teacher, asked, self.objective.needs("teacher"))
         ours = _trace(self.student, asked, self.objective.needs("student", labels is not None))
-        breakdown = self.objective(ours, theirs, labels)
-        if shares is not None:
-            breakdown = reweighted(breakdown, shares)
+        breakdown = self.objective(ours, theirs, labels, shares)
         self.breakdown = breakdown.detach()
         return {"loss": breakdown.total}
 

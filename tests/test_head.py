@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture, shrink
+from fakit.losses import chunked
 from fakit.models import head as heads
 from tests.families import batch, tiny
 
@@ -127,3 +128,29 @@ def test_a_function_of_ones_own_is_given_logits():
     needs = Objective(outputs=Outputs(lambda s, t, mask, temperature: (s - t).abs().mean())).needs("student")
     assert needs.logits and not needs.in_chunks
     assert not Objective(outputs=Outputs(chunked=False)).needs("teacher").in_chunks
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gemma2", "t5"])
+@pytest.mark.parametrize("outputs", [None, Outputs("forward_kl", temperature=2.0, weight=0.7)], ids=["task", "both"])
+def test_a_batch_that_is_a_part_weighs_the_same_in_chunks_and_whole_in_one_pass(family, outputs, monkeypatch):
+    teacher, student = model(family), shrink(model(family), layers=2, init="random").eval()
+    labels = inputs(family)["input_ids"].clone()
+    labels[0, 2:4] = -100
+    share = {"outputs": torch.tensor(1.75), "task": torch.tensor(0.25)}
+    sweeps, sweep = [], chunked._sweep
+    monkeypatch.setattr(chunked, "_sweep", lambda *args: (sweeps.append(1), sweep(*args))[1])
+    found = []
+    for asked in ("head", True):
+        objective = Objective(outputs=outputs, task=Task(weight=0.2))
+        assert objective.needs("student").in_chunks
+        theirs = None if outputs is None else capture(teacher, inputs(family), logits=asked)
+        ours = capture(student, inputs(family), logits=asked)
+        assert (ours.head is not None) == (asked == "head")
+        breakdown = objective(ours, theirs, labels, share)
+        breakdown.total.backward()
+        gradients = [p.grad for p in student.parameters() if p.grad is not None]
+        found.append([breakdown.total, *breakdown.terms.values(), *breakdown.weighted.values(), *gradients])
+        student.zero_grad()
+    assert len(sweeps) == 1
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, theirs.abs().max().item()))

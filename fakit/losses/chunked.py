@@ -5,7 +5,7 @@ run on a few tokens at a time; their logits are compared, turned into a gradient
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -40,6 +40,7 @@ def fused_outputs(
     student_finish: Callable[[Tensor], Tensor] | None = None,
     teacher_finish: Callable[[Tensor], Tensor] | None = None,
     chunk: int | None = None,
+    shares: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Output matching and the task's cross-entropy of logits = finish(hidden @ weightᵀ + bias), without storing the logits.
 
@@ -62,9 +63,10 @@ def fused_outputs(
         student_finish, teacher_finish: elementwise functions of the logits, for models whose head does not end with the product: Gemma's
             soft cap, Granite's scale.
         chunk: tokens a chunk; chosen from the vocabulary unless given.
+        shares: further factors () of the two terms in the total, which may lie on any device; None for 1.
 
     Returns:
-        total: γ·outputs + δ·task. Its gradient is computed in this pass, so that backward only scales it.
+        total: γ·outputs + δ·task, each times its share. Its gradient is computed in this pass, so that backward only scales it.
         outputs, task: the raw terms, None where left out. A gradient asked of one of them alone is right as well, but takes a second pass.
 
     Raises:
@@ -146,8 +148,12 @@ def fused_outputs(
     bare = not wants_task and vocab_size is None and student_finish is None and teacher_finish is None
     if bare and liger.serves(divergence, student_hidden, student_weight, teacher_hidden, teacher_weight):
         outputs_loss = liger.output_loss(*tensors, divergence, temperature)
-        return outputs_weight * outputs_loss, outputs_loss, None
+        share = 1.0 if shares is None or shares[0] is None else shares[0]
+        return outputs_weight * share * outputs_loss, outputs_loss, None
     labels = task_labels.flatten().to(student_hidden.device) if wants_task else None
+    if shares is not None:  # a number of a device enters no comparison, so that nothing waits for it
+        given = (1.0 if share is None else share.detach().to(student_hidden.device) for share in shares)
+        plan = replace(plan, shares=tuple(given))
     total, outputs_loss, task = _FusedOutputs.apply(*tensors, labels, plan)
     return total, outputs_loss if wants_outputs else None, task if wants_task else None
 
@@ -165,6 +171,12 @@ class _Plan:
     chunk: int
     autocast: torch.dtype | None
     gradients: bool
+    shares: tuple[Tensor | float, Tensor | float] = (1.0, 1.0)
+
+    @property
+    def factors(self) -> tuple[Tensor | float, Tensor | float]:
+        """What the two terms are multiplied with in the total."""
+        return self.outputs_weight * self.shares[0], self.task_weight * self.shares[1]
 
 
 class _FusedOutputs(torch.autograd.Function):
@@ -174,11 +186,11 @@ class _FusedOutputs(torch.autograd.Function):
         ctx.plan = plan
         inputs = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, labels)
         wanted = [plan.gradients and needed for needed in ctx.needs_input_grad[:3]]
-        factors = (plan.outputs_weight, plan.task_weight)
+        factors = plan.factors
         with torch.autocast(hidden.device.type, enabled=False):  # the plan says the dtype
             (outputs_loss, task), grads = _sweep(*inputs, plan, factors, wanted)
         ctx.save_for_backward(*inputs, *grads)
-        return plan.outputs_weight * outputs_loss + plan.task_weight * task, outputs_loss, task
+        return factors[0] * outputs_loss + factors[1] * task, outputs_loss, task
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -191,7 +203,7 @@ class _FusedOutputs(torch.autograd.Function):
             plan = ctx.plan
             factors = [
                 sum(part for part in (own, None if grad_total is None else grad_total * weight) if part is not None)
-                for own, weight in ((grad_outputs, plan.outputs_weight), (grad_task, plan.task_weight))
+                for own, weight in zip((grad_outputs, grad_task), plan.factors, strict=True)
             ]
             _, grads = _sweep(*inputs, plan, factors, [grad is not None for grad in grads])
         grads = [None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs[:3], strict=True)]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture
-from fakit.shares import counts, reweighted, shares
+from fakit.shares import counts, shares
 from tests.families import tiny
 from tests.scale.ranks import uneven
 
@@ -22,10 +22,10 @@ def stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def losses(family: str, made: Objective, batch: dict[str, Tensor]):
+def losses(family: str, made: Objective, batch: dict[str, Tensor], share: dict[str, Tensor] | None = None):
     student, teacher = tiny(family, seed=1).double(), tiny(family).double()
     ours, theirs = capture(student, batch, [1, 2], [1, 2]), capture(teacher, batch, [2, 3], [2, 3])
-    return student, made(ours, theirs, batch["labels"])
+    return student, made(ours, theirs, batch["labels"], share)
 
 
 @pytest.mark.parametrize("attention", ["kl", "mse"])
@@ -40,8 +40,8 @@ def test_the_parts_make_the_whole(family, attention):
     found = shares([counts(made, part, *FAMILIES[family]) for part in parts], gather=lambda x: x)
     got, plain, gradients = {}, {}, {}
     for part, share in zip(parts, found, strict=True):
-        student, breakdown = losses(family, made, part)
-        weighed = reweighted(breakdown, share)
+        _, breakdown = losses(family, made, part)
+        student, weighed = losses(family, made, part, share)
         weighed.total.backward()
         for name, p in student.named_parameters():
             if p.grad is not None:
