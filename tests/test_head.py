@@ -154,3 +154,12 @@ def test_a_batch_that_is_a_part_weighs_the_same_in_chunks_and_whole_in_one_pass(
     assert len(sweeps) == 1
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * max(1.0, theirs.abs().max().item()))
+
+
+def test_a_mask_of_pairs_is_cut_to_the_tokens_that_the_head_is_asked_with():
+    net, rows = model("gpt2"), inputs("gpt2")
+    pairs = torch.ones(*rows["input_ids"].shape, rows["input_ids"].shape[1]).tril().bool()[:, None]  # (B, 1, T, T)
+    trace = capture(net, {"input_ids": rows["input_ids"], "attention_mask": pairs}, logits="head")
+    assert trace.head is not None
+    whole = net(input_ids=rows["input_ids"]).logits
+    torch.testing.assert_close(trace.head.logits(), whole, rtol=1e-4, atol=1e-4)

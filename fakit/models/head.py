@@ -49,7 +49,7 @@ def find_finish(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Tensor])
     Asked of the model itself, once: it answers two tokens of `inputs` as it always does, and the answer is compared with the head's.
     """
     if model not in _finishes:
-        few = {k: v[(slice(1), slice(2))[: v.dim()]] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        few = {name: _two_tokens(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         seen: list[Tensor] = []
         handle = head.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
@@ -59,6 +59,11 @@ def find_finish(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Tensor])
             handle.remove()
         _finishes[model] = _explained(seen, logits, model.config.get_text_config())
     return _finishes[model]
+
+
+def _two_tokens(value: Tensor) -> Tensor:
+    """The first row's first two tokens of an input (B,), (B, T), (B, T, d), or of a mask (B, 1, T, T)."""
+    return value[:1, :, :2, :2] if value.dim() == 4 else value[(slice(1), slice(2))[: value.dim()]]
 
 
 def _explained(seen: list[Tensor], logits: Tensor | None, config) -> tuple[bool, Callable | None]:
