@@ -21,8 +21,10 @@ class MapCost:
         features: elements compared, P·B·T·d_T.
         attention: elements compared, A·B·H·T², computed in blocks and never held at once; H the student's heads, or the
             common number after grouping.
-        kept: bytes of teacher tensors kept until the loss: (B·T·d_T a hidden state + 3·B·T·d_T for queries, keys and values) · bytes.
-        projections: parameters of the linear maps d_S → d_T, P·d_S·d_T where the widths differ, else 0.
+        kept: bytes of teacher tensors kept until the loss: (B·T·d_T a hidden state + 3·B·T·d_T for queries, keys and values) · bytes;
+            less where several query heads share their keys and values.
+        projections: parameters of the linear maps d_S → d_T, P·d_S·d_T where the widths differ, else 0. A random map has one for
+            every pair that it may draw.
         flops: extra matrix products of a training step, a multiply-add being 2: 6·B·T·d_S·d_T a projection (forward and both
             gradients), 2·B·T²·(3·d_S + d_T) an attention pair (both sides' scores, gradients of the student's queries and keys).
         teacher_flops: a forward pass through these blocks for comparison, each 24·B·T·d_T² + 4·B·T²·d_T (feed-forward 4·d_T).
@@ -99,14 +101,14 @@ def map_cost(
     if widths is None:
         return MapCost(*counts, *[None] * 6)
     (d_s, d_t), B, T = widths, batch, tokens
-    projections = P * d_s * d_t if d_s != d_t else 0
+    projection = d_s * d_t if d_s != d_t else 0
     return MapCost(
         *counts,
         features=P * B * T * d_t,
         attention=None if heads is None else A * B * min(heads) * T**2,
         kept=element_bytes * B * T * d_t * (hidden + 3 * attention_layers),
-        projections=projections,
-        flops=6 * B * T * projections + A * 2 * B * T**2 * (3 * d_s + d_t),
+        projections=len(layer_map.possible_pairs()) * projection,
+        flops=6 * B * T * P * projection + A * 2 * B * T**2 * (3 * d_s + d_t),
         teacher_flops=counts[2] * (24 * B * T * d_t**2 + 4 * B * T**2 * d_t),
     )
 

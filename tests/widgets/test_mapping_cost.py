@@ -8,7 +8,13 @@ from fakit import Attention, Features, LayerMap, Objective, capture
 from fakit.evaluation.cost import count_flops, forward_flops
 from fakit.widgets.mapping_cost import amount, map_cost
 
-MAPS = [LayerMap.uniform(3, 6), LayerMap([(0, 0), (1, 2), (1, 5)]), LayerMap.all_to_one(3, 6, 4), LayerMap.none()]
+MAPS = [
+    LayerMap.uniform(3, 6),
+    LayerMap([(0, 0), (1, 2), (1, 5)]),
+    LayerMap.all_to_one(3, 6, 4),
+    LayerMap.random(3, 6),
+    LayerMap.none(),
+]
 
 
 def model(layers, width, heads):
