@@ -9,6 +9,7 @@ from fakit.figures.map_gallery import layer_map_gallery
 from fakit.figures.maps import layer_map
 from fakit.figures.quantization import quantization_by_layer
 from fakit.figures.results import paired_differences, pareto, retention, scores_by_arm, weight_sensitivity
+from fakit.figures.rogue import rogue_scrub
 from fakit.figures.runs import runs_overview
 from fakit.figures.similarity import bias_curve, rogue_dimensions, similarity_heatmap, similarity_panels
 from fakit.figures.similarity_steps import similarity_over_steps
@@ -38,6 +39,7 @@ __all__ = [
     "reliability",
     "retention",
     "rogue_dimensions",
+    "rogue_scrub",
     "rollout",
     "runs_overview",
     "scores_by_arm",

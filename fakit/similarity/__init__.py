@@ -17,8 +17,10 @@ from .attention import (
     sink_share,
 )
 from .cka import cka, cka_matrix, hsic
+from .estimators import compare_estimators
 from .measures import RogueDimensions, cknna, mutual_knn, procrustes, pwcca, rogue_dimensions, rsa, svcca
 from .results import Similarity, SimilarityMatrix
+from .rogue import RogueScrub, scrub_rogue
 from .streaming import MinibatchCKA, StreamingCKA
 from .uncertainty import LayerComparison, compare, compare_layers
 
@@ -27,6 +29,7 @@ __all__ = [
     "LayerComparison",
     "MinibatchCKA",
     "RogueDimensions",
+    "RogueScrub",
     "Similarity",
     "SimilarityMatrix",
     "StreamingCKA",
@@ -37,6 +40,7 @@ __all__ = [
     "cka_matrix",
     "cknna",
     "compare",
+    "compare_estimators",
     "compare_layers",
     "head_distance",
     "hsic",
@@ -48,6 +52,7 @@ __all__ = [
     "pwcca",
     "rogue_dimensions",
     "rsa",
+    "scrub_rogue",
     "sink_share",
     "svcca",
 ]

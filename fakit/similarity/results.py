@@ -78,7 +78,7 @@ class SimilarityMatrix:
         n: rows of one draw (= sequences), or all pooled rows.
         clusters: sequences; None where each row is an example of its own.
         student_numbers, teacher_numbers: layer numbers of the rows and columns.
-        draws, permutations, bootstrap, level, pooled: how it was made.
+        draws, permutations, bootstrap, level, pooled, kernel: how it was made.
         warnings: sentences to read before quoting a value.
     """
 
@@ -96,6 +96,7 @@ class SimilarityMatrix:
     bootstrap: int = 0
     level: float = 0.95
     pooled: bool = False
+    kernel: str = "linear"
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -133,7 +134,8 @@ class SimilarityMatrix:
         rows = f"{self.n} rows" if self.clusters is None else f"{self.clusters} sequences"
         if self.pooled:
             rows = f"{self.n} pooled tokens of {self.clusters} sequences"
-        parts = [f"CKA, {self.estimator}, {rows}"]
+        kernel = "" if self.kernel == "linear" else f" ({self.kernel.upper()} kernel)"
+        parts = [f"CKA{kernel}, {self.estimator}, {rows}"]
         if self.clusters is not None and not self.pooled:
             parts.append(f"one token a sequence, mean of {self.draws} draws")
         if self.bootstrap:

@@ -18,7 +18,18 @@ import torch
 from torch import Tensor
 
 from .cka import cka, cluster_labels, draw_rows, paired_matrices
-from .hsic import above_rounding, centre, centred_gram, check_estimator, gram_scale, paired_rows, ratio, standardise
+from .hsic import (
+    above_rounding,
+    centre,
+    centred_gram,
+    check_estimator,
+    gram_scale,
+    median_distance,
+    paired_rows,
+    ratio,
+    rbf_gram,
+    standardise,
+)
 from .results import Similarity, SimilarityMatrix
 
 
@@ -84,12 +95,19 @@ class LayerComparison:
         level: float = 0.95,
         student_numbers: Sequence[int] | None = None,
         teacher_numbers: Sequence[int] | None = None,
+        kernel: str = "linear",
+        bandwidth: float = 1.0,
     ) -> SimilarityMatrix:
         """Values, null band and interval of all pairs. Memory: one n × n matrix a layer.
 
+        Args:
+            kernel: ``"linear"`` or ``"rbf"``, whose bandwidth is given in median distances of a layer's kept tokens.
+
         Raises:
-            ValueError: no or too few sequences, or layer numbers that do not fit the layers.
+            ValueError: no or too few sequences, an unknown kernel, or layer numbers that do not fit the layers.
         """
+        if kernel not in ("linear", "rbf"):
+            raise ValueError(f"kernel {kernel!r} is unknown: choose 'linear' or 'rbf'")
         if not self._kept:
             raise ValueError("no batch yet: call update(student_layers, teacher_layers, mask) first")
         lengths = torch.cat(self._lengths)
@@ -128,10 +146,18 @@ class LayerComparison:
             features = [list(x.unbind(1)) for x in layers]
         rows = features[0][0].shape[0]
 
+        sigmas = [bandwidth * median_distance(x.flatten(0, 1), "a layer") for x in layers] if kernel == "rbf" else []
         total: list[Tensor] = []
         for draw in range(len(features[0])):
             centred = [centre(f[draw]) for f in features]
-            grams = torch.stack([x @ x.T for x in centred])  # (S + T, rows, rows)
+            if kernel == "rbf":
+                grams = torch.stack([rbf_gram(x, sigma) for x, sigma in zip(centred, sigmas, strict=True)])
+                if (
+                    estimator == "debiased"
+                ):  # weights of the bootstrap are no longer equal: what a row alone has goes before
+                    grams = centred_gram(grams, estimator)
+            else:
+                grams = torch.stack([x @ x.T for x in centred])  # (S + T, rows, rows)
             new = [
                 *_sums(grams, self._split, orders, estimator),
                 *_bootstrap_sums(grams, self._split, weights, estimator),
@@ -170,6 +196,7 @@ class LayerComparison:
             bootstrap=bootstrap,
             level=level,
             pooled=self.pooled,
+            kernel=kernel,
             warnings=tuple(warnings),
         )
 

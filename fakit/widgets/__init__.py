@@ -11,25 +11,30 @@ from fakit.widgets.mapping_board import MappingBoard, mapping_board
 from fakit.widgets.panel import Panel
 from fakit.widgets.planner import MemoryPlanner, memory_planner
 from fakit.widgets.run_browser import RunBrowser, run_browser
+from fakit.widgets.similarity import EstimatorSwitch, RogueScrubber, estimator_switch, rogue_scrubber
 from fakit.widgets.temperature import TemperatureExplorer, temperature_explorer
 from fakit.widgets.weights import LossWeights, loss_weights
 
 __all__ = [
     "AttentionViewer",
     "Cockpit",
+    "EstimatorSwitch",
     "LossLaboratory",
     "LossWeights",
     "MappingBoard",
     "MemoryPlanner",
     "Panel",
+    "RogueScrubber",
     "RunBrowser",
     "TemperatureExplorer",
     "attention_viewer",
     "cockpit",
+    "estimator_switch",
     "loss_laboratory",
     "loss_weights",
     "mapping_board",
     "memory_planner",
+    "rogue_scrubber",
     "run_browser",
     "temperature_explorer",
 ]

@@ -111,6 +111,10 @@ def examples() -> dict[str, draw.Figure]:
         "similarity_steps": draw.similarity_over_steps([0, 20, 40, 60], {"S1 and T2": [0.97, 0.96, 0.97, 0.98], "S2 and T4": [0.7, 0.8, 0.86, 0.88], "S3 and T6": [0.4, np.nan, 0.7, 0.8]}),
         "bias": draw.bias_curve(n, biased, 0.01 * rng.normal(size=(20, 7))),
         "rogue": draw.rogue_dimensions(shares),
+        "rogue_scrub": draw.rogue_scrub(
+            {"S1 and T2": [0.97, 0.72, 0.6, 0.58], "S3 and T6": [0.5, 0.52, np.nan, 0.5]},
+            {"S1": [0, 0.31, 0.4, 0.42], "T2": [0, 0.3, 0.38, 0.41], "S3": [0, 0.02, 0.03, 0.05], "T6": [0, 0.01, 0.02, 0.03]}, 1,
+        ),
         "attention": draw.attention_pair(teacher, student, TOKENS),
         "attention_causal": draw.attention_pair(
             np.tril(teacher) / np.tril(teacher).sum(1, keepdims=True), np.tril(student) / np.tril(student).sum(1, keepdims=True),

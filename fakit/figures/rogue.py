@@ -1,0 +1,86 @@
+"""Rogue dimensions under a slider: similarity and variance against how many of them lost their say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fakit.figures.drawing import axis_id, canvas, check_keys, panel_title, panels
+from fakit.figures.figure import Figure
+from fakit.figures.theme import ROLES, TEXT, model_role
+
+
+def rogue_scrub(
+    cka: Mapping[str, Sequence[float]],
+    shares: Mapping[str, Sequence[float]],
+    k: int,
+    mode: str = "drop",
+    title: str = "Without the largest dimensions",
+) -> Figure:
+    """Two panels over the number of dimensions taken care of: CKA of pairs of layers, and the variance these dimensions carry.
+
+    Args:
+        cka: name of a pair ("S3 and T6") → (K + 1,), CKA with 0 … K dimensions dropped or z-scored; NaN is a gap.
+        shares: layer (T6, S3 …) → (K + 1,), the variance share of its 0 … K largest dimensions.
+        k: where one stands, 0 … K; marked by a line.
+        mode: what was done to them, "drop" or "z-score".
+        title: short title.
+
+    Raises:
+        ValueError: nothing to draw, arrays of other lengths than each other, or a k beyond them.
+    """
+    check_keys(cka, "rogue_scrub: cka")
+    check_keys(shares, "rogue_scrub: shares")
+    lengths = {len(line) for line in (*cka.values(), *shares.values())}
+    if len(lengths) > 1 or not 0 <= k < max(lengths):
+        raise ValueError(
+            f"rogue_scrub draws lines of one length that reach k; found lengths {sorted(lengths)} and k = {k}"
+        )
+    steps = list(range(max(lengths)))
+    done = {"drop": "dropped", "z-score": "z-scored"}.get(mode, mode)
+    figure = canvas(title, (960, 400), {"t": 100, "b": 60}, legend={"y": 1.08})
+    left, right = panels(2, 0.1)
+    figure.update_layout(
+        xaxis={"domain": left, "anchor": "y"},
+        xaxis2={"domain": right, "anchor": "y2"},
+        yaxis={"anchor": "x", "title": {"text": "CKA"}, "range": (min(0, *(_least(line) for line in cka.values())) * 1.1, 1.02)},
+        yaxis2={"anchor": "x2", "title": {"text": "share of variance (%)"}, "range": (0, 101)},
+    )  # fmt: skip
+    for position, (name, line) in enumerate(cka.items()):
+        role = ROLES[(position + 3) % len(ROLES)]  # neither the teacher's nor the student's: a pair is both
+        hover = f"{name}<br>%{{x}} {done}: CKA %{{y:.3f}}<extra></extra>"
+        figure.add_scatter(x=steps, y=list(line), name=name, mode="lines+markers", line=role.line(), marker=role.marker(7), hovertemplate=hover)  # fmt: skip
+    symbols = ("circle", "diamond", "square", "triangle-up", "cross", "x")
+    for position, (name, line) in enumerate(shares.items()):
+        role = model_role(name)
+        figure.add_scatter(
+            x=steps,
+            y=[100 * share for share in line],
+            name=name,
+            mode="lines+markers",
+            line=role.line(1.6),
+            marker=role.marker(7, symbol=symbols[position % len(symbols)]),
+            hovertemplate=f"{name}<br>the largest %{{x}}: %{{y:.1f}} % of the variance<extra></extra>",
+            xaxis="x2",
+            yaxis="y2",
+        )
+    for number, heading in enumerate(("similarity", "variance carried by them")):
+        x, y = axis_id("x", number), f"{axis_id('y', number)} domain"
+        line = {"color": TEXT, "width": 2, "dash": "dot"}
+        figure.add_shape(type="line", x0=k, x1=k, y0=0, y1=1, xref=x, yref=y, line=line)
+        panel_title(figure, number, heading)
+    figure.update_xaxes(
+        title=f"largest dimensions {done}", range=(-0.3, steps[-1] + 0.3), dtick=max(1, len(steps) // 10)
+    )
+    said = [
+        f"{name} {line[0]:.2f} → {line[k]:.2f}" for name, line in cka.items() if np.isfinite([line[0], line[k]]).all()
+    ]
+    worst = max(shares, key=lambda name: shares[name][k])
+    summary = f"With the {k} largest dimensions of each layer {done}: CKA {', '.join(said) or 'undefined'}; "
+    return Figure(figure, summary + f"in {worst} they carry {100 * shares[worst][k]:.1f} % of the variance.")
+
+
+def _least(line: Sequence[float]) -> float:
+    finite = [value for value in line if np.isfinite(value)]
+    return min(finite, default=0.0)
