@@ -54,6 +54,16 @@ viewer = attention_viewer(*seen, tokens, layer_map=LayerMap.uniform(3, 6), speci
 viewer.teacher_layer, viewer.teacher_head, viewer.cursor = 4, 8, (5, 3)
 viewer
 """,
+    "planner": """
+from fakit.teaching import setup
+from fakit.widgets import memory_planner
+
+setup()
+planner = memory_planner("Llama-3.1-8B", layers=8, batch=16, seq=512, memory="A100 40GB", quantize="8bit")
+planner.width.value = 2048
+planner.changes.value = True
+planner
+""",
 }
 CELLS["cockpit"] = """
 import tempfile
@@ -79,7 +89,7 @@ trainer = DistillationTrainer(
 )
 session = TrainSession(
     trainer, tokenizer(task.validation["text"][:32], padding=True, truncation=True, max_length=48, return_tensors="pt"),
-    task.validation["text"][40:43], tokenizer, task.label_names, look_every=5,
+    sorted(task.validation["text"][:60], key=len)[20:23], tokenizer, task.label_names, look_every=5,
 )
 cockpit(session)
 """
@@ -101,6 +111,7 @@ def _fly(page: Page, output: Locator) -> None:
 
 ACTIONS: dict[str, Callable[[Page, Locator], None]] = {
     "cockpit": _fly,
+    "planner": lambda page, output: page.set_viewport_size({"width": 1280, "height": 1200}),  # all of it
     "mapping_board": lambda page, output: output.get_by_role("button", name="student layer 2").click(),
 }
 

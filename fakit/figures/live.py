@@ -178,12 +178,12 @@ def _matrix(values: np.ndarray, pairs: Sequence[tuple[int, int]], place: tuple[f
                 f'<rect x="{at:.1f}" y="{top:.1f}" width="{cell:.2f}" height="{cell:.2f}" fill="{colours[i * columns + j]}">'
                 f"<title>S{i} and T{j}: CKA {values[i, j]:.3f}</title></rect>"
             )
-            if cell >= 22:
+            if cell >= 21:
                 ink = "#111" if shown[i, j] > 0.55 else "#fff"
                 parts.append(
                     _text(at + cell / 2, top + cell / 2 + 4, _short(values[i, j]), anchor="middle", colour=ink)
                 )
-    every = max(1, math.ceil(22 / cell))  # layers between two names
+    every = max(1, math.ceil(20 / cell))  # layers between two names
     parts += [_text(left - 6, bottom - (i + 0.5) * cell + 4, f"S{i}", anchor="end") for i in range(0, rows, every)]
     parts += [_text(left + (j + 0.5) * cell, bottom + 16, f"T{j}", anchor="middle") for j in range(0, columns, every)]
     for i, j in pairs:
