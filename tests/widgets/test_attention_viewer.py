@@ -245,6 +245,8 @@ def test_the_teacher_alone_has_one_map_and_no_student():
     viewer = attention_viewer(TEACHER, tokens=[TOKENS, TOKENS], mask=MASK)
     assert viewer.sides == ["teacher"] and viewer.student_page == b"" and viewer.student_layer is None
     assert "student" not in viewer._repr_mimebundle_()[0]["text/plain"]
+    (drawn,) = [trace for trace in viewer.figure.plotly.data if trace.type == "heatmap"]
+    assert np.allclose(drawn.z[:6, :6], TEACHER[5, 0, 0, :6, :6]) and np.isnan(drawn.z[7]).all()
     with pytest.raises(ValueError, match="shows no student"):
         viewer.student_layer = 1
 
