@@ -1,7 +1,8 @@
 """What the planner says beside what a training step takes: peak resident memory of a fresh process, and torch's count of FLOPs.
 
-python -m benchmarks.planner                    every case, a table
-python -m benchmarks.planner --case NAME        one case measured in this process; prints JSON
+python -m benchmarks.planner                          every case; the table goes to reports/bench/planner.md, too
+python -m benchmarks.planner --only base,llama        these
+python -m benchmarks.planner --case base              one case measured in this process; prints JSON
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -20,6 +22,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from benchmarks.measure import _resident, run_json
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture, load_teacher, shrink
+from fakit.evaluation.cost import count_flops
+from fakit.planner import Plan, plan
 
 AUTO = {
     "causal-lm": transformers.AutoModelForCausalLM,
@@ -95,7 +99,11 @@ CASES = {
 
 
 def measure(name: str) -> dict[str, float]:
-    """{"bytes"}: peak resident memory above that of the process before any model was made, over a second training step."""
+    """{"bytes", "flops"} of a step.
+
+    Bytes: the peak of resident memory over a second training step, optimiser included, above what the process had before any model was
+    made. FLOPs by torch's counter; NaN with a quantised teacher, whose kernels it does not see.
+    """
     case = CASES[name]
     options = {"dtype": "fp32", "terms": ("features", "attention", "outputs", "task")} | case.options
     task, mixed = options["task"], options["dtype"] == "bf16"
@@ -116,7 +124,11 @@ def measure(name: str) -> dict[str, float]:
         _step(teacher, student, objective, batch, mixed)
         optimizer.step()
         optimizer.zero_grad()
-    return {"bytes": 1024 * (_resident("VmHWM") - baseline)}
+    measured = 1024 * (_resident("VmHWM") - baseline)
+    flops = math.nan
+    if not options.get("quantize"):
+        flops = count_flops(lambda: _step(teacher, student, objective, batch, mixed))
+    return {"bytes": measured, "flops": flops}
 
 
 def _step(teacher, student, objective, batch, mixed: bool) -> None:
@@ -191,48 +203,56 @@ def _warm_up(task: str, options: dict) -> None:
     optimizer.step()
 
 
-def predict(name: str) -> dict[str, int]:
-    """part → bytes, from the configuration."""
-    from fakit.planner.step import Setup, simulate
-
+def predict(name: str) -> Plan:
+    """The plan of a case, for the CPU, from its configuration."""
     case = CASES[name]
-    options = {"dtype": "fp32"} | case.options
-    config = case.config()
-    layers, _, width = case.student.partition("x")
-    text = json.dumps(config.to_diff_dict() | {"model_type": config.model_type})
-    step = simulate(
-        Setup(
-            text,
-            layers=int(layers),
-            width=int(width) if width else None,
-            batch=case.batch,
-            seq=case.seq,
-            accelerator=False,
-            **options,
-        )
+    return plan(case.config(), case.student, case.batch, case.seq, device="cpu", **{"dtype": "fp32"} | case.options)
+
+
+def row(name: str) -> str:
+    """One line of the table: planned, measured, and by how much the plan is off."""
+    found = predict(name)
+    measured = run_json([sys.executable, "-m", "benchmarks.planner", "--case", name])
+    fixed = sum(found.memory.get(part, 0) for part in ("teacher weights", "student weights", "optimiser state"))
+    off, above = found.peak / measured["bytes"], (found.peak - fixed) / (measured["bytes"] - fixed)
+    flops = found.flops / measured["flops"] - 1
+    case = CASES[name]
+    cells = (
+        f"{name}: {case.model}, {case.teacher_layers} → {case.student}, {case.batch} × {case.seq}",
+        f"{found.peak / 2**20:.0f}",
+        f"{measured['bytes'] / 2**20:.0f}",
+        f"{off - 1:+.1%}",
+        f"{above - 1:+.1%}",
+        "–" if math.isnan(flops) else f"{flops:+.2%}",
     )
-    return step.memory
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = """| case: teacher, layers → student, batch × length | planned MiB | measured MiB | off | without weights and optimiser | FLOPs off |
+|---|---:|---:|---:|---:|---:|"""
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure one case here, or print and write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__)
-    parser.add_argument("--case", choices=CASES)
-    parser.add_argument("--only")
+    parser.add_argument("--case", choices=CASES, help="measure this case in this process")
+    parser.add_argument("--only", metavar="NAME,…", help=f"only these, of {', '.join(CASES)}")
+    parser.add_argument("--out", type=Path, default=Path("reports/bench/planner.md"), help="(%(default)s)")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     if args.case:
         print(json.dumps(measure(args.case)))
         return
-    for name in args.only.split(",") if args.only else CASES:
-        parts = predict(name)
-        measured = run_json([sys.executable, "-m", "benchmarks.planner", "--case", name])["bytes"]
-        said = sum(parts.values())
-        fixed = sum(parts.get(k, 0) for k in ("teacher weights", "student weights", "optimiser state"))
-        print(
-            f"{name:18} {said / 2**20:8.0f} {measured / 2**20:8.0f} {said / measured - 1:+.1%}   above fixed {(said - fixed) / (measured - fixed) - 1:+.1%}",
-            {k: v >> 20 for k, v in parts.items()},
-            flush=True,
-        )
+    names = list(CASES) if args.only is None else args.only.split(",")
+    if unknown := [name for name in names if name not in CASES]:
+        raise ValueError(f"no case is called {', '.join(unknown)}; the cases are {', '.join(CASES)}.")
+    print(HEAD, flush=True)
+    lines = []
+    for name in names:
+        lines.append(row(name))
+        print(lines[-1], flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join([HEAD, *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,30 @@ session = TrainSession(
 )
 cockpit(session)
 """
+CELLS["loss_laboratory"] = """
+from torch.utils.data import DataLoader
+from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, shrink
+from fakit.tasks import embedded_teacher, load_task
+from fakit.teaching import setup
+from fakit.widgets import loss_laboratory
+
+setup()
+task = load_task("glosses")
+teacher, tokenizer = embedded_teacher("glosses")
+student = shrink(teacher, layers=3)
+student.get_input_embeddings().requires_grad_(False)
+rows = DataLoader(task.encode("train", tokenizer, 48).select(range(16)), 16, collate_fn=task.collator(tokenizer))
+objective = Objective(LayerMap.uniform(3, 6), Features("mse"), Attention("kl"), Outputs("forward_kl", temperature=2.0), Task())
+loss_laboratory(objective, teacher, student, list(rows))
+"""
+CELLS["run_browser"] = """
+from fakit.tasks import data_dir
+from fakit.widgets import run_browser
+
+browser = run_browser(data_dir() / "recorded" / "study", task="glosses")
+browser.selected = browser.frame().query("arm in ('all', 'none')")["run_id"].tolist()
+browser
+"""
 
 
 def _fly(page: Page, output: Locator) -> None:
@@ -109,8 +133,18 @@ def _fly(page: Page, output: Locator) -> None:
     page.wait_for_timeout(1000)
 
 
+def _balance(page: Page, output: Locator) -> None:
+    """All four panels and the table, and the balance with its formula."""
+    page.set_viewport_size({"width": 1440, "height": 1500})
+    output.get_by_role("button", name="balance").click()
+    output.get_by_text("w_features = ").wait_for()
+    page.wait_for_timeout(1000)
+
+
 ACTIONS: dict[str, Callable[[Page, Locator], None]] = {
     "cockpit": _fly,
+    "loss_laboratory": _balance,
+    "run_browser": lambda page, output: page.set_viewport_size({"width": 1440, "height": 1200}),
     "planner": lambda page, output: page.set_viewport_size({"width": 1280, "height": 1200}),  # all of it
     "mapping_board": lambda page, output: output.get_by_role("button", name="student layer 2").click(),
 }

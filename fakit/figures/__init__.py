@@ -7,6 +7,7 @@ from fakit.figures.gradients import term_pulls
 from fakit.figures.map_experiment import map_experiment
 from fakit.figures.map_gallery import layer_map_gallery
 from fakit.figures.maps import layer_map
+from fakit.figures.plan import memory_plan
 from fakit.figures.quantization import quantization_by_layer
 from fakit.figures.results import paired_differences, pareto, retention, scores_by_arm, weight_sensitivity
 from fakit.figures.rogue import rogue_scrub
@@ -33,6 +34,7 @@ __all__ = [
     "loss_curves",
     "map_experiment",
     "memory_bars",
+    "memory_plan",
     "paired_differences",
     "pareto",
     "quantization_by_layer",

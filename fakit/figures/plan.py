@@ -65,16 +65,9 @@ def memory_plan(
             marker={"color": colour, "pattern": pattern(shape, colour), "line": {"width": 0}},
             hovertemplate=f"%{{y}}, {kind}: %{{x:.3g}} GB<extra></extra>",
         )
-    for place, name in enumerate(names):
-        note(
-            figure,
-            f"{totals[name] / GB:.3g} GB",
-            totals[name] / GB,
-            place,
-            xanchor="left",
-            xshift=6,
-            font={"size": SMALL, "color": TEXT},
-        )
+    for place, name in enumerate(names):  # in a column of their own, where no line runs through them
+        total, letters = f"{totals[name] / GB:.3g} GB", {"size": SMALL, "color": TEXT}
+        note(figure, total, 1, place, xref="x domain", xanchor="left", xshift=8, font=letters)
     lines = [(size, name, "dot", 1.2) for name, size in _spread(cards or {}, limit, top)]
     for size, name, dash, width in [*lines, (limit, limit_name, "dash", 2.4)]:
         line = {"color": TEXT, "width": width, "dash": dash}

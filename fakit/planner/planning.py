@@ -176,7 +176,7 @@ class Plan:
             yield "Not even a batch of one row fits."
         if not self.fits:
             for name, plan in self.changes:
-                yield f"{name}: {plan.peak / GB:.3g} GB, {'fits' if plan.fits else 'does not fit'}."
+                yield f"{name[0].upper()}{name[1:]}: {plan.peak / GB:.3g} GB, {'fits' if plan.fits else 'does not fit'}."
 
     def figure(self, changes: bool | None = None) -> Figure:
         """Memory by part against the cards.
@@ -352,7 +352,7 @@ def describe(setup: Setup) -> str:
     """The set-up in a few words: student, batch, length, and what is out of the ordinary."""
     depth = setup.layers if isinstance(setup.layers, int) else len(setup.layers)
     student = f"{depth} layers" + (f" × {setup.width}" if setup.width else "")
-    rest = [setup.quantize and f"{setup.quantize} teacher", setup.checkpointing and "checkpointing"]
+    rest = [setup.quantize and f"{setup.quantize[0]}-bit teacher", setup.checkpointing and "checkpointing"]
     return ", ".join([student, f"batch {setup.batch} × {setup.seq}", *(word for word in rest if word)])
 
 

@@ -171,6 +171,13 @@ def examples() -> dict[str, draw.Figure]:
              "8-bit teacher": {"teacher": 7.6e9, "student": 14e9, "gradients": 14e9, "optimiser": 28e9, "activations": 6e9},
              "4-bit teacher": {"teacher": 4.1e9, "student": 14e9, "gradients": 14e9, "optimiser": 28e9, "activations": 6e9}}, limit=80e9,
         ),
+        "plan": draw.memory_plan(
+            {"as asked": {"teacher weights": 9e9, "teacher activations": 1e9, "captured traces": 1.1e9, "student weights": 4e9,
+                          "student activations": 11e9, "gradients": 3e9, "optimiser state": 8e9, "losses": 5e9, "overhead": 1.5e9},
+             "gradient checkpointing": {"teacher weights": 9e9, "captured traces": 1.1e9, "student weights": 4e9,
+                                        "student activations": 3e9, "optimiser state": 8e9, "losses": 5e9, "overhead": 1.5e9}},
+            40e9, "A100 40GB", {"RTX 3060": 12e9, "T4": 16e9, "L4": 24e9, "H100": 80e9}, title="Llama-3.1-8B → 8 layers × 2048",
+        ),
     }  # fmt: skip
 
 

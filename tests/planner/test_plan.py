@@ -74,7 +74,7 @@ def test_changes_save_memory_and_say_whether_they_suffice(small):
     assert {"gradient checkpointing", f"batch {small.largest_batch}", "8-bit teacher", "4-bit teacher"} <= set(changes)
     assert all(found.peak < small.peak for found in changes.values())
     advice = " ".join(small.advice())
-    assert f"batch {small.largest_batch}:" in advice and "fits" in advice
+    assert f"Batch {small.largest_batch}:" in advice and "fits" in advice
     assert plan("Llama-3.1-70B", "4x1024", 1, 64, memory="12GB").largest_batch == 0
 
 
