@@ -69,7 +69,7 @@ class Cockpit(widgets.VBox):
         self.sentence = self.svg = ""
         for name, slider in self._controls().items():
             slider.observe(self._moved(name), "value")
-        self.view.observe(lambda change: self._draw_curves(), "value")
+        self.view.observe(lambda change: self._draw({"curve"}), "value")
         below = widgets.HBox([self._table, self._log], layout={"flex_flow": "row wrap", "grid_gap": "12px 28px"})
         super().__init__(
             [
