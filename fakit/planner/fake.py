@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -163,17 +164,28 @@ def loops_of(accelerator: bool, ledger: Ledger) -> Iterator[None]:
     """Inside, losses that go block by block take the block sizes of the device that is planned for, and two blocks stand for all.
 
     Fake tensors are CPU tensors (torch without CUDA makes no others), so an accelerator's sizes are put in the place of the CPU's. Blocks are
-    alike: the last two are run, their memory is that of every other pair, and their FLOPs count for all.
+    alike: the last two are run, their memory is that of every other pair, and their FLOPs count for all. Another thread, which may be
+    training meanwhile, sees the losses as they are.
     """
+    here, blocks, find_head = threading.get_ident(), streamed._blocks, capture.find_head
+
+    def planned() -> bool:
+        return threading.get_ident() == here
 
     def rows(student, teacher):
-        every = list(blocks(student, teacher))
+        if not planned():
+            yield from blocks(student, teacher)
+            return
+        with mock.patch.object(
+            streamed, "_BLOCK_CPU", streamed._BLOCK_ACCELERATOR if accelerator else streamed._BLOCK_CPU
+        ):
+            every = list(blocks(student, teacher))
         areas = [sum((end - start) * keys for start, end, keys in some) for some in (every, every[-2:])]
         yield from repeated(every[-2:], areas[0] / areas[1])
 
     def chunks(*bounds):
         every = range(*bounds)
-        if len(bounds) < 3 or len(every) < 3:
+        if not planned() or len(bounds) < 3 or len(every) < 3:
             return every
         return repeated(every[-2:], every.stop / (every.stop - every[-2]))  # the last chunk is shorter
 
@@ -182,14 +194,16 @@ def loops_of(accelerator: bool, ledger: Ledger) -> Iterator[None]:
         yield from some
         ledger.repeat = 1.0
 
-    blocks = streamed._blocks
-    with ExitStack() as stack:
-        if accelerator:
-            stack.enter_context(mock.patch.object(chunked, "_ELEMENTS", {}))
-            stack.enter_context(mock.patch.object(streamed, "_BLOCK_CPU", streamed._BLOCK_ACCELERATOR))
-        stack.enter_context(mock.patch.object(streamed, "_blocks", rows))
-        stack.enter_context(mock.patch.object(chunked, "range", chunks, create=True))
-        stack.enter_context(mock.patch.object(capture, "find_head", _find_head))
+    class Elements(dict):
+        def get(self, kind, otherwise):
+            return otherwise if accelerator and planned() else super().get(kind, otherwise)
+
+    with (
+        mock.patch.object(chunked, "_ELEMENTS", Elements(chunked._ELEMENTS)),
+        mock.patch.object(chunked, "range", chunks, create=True),
+        mock.patch.object(streamed, "_blocks", rows),
+        mock.patch.object(capture, "find_head", lambda model: (_find_head if planned() else find_head)(model)),
+    ):
         yield
 
 

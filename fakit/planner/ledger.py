@@ -46,9 +46,7 @@ class Ledger(TorchDispatchMode):
         self.repeat = 1.0
         self._alive: dict[int, tuple[weakref.ref, int, str]] = {}  # address of a storage → (itself, number, phase)
         self._sizes: list[int] = []  # by number of a storage
-        self._false = (
-            WeakIdKeyDictionary()
-        )  # masks that are known to be False everywhere; others count as True everywhere
+        self._false = WeakIdKeyDictionary()  # masks known to be False everywhere; others count as True everywhere
         self._events: list[tuple[int, int]] = []  # (number of a storage, its bytes at birth, minus them at its end)
         self._phases: list[str] = []  # by number of a storage
         self._moved: dict[int, list[tuple[int, str]]] = {}  # number of a storage → (from this event on, booked as this)

@@ -156,7 +156,7 @@ def _booked(ledger: Ledger, logical, depths, teacher, student, trainable) -> Ste
     found = ledger.peak()
     # gradients of activations, and under checkpointing activations made again
     found["student activations"] = found.get("student activations", 0) + found.pop("backward", 0)
-    found["optimiser state"] = found.get("optimiser state", 0) + found.pop("optimizer step", 0)
+    found["optimiser state"] = found.get("optimiser state", 0) + found.pop("optimiser step", 0)
     phases = {"teacher forward": "teacher activations", "student forward": "student activations"}
     phases |= {"losses": "losses", "backward": "backward"}
     single = {name: float(ledger.flops[phase, "single"]) for name, phase in phases.items()}

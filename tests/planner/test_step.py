@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
@@ -168,3 +170,37 @@ def test_nothing_of_the_kit_stays_changed(models):
     plan(LARGE, 2, 4, 32, task="masked-lm")
     assert (chunked._ELEMENTS, streamed._BLOCK_CPU, streamed._blocks) == before
     assert "range" not in vars(chunked)
+
+
+def test_another_thread_computes_its_losses_meanwhile(models):
+    """Planning takes the losses' loops apart; a training thread must not notice."""
+    from torch.nn import functional as F
+
+    from fakit.planner.fake import loops_of
+    from fakit.planner.ledger import Ledger
+
+    hidden, weight = torch.randn(2_000, 8), torch.randn(9_000, 8)  # several chunks
+    query, key = torch.randn(2, 4, 4, 512, 16)  # several blocks
+    found = []
+
+    def losses() -> None:
+        outputs = chunked.fused_outputs(hidden, weight, None, hidden.flip(0), weight, None, None)[1]
+        found.append((outputs.item(), streamed.streamed_map_kl(query, key, key, query).item()))
+
+    losses()
+    with loops_of(True, Ledger()):
+        thread = threading.Thread(target=losses)
+        thread.start()
+        thread.join()
+        losses()  # here, where two blocks stand for all, the sums are others
+    assert found[0] == found[1] and found[0] != found[2]
+    logits = [F.linear(h, weight).log_softmax(-1) for h in (hidden, hidden.flip(0))]
+    assert found[1][0] == pytest.approx(F.kl_div(*logits, log_target=True, reduction="batchmean").item(), rel=1e-4)
+
+
+def test_the_optimisers_own_workspace_counts():
+    weight = torch.nn.Parameter(torch.empty(1_000, 1_000, device="meta"))
+    assert step.step_bytes("adafactor", [weight]) == 8e6 and step.step_bytes("adamw", [weight]) == 0
+    assert step.optimizer_bytes("adafactor", [weight]) == 4 * 2_000
+    found = plan(LARGE, 1, 1, 8, task="masked-lm", optimizer="adafactor", device="cpu", terms=("features",)).memory
+    assert found["optimiser state"] >= 8 * 9_000 * 48  # its step is the peak of so small a batch
