@@ -56,9 +56,18 @@ def debiased(K, L):
 HSIC = ("02_cka_similarity", "s02-ex1-check")
 ORDER = ("02_cka_similarity", "s02-ex2-check")
 CLAIM = ("02_cka_similarity", "s02-ex3-check")
+BUG = ("02_cka_similarity", "s02-bug-check")
 
 
-@pytest.mark.parametrize("where", [HSIC, ORDER, CLAIM], ids=lambda where: where[1])
+def flat(layer):
+    return layer.flatten(0, 1)
+
+
+def sentence_means(layer, mask):
+    return (layer * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("where", [HSIC, ORDER, CLAIM, BUG], ids=lambda where: where[1])
 def test_the_solution_in_the_hints_passes(where):
     task, namespace = exercise(*where)
     result = task.check(solution(task, namespace))
@@ -72,6 +81,12 @@ def test_the_solution_in_the_hints_passes(where):
         (HSIC, lambda K, L: debiased(K, L) * 18, "lacks the division"),
         (HSIC, lambda K, L: debiased(K, L) * 18 / 30, "divided by n(n − 1)"),
         (HSIC, lambda K, L: 1.0, "compare term by term"),
+        (BUG, lambda x, y, mask: cka(flat(x), flat(y)), "still counts padding: 120 rows, of which only 66 are tokens"),
+        (BUG, lambda x, y, mask: cka(flat(x * mask[..., None]), flat(y * mask[..., None])), "keeps its rows"),
+        (BUG, lambda x, y, mask: cka(sentence_means(x, mask), sentence_means(y, mask)), "one mean a sentence"),
+        (BUG, lambda x, y, mask: cka(x[mask], y[mask], "biased"), "has become biased"),
+        (BUG, lambda x, y, mask: 0.5, "your function gives 0.500; of the tokens alone"),
+        (BUG, lambda x, y, mask: cka(x[mask], flat(y)), "x has 66 rows and y has 120"),
         (CLAIM, "a", "no share of information"),
         (CLAIM, "b", "absence of evidence"),
         (CLAIM, "d", "nothing about the quality"),
@@ -89,3 +104,22 @@ def test_rows_in_a_wrong_order_are_told_which():
     assert "shuffles once more" in task.check(sent[shuffle]).message
     assert "(5, 5)" in task.check(sent[:5]).message
     assert "row i is not yet sentence i" in task.check(sent.flip(0)).message
+
+
+@pytest.mark.filterwarnings("ignore:CKA is NaN")
+def test_keeping_the_padding_alone_is_told():
+    task, _ = exercise(*BUG)
+    assert "True in the mask marks the tokens" in task.check(lambda x, y, mask: cka(x[~mask], y[~mask])).message
+
+
+def test_the_planted_bug_is_there_and_the_stub_is_not_done_yet():
+    cells = {c.id: c.source for c in nbformat.read(NOTEBOOKS / "02_cka_similarity.ipynb", as_version=4).cells}
+    planted = cells["s02-bug-code"].split("def padded_further")[0]
+    names = {"cka": cka}
+    exec(planted, names)
+    task, _ = exercise(*BUG)
+    assert "still counts padding" in task.check(names["cka_of_tokens"]).message
+
+    def repaired(x, y, mask): ...
+
+    assert task.check(repaired).status == "not done yet"
