@@ -1,8 +1,10 @@
 """The attention viewer without a browser: bytes, masks, links, what is sent, what is refused."""
 
+import base64
 import doctest
 import json
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -259,6 +261,19 @@ def test_the_file_holds_every_map_of_the_sequence_and_asks_for_nothing(tmp_path)
     assert len(state["pages"]) == layers * 2 * 2  # heads and rollout, with sinks and without
     assert {"1/2", "2/4", "3/6"} <= set(state["matches"])
     assert "http://" not in text and "https://" not in text and "import " not in text.split("<script")[2]
+
+
+def test_a_tight_limit_costs_precision_first_then_the_maps_without_sinks(tmp_path):
+    viewer, sizes, pages = two(), [], []
+    for _ in range(3):
+        path = viewer.to_html(tmp_path / "viewer.html", limit=sizes[-1] - 1 if sizes else 10**6)
+        sizes.append(path.stat().st_size)
+        pages.append(json.loads(path.read_text().split('id="state">')[1].split("</script>")[0])["pages"])
+    assert [len(found) for found in pages] == [36, 36, 18]
+    scales = [
+        np.frombuffer(zlib.decompress(base64.b64decode(found["teacher/heads/1/false"])), "<f4", 4) for found in pages
+    ]
+    assert (scales[0] < 1).any() and (scales[1] == 1).all() and (scales[2] == 1).all()
 
 
 def test_a_token_cannot_end_the_files_script(tmp_path):
