@@ -19,7 +19,7 @@ import pandas as pd
 
 from fakit.experiments.build import Prepared, build_student, prepare
 from fakit.experiments.config import ExperimentConfig
-from fakit.experiments.run import RunResult
+from fakit.experiments.run import RunResult, without_side_bars
 from fakit.experiments.schema import Section, from_file, option
 from fakit.experiments.store import RunStore
 from fakit.experiments.study import StudyConfig, check_pairing, read_experiments, run_missing, run_recorded, silent
@@ -114,7 +114,8 @@ def run_map_study(study: MapStudyConfig, out: str | Path, workers: int = 1, prog
 
     store = RunStore.open(out, what=study.what)
     first = [experiment.replace(seed=study.seeds[0]) for experiment in study.experiments]
-    prepared = [prepare(config) for config in first]
+    with without_side_bars():
+        prepared = [prepare(config) for config in first]
     depths = {
         (depth(build_student(c, p.teacher, p.task)), depth(p.teacher)) for c, p in zip(first, prepared, strict=True)
     }
@@ -162,11 +163,11 @@ def cka_to_teacher(student: PreTrainedModel, prepared: Prepared, texts: int) -> 
 
 
 def map_scores(path: str | Path) -> pd.DataFrame:
-    """One row a task and map of a recorded study, the mean over seeds beside each seed's score.
+    """One row a task and map of a recorded study, the mean over seeds beside each seed's score; without seeds that lack a map.
 
     Returns:
         columns task, map, kind ("increasing" or a control), pairs, cka (mean over the map's pairs, before training; NaN without pairs), metric,
-        score (mean over seeds), agreement, seeds, and scores: the tuple of the seeds' test scores, in the order of the seeds.
+        higher_is_better, score (mean over seeds), agreement, seeds, and scores: the tuple of the seeds' test scores, in the order of the seeds.
 
     Raises:
         ValueError: a folder without a map study.
@@ -178,9 +179,11 @@ def map_scores(path: str | Path) -> pd.DataFrame:
             f"{file} is missing: {path} holds no map study; `fakit study configs/maps.yaml --out {path}` makes one."
         )
     found = json.loads(file.read_text())
-    records = sorted(store.records(), key=lambda record: record["seed"])
+    runs = pd.DataFrame(sorted(store.records(), key=lambda record: record["seed"]))
+    maps = runs.groupby("task")["arm"].transform("nunique")
+    runs = runs[runs.groupby(["task", "seed"])["arm"].transform("nunique") == maps]
     rows = []
-    for (task, name), group in pd.DataFrame(records).groupby(["task", "arm"], sort=False):
+    for (task, name), group in runs.groupby(["task", "arm"], sort=False):
         cka = found[task]["cka"]
         # a random map is another one for every seed: its score is the mean over the draws
         pairs = [() if c["layer_map"] == "none" else tuple(map(tuple, c["layer_map"])) for c in group["config"]]
@@ -193,6 +196,7 @@ def map_scores(path: str | Path) -> pd.DataFrame:
                 "pairs": pairs[0] if name != "random" else (),
                 "cka": sum(values) / len(values) if values else float("nan"),
                 "metric": group["metric"].iloc[0],
+                "higher_is_better": bool(group["higher_is_better"].iloc[0]),
                 "score": group["score"].mean(),
                 "agreement": pd.Series([test["agreement"] for test in group["test"]]).mean(),
                 "seeds": tuple(group["seed"]),
@@ -209,5 +213,6 @@ def _run(config: ExperimentConfig, path: Path) -> RunResult:
     key = json.dumps([config.task.to_dict(), config.teacher.to_dict(), config.seed, config.training.max_length])
     if key not in _PREPARED:
         _PREPARED.clear()
-        _PREPARED[key] = prepare(config)
+        with without_side_bars():
+            _PREPARED[key] = prepare(config)
     return run_recorded(config, path, prepared=_PREPARED[key], count_flops=False)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from fakit.experiments.map_report import map_report
+from fakit.experiments.map_study import SIMILARITY
 from fakit.experiments.store import RunStore
 from fakit.experiments.table import scale, study_table, to_markdown
 
@@ -24,7 +26,7 @@ class Report:
 
     Attributes:
         path: the folder written: report.html, report.md, table.csv, runs.csv, figures/NAME.svg.
-        table: `study_table` of the runs. text: the report in markdown. figures: by name.
+        table: `study_table` of the runs, or `map_scores` of a map study. text: the report in markdown. figures: by name.
     """
 
     path: Path
@@ -50,17 +52,20 @@ def report(runs_dir: str | Path | RunStore, out: str | Path | None = None) -> Re
         ValueError: the folder holds no runs (says what was looked for and found), or none that is finished.
     """
     store = runs_dir if isinstance(runs_dir, RunStore) else RunStore(runs_dir)
-    table = study_table(store)
+    if (store.path / SIMILARITY).is_file():
+        table, text, figures = map_report(store)
+    else:
+        table = study_table(store)
+        figures = study_figures(table)
+        text = _text(store, table, figures)
     folder = Path(out) if out is not None else store.path / "report"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    figures = study_figures(table)
     for name, figure in figures.items():
         figure.save(folder / "figures" / f"{name}.svg")
     table.drop(columns=[c for c in ("scores", "gains_over_none", "gains_over_outputs") if c in table]).to_csv(
         folder / "table.csv", index=False
     )
     store.runs().to_csv(folder / "runs.csv", index=False)
-    text = _text(store, table, figures)
     (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.html").write_text(_page(text, figures), encoding="utf-8")
     return Report(folder, table, text, figures)

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from fakit.experiments import MapStudyConfig, StudyConfig, map_scores, run_map_study, study_from_yaml
+from fakit.experiments import MapStudyConfig, RunStore, StudyConfig, map_scores, report, run_map_study, study_from_yaml
+from fakit.experiments.map_report import map_correlations
 from fakit.experiments.map_study import CONTROLS, SIMILARITY, increasing_maps, random_pairs
 
 SMALL = {
@@ -81,3 +82,52 @@ def test_a_study_is_run_scored_read_back_and_continued(tmp_path):
 def test_a_folder_without_a_map_study_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"similarity\.json"):
         map_scores("data/recorded/study")
+
+
+def recorded(tmp_path, unfinished: bool = False):
+    """A map study as a store holds it, of made-up scores: 2 seeds (and a third that a stop cut short), quality rising with CKA."""
+    study = MapStudyConfig.from_dict(
+        {"maps": "increasing", "experiments": [SMALL], "seeds": [0, 1, 2][: 2 + unfinished]}
+    )
+    store = RunStore.open(tmp_path, what=study.what)
+    cka = [[1 - abs(2 * s - t) / 10 for t in range(7)] for s in range(4)]
+    (tmp_path / SIMILARITY).write_text(json.dumps({"reviews": {"cka": cka}}))
+    for number, config in enumerate(study.runs(3, 6)):
+        if config.seed == 2 and number % 2:
+            continue
+        pairs = [] if config.layer_map == "none" else config.layer_map
+        score = 0.5 + sum(cka[s][t] for s, t in pairs) / 10 + config.seed / 100
+        store.append_run(
+            {
+                **{"run_id": config.run_id, "kind": "run", "task": "reviews", "arm": config.arm, "seed": config.seed},
+                **{"metric": "accuracy", "score": score, "higher_is_better": True, "test": {"agreement": score}},
+                "config": config.to_dict(),
+            }
+        )
+    return store
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_the_report_says_what_the_records_hold(tmp_path, unfinished):
+    recorded(tmp_path, unfinished)
+    made = report(tmp_path, tmp_path / "out")
+    assert set(made.table["seeds"]) == {(0, 1)}  # of the third, maps are missing
+    assert (
+        "ρ of CKA and test accuracy over 20 increasing maps is +1.00 [+1.00, +1.00]: more similar maps teach better"
+        in made.text
+    )
+    assert "the monotone map of highest CKA (2-4-6) is number 1" in made.text
+    assert "`last` (4-5-6) is number" in made.text
+    best = next(line for line in made.text.splitlines() if line.startswith("| 2-4-6"))
+    assert best == "| 2-4-6 | 1.00 | 80.5 | +30.0 [+30.0, +30.0] | 80.5 % |"
+    assert (tmp_path / "out/figures/maps.svg").is_file() and (tmp_path / "out/table.csv").is_file()
+
+
+def test_where_quality_falls_with_similarity_the_report_says_so(tmp_path):
+    store = recorded(tmp_path)
+    found = json.loads((tmp_path / SIMILARITY).read_text())
+    found["reviews"]["cka"] = [[1 - value for value in row] for row in found["reviews"]["cka"]]
+    (tmp_path / SIMILARITY).write_text(json.dumps(found))
+    rho = map_correlations(map_scores(store.path))["reviews"]
+    assert rho.mean == pytest.approx(-1) and rho.high < 0
+    assert "more similar maps teach worse" in report(store, tmp_path / "out").text

@@ -1,0 +1,93 @@
+"""The report of a map study: every map's score and student, what the controls reach, and whether the one predicts the other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from fakit.experiments.map_study import SIMILARITY, map_scores
+from fakit.experiments.statistics import Interval, paired_difference, spearman_interval
+from fakit.experiments.store import RunStore
+from fakit.experiments.table import scale
+from fakit.figures import Figure, map_experiment
+from fakit.layer_maps import LayerMap
+
+
+def map_correlations(table: pd.DataFrame) -> dict[str, Interval]:
+    """Task → Spearman's ρ of CKA and test score over the increasing maps of `map_scores`; positive: similar maps teach better."""
+    found = {}
+    for task, rows in table[table["kind"] == "increasing"].groupby("task", sort=False):
+        sign = 1 if rows["higher_is_better"].iloc[0] else -1
+        found[task] = spearman_interval(rows["cka"], [[sign * score for score in scores] for scores in rows["scores"]])
+    return found
+
+
+def map_report(store: RunStore) -> tuple[pd.DataFrame, str, dict[str, Figure]]:
+    """The table of `map_scores`, the report in markdown, and its figure."""
+    table = map_scores(store.path)
+    correlations = map_correlations(table)
+    similarity = json.loads((Path(store.path) / SIMILARITY).read_text())
+    rows = table.copy()
+    for i, row in rows.iterrows():
+        rows.loc[i, "score"] = scale(row["metric"])[0] * row["score"]
+    titles = {row["task"]: f"test {row['metric']}{scale(row['metric'])[1]}" for _, row in table.iterrows()}
+    figure = map_experiment(rows.drop(columns="scores"), correlations, titles)
+    manifest = store.manifest
+    seeds = sorted({seed for of_map in table["seeds"] for seed in of_map})
+    head = [
+        f"# {manifest['what']}",
+        "",
+        f"{len(store)} runs, seeds {', '.join(map(str, seeds))}, made {manifest['created']} on {manifest['machine']['processor']}.",
+        "",
+    ]
+    blocks = [map_markdown(table, correlations, {task: found["cka"] for task, found in similarity.items()})]
+    return table, "\n".join([*head, *blocks, f"![{figure.summary}](figures/maps.svg)\n"]), {"maps": figure}
+
+
+def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similarity: dict[str, list]) -> str:
+    """For each task: the correlation, what CKA would have chosen, and all maps from best to worst with paired gains over "none"."""
+    lines = []
+    for task, rows in table.groupby("task", sort=False):
+        factor, unit = scale(rows["metric"].iloc[0])
+        sign = 1 if rows["higher_is_better"].iloc[0] else -1
+        rows = rows.iloc[(-sign * rows["score"]).argsort(kind="stable")]
+        increasing = rows[rows["kind"] == "increasing"].reset_index(drop=True)
+        depths = np.array(similarity[task]).shape
+        chosen = {
+            "the monotone map of highest CKA": LayerMap.from_similarity(similarity[task], "monotone"),
+            "`uniform`": LayerMap.uniform(depths[0] - 1, depths[1] - 1),
+            "`last`": LayerMap.last(depths[0] - 1, depths[1] - 1),
+        }
+        places = [
+            f"{name} ({_name(layer_map)}) is number {int((increasing['map'] == _name(layer_map)).argmax()) + 1}"
+            for name, layer_map in chosen.items()
+        ]
+        rho = correlations[task]
+        verdict = "more similar maps teach better" if rho.low > 0 else "more similar maps teach worse" if rho.high < 0 else "no relation that can be told from none"  # fmt: skip
+        lines += [
+            f"**{task}**: Spearman's ρ of CKA and test {rows['metric'].iloc[0]} over {rho.n} increasing maps is {rho.format(digits=2, sign=True)}: "
+            f"{verdict}. Of the {rho.n}, {'; '.join(places)}.",
+            "",
+            f"| {task}: S1-S2-… learn from T | mean CKA | test {rows['metric'].iloc[0]}{unit} | paired gain over none | agreement |",
+            "|---|---|---|---|---|",
+        ]
+        none = rows[rows["map"] == "none"].iloc[0]["scores"]
+        for _, row in rows.iterrows():
+            gain = "–"
+            if row["map"] != "none" and len(none) > 1:
+                difference = paired_difference(row["scores"], none)
+                if sign < 0:
+                    difference = paired_difference(none, row["scores"])
+                gain = difference.format(factor, digits=1, sign=True)
+            name = row["map"] if row["kind"] == "increasing" else f"*{row['map']}*"
+            cka = "–" if np.isnan(row["cka"]) else f"{row['cka']:.2f}"
+            lines.append(f"| {name} | {cka} | {factor * row['score']:.1f} | {gain} | {100 * row['agreement']:.1f} % |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _name(layer_map: LayerMap) -> str:
+    return "-".join(str(t) for _, t in layer_map)
