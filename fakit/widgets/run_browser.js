@@ -111,7 +111,6 @@ export function render({ model, el }) {
         cell.dataset.name = name;
         head.append(cell);
       }
-      head.append(element("th", { scope: "col" }, "run"));
     }
     for (const cell of head.querySelectorAll("[data-name]")) {
       const by = cell.dataset.name === model.get("sort"), down = model.get("descending");
@@ -124,7 +123,7 @@ export function render({ model, el }) {
   function row({ id, arm, seed, cells }) {
     const box = element("input", { type: "checkbox", "aria-label": `choose ${arm}, seed ${seed}` });
     box.addEventListener("change", () => toggle(id));
-    const made = element("tr", {}, element("td", {}, box), ...cells.map(text => element("td", {}, text)), element("td", { class: "id" }, id));
+    const made = element("tr", {}, element("td", {}, box), ...cells.map(text => element("td", {}, text)));
     made.dataset.run = id;
     made.addEventListener("click", event => { if (event.target !== box) toggle(id); });
     return made;

@@ -238,7 +238,9 @@ class RunBrowser(anywidget.AnyWidget):
         factor, unit = scale(metric)
         log = bool(known) and min(known.values()) > 0 and max(known.values()) > 20 * min(known.values())
         x = _Axis(known.values(), self._costs[self.cost][0], log)
-        y = _Axis([factor * score for score in shown["score"]], f"{metric}{unit}", upside_down=not higher)
+        y = _Axis(
+            [factor * score for score in shown.loc[list(known), "score"]], f"{metric}{unit}", upside_down=not higher
+        )
         points = [
             {"id": run_id, "x": x(cost), "y": y(factor * shown.loc[run_id, "score"])} for run_id, cost in known.items()
         ]
