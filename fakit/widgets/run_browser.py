@@ -328,7 +328,7 @@ def _ticks(low: float, high: float) -> list[float]:
     """About five round numbers between low and high."""
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(s * power for s in (1, 2, 5, 10) if s * power >= raw)
+    step = next(s * power for s in (1, 2, 5, 10) if s * power >= 0.8 * raw)
     return [round(k * step, 12) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
