@@ -1,7 +1,7 @@
 """Figures: plain results in, a `Figure` out (plotly, its static twin as SVG, and a sentence). They know no model."""
 
 from fakit.figures.attention import attention_pair, head_matching, head_profiles, rollout, token_attributions
-from fakit.figures.fidelity import layer_errors, memory_bars, reliability
+from fakit.figures.fidelity import memory_bars, reliability
 from fakit.figures.figure import Figure
 from fakit.figures.gradients import term_pulls
 from fakit.figures.map_experiment import map_experiment
@@ -27,7 +27,6 @@ __all__ = [
     "gradient_conflict",
     "head_matching",
     "head_profiles",
-    "layer_errors",
     "layer_map",
     "layer_map_gallery",
     "loss_bars",

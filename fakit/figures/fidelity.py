@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fakit.figures.drawing import canvas, check_keys, distinct, label_width, log_axis, note, records
+from fakit.figures.drawing import canvas, check_keys, distinct, label_width, note, records
 from fakit.figures.figure import Figure
 from fakit.figures.theme import BASELINE, ROLES, SMALL, TEXT, Role, model_role
 
@@ -71,64 +71,6 @@ def reliability(bins: Mapping[str, Any], title: str = "Calibration") -> Figure:
         yaxis2={"domain": (0, 0.26), "rangemode": "tozero", "title": {"text": "examples (%)"}, "anchor": "x2"},
     )
     return Figure(figure, f"Expected calibration error over these bins: {', '.join(parts)}.")
-
-
-def layer_errors(
-    errors: Mapping[str, Any],
-    layer_labels: Sequence[str] | None = None,
-    error_label: str = "relative error of hidden states",
-    log: bool = True,
-    title: str = "What quantising does, layer by layer",
-) -> Figure:
-    """One line a form of the teacher (8bit, 4bit …): its error against full precision at each layer.
-
-    Args:
-        errors: name → error by layer number, (L + 1,), 0 = embeddings.
-        layer_labels: L + 1 names, by default T0, T1 …
-        error_label: axis title with unit.
-        log: logarithmic error axis; exact zeros are left out there.
-        title: short title.
-
-    Raises:
-        ValueError: nothing to draw, or lines of different lengths.
-    """
-    check_keys(errors, "layer_errors")
-    lines = {name: np.asarray(values, float) for name, values in errors.items()}
-    lengths = {name: len(values) for name, values in lines.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"every line needs one error a layer; found lengths {lengths}")
-    count = next(iter(lengths.values()))
-    labels = [f"T{i}" for i in range(count)] if layer_labels is None else list(layer_labels)
-    if len(labels) != count:
-        raise ValueError(f"{count} errors a line, {len(labels)} layer labels: give one label a layer")
-    figure = canvas(title)
-    for position, (name, values) in enumerate(lines.items()):
-        role = ROLES[(3, 4, 0, 1, 2)[position % 5]]
-        figure.add_scatter(
-            x=np.arange(count),
-            y=np.where(values > 0, values, np.nan) if log else values,
-            mode="lines+markers",
-            name=name,
-            line=role.line(),
-            marker=role.marker(8),
-            customdata=labels,
-            hovertemplate=f"{name}, %{{customdata}}: %{{y:.3g}}<extra></extra>",
-        )
-    step = int(np.ceil(count / 16))
-    figure.update_xaxes(
-        tickvals=np.arange(0, count, step),
-        ticktext=labels[::step],
-        title="layer",
-        range=(-0.4, count - 0.6),
-        zeroline=False,
-    )
-    axis = log_axis(value for values in lines.values() for value in values) if log else {"rangemode": "tozero"}
-    figure.update_yaxes(title=error_label, **axis)
-    parts = [
-        f"{name} {values[-1]:.2g} at {labels[-1]} (largest {np.nanmax(values):.2g} at {labels[int(np.nanargmax(values))]})"
-        for name, values in lines.items()
-    ]
-    return Figure(figure, f"{error_label[0].upper()}{error_label[1:]}: {'; '.join(parts)}.")
 
 
 def memory_bars(

@@ -160,7 +160,6 @@ def examples() -> dict[str, draw.Figure]:
              for t in ("features", "attention", "outputs") for w, m in ((0, 80), (0.1, 82), (1, 85), (10, 83))]
         ),
         "reliability": draw.reliability(bins),
-        "layer_errors": draw.layer_errors({"8bit": [0, 0.004, 0.006, 0.009, 0.012, 0.011, 0.015], "4bit": [0, 0.05, 0.08, 0.09, 0.12, 0.13, 0.14]}),
         "quantization": draw.quantization_by_layer(
             {"8bit": _by_layer([0, 0.023, 0.032, 0.035, 0.037, 0.038, 0.047], [None, 1.7e-5, 3e-4, 2.4e-4, 2.4e-4, 2.7e-4, 3e-4]),
              "4bit": _by_layer([0, 0.089, 0.125, 0.147, 0.163, 0.176, 0.238], [None, 9e-4, 3.3e-3, 3.8e-3, 4.1e-3, 4.9e-3, 5.7e-3])},

@@ -281,14 +281,6 @@ def test_reliability_sums_up_the_calibration_error():
     np.testing.assert_allclose(figure.plotly.data[2].y, [25, 75])
 
 
-def test_layer_errors_need_lines_of_one_length():
-    figure = draw.layer_errors({"8bit": [0, 0.01, 0.02], "4bit": [0, 0.3, 0.2]})
-    assert "8bit 0.02 at T2" in figure.summary and "largest 0.3 at T1" in figure.summary
-    assert np.isnan(figure.plotly.data[0].y[0])  # an exact zero has no place on a logarithmic axis
-    with pytest.raises(ValueError, match=r"\{'8bit': 2, '4bit': 1\}"):
-        draw.layer_errors({"8bit": [1, 2], "4bit": [1]})
-
-
 def test_memory_bars_add_up_and_say_what_fits():
     parts = {"full": {"teacher": 28e9, "student": 4e9}, "8bit": {"teacher": 7e9, "student": 4e9}}
     figure = draw.memory_bars(parts, limit=16e9)
@@ -300,6 +292,6 @@ def test_memory_bars_add_up_and_say_what_fits():
 
 
 def test_empty_input_is_named():
-    for call in (draw.rogue_dimensions, draw.gradient_bars, draw.reliability, draw.layer_errors, draw.memory_bars):
+    for call in (draw.rogue_dimensions, draw.gradient_bars, draw.reliability, draw.memory_bars):
         with pytest.raises(ValueError, match=f"{call.__name__}: nothing to draw"):
             call({})
