@@ -12,7 +12,7 @@ const make = (tag, properties = {}, ...children) => {
   element.append(...children);
   return element;
 };
-const short = token => (token = String(token).replaceAll("\n", "⏎"), token.length > 12 ? token.slice(0, 11) + "…" : token);
+const short = token => token.length > 12 ? token.slice(0, 11) + "…" : token;
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const signed = value => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
 

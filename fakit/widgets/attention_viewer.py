@@ -146,6 +146,8 @@ class AttentionViewer(anywidget.AnyWidget):
                     self._link(change["name"])
                 if change["name"] not in ("cursor", "teacher_head", "student_head"):
                     self._show()
+                if change["name"] == "sequence":
+                    self.cursor = self._loudest()  # a position in another text means nothing
         except Exception as failure:
             self.teacher_page = self.student_page = self.teacher_thumbs = self.student_thumbs = b""
             self._thumbs_of = None
@@ -381,6 +383,7 @@ def attention_viewer(
             raise ValueError(
                 f"the layer map names {held.role.name} layers {missing}; the attention given is of layers {sorted(held.layers)}"
             )
+    rows = [[token.replace("\n", "⏎") for token in row] for row in rows]
     return AttentionViewer(sources[0], sources[1] if student is not None else None, rows, marks, pairs, padding)
 
 

@@ -120,6 +120,20 @@ def test_a_message_of_the_page_chooses_layer_and_head_at_once():
     assert viewer.shown["layers"] == [2, 1]
 
 
+def test_another_sequence_puts_the_cursor_where_the_two_differ_most():
+    viewer = two()
+    viewer.cursor = (5, 5)  # padding in the second sequence
+    viewer.sequence = 1
+    gap = np.abs(viewer.maps["student"] - viewer.maps["teacher"])
+    assert gap[viewer.cursor] == np.nanmax(gap)
+
+
+def test_a_line_break_is_a_sign_in_every_text():
+    viewer = attention_viewer(TEACHER, tokens=[["\n", *TOKENS[1:]], TOKENS], mask=MASK)
+    viewer.cursor = (0, 1)
+    assert viewer.sentence.startswith("⏎ → the: teacher") and viewer.shown["tokens"][0] == "⏎"
+
+
 def test_linked_a_teacher_head_chooses_its_best_match():
     viewer = two()
     viewer.teacher_layer = 4
