@@ -141,6 +141,39 @@ def _balance(page: Page, output: Locator) -> None:
     page.wait_for_timeout(1000)
 
 
+_LAYERS = """
+import torch
+from fakit import LayerMap, capture, shrink
+from fakit.similarity import compare_estimators, scrub_rogue
+from fakit.tasks import embedded_teacher, load_task
+from fakit.teaching import setup
+from fakit.widgets import estimator_switch, rogue_scrubber
+
+setup()
+teacher, tokenizer = embedded_teacher("glosses")
+student = shrink(teacher, layers=3, init={init!r}).eval()
+batch = tokenizer(load_task("glosses").validation["text"][:96], padding=True, truncation=True, max_length=48, return_tensors="pt")
+with torch.no_grad():
+    traces = [capture(model, batch, hidden_states=range(depth + 1)) for model, depth in ((student, 3), (teacher, 6))]
+students, teachers = ([trace.hidden_states[i] for i in sorted(trace.hidden_states)] for trace in traces)
+mask, pairs = traces[1].mask, LayerMap.uniform(3, 6).pairs
+"""
+CELLS["estimator_switch"] = (
+    _LAYERS.format(init="random")
+    + """
+switch = estimator_switch(compare_estimators(students, teachers, mask, permutations=60, bootstrap=60), pairs)
+switch.buttons.value = "biased"
+switch
+"""
+)
+CELLS["rogue_scrubber"] = (
+    _LAYERS.format(init="copy")
+    + """
+scrubber = rogue_scrubber(scrub_rogue(students, teachers, mask, pairs))
+scrubber.slider.value = 3
+scrubber
+"""
+)
 ACTIONS: dict[str, Callable[[Page, Locator], None]] = {
     "cockpit": _fly,
     "loss_laboratory": _balance,
