@@ -78,6 +78,7 @@ MODELS: dict[str, tuple[str, dict]] = {
 }
 MASKED, CAUSAL, CLASSES = {"task": "masked-lm"}, {"task": "causal-lm"}, {"task": "sequence-classification"}
 CASES = {
+    "small": Case("BERT 384", 2, "1", 8, 64, MASKED),
     "base": Case("BERT 384", 6, "3", 16, 128, MASKED),
     "layers": Case("BERT 384", 12, "6", 16, 128, MASKED),
     "width": Case("BERT 768", 6, "3x384", 16, 128, MASKED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -122,6 +123,18 @@ def test_memory_above_the_models_is_what_torch_allocates(models, layers, rows, t
     fixed = ("teacher weights", "student weights", "optimiser state")
     above = sum(size for part, size in made.memory.items() if part not in fixed)
     assert above == pytest.approx(allocated, rel=0.05)
+
+
+def test_the_peak_is_that_of_a_fresh_process():
+    """Resident memory as the system counts it, weights and optimiser left out of both sides: the rest is where a plan can be wrong."""
+    from benchmarks.measure import run_json
+    from benchmarks.planner import predict
+
+    made = predict("small")
+    measured = run_json([sys.executable, "-m", "benchmarks.planner", "--case", "small"])
+    fixed = sum(made.memory[part] for part in ("teacher weights", "student weights", "optimiser state"))
+    assert made.peak - fixed == pytest.approx(measured["bytes"] - fixed, rel=0.15)
+    assert made.flops == pytest.approx(measured["flops"], rel=0.02)
 
 
 def test_checkpointing_trades_activations_for_products():
