@@ -1,7 +1,7 @@
 """Small widgets for notebooks: labelled controls, a figure that follows them, and a sentence that says what it shows.
 
-Each is an ipywidgets box whose display also carries its figure as SVG and as text, for pages without a kernel. Only this
-package imports ipywidgets, and nothing in the kit imports this package.
+The display of each also carries a picture (SVG) and a sentence, for pages without a kernel. Only this package imports
+ipywidgets and anywidget, and nothing in the kit imports this package.
 """
 
 from fakit.widgets.attention_viewer import AttentionViewer, attention_viewer
