@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class TrainSession:
         listeners: called without arguments about 5 times a second while `result()` or `run()` keeps the calling thread.
 
     Raises:
-        ValueError: samples without tokenizer, a held-out batch without teacher, look_every below 1, a trainer already under a session or of several processes.
+        ValueError: samples without tokenizer, a held-out batch without teacher, look_every below 1, a folder that is no checkpoint, a trainer already under a session or of several processes.
     """
 
     def __init__(
@@ -82,6 +83,10 @@ class TrainSession:
             )
         if look_every < 1:
             raise ValueError(f"look_every = {look_every}: steps between two looks, at least 1")
+        if resume_from is not None and not Path(resume_from, "trainer_state.json").is_file():
+            raise ValueError(
+                f"{resume_from} is no checkpoint: it has no trainer_state.json; give a checkpoint-N folder"
+            )
         if trainer.args.world_size > 1:
             raise ValueError(
                 f"{trainer.args.world_size} processes train together, and a session steers one; use trainer.train() there"
@@ -190,7 +195,7 @@ class TrainSession:
         """
         if self.objective.outputs is None:
             raise ValueError("this objective matches no outputs, so it has no temperature; give it Outputs(…)")
-        if not 0 < value < math.inf:
+        if not isinstance(value, Real) or not 0 < value < math.inf:
             raise ValueError(f"temperature {value!r}: a temperature is finite and above 0")
         self._ask("set", TEMPERATURE, float(value))
 

@@ -69,6 +69,8 @@ class Loop(TrainerCallback):
         except BaseException as error:  # also an interrupt: the run is over
             self._end(FAILED, f"{type(error).__name__}: {error}")
             raise
+        finally:  # whoever trains on with this trainer is not held by a session that is over
+            self.trainer.remove_callback(self)
         self.trainer.student.eval()
         with self.changed:
             self.carry_out()  # what was asked during the last step

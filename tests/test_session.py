@@ -143,8 +143,9 @@ def test_settings_that_no_run_can_have_are_refused_at_once(tmp_path):
         session.set_weight("feature", 1.0)
     with pytest.raises(ValueError, match="finite numbers ≥ 0"):
         session.set_weight("features", -1.0)
-    with pytest.raises(ValueError, match="finite and above 0"):
-        session.set_temperature(0)
+    for nothing in (0, float("inf"), "2"):
+        with pytest.raises(ValueError, match="finite and above 0"):
+            session.set_temperature(nothing)
     for name in ("features", "attention", "outputs"):
         session.set_weight(name, 0)
     with pytest.raises(ValueError, match="with task at 0 every weight is 0"):  # those asked for count already
@@ -222,6 +223,15 @@ def test_a_session_runs_once_and_says_what_it_is(tmp_path):
         session.start()
     with pytest.raises(ValueError, match="the session is finished"):
         session.pause()
+
+
+def test_a_session_that_is_over_lets_its_trainer_go(tmp_path):
+    session = TrainSession(make(tmp_path))
+    session.step(2, wait=True)
+    session.stop()
+    session.result(WAIT)
+    session.trainer.train()
+    assert session.trainer.state.global_step == 6 and len(session.curve) == 2
 
 
 def test_waiting_has_an_end(tmp_path):
@@ -356,6 +366,11 @@ def test_a_checkpoint_of_a_run_that_fails_meanwhile_does_not_wait_for_ever(tmp_p
     with pytest.raises(RuntimeError, match="on fire"):
         session.result(WAIT)
     assert not (tmp_path / "checkpoint-2").exists() and not session._loop.requests
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="is no checkpoint: it has no trainer_state"):
+        TrainSession(make(tmp_path), resume_from=tmp_path / "checkpoint-7")
 
 
 def test_a_checkpoint_after_the_end_holds_the_end(tmp_path):

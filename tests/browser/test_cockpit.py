@@ -86,6 +86,7 @@ def test_it_lives_while_other_cells_work(lab):
     nbformat.write(notebook, lab.folder / "cockpit.ipynb")
     with lab.open("cockpit.ipynb") as opened:
         page = opened.page
+        page.set_default_timeout(120_000)  # on a busy machine a cell may take its time
         opened.wait_idle()
         run(page, 0)
         run(page, 1)
@@ -105,11 +106,8 @@ def test_it_lives_while_other_cells_work(lab):
 
         handle = page.locator(".fakit-cockpit .noUi-handle").first
         handle.focus()
-        for _ in range(2):
-            page.keyboard.press("ArrowRight")
-        page.locator(".fakit-cockpit ol").get_by_text(
-            re.compile("features 1 → 1.05|features 1.05 → 1.1")
-        ).first.wait_for()
+        page.keyboard.press("ArrowRight")
+        page.locator(".fakit-cockpit ol").get_by_text("features 1 → 1.05").wait_for()
         page.locator(".fakit-cockpit svg text").get_by_text("features 1 → 1.05").wait_for()
 
         pause = panel.get_by_role("button", name="Pause")
