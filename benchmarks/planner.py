@@ -128,6 +128,7 @@ def measure(name: str) -> dict[str, float]:
     measured = 1024 * (_resident("VmHWM") - baseline)
     flops = math.nan
     if not options.get("quantize"):
+        batch["attention_mask"].fill_(1)  # every position counts, as in a plan
         flops = count_flops(lambda: _step(teacher, student, objective, batch, mixed))
     return {"bytes": measured, "flops": flops}
 

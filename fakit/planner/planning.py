@@ -117,19 +117,18 @@ class Plan:
 
         if peak(1) > self.limit:
             return 0
-        # beyond fixed parts, memory grows by the row: aim with a line through two batches, and correct
-        low, guess = 1, max(2, self.setup.batch)
-        for _ in range(4):
-            slope = (peak(guess) - peak(low)) / (guess - low)
-            aimed = max(1, int(low + (self.limit - peak(low)) / slope)) if slope > 0 else guess
-            if aimed in (guess, low):
-                break
-            low, guess = sorted((low if peak(guess) > self.limit else guess, aimed))
-            if low == guess:
-                break
-        while peak(guess) > self.limit:
-            guess = guess - 1 if peak(guess - 1) <= self.limit or guess < 3 else (guess + low) // 2
-        return guess
+        fits, too_large, tried = 1, None, max(2, self.setup.batch)
+        while too_large is None or too_large - fits > 1:
+            # memory grows by the row, nearly: aim where the line through both ends meets the limit
+            slope = (peak(tried) - peak(1)) / (tried - 1)
+            if peak(tried) <= self.limit:
+                fits = tried
+            else:
+                too_large = tried
+            aimed = max(fits + 1, int(fits + (self.limit - peak(fits)) / slope))
+            tried = aimed if too_large is None else min(aimed, too_large - 1)
+            tried = max(tried, 2)
+        return fits
 
     @cached_property
     def changes(self) -> list[tuple[str, Plan]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, XLNetConfig
 
 from fakit import LayerMap
 from fakit.__main__ import main
@@ -164,6 +164,12 @@ def test_memory_is_an_amount_or_a_card(asked, found):
 def test_what_cannot_be_planned_is_refused(asked, said):
     with pytest.raises(ValueError, match=said):
         plan(**{"teacher": "gpt2", "student": 4, "batch": 2, "seq": 32} | asked)
+
+
+def test_a_family_that_makes_tensors_of_its_own_is_refused():
+    config = XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=48, vocab_size=100)
+    with pytest.raises(ValueError, match="a step of XLNet cannot be run without data"):
+        plan(config, 1, 2, 16, task="causal-lm")
 
 
 def test_the_task_is_the_one_that_was_saved_or_that_the_family_is_known_for():
