@@ -8,7 +8,9 @@ import numpy as np
 
 from fakit.figures.drawing import axis_id, canvas, check_keys, panel_title, panels
 from fakit.figures.figure import Figure
-from fakit.figures.theme import ROLES, TEXT, model_role
+from fakit.figures.theme import ALIGNED, BASELINE, EXTRA, TEXT, model_role
+
+PAIRS = (ALIGNED, EXTRA, BASELINE)  # neither the teacher's nor the student's: a pair is both
 
 
 def rogue_scrub(
@@ -39,16 +41,16 @@ def rogue_scrub(
         )
     steps = list(range(max(lengths)))
     done = {"drop": "dropped", "z-score": "z-scored"}.get(mode, mode)
-    figure = canvas(title, (960, 400), {"t": 100, "b": 60}, legend={"y": 1.08})
+    figure = canvas(title, (820, 400), {"t": 100, "b": 60}, legend={"y": 1.08})
     left, right = panels(2, 0.1)
     figure.update_layout(
         xaxis={"domain": left, "anchor": "y"},
         xaxis2={"domain": right, "anchor": "y2"},
         yaxis={"anchor": "x", "title": {"text": "CKA"}, "range": (min(0, *(_least(line) for line in cka.values())) * 1.1, 1.02)},
-        yaxis2={"anchor": "x2", "title": {"text": "share of variance (%)"}, "range": (0, 101)},
+        yaxis2={"anchor": "x2", "title": {"text": "share of variance (%)"}, "range": (0, max(20.0, 115 * max(max(line) for line in shares.values())))},
     )  # fmt: skip
     for position, (name, line) in enumerate(cka.items()):
-        role = ROLES[(position + 3) % len(ROLES)]  # neither the teacher's nor the student's: a pair is both
+        role = PAIRS[position % len(PAIRS)]
         hover = f"{name}<br>%{{x}} {done}: CKA %{{y:.3f}}<extra></extra>"
         figure.add_scatter(x=steps, y=list(line), name=name, mode="lines+markers", line=role.line(), marker=role.marker(7), hovertemplate=hover)  # fmt: skip
     symbols = ("circle", "diamond", "square", "triangle-up", "cross", "x")

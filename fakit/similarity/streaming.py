@@ -199,7 +199,7 @@ class _Moments:
     def __init__(self, widths: list[int], split: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self._split, self._widths = dtype, split, widths
         zeros = {"dtype": torch.float64, "device": device}
-        self._cross = torch.zeros(sum(widths[:split]), sum(widths[split:]), **zeros)  # Σ w x yᵀ of all pairs
+        self._cross = torch.zeros(sum(widths[split:]), sum(widths[:split]), **zeros)  # Σ w y xᵀ of all pairs
         self._own = [torch.zeros(width, width, **zeros) for width in widths]  # Σ w x xᵀ
         self._along = torch.zeros(sum(widths), len(widths) + 1, **zeros)  # Σ w g x; last column Σ w x
         self.numbers = torch.zeros(len(widths) + 1, len(widths) + 1, **zeros)
@@ -239,16 +239,14 @@ class _Moments:
             layer.copy_(_joined(x).T)
         self._waiting = []
         students = sum(self._widths[: self._split])
-        g, teachers = _operand(numbers.T.contiguous()), _operand(flat[students:])
-        cross, along = (
-            self._cross.split(self._widths[: self._split]),
-            self._along[:students].split(self._widths[: self._split]),
-        )
-        for layer, pairs, along_layer in zip(layers, cross, along, strict=False):
-            student = _operand(layer)
-            pairs += _outer(student, teachers)
-            along_layer += _outer(student, g)
-        self._along[students:] += _outer(teachers, g)
+        g, theirs = _operand(numbers.T.contiguous()), _operand(flat[students:])
+        # a student layer at a time: what the product returns stays small enough not to be mapped anew
+        columns, along = self._cross.split(self._widths[: self._split], 1), self._along.split(self._widths)
+        for pairs, own_along, layer in zip(columns, along, layers, strict=False):
+            ours = _operand(layer)
+            pairs += _outer(theirs, ours)
+            own_along += _outer(ours, g)
+        self._along[students:] += _outer(theirs, g)
         self.numbers += numbers.double().T @ numbers.double()
         for own, layer in zip(self._own, layers, strict=True):
             _add_symmetric(own, layer)
@@ -257,7 +255,8 @@ class _Moments:
         """Σ w x yᵀ of layers i and j, (p, q): i a student's and j a teacher's, or i = j."""
         if i == j:
             return self._own[i]
-        return self._cross.split(self._widths[: self._split])[i].split(self._widths[self._split :], 1)[j - self._split]
+        teacher = self._cross.split(self._widths[self._split :])[j - self._split]
+        return teacher.split(self._widths[: self._split], 1)[i].T
 
     def along(self, i: int, j: int) -> Tensor:
         """Σ w g_j x_i, (p,)"""
