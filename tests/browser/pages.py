@@ -178,10 +178,14 @@ class Notebook:
         before = self.path.stat().st_mtime_ns
         self.page.keyboard.press("Control+s")
         deadline = time.monotonic() + 30
-        while self.path.stat().st_mtime_ns == before:
-            assert time.monotonic() < deadline, f"{self.path.name} was not saved"
+        while True:
             self.page.wait_for_timeout(100)
-        return json.loads(self.path.read_text())
+            if self.path.stat().st_mtime_ns != before:
+                try:
+                    return json.loads(self.path.read_text())
+                except json.JSONDecodeError:  # half of it is written
+                    pass
+            assert time.monotonic() < deadline, f"{self.path.name} was not saved"
 
     def assert_clean(self) -> None:
         """No cell failed or wrote to stderr; the page reported no error and asked nothing of the network."""
