@@ -123,7 +123,7 @@ def cache_against_live(size: Size, rows: int, tokens: int, steps: int, repeats: 
         shuffled = torch.Generator().manual_seed(0)
         for batch in DataLoader(numbered, rows, shuffle=True, generator=shuffled, collate_fn=collate):
             wanted = theirs(batch.pop("row").tolist(), batch)
-            ours = capture(student, batch, needs.hidden_states, needs.attentions, needs.logits)
+            ours = capture(student, batch, needs.hidden_states, needs.attentions, needs.capture_logits)
             loss = objective(ours, wanted, batch["labels"]).total
             loss.backward()
             student.zero_grad()
@@ -135,7 +135,7 @@ def cache_against_live(size: Size, rows: int, tokens: int, steps: int, repeats: 
 
         def live(numbers: Iterable[int], batch: dict):
             with torch.no_grad():
-                return capture(teacher, batch, given.hidden_states, given.attentions, given.logits)
+                return capture(teacher, batch, given.hidden_states, given.attentions, given.capture_logits)
 
         def cached(numbers: Iterable[int], batch: dict):
             return cache.trace(numbers, batch["attention_mask"])

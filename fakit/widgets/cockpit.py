@@ -12,6 +12,7 @@ import ipywidgets as widgets
 from fakit.figures.live import training_now
 from fakit.session import EVERY, FAILED, PAUSED, READY, RUNNING, TEMPERATURE, TrainSession
 from fakit.widgets.panel import LABEL, WIDE, WIDGET
+from fakit.widgets.weights import weight_slider
 
 LINES = 8  # of the log that are shown
 _STYLE = """<style>
@@ -52,9 +53,15 @@ class Cockpit(widgets.VBox):
             button.on_click(self._clicked)
         settings = session.settings
         highest = max(2.0, *(2 * settings[name] for name in session.objective.weights))
-        self.sliders = {name: _slider(f"weight: {name}", settings[name], highest) for name in session.objective.weights}
+        narrow = "400px"  # two of them side by side
+        self.sliders = {
+            name: weight_slider(f"weight: {name}", settings[name], highest, width=narrow)
+            for name in session.objective.weights
+        }
         self.temperature = (
-            _slider("temperature τ", settings[TEMPERATURE], 10.0, 0.25) if TEMPERATURE in settings else None
+            weight_slider("temperature τ", settings[TEMPERATURE], 10.0, 0.25, narrow)
+            if TEMPERATURE in settings
+            else None
         )
         self.view = widgets.ToggleButtons(
             options=["loss before weighting", "weighted loss"], style={"button_width": "190px"}
@@ -279,20 +286,6 @@ def _button(text: str, icon: str, does: Callable[[], object]) -> widgets.Button:
     button = widgets.Button(description=text, icon=icon, layout={"width": "120px"})
     button.does = does
     return button
-
-
-def _slider(description: str, value: float, highest: float, lowest: float = 0.0) -> widgets.FloatSlider:
-    return widgets.FloatSlider(
-        value=value,
-        min=lowest,
-        max=max(highest, value),
-        step=0.05,
-        description=description,
-        continuous_update=False,
-        readout_format=".2f",
-        style=LABEL,
-        layout={"width": "400px"},  # two of them side by side
-    )
 
 
 def cockpit(session: TrainSession, start: bool = False) -> Cockpit:

@@ -11,7 +11,9 @@ from fakit.objective import Objective
 from fakit.widgets.panel import LABEL, WIDE, Panel
 
 
-def weight_slider(description: str, value: float, highest: float, lowest: float = 0.0) -> widgets.FloatSlider:
+def weight_slider(
+    description: str, value: float, highest: float, lowest: float = 0.0, width: str = WIDE
+) -> widgets.FloatSlider:
     """A slider from `lowest` to at least `highest` in steps of 0.05, that tells when it is let go."""
     return widgets.FloatSlider(
         value=value,
@@ -22,7 +24,7 @@ def weight_slider(description: str, value: float, highest: float, lowest: float 
         continuous_update=False,
         readout_format=".2f",
         style=LABEL,
-        layout={"width": WIDE},
+        layout={"width": width},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import linecache
 import re
 from pathlib import Path
@@ -27,21 +28,23 @@ def exercise(notebook: str, cell: str, known: dict) -> tuple[Exercise, dict]:
 
 
 def stub(notebook: str, cell: str, namespace: dict):
-    """What the reader finds in the answer's cell: that cell without its last line, which checks it."""
-    *lines, last = source(notebook, cell.replace("exercise", "answer")).strip().splitlines()
+    """What the reader finds in the answer's cell: that cell up to its last line, which checks it."""
+    names = {cell.replace("exercise", "answer"), cell.removesuffix("-check"), cell.replace("-check", "-mine")} - {cell}
+    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    (own,) = (c.id for c in cells if c.id in names and re.search(r"check\(\w+\)$", c.source.strip()))
+    *lines, last = source(notebook, own).strip().splitlines()
     code = "\n".join(lines)
-    linecache.cache[cell] = (len(code), None, code.splitlines(keepends=True), cell)  # as IPython does with its cells
-    exec(compile(code, cell, "exec"), namespace)
+    linecache.cache[own] = (len(code), None, code.splitlines(keepends=True), own)  # as IPython does with its cells
+    exec(compile(code, own, "exec"), namespace)
     return namespace[re.search(r"check\((\w+)\)", last)[1]]
 
 
 def solution(task: Exercise, namespace: dict):
-    """What the last hint defines as `my_…`."""
-    code = re.search(r"```python\n(.*?)```", task._hints[-1], re.DOTALL)[1]
+    """What the last hint defines: its function or variable, the last name that it binds."""
+    hint = task._hints[-1]
+    fenced = re.search(r"```python\n(.*?)```", hint, re.DOTALL)
+    code = fenced[1] if fenced else hint.strip("`")
     exec(code, namespace)
-    (name,) = {
-        line.split()[0 if "=" in line else 1].split("(")[0]
-        for line in code.splitlines()
-        if re.match(r"(def )?my_", line)
-    }
-    return namespace[name]
+    bound = [node for node in ast.parse(code).body if isinstance(node, (ast.FunctionDef, ast.Assign))]
+    last = bound[-1]
+    return namespace[last.name if isinstance(last, ast.FunctionDef) else last.targets[0].id]

@@ -1,17 +1,13 @@
 """Exercises of notebook 02: the solution in the last hint passes, a classic wrong answer is told what is wrong."""
 
-import re
-from pathlib import Path
-
-import nbformat
 import numpy as np
 import pytest
 import torch
 
 from fakit.similarity import Similarity, cka, hsic
 from fakit.teaching import Exercise
+from tests.notebooks.cells import exercise, solution, source, stub
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 ROWS = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
 # what earlier cells of the notebook define
 KNOWN = {
@@ -19,24 +15,6 @@ KNOWN = {
     **{"Exercise": Exercise, "n": 20, "S": 3, "T": 6, "SEED": 0},
     **{"student_vectors": {3: ROWS}, "teacher_vectors": {6: ROWS + 0.1 * ROWS.flip(1)}},
 }
-
-
-def exercise(name: str, cell: str) -> tuple[Exercise, dict]:
-    """The exercise of a check cell, and the cell's namespace."""
-    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
-    namespace = dict(KNOWN)
-    exec(next(c.source for c in cells if c.id == cell), namespace)
-    return next(v for v in namespace.values() if isinstance(v, Exercise)), namespace
-
-
-def solution(task: Exercise, namespace: dict):
-    """What the last hint defines under the name it gives."""
-    hint = task._hints[-1]
-    fenced = re.search(r"```python\n(.*?)```", hint, re.DOTALL)
-    before = set(namespace)
-    exec(fenced[1] if fenced else hint.strip("`"), namespace)
-    (made,) = set(namespace) - before
-    return namespace[made]
 
 
 def centred(K):
@@ -68,8 +46,9 @@ def sentence_means(layer, mask):
 
 
 @pytest.mark.parametrize("where", [HSIC, ORDER, CLAIM, BUG], ids=lambda where: where[1])
-def test_the_solution_in_the_hints_passes(where):
-    task, namespace = exercise(*where)
+def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(where):
+    task, namespace = exercise(*where, KNOWN)
+    assert task.check(stub(*where, namespace)).status == "not done yet"
     result = task.check(solution(task, namespace))
     assert result.status == "passes", result
 
@@ -93,12 +72,12 @@ def test_the_solution_in_the_hints_passes(where):
     ],
 )
 def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
-    result = exercise(*where)[0].check(answer)
+    result = exercise(*where, KNOWN)[0].check(answer)
     assert result.status == "not right" and message in result.message
 
 
 def test_rows_in_a_wrong_order_are_told_which():
-    task, names = exercise(*ORDER)
+    task, names = exercise(*ORDER, KNOWN)
     sent, shuffle = names["colleague_rows"], names["shuffle"]
     assert "still in the colleague's order" in task.check(sent).message
     assert "shuffles once more" in task.check(sent[shuffle]).message
@@ -108,18 +87,13 @@ def test_rows_in_a_wrong_order_are_told_which():
 
 @pytest.mark.filterwarnings("ignore:CKA is NaN")
 def test_keeping_the_padding_alone_is_told():
-    task, _ = exercise(*BUG)
+    task, _ = exercise(*BUG, KNOWN)
     assert "True in the mask marks the tokens" in task.check(lambda x, y, mask: cka(x[~mask], y[~mask])).message
 
 
-def test_the_planted_bug_is_there_and_the_stub_is_not_done_yet():
-    cells = {c.id: c.source for c in nbformat.read(NOTEBOOKS / "02_cka_similarity.ipynb", as_version=4).cells}
-    planted = cells["s02-bug-code"].split("def padded_further")[0]
+def test_the_planted_bug_is_there():
+    planted = source("02_cka_similarity", "s02-bug-code").split("def padded_further")[0]
     names = {"cka": cka}
     exec(planted, names)
-    task, _ = exercise(*BUG)
+    task, _ = exercise(*BUG, KNOWN)
     assert "still counts padding" in task.check(names["cka_of_tokens"]).message
-
-    def repaired(x, y, mask): ...
-
-    assert task.check(repaired).status == "not done yet"

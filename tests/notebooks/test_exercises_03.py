@@ -1,18 +1,13 @@
 """Exercises of notebook 03: the solution in the last hint passes, a classic wrong answer is told what is wrong."""
 
-import linecache
-import re
-from pathlib import Path
-
-import nbformat
 import numpy as np
 import pytest
 import torch
 
 from fakit.similarity import sink_share
 from fakit.teaching import Exercise
+from tests.notebooks.cells import exercise, solution, source, stub
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 # what earlier cells of the notebook define
 KNOWN = {
     **{"torch": torch, "np": np, "sink_share": sink_share},
@@ -20,24 +15,6 @@ KNOWN = {
     "spread": {"outputs": {(1, 2): 0.11}, "outputs + attention": {(1, 2): 0.07}},
     "agreement": {"outputs": 0.7, "outputs + attention": 0.7},
 }
-
-
-def exercise(name: str, cell: str) -> tuple[Exercise, dict]:
-    """The exercise of a check cell, and the cell's namespace."""
-    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
-    namespace = dict(KNOWN)
-    exec(next(c.source for c in cells if c.id == cell), namespace)
-    return next(v for v in namespace.values() if isinstance(v, Exercise)), namespace
-
-
-def solution(task: Exercise, namespace: dict):
-    """What the last hint defines under the name it gives."""
-    hint = task._hints[-1]
-    fenced = re.search(r"```python\n(.*?)```", hint, re.DOTALL)
-    before = set(namespace)
-    exec(fenced[1] if fenced else hint.strip("`"), namespace)
-    (made,) = set(namespace) - before
-    return namespace[made]
 
 
 def on_sinks(maps, sinks):
@@ -64,8 +41,9 @@ WRITE = ("03_attention_maps", "s03-ex3-check")
 
 
 @pytest.mark.parametrize("where", [DISTANCE, SINKS, MAPS, WRITE], ids=lambda where: where[1])
-def test_the_solution_in_the_hints_passes(where):
-    task, namespace = exercise(*where)
+def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(where):
+    task, namespace = exercise(*where, KNOWN)
+    assert task.check(stub(*where, namespace)).status == "not done yet"
     result = task.check(solution(task, namespace))
     assert result.status == "passes", result
 
@@ -95,26 +73,14 @@ def test_the_solution_in_the_hints_passes(where):
     ],
 )
 def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
-    result = exercise(*where)[0].check(answer)
+    result = exercise(*where, KNOWN)[0].check(answer)
     assert result.status == "not right" and message in result.message
-
-
-@pytest.mark.parametrize("cell", ["s03-ex1", "s03-ex2", "s03-bug-mine", "s03-ex3"])
-def test_an_empty_stub_is_not_done_yet(cell):
-    cells = {c.id: c for c in nbformat.read(NOTEBOOKS / "03_attention_maps.ipynb", as_version=4).cells}
-    namespace = exercise("03_attention_maps", f"{cell.removesuffix('-mine')}-check")[1]
-    *stub, check = cells[cell].source.strip().splitlines(keepends=True)
-    linecache.cache[cell] = (0, None, stub, cell)  # a stub is known by its source
-    exec(compile("".join(stub), cell, "exec"), namespace)
-    result = eval(check, namespace)
-    assert result.status == "not done yet", result
 
 
 def test_the_planted_bug_hides_the_sinks_and_the_repair_shows_them():
     """What the notebook's table shows, on maps in which every token looks at the first."""
-    cells = {c.id: c.source for c in nbformat.read(NOTEBOOKS / "03_attention_maps.ipynb", as_version=4).cells}
-    task, namespace = exercise(*MAPS)
-    exec(cells["s03-bug-function"], namespace)
+    task, namespace = exercise(*MAPS, KNOWN)
+    exec(source("03_attention_maps", "s03-bug-function"), namespace)
     query, key, mask = torch.ones(2, 1, 6, 4), torch.zeros(2, 1, 6, 4), torch.arange(6) < torch.tensor([[6], [3]])
     key[:, :, 0] = 3.0
     planted, repaired = (

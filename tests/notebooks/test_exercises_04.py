@@ -1,9 +1,5 @@
 """Exercises of notebook 04: an empty stub is not done yet, the solution passes, each classic wrong answer is told what is wrong."""
 
-import re
-from pathlib import Path
-
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -12,19 +8,11 @@ import torch.nn.functional as F
 from fakit.losses.features import mse
 from fakit.losses.outputs import forward_kl, reverse_kl
 from fakit.teaching import Exercise
+from tests.notebooks.cells import exercise, solution, stub
 
-NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04_loss_laboratory.ipynb"
-CELLS = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
 # what earlier cells of the notebook define
 KNOWN = {"torch": torch, "np": np, "mse": mse, "forward_kl": forward_kl, "Exercise": Exercise}
-KL, PADDING, BALANCE = EXERCISES = ("s04-ex1", "s04-ex2", "s04-ex3")
-
-
-def exercise(cell: str) -> tuple[Exercise, dict]:
-    """The exercise of a check cell, and the cell's namespace."""
-    namespace = dict(KNOWN)
-    exec(CELLS[f"{cell}-check"].source, namespace)
-    return next(v for v in namespace.values() if isinstance(v, Exercise)), namespace
+KL, PADDING, BALANCE = (("04_loss_laboratory", f"s04-ex{number}-check") for number in (1, 2, 3))
 
 
 def softened(x, tau):
@@ -40,30 +28,16 @@ def balanced(norms, weights, *, pull=None, on=lambda weight: weight > 0, keep=("
     return {n: pull / norms[n] if on(w) and n not in keep else w for n, w in weights.items()}
 
 
-@pytest.mark.parametrize("cell", EXERCISES)
-def test_an_empty_stub_is_not_done_yet(cell, tmp_path):
-    # as in the notebook: the body is read from the source, so the function needs a file
-    stub = CELLS[cell].source
-    (tmp_path / "stub.py").write_text(stub.split("\n\n\n")[0] + "\n")
-    namespace: dict = {}
-    exec(compile((tmp_path / "stub.py").read_text(), str(tmp_path / "stub.py"), "exec"), namespace)
-    answer = next(v for k, v in namespace.items() if k.startswith("my_"))
-    assert exercise(cell)[0].check(answer).status == "not done yet"
-
-
-@pytest.mark.parametrize("cell", EXERCISES)
-def test_the_solution_in_the_hints_passes(cell):
-    task, namespace = exercise(cell)
-    (source,) = re.findall(r"```python\n(.*?)```", task._hints[-1], re.DOTALL)
-    before = set(namespace)
-    exec(source, namespace)
-    (made,) = set(namespace) - before
-    result = task.check(namespace[made])
+@pytest.mark.parametrize("where", [KL, PADDING, BALANCE], ids=lambda where: where[1])
+def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(where):
+    task, namespace = exercise(*where, KNOWN)
+    assert task.check(stub(*where, namespace)).status == "not done yet"
+    result = task.check(solution(task, namespace))
     assert result.status == "passes", result
 
 
 @pytest.mark.parametrize(
-    ("cell", "answer", "message"),
+    ("where", "answer", "message"),
     [
         (KL, lambda s, t, tau: kl(softened(t, tau), softened(s, tau)).mean(), "lacks τ²"),
         (KL, lambda s, t, tau: reverse_kl(s, t, None, temperature=tau), "the teacher comes first"),
@@ -105,6 +79,6 @@ def test_the_solution_in_the_hints_passes(cell):
         (BALANCE, lambda n, w: [1.0] * 4, "return a dictionary"),
     ],
 )
-def test_a_wrong_answer_is_told_what_is_wrong(cell, answer, message):
-    result = exercise(cell)[0].check(answer)
+def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
+    result = exercise(*where, KNOWN)[0].check(answer)
     assert result.status == "not right" and message in result.message, result
