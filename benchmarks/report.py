@@ -54,7 +54,7 @@ def peers_markdown(peers: Sequence[dict]) -> str:
 
 def figure(results: Sequence[Result]) -> Figure:
     """Ratios as bars on a log axis, with a tick where each had to be. 1 = as costly as the other way."""
-    drawing = Figure(figsize=(9, 0.9 + 0.55 * len(results)), layout="constrained")
+    drawing = Figure(figsize=(11, 0.9 + 0.55 * len(results)), layout="constrained")
     axes = drawing.subplots()
     places = range(len(results))
     ratios = [r.ratio for r in results]
