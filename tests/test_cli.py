@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from fakit.__main__ import main
-from fakit.experiments import ExperimentConfig, RunStore, StudyConfig
+from fakit.experiments import ExperimentConfig, RunStore, study_from_yaml
 from tests.experiments.conftest import config, world  # noqa: F401 (fixtures: a toy teacher and texts on disk)
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +132,7 @@ def test_the_shipped_configurations_are_readable():
     files = sorted((ROOT / "configs").glob("*.yaml"))
     assert {"study.yaml", "distill_glosses.yaml"} <= {path.name for path in files}
     for path in files:
-        (StudyConfig if path.name.startswith("study") else ExperimentConfig).from_yaml(path)
+        (ExperimentConfig.from_yaml if path.name.startswith("distill") else study_from_yaml)(path)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -135,7 +135,9 @@ def test_the_viewer_in_jupyterlab(lab):
             arg=[view.locator(".said").element_handle(), before],
         )
 
-        # from Python to the page
+        # from Python to the page; the mouse goes first, or what it hovers over may be told after what Python chose
+        page.mouse.move(2, 2)
+        page.wait_for_timeout(500)
         page.get_by_role("button", name="Python chooses").click()
         view.get_by_text("fine → fine: teacher").wait_for()
         view.get_by_text("teacher T1, head 3", exact=True).wait_for()
