@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from fakit.capture import capture
+from fakit.evaluation.batches import device_of, to_device
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import depth
-from fakit.models.random_state import random_state_kept
+from fakit.probes import on_the_side
 from fakit.similarity import StreamingCKA
 
 if TYPE_CHECKING:
@@ -111,12 +111,7 @@ def _student(model) -> PreTrainedModel:
 
 def _states(model: PreTrainedModel, batch: Batch) -> tuple[list[Tensor], Tensor]:
     """Hidden states of all layers, (B, T, d) each, and the mask (B, T)."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    try:
-        with torch.no_grad(), random_state_kept(device):
-            inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-            trace = capture(model, inputs, hidden_states=range(depth(model) + 1), logits=False)
-    finally:
-        model.train(training)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with on_the_side(model):
+        trace = capture(model, to_device(inputs, device_of(model)), range(depth(model) + 1), logits=False)
     return [trace.hidden_states[i].cpu() for i in sorted(trace.hidden_states)], trace.mask.cpu()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,14 +111,17 @@ class Prepared:
             self._logits = predictions(self.teacher, self.test, self.task.collator(self.tokenizer))
         return self._logits
 
+    def differs(self, config: ExperimentConfig) -> dict[str, tuple]:
+        """Keys in which a run's configuration needs other parts than these: {key: (ours, the run's)}."""
+        keys = {name: attrgetter(name) for name in ("task", "teacher", "seed", "training.max_length")}
+        return {n: (of(self.config), of(config)) for n, of in keys.items() if of(self.config) != of(config)}
+
     def check(self, config: ExperimentConfig) -> None:
         """Raise ValueError where a run's configuration needs other parts than these."""
-        for name in ("task", "teacher", "seed", "training.max_length"):
-            ours, asked = (_at(c, name) for c in (self.config, config))
-            if ours != asked:
-                raise ValueError(
-                    f"prepared for {name} = {ours}, but the run has {asked}; call prepare with the run's own configuration."
-                )
+        for name, (ours, asked) in self.differs(config).items():
+            raise ValueError(
+                f"prepared for {name} = {ours}, but the run has {asked}; call prepare with the run's own configuration."
+            )
 
 
 def prepare(config: ExperimentConfig, device: str | torch.device = "cpu") -> Prepared:
@@ -126,12 +130,6 @@ def prepare(config: ExperimentConfig, device: str | torch.device = "cpu") -> Pre
     teacher, tokenizer = build_teacher(config, task, device)
     splits = {name: task.encode(name, tokenizer, config.training.max_length) for name in ("validation", "test")}
     return Prepared(config, task, teacher, tokenizer, **splits)
-
-
-def _at(config: ExperimentConfig, name: str):
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
 
 
 def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: TextTask) -> PreTrainedModel:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
-from fakit.experiments.map_study import SIMILARITY, map_scores
+from fakit.experiments.map_study import map_scores, recorded_similarity
 from fakit.experiments.statistics import Interval, paired_difference, spearman_interval
 from fakit.experiments.store import RunStore
 from fakit.experiments.table import scale
@@ -29,10 +26,7 @@ def map_report(store: RunStore) -> tuple[pd.DataFrame, str, dict[str, Figure]]:
     """The table of `map_scores`, the report in markdown, and its figure."""
     table = map_scores(store.path)
     correlations = map_correlations(table)
-    similarity = json.loads((Path(store.path) / SIMILARITY).read_text())
-    rows = table.copy()
-    for i, row in rows.iterrows():
-        rows.loc[i, "score"] = scale(row["metric"])[0] * row["score"]
+    rows = table.assign(score=table["score"] * table["metric"].map(lambda metric: scale(metric)[0]))
     titles = {row["task"]: f"test {row['metric']}{scale(row['metric'])[1]}" for _, row in table.iterrows()}
     figure = map_experiment(rows.drop(columns="scores"), correlations, titles)
     manifest = store.manifest
@@ -43,8 +37,8 @@ def map_report(store: RunStore) -> tuple[pd.DataFrame, str, dict[str, Figure]]:
         f"{len(store)} runs, seeds {', '.join(map(str, seeds))}, made {manifest['created']} on {manifest['machine']['processor']}.",
         "",
     ]
-    blocks = [map_markdown(table, correlations, {task: found["cka"] for task, found in similarity.items()})]
-    return table, "\n".join([*head, *blocks, f"![{figure.summary}](figures/maps.svg)\n"]), {"maps": figure}
+    body = map_markdown(table, correlations, recorded_similarity(store.path))
+    return table, "\n".join([*head, body, f"![{figure.summary}](figures/maps.svg)\n"]), {"maps": figure}
 
 
 def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similarity: dict[str, list]) -> str:
@@ -55,11 +49,11 @@ def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similar
         sign = 1 if rows["higher_is_better"].iloc[0] else -1
         rows = rows.iloc[(-sign * rows["score"]).argsort(kind="stable")]
         increasing = rows[rows["kind"] == "increasing"].reset_index(drop=True)
-        depths = np.array(similarity[task]).shape
+        depths = [size - 1 for size in np.shape(similarity[task])]
         chosen = {
             "the monotone map of highest CKA": LayerMap.from_similarity(similarity[task], "monotone"),
-            "`uniform`": LayerMap.uniform(depths[0] - 1, depths[1] - 1),
-            "`last`": LayerMap.last(depths[0] - 1, depths[1] - 1),
+            "`uniform`": LayerMap.uniform(*depths),
+            "`last`": LayerMap.last(*depths),
         }
         places = [
             f"{name} ({_name(layer_map)}) is number {int((increasing['map'] == _name(layer_map)).argmax()) + 1}"
@@ -78,10 +72,8 @@ def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similar
         for _, row in rows.iterrows():
             gain = "–"
             if row["map"] != "none" and len(none) > 1:
-                difference = paired_difference(row["scores"], none)
-                if sign < 0:
-                    difference = paired_difference(none, row["scores"])
-                gain = difference.format(factor, digits=1, sign=True)
+                better, worse = (row["scores"], none)[::sign]
+                gain = paired_difference(better, worse).format(factor, digits=1, sign=True)
             name = row["map"] if row["kind"] == "increasing" else f"*{row['map']}*"
             cka = "–" if np.isnan(row["cka"]) else f"{row['cka']:.2f}"
             lines.append(f"| {name} | {cka} | {factor * row['score']:.1f} | {gain} | {100 * row['agreement']:.1f} % |")

@@ -1,8 +1,7 @@
 """Does the CKA score of a layer map predict the student's quality? Every increasing map, trained and tested, beside three controls.
 
-A map's score is the mean similarity of its pairs, student layer to teacher layer, measured on unlabelled texts before any training (and, for
-comparison, on a student trained without layer matching); its quality is the test score of the student trained with it. Nothing is scored and
-tested on the same text, and the teacher was trained on neither.
+A map's score is the mean similarity of its pairs, student layer to teacher layer, measured on unlabelled texts before any training; its
+quality is the test score of the student trained with it. Nothing is scored and tested on the same text, and the teacher was trained on neither.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from fakit.experiments.build import Prepared, build_student, prepare
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.run import RunResult, without_side_bars
-from fakit.experiments.schema import Section, from_file, option
+from fakit.experiments.schema import from_file, option
 from fakit.experiments.store import RunStore
-from fakit.experiments.study import StudyConfig, check_pairing, read_experiments, run_missing, run_recorded, silent
+from fakit.experiments.study import Experiments, StudyConfig, check_pairing, run_missing, run_recorded, silent
 from fakit.layer_maps import LayerMap
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 CONTROLS = ("none", "reverse", "random")
 SIMILARITY = "similarity.json"
+BATCH = 64  # texts that are scored together
 Pairs = tuple[tuple[int, int], ...]
 
 
@@ -44,7 +44,7 @@ def increasing_maps(student_layers: int, teacher_layers: int) -> list[LayerMap]:
 
 
 @dataclass(frozen=True)
-class MapStudyConfig(Section):
+class MapStudyConfig(Experiments):
     """Experiments × maps × seeds.
 
     Attributes:
@@ -59,15 +59,6 @@ class MapStudyConfig(Section):
     seeds: tuple[int, ...] = (0, 1, 2)
     texts: int = option(512, at_least=8)
     what: str = field(default="does a map's CKA score predict the student's quality?")
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], folder: str | Path = ".") -> Self:
-        """Build from a mapping; names of YAML files in `experiments` are relative to `folder`."""
-        return super().from_dict(read_experiments(data, folder))
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        return from_file(path, lambda data: cls.from_dict(data, Path(path).parent))
 
     def _check(self) -> None:
         check_pairing(self.experiments, self.seeds)
@@ -116,50 +107,49 @@ def run_map_study(study: MapStudyConfig, out: str | Path, workers: int = 1, prog
     first = [experiment.replace(seed=study.seeds[0]) for experiment in study.experiments]
     with without_side_bars():
         prepared = [prepare(config) for config in first]
-    depths = {
-        (depth(build_student(c, p.teacher, p.task)), depth(p.teacher)) for c, p in zip(first, prepared, strict=True)
-    }
+    students = [build_student(config, p.teacher, p.task) for config, p in zip(first, prepared, strict=True)]
+    depths = {(depth(student), depth(p.teacher)) for student, p in zip(students, prepared, strict=True)}
     if len(depths) > 1:
         raise ValueError(
             f"experiments: (student, teacher) depths are {sorted(depths)}; one study compares the same maps."
         )
     runs = study.runs(*depths.pop())
-    found = {p.task.name: similarity(c, p, study.texts) for c, p in zip(first, prepared, strict=True)}
+    found = {p.task.name: similarity(student, p, study.texts) for student, p in zip(students, prepared, strict=True)}
     (Path(out) / SIMILARITY).write_text(json.dumps(found, indent=1) + "\n")
     run_missing(runs, store, workers, print if progress else silent, run=_run)
     return store
 
 
-def similarity(config: ExperimentConfig, prepared: Prepared, texts: int) -> dict[str, Any]:
-    """CKA of the untrained student's layers with the teacher's, debiased, one token a sequence; (S + 1, T + 1) by layer number."""
-    student = build_student(config, prepared.teacher, prepared.task)
-    matrix = cka_to_teacher(student, prepared, texts)
-    return {"texts": texts, "estimator": "debiased, one token a sequence", "student": "before training", "cka": matrix}
+def similarity(student: PreTrainedModel, prepared: Prepared, texts: int) -> dict[str, Any]:
+    """CKA of the untrained student's layers with the teacher's on the first `texts` unlabelled texts of the task's pool.
 
-
-def cka_to_teacher(student: PreTrainedModel, prepared: Prepared, texts: int) -> list[list[float]]:
-    """CKA (S + 1, T + 1) on the first `texts` unlabelled texts of the task's pool."""
-    import torch
-
-    from fakit.capture import capture
-    from fakit.models.blocks import depth
-    from fakit.similarity import StreamingCKA
+    Debiased, one token a sequence; (S + 1, T + 1) by layer number.
+    """
+    from fakit.watch import SimilarityWatch
 
     task, tokenizer = prepared.task, prepared.tokenizer
     rows = task.pool.select(range(min(texts, len(task.pool))))
     encoded = task.encode(rows, tokenizer, prepared.config.training.max_length)
-    collate, stream = task.collator(tokenizer), StreamingCKA(clusters=True)
-    for start in range(0, len(encoded), 64):
-        batch = collate(encoded.select(range(start, min(start + 64, len(encoded)))).to_list())
-        batch.pop("labels", None)
-        with torch.no_grad():
-            ours, theirs = (
-                capture(model, batch, hidden_states=range(depth(model) + 1), logits=False)
-                for model in (student.eval(), prepared.teacher)
-            )
-        sides = [[trace.hidden_states[i] for i in sorted(trace.hidden_states)] for trace in (ours, theirs)]
-        stream.update(*sides, mask=theirs.mask)
-    return [[round(value, 5) for value in row] for row in stream.matrix().tolist()]
+    collate = task.collator(tokenizer)
+    starts = range(0, len(encoded), BATCH)
+    batches = [collate(encoded.select(range(i, min(i + BATCH, len(encoded)))).to_list()) for i in starts]
+    matrix = SimilarityWatch(prepared.teacher, batches).measure(student, step=0)
+    cka = [[round(value, 5) for value in row] for row in matrix.tolist()]
+    return {"texts": texts, "estimator": "debiased, one token a sequence", "student": "before training", "cka": cka}
+
+
+def recorded_similarity(path: str | Path) -> dict[str, list[list[float]]]:
+    """Task → CKA (S + 1, T + 1) of a recorded map study.
+
+    Raises:
+        ValueError: a folder without a map study.
+    """
+    file = Path(path) / SIMILARITY
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is missing: {path} holds no map study; `fakit study configs/maps.yaml --out {path}` makes one."
+        )
+    return {task: found["cka"] for task, found in json.loads(file.read_text()).items()}
 
 
 def map_scores(path: str | Path) -> pd.DataFrame:
@@ -173,18 +163,13 @@ def map_scores(path: str | Path) -> pd.DataFrame:
         ValueError: a folder without a map study.
     """
     store = RunStore.open(path)
-    file = Path(path) / SIMILARITY
-    if not file.is_file():
-        raise ValueError(
-            f"{file} is missing: {path} holds no map study; `fakit study configs/maps.yaml --out {path}` makes one."
-        )
-    found = json.loads(file.read_text())
+    similarities = recorded_similarity(path)
     runs = pd.DataFrame(sorted(store.records(), key=lambda record: record["seed"]))
     maps = runs.groupby("task")["arm"].transform("nunique")
     runs = runs[runs.groupby(["task", "seed"])["arm"].transform("nunique") == maps]
     rows = []
     for (task, name), group in runs.groupby(["task", "arm"], sort=False):
-        cka = found[task]["cka"]
+        cka = similarities[task]
         # a random map is another one for every seed: its score is the mean over the draws
         pairs = [() if c["layer_map"] == "none" else tuple(map(tuple, c["layer_map"])) for c in group["config"]]
         values = [sum(cka[s][t] for s, t in each) / len(each) for each in pairs if each]
@@ -206,13 +191,12 @@ def map_scores(path: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-_PREPARED: dict[str, Prepared] = {}  # of this process; the last one only: runs come seed by seed and task by task
+_prepared: Prepared | None = None  # of this process; the last one only: runs come seed by seed and task by task
 
 
 def _run(config: ExperimentConfig, path: Path) -> RunResult:
-    key = json.dumps([config.task.to_dict(), config.teacher.to_dict(), config.seed, config.training.max_length])
-    if key not in _PREPARED:
-        _PREPARED.clear()
+    global _prepared
+    if _prepared is None or _prepared.differs(config):
         with without_side_bars():
-            _PREPARED[key] = prepare(config)
-    return run_recorded(config, path, prepared=_PREPARED[key], count_flops=False)
+            _prepared = prepare(config)
+    return run_recorded(config, path, prepared=_prepared, count_flops=False)

@@ -23,8 +23,25 @@ EQUAL_COMPUTE = "{arm}, equal compute"
 REFERENCE = "all"  # whose compute the equal-compute arms are given
 
 
+class Experiments(Section):
+    """A configuration with a key `experiments`: in a file, mappings or names of YAML files beside it."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], folder: str | Path = ".") -> Self:
+        """Build from a mapping; names of YAML files in `experiments` are relative to `folder`."""
+        if isinstance(data, Mapping) and isinstance(data.get("experiments"), list | tuple):
+            experiments = [_experiment(n, item, Path(folder)) for n, item in enumerate(data["experiments"])]
+            data = {**data, "experiments": experiments}
+        return super().from_dict(data)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a YAML file, and the files of experiments that it names."""
+        return from_file(path, lambda data: cls.from_dict(data, Path(path).parent))
+
+
 @dataclass(frozen=True)
-class StudyConfig(Section):
+class StudyConfig(Experiments):
     """Experiments × arms × seeds.
 
     Attributes:
@@ -44,15 +61,6 @@ class StudyConfig(Section):
     equal_compute: tuple[str, ...] = ("none",)
     baselines: bool = True
     what: str = field(default="what feature alignment buys: arms with paired seeds")
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], folder: str | Path = ".") -> Self:
-        """Build from a mapping; names of YAML files in `experiments` are relative to `folder`."""
-        return super().from_dict(read_experiments(data, folder))
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        return from_file(path, lambda data: cls.from_dict(data, Path(path).parent))
 
     def _check(self) -> None:
         if not self.arms:
@@ -98,13 +106,6 @@ class StudyConfig(Section):
                 name = EQUAL_COMPUTE.format(arm=arm)
                 configs += [config.replace(seed=s, name=name, **{"training.steps": steps}) for s in self.seeds]
         return sorted(configs, key=lambda config: self.seeds.index(config.seed))
-
-
-def read_experiments(data: Any, folder: str | Path) -> Any:
-    """A study's mapping with its `experiments` read: mappings as they are, names of YAML files relative to `folder`."""
-    if not (isinstance(data, Mapping) and isinstance(data.get("experiments"), list | tuple)):
-        return data  # whoever builds the study from it says what is wrong
-    return {**data, "experiments": [_experiment(n, item, Path(folder)) for n, item in enumerate(data["experiments"])]}
 
 
 def check_pairing(experiments: tuple[ExperimentConfig, ...], seeds: tuple[int, ...]) -> None:

@@ -9,6 +9,7 @@ from html import escape
 import ipywidgets as widgets
 from torch import Tensor, nn
 
+from fakit.evaluation.batches import eval_mode
 from fakit.figures import Figure, term_pulls
 from fakit.gradients import (
     ALL,
@@ -127,7 +128,7 @@ class LossLaboratory(Panel):
         """
         teacher, student = self._models
         try:
-            with _evaluating(student):
+            with eval_mode(student):
                 if self._objective.outputs is None:
                     measured = {None: term_gradients(self._objective, teacher, student, self._batches)}
                 else:
@@ -304,15 +305,3 @@ def _button(name: str, tooltip: str, press: Callable[[], None]) -> widgets.Butto
     button = widgets.Button(description=name, tooltip=tooltip, layout={"width": "auto", "margin": "4px 8px 4px 0"})
     button.on_click(lambda _: press())
     return button
-
-
-@contextmanager
-def _evaluating(student: nn.Module) -> Iterator[None]:
-    """Each module in evaluation mode, then in the mode it was in; the random state is not drawn from."""
-    training = [module for module in student.modules() if module.training]
-    student.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
