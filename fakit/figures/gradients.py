@@ -22,7 +22,7 @@ from fakit.figures.drawing import (
 )
 from fakit.figures.figure import Figure
 from fakit.figures.theme import DIFFERENCE, SMALL
-from fakit.figures.training import term_style
+from fakit.figures.training import add_term_bars, term_style
 
 SIZE = (960, 660)
 TOP, BOTTOM = (0.64, 1.0), (0.0, 0.43)  # of the plot area's height
@@ -80,28 +80,14 @@ def term_pulls(
 
 
 def _bars(figure: go.Figure, number: int, values: Mapping[str, float], labels: Mapping[str, str], limit: float, axis: str, across):  # fmt: skip
-    names = list(values)[::-1]
-    figure.add_bar(
-        x=[values[name] for name in names],
-        y=names,
-        orientation="h",
-        marker={"color": [term_style(name, i).colour for i, name in enumerate(names)]},
-        text=[labels[name] for name in names],
-        textposition="outside",
-        cliponaxis=False,
-        hovertemplate="%{y}: %{text}<extra></extra>",
-        showlegend=False,
-        xaxis=axis_id("x", number),
-        yaxis=axis_id("y", number),
-    )
-    longest = max(*values.values(), limit, 0.0) or 1.0
     room = 8 * max(map(len, labels.values())) / 360  # the labels stand to the right of the bars
+    end = add_term_bars(figure, values, labels, limit, room, xaxis=axis_id("x", number), yaxis=axis_id("y", number))
     figure.update_layout(
         {
             axis_key("x", number): {
                 "domain": across,
                 "anchor": axis_id("y", number),
-                "range": (0, longest / (1 - room)),
+                "range": (0, end),
                 "title": {"text": axis},
                 "nticks": 5,
             },

@@ -8,7 +8,7 @@ import numpy as np
 
 from fakit.figures.drawing import canvas, check_keys, label_width
 from fakit.figures.figure import Figure
-from fakit.figures.training import term_style
+from fakit.figures.training import add_term_bars
 
 
 def loss_bars(
@@ -37,7 +37,7 @@ def loss_bars(
     products = {name: weight * float(terms.get(name, 0.0)) for name, weight in weights.items()}
     if wrong := [name for name, value in products.items() if not np.isfinite(value)]:
         raise ValueError(f"loss_bars: {', '.join(wrong)} is not finite; Breakdown.check() names the layer at fault")
-    names = list(weights)[::-1]
+    names = list(weights)
     labels = {
         name: f"{weight:.3g} × {terms[name]:.3g} = {products[name]:.3g}" if weight else "off (weight 0)"
         for name, weight in weights.items()
@@ -46,19 +46,9 @@ def loss_bars(
     figure = canvas(
         title, (720, 116 + 46 * len(names)), {"l": label_width(names) + 20, "t": 48}, showlegend=False, bargap=0.35
     )
-    figure.add_bar(
-        x=[products[name] for name in names],
-        y=names,
-        orientation="h",
-        marker={"color": [term_style(name, i).colour for i, name in enumerate(names)]},
-        text=[labels[name] for name in names],
-        textposition="outside",
-        cliponaxis=False,
-        hovertemplate="%{y}: %{text}<extra></extra>",
-    )
-    longest = max(*products.values(), limit or 0.0) or 1.0
     # the labels stand to the right of the bars: room for the longest of them, at about 8 px a character
     room = min(0.45, 8 * max(map(len, labels.values())) / (720 - label_width(names) - 44))
-    figure.update_xaxes(range=(0, longest / (1 - room)), title="weight × loss").update_yaxes(showgrid=False)
+    end = add_term_bars(figure, products, labels, limit or 0.0, room)
+    figure.update_xaxes(range=(0, end), title="weight × loss").update_yaxes(showgrid=False)
     parts = ", ".join(f"{name} {labels[name]}" for name in weights)
     return Figure(figure, f"Total loss {total:.4g}: {parts}.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 from fakit.figures.drawing import (
     canvas,
@@ -39,6 +40,37 @@ def term_style(name: str, position: int = 0) -> Role:
         if term in name.lower():
             return role
     return arm(name, position)
+
+
+def add_term_bars(
+    figure: go.Figure,
+    values: Mapping[str, float],
+    labels: Mapping[str, str],
+    limit: float,
+    room: float,
+    **place: str,
+) -> float:
+    """A bar a term, first on top, its label at its end. Returns the right end of an axis that starts at 0 and holds bars and labels.
+
+    Args:
+        limit: the axis reaches at least so far.
+        room: the share of the axis that is kept for the labels.
+        place: xaxis and yaxis, in a panel.
+    """
+    names = list(values)[::-1]
+    figure.add_bar(
+        x=[values[name] for name in names],
+        y=names,
+        orientation="h",
+        marker={"color": [term_style(name, i).colour for i, name in enumerate(names)]},
+        text=[labels[name] for name in names],
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate="%{y}: %{text}<extra></extra>",
+        showlegend=False,
+        **place,
+    )
+    return (max(*values.values(), limit, 0.0) or 1.0) / (1 - room)
 
 
 def loss_curves(

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 
 from fakit.figures.live import training_now
 from fakit.session import EVERY, FAILED, PAUSED, READY, RUNNING, TEMPERATURE, TrainSession
-from fakit.widgets.panel import LABEL, WIDE, WIDGET
+from fakit.widgets.panel import LABEL, WIDE, WIDGET, spoken
 from fakit.widgets.weights import weight_slider
 
 LINES = 8  # of the log that are shown
@@ -235,7 +235,7 @@ class Cockpit(widgets.VBox):
             self._moving = False
 
     def _say(self, sentence: str) -> None:
-        self._status.value = f'<div role="status" aria-live="polite">{escape(sentence)}</div>'
+        self._status.value = spoken(sentence)
 
     def _announcement(self) -> str:
         """For a screen reader: what was done last, not every step."""

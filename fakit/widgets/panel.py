@@ -16,6 +16,11 @@ LABEL = {"description_width": "150px"}  # one column of labels, wide enough for 
 WIDE = "560px"
 
 
+def spoken(sentence: str) -> str:
+    """HTML of a sentence that a screen reader announces when it changes."""
+    return f'<div role="status" aria-live="polite">{escape(sentence)}</div>'
+
+
 class Panel(widgets.VBox):
     """A box of controls above a figure and a sentence that a screen reader announces.
 
@@ -54,7 +59,7 @@ class Panel(widgets.VBox):
         # the height is held, or the page would jump each time one picture makes way for the next
         self._picture.layout.min_height = f"{self.figure.plotly.layout.height + 12}px"
         self._picture.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
-        self._sentence.value = f'<div role="status" aria-live="polite">{escape(self.sentence)}</div>'
+        self._sentence.value = spoken(self.sentence)
 
     def _repr_mimebundle_(self, **kwargs) -> dict[str, object]:
         still = {"image/svg+xml": self.figure.svg(), "text/plain": self.figure.summary}

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fakit.figures import Figure
 from fakit.planner import CARDS, Plan, plan, read_config
 from fakit.planner.cards import GB
-from fakit.widgets.panel import LABEL, WIDE, Panel
+from fakit.widgets.panel import LABEL, WIDE, Panel, spoken
 
 Teacher = str | Path | PreTrainedConfig | PreTrainedModel
 TEACHERS = (
@@ -104,7 +104,7 @@ class MemoryPlanner(Panel):
     def refresh(self, change: object = None) -> None:
         """Plan and draw anew; a plan for the largest teachers takes seconds."""
         if hasattr(self, "figure"):
-            self._sentence.value = '<div role="status" aria-live="polite">Planning …</div>'
+            self._sentence.value = spoken("Planning …")
         super().refresh(change)
 
     def draw(self) -> tuple[Figure, str]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import nbformat
+from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import Browser, Page, Route
 
 # Figures: drawn by plotly, or an SVG or a bitmap in an output of JupyterLab or of a report (icons are none).
@@ -201,6 +203,13 @@ class Lab:
     url: str
     folder: Path
     browser: Browser
+
+    def write(self, name: str, *sources: str) -> str:
+        """A notebook of these code cells in the folder; returns its name, for `open`."""
+        notebook = new_notebook(cells=[new_code_cell(source.strip()) for source in sources])
+        notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(notebook, self.folder / name)
+        return name
 
     @contextlib.contextmanager
     def open(self, name: str, **options) -> Iterator[Notebook]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import nbformat
 import torch
-from nbformat.v4 import new_code_cell, new_notebook
 
 from fakit import LayerMap
 from fakit.figures.theme import STUDENT, TEACHER, ramp
@@ -76,9 +74,7 @@ def said(view) -> str:
 
 
 def test_the_viewer_in_jupyterlab(lab):
-    notebook = new_notebook(cells=[new_code_cell(source) for source in (MAPS, VIEWER, ECHO, BROKEN)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, lab.folder / "viewer.ipynb")
+    lab.write("viewer.ipynb", MAPS, VIEWER, ECHO, BROKEN)
     with lab.open("viewer.ipynb") as opened:
         opened.run_all()
         page, view = opened.page, opened.page.locator(".fakit-av").first

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
-
 MODELS = """
 import tempfile, threading, time
 import torch, transformers as hf
@@ -81,9 +78,7 @@ def grown(page, beyond: int) -> int:
 
 
 def test_it_lives_while_other_cells_work(lab):
-    notebook = new_notebook(cells=[new_code_cell(source) for source in CELLS])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, lab.folder / "cockpit.ipynb")
+    lab.write("cockpit.ipynb", *CELLS)
     with lab.open("cockpit.ipynb") as opened:
         page = opened.page
         page.set_default_timeout(120_000)  # on a busy machine a cell may take its time

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
 from tests.browser.pages import assert_figures_visible
 
@@ -21,15 +20,8 @@ widgets.VBox([slider, readout])
 """
 
 
-def write(lab, name: str, *sources: str) -> str:
-    notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, lab.folder / name)
-    return name
-
-
 def test_a_notebook_runs_draws_and_answers_to_the_keyboard(lab):
-    with lab.open(write(lab, "widgets_and_figures.ipynb", FIGURE, SLIDER)) as notebook:
+    with lab.open(lab.write("widgets_and_figures.ipynb", FIGURE, SLIDER)) as notebook:
         notebook.run_all()
         page = notebook.page
         page.wait_for_selector(".js-plotly-plot .main-svg")  # JupyterLab prefers plotly's JSON to the SVG
@@ -47,7 +39,7 @@ def test_a_notebook_runs_draws_and_answers_to_the_keyboard(lab):
 
 
 def test_a_cell_that_fails_is_seen(lab):
-    with lab.open(write(lab, "fails.ipynb", "1 / 0", "print('never')")) as notebook:
+    with lab.open(lab.write("fails.ipynb", "1 / 0", "print('never')")) as notebook:
         notebook.run_all()
         with pytest.raises(AssertionError, match="ZeroDivisionError"):
             notebook.assert_clean()
@@ -55,7 +47,7 @@ def test_a_cell_that_fails_is_seen(lab):
 
 def test_a_request_that_leaves_the_machine_is_blocked_and_seen(lab):
     code = "from IPython.display import HTML\nHTML('<img src=\"https://example.org/pixel.png\">')"
-    with lab.open(write(lab, "asks.ipynb", code)) as notebook:
+    with lab.open(lab.write("asks.ipynb", code)) as notebook:
         notebook.run_all()
         notebook.page.locator('img[src="https://example.org/pixel.png"]').wait_for(state="attached")
         with pytest.raises(AssertionError, match=r"example\.org/pixel"):
@@ -63,7 +55,7 @@ def test_a_request_that_leaves_the_machine_is_blocked_and_seen(lab):
 
 
 def test_a_cell_with_folded_source_counts_as_run(lab):
-    name = write(lab, "folded.ipynb", "x = 1", "x + 1")
+    name = lab.write("folded.ipynb", "x = 1", "x + 1")
     notebook = nbformat.read(lab.folder / name, as_version=4)
     notebook.cells[0].metadata["jupyter"] = {"source_hidden": True}
     nbformat.write(notebook, lab.folder / name)

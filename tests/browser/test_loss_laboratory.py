@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
-
 from tests.browser.pages import assert_figures_visible
 
 MODELS = """
@@ -45,12 +42,8 @@ with torch.no_grad():
 
 
 def test_sliders_buttons_and_failure_from_the_page(lab):
-    notebook = new_notebook(cells=[new_code_cell(source) for source in (MODELS, ECHO)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, lab.folder / "laboratory.ipynb")
-    broken = new_notebook(cells=[new_code_cell(source) for source in (MODELS, ECHO, BREAK)])
-    broken.metadata.kernelspec = notebook.metadata.kernelspec
-    nbformat.write(broken, lab.folder / "broken.ipynb")
+    lab.write("laboratory.ipynb", MODELS, ECHO)
+    lab.write("broken.ipynb", MODELS, ECHO, BREAK)
     with lab.open("laboratory.ipynb") as opened:
         opened.run_all()
         page = opened.page

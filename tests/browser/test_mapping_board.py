@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
 BOARD = """
 import numpy as np
@@ -69,9 +67,7 @@ class Board:
 
 @pytest.fixture(scope="module")
 def opened(lab):
-    notebook = new_notebook(cells=[new_code_cell(source.strip()) for source in (BOARD, ECHO, WEIGHTED, DEEP)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, lab.folder / "board.ipynb")
+    lab.write("board.ipynb", BOARD, ECHO, WEIGHTED, DEEP)
     with lab.open("board.ipynb") as opened:
         opened.run_all()
         opened.page.locator(".fakit-mapping-board").nth(2).wait_for()

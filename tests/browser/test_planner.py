@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
-
 from tests.browser.pages import assert_figures_visible
 
 PLANNER = """
@@ -32,9 +29,7 @@ echo
 
 
 def test_the_keyboard_plans_and_python_knows(lab):
-    notebook = new_notebook(cells=[new_code_cell(source) for source in (PLANNER, ECHO)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, lab.folder / "planner.ipynb")
+    lab.write("planner.ipynb", PLANNER, ECHO)
     with lab.open("planner.ipynb") as opened:
         opened.run_all()
         page = opened.page

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
-
 BROWSER = """
 from fakit.tasks import data_dir
 from fakit.widgets import run_browser
@@ -25,9 +22,7 @@ echo
 
 
 def test_table_curves_and_points_are_one_choice(lab):
-    notebook = new_notebook(cells=[new_code_cell(source) for source in (BROWSER, ECHO)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, lab.folder / "runs.ipynb")
+    lab.write("runs.ipynb", BROWSER, ECHO)
     with lab.open("runs.ipynb") as opened:
         opened.run_all()
         page, root = opened.page, opened.page.locator(".fakit-run-browser")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
-
 from tests.browser.pages import assert_figures_visible
 
 LAYERS = """
@@ -38,9 +35,7 @@ scrubber
 
 
 def test_estimators_and_rogue_dimensions_by_keyboard_and_mouse(lab):
-    notebook = new_notebook(cells=[new_code_cell(source) for source in (LAYERS, SCRUBBER)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, lab.folder / "similarity.ipynb")
+    lab.write("similarity.ipynb", LAYERS, SCRUBBER)
     with lab.open("similarity.ipynb") as opened:
         opened.run_all()
         page = opened.page

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
-
 from tests.browser.pages import assert_figures_visible
 
 WEIGHTS = """
@@ -27,9 +24,7 @@ echo
 
 
 def test_a_weight_moved_by_the_keyboard_reaches_the_objective(lab):
-    notebook = new_notebook(cells=[new_code_cell(source) for source in (WEIGHTS, ECHO)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, lab.folder / "moved.ipynb")
+    lab.write("moved.ipynb", WEIGHTS, ECHO)
     with lab.open("moved.ipynb") as opened:
         opened.run_all()
         page = opened.page

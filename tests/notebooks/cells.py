@@ -48,3 +48,17 @@ def solution(task: Exercise, namespace: dict):
     bound = [node for node in ast.parse(code).body if isinstance(node, (ast.FunctionDef, ast.Assign))]
     last = bound[-1]
     return namespace[last.name if isinstance(last, ast.FunctionDef) else last.targets[0].id]
+
+
+def assert_ladder(notebook: str, cell: str, task: Exercise, namespace: dict) -> None:
+    """The stub in the notebook is "not done yet", and the solution in the last hint passes."""
+    result = task.check(stub(notebook, cell, namespace))
+    assert result.status == "not done yet", result
+    result = task.check(solution(task, namespace))
+    assert result.status == "passes", result
+
+
+def assert_told(task: Exercise, answer, message: str) -> None:
+    """A wrong answer is not right, and is told this."""
+    result = task.check(answer)
+    assert result.status == "not right" and message in result.message, result

@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from fakit.teaching import Exercise
-from tests.notebooks.cells import exercise, solution, source, stub
+from tests.notebooks.cells import assert_ladder, assert_told, exercise, source
 
 TEACHER, STUDENT = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
 RAW = {"features": 0.2, "attention": 0.5, "outputs": 1.4, "task": 0.9}
@@ -26,10 +26,7 @@ EVERY = [TEMPERATURE, OUTPUTS, WEIGHT]
 
 @pytest.mark.parametrize("where", EVERY, ids=lambda where: "-".join(where))
 def test_the_solution_in_the_hints_passes_and_the_stub_is_not_done(where):
-    task, namespace = exercise(*where, KNOWN)
-    assert task.check(stub(*where, namespace)).status == "not done yet"
-    result = task.check(solution(task, namespace))
-    assert result.status == "passes", result
+    assert_ladder(*where, *exercise(*where, KNOWN))
 
 
 def soft(logits, tau):
@@ -63,8 +60,7 @@ def forward(student, teacher, tau):
     ],
 )
 def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
-    result = exercise(*where, KNOWN)[0].check(answer)
-    assert result.status == "not right" and message in result.message, result
+    assert_told(exercise(*where, KNOWN)[0], answer, message)
 
 
 def test_logits_multiplied_by_the_temperature_are_recognised():
@@ -104,9 +100,7 @@ def hunt():
 
 def test_the_bug_found_passes_and_the_stub_is_not_done(hunt):
     task, namespace = hunt
-    assert task.check(stub(*BUG, namespace)).status == "not done yet"
-    result = task.check(solution(task, namespace))
-    assert result.status == "passes", result
+    assert_ladder(*BUG, task, namespace)
     assert namespace["student"].training and not namespace["teacher"].training
 
 
@@ -139,5 +133,4 @@ def stepped(before, teacher_under=torch.no_grad, student_under=torch.enable_grad
     ],
 )
 def test_half_a_repair_is_told_what_is_left(hunt, step, message):
-    result = hunt[0].check(step)
-    assert result.status == "not right" and message in result.message, result
+    assert_told(hunt[0], step, message)

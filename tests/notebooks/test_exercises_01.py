@@ -10,7 +10,7 @@ import torch
 from fakit import LayerMap
 from fakit.teaching import Exercise
 from fakit.widgets import mapping_board
-from tests.notebooks.cells import exercise, solution, source, stub
+from tests.notebooks.cells import assert_ladder, assert_told, exercise, source, stub
 
 NOTEBOOK = "01_layer_mapping"
 BY_HAND, BUG, MEAN = (f"s07-exercise-{number}" for number in (1, 2, 3))
@@ -39,10 +39,7 @@ KNOWN = {
 
 @pytest.mark.parametrize("cell", [BY_HAND, BUG, MEAN])
 def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(cell):
-    task, namespace = exercise(NOTEBOOK, cell, KNOWN)
-    assert task.check(stub(NOTEBOOK, cell, namespace)).status == "not done yet"
-    result = task.check(solution(task, namespace))
-    assert result.status == "passes", result
+    assert_ladder(NOTEBOOK, cell, *exercise(NOTEBOOK, cell, KNOWN))
 
 
 def test_what_is_connected_on_the_board_is_the_answer():
@@ -96,8 +93,7 @@ def blocks(rule):
     ],
 )
 def test_a_wrong_answer_is_told_what_is_wrong(cell, answer, message):
-    result = exercise(NOTEBOOK, cell, KNOWN)[0].check(answer)
-    assert result.status == "not right" and message in result.message, result
+    assert_told(exercise(NOTEBOOK, cell, KNOWN)[0], answer, message)
 
 
 @pytest.mark.parametrize("repaired", [LayerMap.uniform, lambda S, T: LayerMap.uniform(S, T).pairs])

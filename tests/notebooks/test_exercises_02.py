@@ -6,7 +6,7 @@ import torch
 
 from fakit.similarity import Similarity, cka, hsic
 from fakit.teaching import Exercise
-from tests.notebooks.cells import exercise, solution, source, stub
+from tests.notebooks.cells import assert_ladder, assert_told, exercise, source
 
 ROWS = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
 # what earlier cells of the notebook define
@@ -47,10 +47,7 @@ def sentence_means(layer, mask):
 
 @pytest.mark.parametrize("where", [HSIC, ORDER, CLAIM, BUG], ids=lambda where: where[1])
 def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(where):
-    task, namespace = exercise(*where, KNOWN)
-    assert task.check(stub(*where, namespace)).status == "not done yet"
-    result = task.check(solution(task, namespace))
-    assert result.status == "passes", result
+    assert_ladder(*where, *exercise(*where, KNOWN))
 
 
 @pytest.mark.parametrize(
@@ -72,8 +69,7 @@ def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(where):
     ],
 )
 def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
-    result = exercise(*where, KNOWN)[0].check(answer)
-    assert result.status == "not right" and message in result.message
+    assert_told(exercise(*where, KNOWN)[0], answer, message)
 
 
 def test_rows_in_a_wrong_order_are_told_which():

@@ -6,7 +6,7 @@ import torch
 
 from fakit.similarity import sink_share
 from fakit.teaching import Exercise
-from tests.notebooks.cells import exercise, solution, source, stub
+from tests.notebooks.cells import assert_ladder, assert_told, exercise, solution, source
 
 # what earlier cells of the notebook define
 KNOWN = {
@@ -42,10 +42,7 @@ WRITE = ("03_attention_maps", "s03-ex3-check")
 
 @pytest.mark.parametrize("where", [DISTANCE, SINKS, MAPS, WRITE], ids=lambda where: where[1])
 def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(where):
-    task, namespace = exercise(*where, KNOWN)
-    assert task.check(stub(*where, namespace)).status == "not done yet"
-    result = task.check(solution(task, namespace))
-    assert result.status == "passes", result
+    assert_ladder(*where, *exercise(*where, KNOWN))
 
 
 @pytest.mark.parametrize(
@@ -73,8 +70,7 @@ def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(where):
     ],
 )
 def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
-    result = exercise(*where, KNOWN)[0].check(answer)
-    assert result.status == "not right" and message in result.message
+    assert_told(exercise(*where, KNOWN)[0], answer, message)
 
 
 def test_the_planted_bug_hides_the_sinks_and_the_repair_shows_them():

@@ -9,7 +9,7 @@ from fakit import Features, LayerMap, Objective, capture, shrink
 from fakit.evaluation import quantization_fidelity
 from fakit.teaching import Exercise
 from tests.families import batch, tiny
-from tests.notebooks.cells import exercise, solution, source, stub
+from tests.notebooks.cells import assert_ladder, assert_told, exercise, solution, source
 
 NOTEBOOK = "05_gpu_distillation"
 BYTES, ERROR, BUG = (f"s05-exercise-{number}" for number in (1, 2, 3))
@@ -51,10 +51,7 @@ KNOWN = COMMON | planted()
 
 @pytest.mark.parametrize("cell", [BYTES, ERROR, BUG])
 def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(cell):
-    task, namespace = exercise(NOTEBOOK, cell, KNOWN)
-    assert task.check(stub(NOTEBOOK, cell, namespace)).status == "not done yet"
-    result = task.check(solution(task, namespace))
-    assert result.status == "passes", result
+    assert_ladder(NOTEBOOK, cell, *exercise(NOTEBOOK, cell, KNOWN))
 
 
 @pytest.mark.parametrize(
@@ -66,8 +63,7 @@ def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(cell):
     ],
 )
 def test_bytes_that_are_not_right(answer, message):
-    result = exercise(NOTEBOOK, BYTES, KNOWN)[0].check(answer)
-    assert result.status == "not right" and message in result.message
+    assert_told(exercise(NOTEBOOK, BYTES, KNOWN)[0], answer, message)
 
 
 def relative(name: str, padding: bool = False) -> float:
@@ -88,8 +84,7 @@ def relative(name: str, padding: bool = False) -> float:
     ],
 )
 def test_errors_that_are_not_right(answer, message):
-    result = exercise(NOTEBOOK, ERROR, KNOWN)[0].check(answer)
-    assert result.status == "not right" and message in result.message
+    assert_told(exercise(NOTEBOOK, ERROR, KNOWN)[0], answer, message)
 
 
 def test_the_planted_loop_learns_and_its_projection_does_not():
@@ -141,5 +136,4 @@ def nothing_returned(student, objective):
     ],
 )
 def test_optimisers_that_leave_something_out(answer, message):
-    result = exercise(NOTEBOOK, BUG, KNOWN)[0].check(answer)
-    assert result.status == "not right" and message in result.message
+    assert_told(exercise(NOTEBOOK, BUG, KNOWN)[0], answer, message)

@@ -7,7 +7,7 @@ from IPython.display import Markdown
 from fakit.experiments import paired_difference
 from fakit.experiments.statistics import mean_interval
 from fakit.teaching import Exercise
-from tests.notebooks.cells import exercise, solution, source, stub
+from tests.notebooks.cells import assert_ladder, assert_told, exercise, solution, source
 
 SCORES = {"all": np.array([0.81, 0.84, 0.80]), "outputs": np.array([0.78, 0.83, 0.79])}
 # what earlier cells of the notebook define
@@ -39,10 +39,7 @@ def around(half, mean=MEAN):
 
 @pytest.mark.parametrize("where", [INTERVAL, CLAIM, REPORT], ids=lambda where: where[1])
 def test_the_solution_in_the_hints_passes_and_the_stub_is_not_done(where):
-    task, namespace = exercise(*where, KNOWN)
-    assert task.check(stub(*where, namespace)).status == "not done yet"
-    result = task.check(solution(task, namespace))
-    assert result.status == "passes", result
+    assert_ladder(*where, *exercise(*where, KNOWN))
 
 
 @pytest.mark.parametrize(
@@ -67,8 +64,7 @@ def test_the_solution_in_the_hints_passes_and_the_stub_is_not_done(where):
     ],
 )
 def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
-    result = exercise(*where, KNOWN)[0].check(answer)
-    assert result.status == "not right" and message in result.message
+    assert_told(exercise(*where, KNOWN)[0], answer, message)
 
 
 def test_the_bug_lies_and_its_repair_does_not():
