@@ -320,6 +320,7 @@ class Objective(nn.Module):
 
     def _compare_heads(self, student, teacher, labels: Tensor | None, shares) -> tuple[Tensor, dict[str, Tensor]]:
         """Outputs and task, or one of them, a chunk of logits at a time: their weighted sum, and each of them."""
+        settings = self.outputs or Outputs()  # of a term that is not there nothing is used
         ours, labels = student.head, labels if self.active("task") else None
         mask, theirs = None, ours.detach()  # not looked at by the task alone
         if self.active("outputs"):
@@ -336,15 +337,15 @@ class Objective(nn.Module):
             theirs.weight,
             theirs.bias,
             mask,
-            divergence="forward_kl" if self.outputs is None else self.outputs.loss,
-            temperature=1.0 if self.outputs is None else self.outputs.temperature,
+            divergence=settings.loss,
+            temperature=settings.temperature,
             outputs_weight=self.weights.get("outputs", 0.0),
             task_labels=labels,
             task_weight=self.weights.get("task", 0.0),
-            vocab_size=None if self.outputs is None else self.outputs.vocab_size,
+            vocab_size=settings.vocab_size,
             student_finish=ours.finish,
             teacher_finish=theirs.finish,
-            shares=None if shares is None else tuple(shares.get(name) for name in ("outputs", "task")),
+            shares=tuple((shares or {}).get(name) for name in ("outputs", "task")),
         )
         return total, {n: v for n, v in (("outputs", outputs), ("task", task)) if v is not None}
 

@@ -5,7 +5,7 @@ run on a few tokens at a time; their logits are compared, turned into a gradient
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -40,7 +40,7 @@ def fused_outputs(
     student_finish: Callable[[Tensor], Tensor] | None = None,
     teacher_finish: Callable[[Tensor], Tensor] | None = None,
     chunk: int | None = None,
-    shares: tuple[Tensor | None, Tensor | None] | None = None,
+    shares: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Output matching and the task's cross-entropy of logits = finish(hidden @ weightᵀ + bias), without storing the logits.
 
@@ -135,6 +135,8 @@ def fused_outputs(
         chunk=chunk or max(_FEWEST, _ELEMENTS.get(kind, _ELEMENTS_ELSEWHERE) // max(sizes)),
         autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         gradients=torch.is_grad_enabled(),
+        # a device's number enters no comparison, so that nothing waits for it
+        shares=tuple(1.0 if share is None else share.detach().to(student_hidden.device) for share in shares),
     )
     tensors = (
         student_hidden.flatten(0, -2),
@@ -148,12 +150,8 @@ def fused_outputs(
     bare = not wants_task and vocab_size is None and student_finish is None and teacher_finish is None
     if bare and liger.serves(divergence, student_hidden, student_weight, teacher_hidden, teacher_weight):
         outputs_loss = liger.output_loss(*tensors, divergence, temperature)
-        share = 1.0 if shares is None or shares[0] is None else shares[0]
-        return outputs_weight * share * outputs_loss, outputs_loss, None
+        return plan.factors[0] * outputs_loss, outputs_loss, None
     labels = task_labels.flatten().to(student_hidden.device) if wants_task else None
-    if shares is not None:  # a number of a device enters no comparison, so that nothing waits for it
-        given = (1.0 if share is None else share.detach().to(student_hidden.device) for share in shares)
-        plan = replace(plan, shares=tuple(given))
     total, outputs_loss, task = _FusedOutputs.apply(*tensors, labels, plan)
     return total, outputs_loss if wants_outputs else None, task if wants_task else None
 
@@ -171,7 +169,7 @@ class _Plan:
     chunk: int
     autocast: torch.dtype | None
     gradients: bool
-    shares: tuple[Tensor | float, Tensor | float] = (1.0, 1.0)
+    shares: tuple[Tensor | float, Tensor | float]
 
     @property
     def factors(self) -> tuple[Tensor | float, Tensor | float]:
