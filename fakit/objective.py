@@ -198,10 +198,10 @@ class Objective(nn.Module):
         if predicts and student.head is not None and not (self.active("outputs") and teacher.head is None):
             together, chunked = self._compare_heads(student, teacher, labels, shares)
             terms |= chunked
-        else:
-            student, teacher = _with_logits(student), _with_logits(teacher)
+        elif predicts:
+            student = _with_logits(student)
             if self.active("outputs"):
-                terms["outputs"] = self._compare_outputs(student, teacher, labels)
+                terms["outputs"] = self._compare_outputs(student, _with_logits(teacher), labels)
             if self.active("task") and labels is not None:
                 terms["task"] = task_loss(student.logits, labels, student.causal)
         if not terms:

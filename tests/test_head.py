@@ -124,6 +124,16 @@ def test_one_side_without_a_head_is_compared_whole():
     torch.testing.assert_close(objective(ours, whole[1], labels).total, objective(*whole, labels).total)
 
 
+def test_heads_are_left_alone_where_nothing_predicts(monkeypatch):
+    teacher, student = (capture(tiny("gpt2", seed=seed), batch(), [1], logits="head") for seed in (0, 1))
+    monkeypatch.setattr(type(student.head), "logits", lambda head: pytest.fail("logits were made, and no term asks"))
+    objective = Objective(LayerMap([(1, 1)]), Features("mse"), outputs=Outputs(), task=Task())
+    objective.weights.update(outputs=0.0, task=0.0)
+    assert set(objective(student, teacher, batch()["input_ids"]).terms) == {"features"}
+    objective = Objective(LayerMap([(1, 1)]), Features("mse"), task=Task())
+    assert set(objective(student, teacher).terms) == {"features"}
+
+
 def test_a_function_of_ones_own_is_given_logits():
     needs = Objective(outputs=Outputs(lambda s, t, mask, temperature: (s - t).abs().mean())).needs("student")
     assert needs.logits and not needs.in_chunks

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fakit.losses import liger, outputs
-from fakit.losses.reduce import check_mask
+from fakit.losses.reduce import check_labels, check_mask
 
 # Tokens of one chunk. Its logits, in float32, should stay in a CPU's caches (16 MiB; a GPU wants larger matrices), but every chunk also reads
 # both heads and adds to one gradient of their size, so that below some 250 tokens the traffic costs more than the caches save.
@@ -70,7 +70,8 @@ def fused_outputs(
         outputs, task: the raw terms, None where left out. A gradient asked of one of them alone is right as well, but takes a second pass.
 
     Raises:
-        ValueError: shapes that do not fit, vocabularies that differ, no valid position, or no term at all.
+        ValueError: shapes that do not fit, vocabularies that differ, no valid position, a label that is no entry of the vocabulary and not
+            -100 (both looked for on the CPU alone), or no term at all.
 
     >>> import torch
     >>> hidden, weight = torch.ones(5, 2), torch.eye(3, 2)
@@ -117,6 +118,8 @@ def fused_outputs(
         raise ValueError(
             f"labels {tuple(task_labels.shape)} do not fit hidden states {tuple(student_hidden.shape)}; one label a position."
         )
+    if wants_task:
+        check_labels("fused_outputs", task_labels, sizes[0])
     if isinstance(divergence, str) and divergence not in outputs.PER_POSITION:
         raise ValueError(
             f"divergence {divergence!r} is not known; choose one of {list(outputs.PER_POSITION)} or pass a function."
@@ -260,7 +263,7 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
         n = min(max(labelled_rows - start, 0), z.shape[0])
         if n:
             part = slice(start, start + n)
-            values, ce = _cross_entropy_step(z[:n], labels[part].long().clamp_min(0), work[2])
+            values, ce = _cross_entropy_step(z[:n], labels[part].long().masked_fill(~labelled[part], 0), work[2])
             sums[1] += torch.dot(values.masked_fill(~labelled[part], 0.0), task_share[part])
             share = (task_share[part] * factors[1]).unsqueeze(-1)
             if g is None:

@@ -38,6 +38,24 @@ def check_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
         )
 
 
+def check_labels(name: str, labels: Tensor, classes: int) -> None:
+    """Raise ValueError for a label that is neither a class nor -100, where that can be seen for free.
+
+    On an accelerator the kernels themselves stop at it (a device-side assert).
+    """
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    known = (labels == -100) | ((labels >= 0) & (labels < classes))
+    if known.all():
+        return
+    wrong = labels[~known]
+    raise ValueError(
+        f"{name} wants labels from 0 to {classes - 1}, or -100 where one takes no part; found {wrong.unique().tolist()[:5]} at "
+        f"{len(wrong)} of {labels.numel()} positions. Only -100 means 'no label': look at the collator's padding value, and whether "
+        "model and labels agree on the number of classes."
+    )
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of `values` where `mask` is True; the mask is broadcast from the left. () float.
 

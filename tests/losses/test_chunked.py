@@ -318,6 +318,18 @@ def test_wrong_inputs_name_both_sides_and_the_fix(change, message):
         fused_outputs(**dict(zip(NAMES, make(), strict=True)) | {"mask": MASK} | change)
 
 
+@pytest.mark.parametrize("wrong", [-1, V, V + 30000])
+@pytest.mark.parametrize("way", ["whole", "in chunks"])
+def test_a_label_that_is_no_class_is_refused_and_never_trained_on(wrong, way):
+    tensors, odd = make(), labels()
+    odd[1, 2] = wrong
+    with pytest.raises(ValueError, match=rf"from 0 to {V - 1}, or -100 .* found \[{wrong}\] at 1 of 21 positions"):
+        if way == "whole":
+            task_loss(torch.nn.functional.linear(*tensors[:3]), odd)
+        else:
+            fused_outputs(*tensors, MASK, outputs_weight=0.0, task_labels=odd, task_weight=1.0)
+
+
 class LigersConvention:
     """liger_kernel 0.8.5's LigerFusedLinearJSDLoss from its definition: over whole logits, without τ², masked by the targets."""
 
