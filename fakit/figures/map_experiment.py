@@ -37,15 +37,17 @@ def map_experiment(
     Args:
         table: rows task, map (its name), kind ("increasing", "none", "reverse", "random"), cka (mean over the map's pairs,
             student at its start; NaN for "none", which becomes a line) and score (mean over paired seeds); where known low
-            and high, its interval, and scores, the single seeds, shown on hover. `fakit.experiments.map_scores` gives it.
-        correlations: task → Spearman's ρ of the increasing maps with .mean, .low, .high and .n
-            (`fakit.experiments.statistics.spearman_interval`); written in the panel.
+            and high, its interval, and scores, the single seeds, shown on hover; higher_is_better, one value a task, False for
+            error rates, whose axis is reversed so that the better map is the upper one, True unless given.
+            `fakit.experiments.map_scores` gives it.
+        correlations: task → Spearman's ρ of CKA and quality (an error rate with its sign turned) over the increasing maps, with
+            .mean, .low, .high and .n (`fakit.experiments.map_report.map_correlations`); written in the panel.
         metrics: task → axis title, by default "test score".
         title: short title.
 
     Raises:
-        ValueError: no rows or missing columns, a kind that is not known, a correlation of a task that is not there, or a map
-            other than "none" without a CKA.
+        ValueError: no rows or missing columns, a kind that is not known, a correlation of a task that is not there, a map other
+            than "none" without a CKA, or a task whose scores are better both ways.
     """
     rows = records(table, COLUMNS, "map_experiment")
     tasks, correlations = distinct(row["task"] for row in rows), dict(correlations or {})
@@ -56,6 +58,7 @@ def map_experiment(
     if extra := [task for task in correlations if task not in tasks]:
         raise ValueError(f"correlations of {extra}, but the tasks are {tasks}")
     check_keys({row["task"]: 1 for row in rows if row["kind"] == "increasing"}, "map_experiment: increasing maps")
+    higher = {task: _higher_is_better(task, rows) for task in tasks}
     figure = canvas(title, (960 if len(tasks) > 1 else 720, 440), {"t": 104, "b": 60}, legend={"y": 1.08})
     named: set[str] = set()
     sentences = []
@@ -88,10 +91,13 @@ def map_experiment(
             )
         ends = [row.get(end, row["score"]) for row in mine for end in ("low", "high")]
         bottom, top = _limits(ends, 0.12)
+        title_y = (metrics or {}).get(task, "test score")
+        if not higher[task]:
+            bottom, top, title_y = top, bottom, f"{title_y} (reversed: lower is better)"
         figure.update_layout(
             {
                 axis_key("x", number): {"domain": domain, "anchor": y, "range": (low, high), "nticks": 6, "title": {"text": "mean CKA of the map's pairs"}},
-                axis_key("y", number): {"anchor": x, "range": (bottom, top), "zeroline": False, "nticks": 7, "title": {"text": (metrics or {}).get(task, "test score")}},
+                axis_key("y", number): {"anchor": x, "range": (bottom, top), "zeroline": False, "nticks": 7, "title": {"text": title_y}},
             }
         )  # fmt: skip
         said = f"<b>{task}</b>"
@@ -99,8 +105,8 @@ def map_experiment(
             found = correlations[task]
             said += f": Spearman ρ {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
         panel_title(figure, number, said)
-        _name_extremes(figure, mine, number)
-        sentences.append(_sentence(task, mine, correlations.get(task)))
+        _name_extremes(figure, mine, number, higher[task])
+        sentences.append(_sentence(task, mine, correlations.get(task), higher[task]))
     caption = "Each point: a map of every student layer to a teacher layer of its own, mean over paired seeds."
     if any("low" in row for row in rows):
         caption += " Bars: 95 % intervals free of what a seed does to all maps."
@@ -109,6 +115,10 @@ def map_experiment(
         caption += (
             f" ρ over the {' or '.join(map(str, counts))} increasing maps, 95 % interval by resampling maps and seeds."
         )
+        if not all(higher[task] for task in correlations):
+            caption += (
+                " Its sign is that of CKA and quality: positive where similar maps do better, also of error rates."
+            )
     return Figure(figure, " ".join(sentences), caption)
 
 
@@ -132,28 +142,40 @@ def _hover(row: Mapping[str, Any]) -> str:
     return "<br>".join(parts)
 
 
-def _extremes(rows: list[dict]) -> tuple[dict, dict, list[dict]]:
-    """Of the increasing maps: the one of the largest CKA, the best one, and all by rising score."""
-    increasing = sorted((row for row in rows if row["kind"] == "increasing"), key=lambda row: row["score"])
+def _higher_is_better(task: str, rows: list[dict]) -> bool:
+    """Which way the scores of a task are better; True where its rows do not say."""
+    said = {bool(row.get("higher_is_better", True)) for row in rows if row["task"] == task}
+    if len(said) > 1:
+        raise ValueError(
+            f"higher_is_better of {task} is both True and False: one panel shows one metric; give a value a task"
+        )
+    return said.pop()
+
+
+def _extremes(rows: list[dict], higher: bool) -> tuple[dict, dict, list[dict]]:
+    """Of the increasing maps: the one of the largest CKA, the best one, and all from worst to best."""
+    sign = 1 if higher else -1
+    increasing = sorted((row for row in rows if row["kind"] == "increasing"), key=lambda row: sign * row["score"])
     return max(increasing, key=lambda row: row["cka"]), increasing[-1], increasing
 
 
-def _name_extremes(figure: Any, rows: list[dict], number: int) -> None:
-    """Write the name of the map that CKA would choose and of the one that is best beside their points."""
-    chosen, best, _ = _extremes(rows)
+def _name_extremes(figure: Any, rows: list[dict], number: int, higher: bool) -> None:
+    """Write the name of the map that CKA would choose and of the one that is best above their bars."""
+    chosen, best, _ = _extremes(rows, higher)
+    top = "high" if higher else "low"  # a reversed axis has the low end on top
     where = {
         "xref": axis_id("x", number),
         "yref": axis_id("y", number),
         "font": {"size": SMALL, "color": ALIGNED.colour},
     }
     for row in (chosen,) if chosen is best else (chosen, best):
-        note(figure, row["map"], row["cka"], row.get("high", row["score"]), yanchor="bottom", yshift=1, **where)
+        note(figure, row["map"], row["cka"], row.get(top, row["score"]), yanchor="bottom", yshift=1, **where)
 
 
-def _sentence(task: str, rows: list[dict], found: Any) -> str:
-    chosen, best, increasing = _extremes(rows)
+def _sentence(task: str, rows: list[dict], found: Any, higher: bool) -> str:
+    chosen, best, increasing = _extremes(rows, higher)
     place = len(increasing) - increasing.index(chosen)
-    said = f"{task}: "
+    said = f"{task}: " if higher else f"{task} (lower is better): "
     if found is not None:
         said += f"Spearman ρ {found.mean:.2f} (95 % interval {found.low:.2f} to {found.high:.2f}) over {found.n} maps; "
     said += f"the map of the largest CKA, {chosen['map']}, scores {chosen['score']:.4g} and comes {_ordinal(place)} of {len(increasing)}, "

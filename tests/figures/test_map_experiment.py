@@ -66,6 +66,39 @@ def test_a_panel_a_task_with_one_legend():
     assert (titles["yaxis"]["title"]["text"], titles["yaxis2"]["title"]["text"]) == ("accuracy", "test score")
 
 
+def error_rates(task="scans"):
+    """The rows as error rates, 1 − score, of which the lowest is best."""
+    turned = []
+    for row in rows(task):
+        ends = {"low": 1 - row["high"], "high": 1 - row["low"]}
+        scores = {"scores": tuple(1 - score for score in row["scores"])} if "scores" in row else {}
+        turned.append({**row, "score": 1 - row["score"], **ends, **scores, "higher_is_better": False})
+    return turned
+
+
+def test_of_an_error_rate_the_lowest_is_the_best_and_stands_on_top():
+    figure = map_experiment(error_rates(), {"scans": RHO}, {"scans": "test CER"})
+    assert figure.summary == (
+        "scans (lower is better): Spearman ρ 0.50 (95 % interval -0.10 to 0.90) over 4 maps; the map of the largest CKA, 1-2-3, scores 0.3 "
+        "and comes 3rd of 4, the best, 1-2-4, 0.25; none 0.4, reverse 0.38."
+    )
+    assert "positive where similar maps do better" in figure.caption
+    axis = figure.plotly.layout.yaxis
+    assert axis.range[0] > axis.range[1] and axis.title.text == "test CER (reversed: lower is better)"
+    names = {note.text: note for note in figure.plotly.layout.annotations}
+    assert "4-5-6" not in names  # the worst
+    assert names["1-2-4"].y == pytest.approx(1 - 0.77)  # above its bar, which on this axis ends at `low`
+
+
+def test_each_task_has_its_own_direction():
+    figure = map_experiment(rows() + error_rates())
+    first, second = figure.plotly.layout.yaxis, figure.plotly.layout.yaxis2
+    assert first.range[0] < first.range[1] and second.range[0] > second.range[1]
+    assert first.title.text == "test score" and "lower is better" not in figure.summary.split("scans")[0]
+    with pytest.raises(ValueError, match="higher_is_better of glosses is both True and False"):
+        map_experiment([{**row, "higher_is_better": row["map"] != "none"} for row in rows()])
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="needs columns task, map, kind, cka, score; missing score"):
         map_experiment([{"task": "a", "map": "b", "kind": "none", "cka": 1.0}])
