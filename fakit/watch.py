@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from fakit.figures import Figure
 
 Batch = Mapping[str, Tensor]
+Stack = tuple[list[Tensor], Tensor | None]
+"""Hidden states (B, T, d) of the layers that work on the same tokens, and which of these count, bool (B, T)."""
 
 
 class SimilarityWatch(TrainerCallback):
@@ -28,10 +31,14 @@ class SimilarityWatch(TrainerCallback):
     gradients and left in the mode it was in; random numbers go on as if it had not been asked, so a watched run trains the
     very same student. The teacher is asked once, and its hidden states on these batches are kept.
 
+    An encoder-decoder has two kinds of tokens: its encoder's layers are compared on the input, its decoder's on the target, each
+    with the mask of its own, and a pair of layers from different stacks is NaN.
+
     Args:
         teacher: the frozen teacher.
-        batches: held-out sequences, as the models take them (input_ids, attention_mask, …), on which nothing is trained: one
-            batch or several; at least 4 sequences in all.
+        batches: held-out sequences, as the models take them (input_ids, attention_mask, …; for an encoder-decoder also
+            decoder_input_ids, or labels to make them from), on which nothing is trained: one batch or several; at least 4
+            sequences in all.
         every: optimiser steps between two measurements.
 
     Attributes:
@@ -54,17 +61,28 @@ class SimilarityWatch(TrainerCallback):
             )
         self.teacher, self.every = teacher, every
         self.history: dict[int, Tensor] = {}
-        self._theirs: list[tuple[list[Tensor], Tensor]] = []
+        self._theirs: list[list[Stack]] = []
 
     def measure(self, student: PreTrainedModel, step: int) -> Tensor:
         """CKA (S + 1, T + 1) now; also kept in `history[step]`."""
         if not self._theirs:
-            self._theirs = [_states(self.teacher, batch) for batch in self.batches]
-        stream = StreamingCKA(clusters=True)
-        for batch, (theirs, mask) in zip(self.batches, self._theirs, strict=True):
-            stream.update(_states(student, batch)[0], theirs, mask)
-        self.history[step] = stream.matrix()
-        return self.history[step]
+            self._theirs = [_stacks(self.teacher, batch) for batch in self.batches]
+        streams: list[StreamingCKA] = []
+        for batch, theirs in zip(self.batches, self._theirs, strict=True):
+            ours = _stacks(student, batch)
+            # a model of one stack reads what the other's encoder reads
+            streams = streams or [StreamingCKA(clusters=True) for _ in zip(ours, theirs, strict=False)]
+            for stream, (x, _), (y, mask) in zip(streams, ours, theirs, strict=False):
+                stream.update(x, y, mask)
+        sizes = [sum(len(layers) for layers, _ in side) for side in (ours, theirs)]
+        values = torch.full(sizes, torch.nan, dtype=torch.float64)
+        s = t = 0
+        for stream in streams:
+            found = stream.matrix()
+            values[s : s + len(found), t : t + found.shape[1]] = found
+            s, t = s + len(found), t + found.shape[1]
+        self.history[step] = values
+        return values
 
     def figure(self, layer_map: LayerMap | None = None) -> Figure:
         """A line for every pair of the map over the steps; without one, for each student layer with the teacher layer it ends most like.
@@ -81,7 +99,9 @@ class SimilarityWatch(TrainerCallback):
         steps = sorted(self.history)
         last = self.history[steps[-1]]
         if layer_map is None:
-            pairs = [(s, int(last[s].nan_to_num(-2).argmax())) for s in range(1, len(last))]
+            pairs = [
+                (s, int(last[s].nan_to_num(-2).argmax())) for s in range(1, len(last)) if not last[s].isnan().all()
+            ]
         else:
             layer_map.check(last.shape[0] - 1, last.shape[1] - 1)
             pairs = list(layer_map.pairs)
@@ -109,9 +129,11 @@ def _student(model) -> PreTrainedModel:
     return getattr(model, "student", model)
 
 
-def _states(model: PreTrainedModel, batch: Batch) -> tuple[list[Tensor], Tensor]:
-    """Hidden states of all layers, (B, T, d) each, and the mask (B, T)."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+def _stacks(model: PreTrainedModel, batch: Batch) -> list[Stack]:
+    """All layers by the tokens they work on, in order of their numbers: one stack, or of an encoder-decoder two."""
     with on_the_side(model):
-        trace = capture(model, to_device(inputs, device_of(model)), range(depth(model) + 1), logits=False)
-    return [trace.hidden_states[i].cpu() for i in sorted(trace.hidden_states)], trace.mask.cpu()
+        trace = capture(model, to_device(batch, device_of(model)), range(depth(model) + 1), logits=False)
+    layers = [trace.hidden_states[i].cpu() for i in sorted(trace.hidden_states)]
+    first = len(layers) if trace.encoder_layers is None else trace.encoder_layers + 1  # layers of the first stack
+    stacks = [(layers[:first], trace.mask), (layers[first:], trace.decoder_mask)]
+    return [(states, None if mask is None else mask.cpu()) for states, mask in stacks if states]

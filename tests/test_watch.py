@@ -6,7 +6,7 @@ import torch
 from fakit import DistillationTrainer, LayerMap, capture
 from fakit.similarity import cka
 from fakit.watch import SimilarityWatch
-from tests.families import batch
+from tests.families import VOCAB, batch, tiny
 from tests.training import arguments, data, parts
 
 
@@ -45,6 +45,46 @@ def test_the_values_are_cluster_aware_cka_of_valid_tokens():
         ours, theirs = (capture(m.eval(), given, hidden_states=range(4 - (m is student))) for m in (student, teacher))
     expected = cka(ours.hidden_states[2][mask], theirs.hidden_states[3][mask], clusters=rows)
     assert found[2, 3].item() == pytest.approx(expected, abs=1e-5)
+
+
+def translated(rows=8, tokens=7, target=5, padding=2):
+    """Sequences of `tokens` with targets of `target`, the last row of each with padding of its own."""
+    labels = torch.randint(3, VOCAB, (rows, target), generator=torch.Generator().manual_seed(3))
+    labels[-1, -1] = labels[0, 1:] = -100
+    made = batch(rows, tokens, padding)
+    return {name: made[name] for name in ("input_ids", "attention_mask")} | {"labels": labels}
+
+
+@pytest.mark.parametrize("target", [5, 7])  # 7: as long as the input, so that the wrong mask would fit
+def test_each_stack_of_an_encoder_decoder_is_compared_on_its_own_tokens(target):
+    teacher, student = tiny("t5"), tiny("t5", seed=1, num_layers=2, num_decoder_layers=1)
+    given = translated(target=target)
+    watch = SimilarityWatch(teacher, [{k: v[i : i + 4] for k, v in given.items()} for i in (0, 4)])
+    found = watch.measure(student, 0)
+    assert found.shape == (4, 7)
+    with torch.no_grad():
+        ours, theirs = capture(student, given, range(4)), capture(teacher, given, range(7))
+    for s, t in ((0, 0), (2, 3), (3, 4), (3, 6)):
+        mask = theirs.layer_mask(t)
+        assert mask.shape == (8, 7 if t < 4 else target) and not mask.all()
+        rows = torch.arange(8)[:, None].expand_as(mask)[mask]
+        expected = cka(ours.hidden_states[s][mask], theirs.hidden_states[t][mask], clusters=rows)
+        assert found[s, t].item() == pytest.approx(expected, abs=1e-5)
+    assert found[:3, 4:].isnan().all() and found[3:, :4].isnan().all()  # other tokens: nothing to pair
+    assert not (found[:3, :4].isnan().any() or found[3:, 4:].isnan().any())
+    best = [trace.name for trace in watch.figure().plotly.data]
+    assert best[:2] == [f"S{s} and T{found[s, :4].argmax()}" for s in (1, 2)] and best[2][:6] == "S3 and"
+
+
+def test_a_student_of_one_stack_is_compared_with_the_encoder():
+    teacher, student = tiny("t5"), tiny("bert")
+    given = translated()
+    watch = SimilarityWatch(teacher, given)
+    found = watch.measure(student, 0)
+    assert not found[:, :4].isnan().any() and found[:, 4:].isnan().all()
+    back = SimilarityWatch(student, given)
+    torch.testing.assert_close(back.measure(teacher, 0), found.T, equal_nan=True, atol=1e-5, rtol=0)
+    assert len(back.figure().plotly.data) == 3  # the decoder's layers resemble nothing
 
 
 def test_batches_split_as_one_likes():
