@@ -78,7 +78,8 @@ def search_maps(
     Args:
         candidates: at least two different maps.
         train_and_score: trains a student with a map for so many steps, from the same start every time, and scores it on the
-            texts of `choosing`, larger is better. A round's students start anew.
+            texts of `choosing`, larger is better. A round's students start anew. Where it has a method `check`, that is asked
+            about every map first, and raises where it could not train with one.
         budget: training steps in all, over all maps and rounds.
         choosing: the texts that `train_and_score` scores on.
         evaluation: the texts that the chosen map is going to be judged on.
@@ -86,7 +87,8 @@ def search_maps(
 
     Raises:
         ValueError: before any training: texts that choose and evaluate, fewer than two maps, a map given twice, a budget
-            that gives a map no step, `keep` not in (0, 1). During the search: a score that is not finite.
+            that gives a map no step, `keep` not in (0, 1), a map that `train_and_score.check` refuses. During the search: a
+            score that is not finite.
 
     >>> maps = [LayerMap([(1, t)], name=f"T{t}") for t in range(1, 5)]
     >>> found = search_maps(maps, lambda m, steps: -abs(m.pairs[0][1] - 3), 80, choosing=["a"], evaluation=["b"])
@@ -108,6 +110,8 @@ def search_maps(
             f"a budget of {budget} steps over {len(sizes)} rounds gives {len(alive)} maps no step in the first; "
             f"{len(sizes) * len(alive)} is the least."
         )
+    for layer_map in alive:
+        getattr(train_and_score, "check", lambda _: None)(layer_map)
     rounds = []
     for size, each in zip(sizes, steps, strict=True):
         alive = alive[:size]
@@ -143,17 +147,42 @@ def check_disjoint(choosing: Iterable[str], evaluation: Iterable[str]) -> None:
 def experiment_scorer(config: ExperimentConfig, prepared: Prepared | None = None) -> Score:
     """`train_and_score` by `run_experiment`: the configuration with its map and steps replaced, scored on the validation split.
 
-    Choose on `task.validation`, judge on `task.test`. Error rates are turned round, so that larger is better.
+    Choose on `task.validation`, judge on `task.test`. Error rates are turned round, so that larger is better. A map whose pairs
+    weigh differently (`LayerMap.emd`) or are drawn anew every epoch (`LayerMap.random`) is a ValueError before any training.
     """
-    from fakit.experiments.run import run_experiment
+    return _ExperimentScorer(config, prepared)
 
-    def train_and_score(layer_map: LayerMap, steps: int) -> float:
-        run = config.replace(layer_map=tuple(layer_map.pairs) or "none", **{"training.steps": steps})
-        result = run_experiment(run, progress=False, prepared=prepared, count_flops=False)
+
+@dataclass(frozen=True)
+class _ExperimentScorer:
+    config: ExperimentConfig
+    prepared: Prepared | None
+
+    def check(self, layer_map: LayerMap) -> None:
+        """Raise ValueError for what a configuration, which holds pairs alone, would silently leave out of a map."""
+        weights = layer_map.pair_weights
+        if layer_map.is_random:
+            what = "is drawn anew every epoch"
+        elif weights and max(weights) - min(weights) > 1e-6 * max(
+            weights
+        ):  # equal flows of a solver differ by rounding
+            what = f"weighs its pairs {[round(weight, 4) for weight in weights]}"
+        else:
+            return
+        raise ValueError(
+            f"map {layer_map.name} {what}, and is written into `layer_map` of an ExperimentConfig as its pairs alone, of equal weight "
+            f"and the same all along: another map would be scored under its name. Search among LayerMap(layer_map.pairs, name={layer_map.name!r}), "
+            "which is fixed and unweighted, or score it with a function of your own that trains with the map itself."
+        )
+
+    def __call__(self, layer_map: LayerMap, steps: int) -> float:
+        from fakit.experiments.run import run_experiment
+
+        self.check(layer_map)
+        run = self.config.replace(layer_map=tuple(layer_map.pairs) or "none", **{"training.steps": steps})
+        result = run_experiment(run, progress=False, prepared=self.prepared, count_flops=False)
         value = result.validation[result.metric]
         return value if result.higher_is_better else -value
-
-    return train_and_score
 
 
 def _sizes(maps: int, keep: float) -> list[int]:

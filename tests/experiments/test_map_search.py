@@ -1,5 +1,7 @@
 """Search of a map on a small budget: halves kept, budget kept, and never chosen and judged on the same texts."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from fakit import LayerMap
@@ -75,3 +77,42 @@ def test_a_search_by_real_trainings(config):
     assert found.rounds[0].steps == 2 and found.steps == 4
     assert 0 <= found.rounds[0].scores[0][1] <= 1
     assert score(found.best, 2) == found.rounds[0].scores[0][1]
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "message"),
+    [
+        (
+            LayerMap([(1, 1), (1, 2), (2, 4)], [0.2, 0.3, 0.5], name="emd"),
+            r"map emd weighs its pairs \[0\.2, 0\.3, 0\.5\], .*pairs alone.* LayerMap\(layer_map\.pairs, name='emd'\)",
+        ),
+        (
+            LayerMap.random(2, 4),
+            r"map random is drawn anew every epoch, .*pairs alone.* LayerMap\(layer_map\.pairs, name='random'\)",
+        ),
+    ],
+)
+def test_a_map_that_a_configuration_cannot_say_is_refused_before_any_training(monkeypatch, config, layer_map, message):
+    def never(*args, **kwargs):
+        raise AssertionError("trained before the maps were looked at")
+
+    monkeypatch.setattr("fakit.experiments.run.run_experiment", never)
+    score = experiment_scorer(config)
+    with pytest.raises(ValueError, match=message):
+        score(layer_map, 2)
+    with pytest.raises(ValueError, match=message):  # also where it comes last
+        search_maps([LayerMap.uniform(2, 4), layer_map], score, 4, **TEXTS)
+
+
+def test_pairs_of_equal_weight_are_what_a_configuration_says(monkeypatch, config):
+    asked = []
+
+    def run(run_config, **options):
+        asked.append(run_config.layer_map)
+        return SimpleNamespace(validation={"accuracy": 0.5}, metric="accuracy", higher_is_better=True)
+
+    monkeypatch.setattr("fakit.experiments.run.run_experiment", run)
+    score = experiment_scorer(config)
+    third = LayerMap([(1, 1), (1, 2), (2, 4)], [1 / 3, 1 / 3, 1 - 2 / 3])  # as a flow comes out of a solver
+    assert [score(layer_map, 2) for layer_map in (third, LayerMap.none())] == [0.5, 0.5]
+    assert asked == [((1, 1), (1, 2), (2, 4)), "none"]
