@@ -163,9 +163,7 @@ class _ExperimentScorer:
         weights = layer_map.pair_weights
         if layer_map.is_random:
             what = "is drawn anew every epoch"
-        elif weights and max(weights) - min(weights) > 1e-6 * max(
-            weights
-        ):  # equal flows of a solver differ by rounding
+        elif weights and min(weights) < (1 - 1e-6) * max(weights):  # equal flows of a solver differ by rounding
             what = f"weighs its pairs {[round(weight, 4) for weight in weights]}"
         else:
             return
