@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from fakit.experiments.map_study import map_scores, recorded_similarity
+from fakit.experiments.map_study import map_scores, recorded_similarity, whole_seeds
 from fakit.experiments.statistics import Interval, paired_difference, spearman_interval
 from fakit.experiments.store import RunStore
 from fakit.experiments.table import scale
@@ -23,7 +23,7 @@ def map_correlations(table: pd.DataFrame) -> dict[str, Interval]:
 
 
 def map_report(store: RunStore) -> tuple[pd.DataFrame, str, dict[str, Figure]]:
-    """The table of `map_scores`, the report in markdown, and its figure."""
+    """The table of `map_scores`, the report in markdown, which names the seeds that were left out, and its figure."""
     table = map_scores(store.path)
     correlations = map_correlations(table)
     rows = table.assign(score=table["score"] * table["metric"].map(lambda metric: scale(metric)[0]))
@@ -37,18 +37,24 @@ def map_report(store: RunStore) -> tuple[pd.DataFrame, str, dict[str, Figure]]:
         f"{len(store)} runs, seeds {', '.join(map(str, seeds))}, made {manifest['created']} on {manifest['machine']['processor']}.",
         "",
     ]
+    if unfinished := whole_seeds(store.path)[1]:
+        head += [f"Left out, since maps are missing: {'; '.join(map(str, unfinished))}.", ""]
     body = map_markdown(table, correlations, recorded_similarity(store.path))
     return table, "\n".join([*head, body, f"![{figure.summary}](figures/maps.svg)\n"]), {"maps": figure}
 
 
 def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similarity: dict[str, list]) -> str:
-    """For each task: the correlation, what CKA would have chosen, and all maps from best to worst with paired gains over "none"."""
+    """For each task: the correlation, what CKA would have chosen, and all maps from best to worst with paired gains over "none".
+
+    Raises:
+        ValueError: a map that would have been chosen is not in the table.
+    """
     lines = []
     for task, rows in table.groupby("task", sort=False):
         factor, unit = scale(rows["metric"].iloc[0])
         sign = 1 if rows["higher_is_better"].iloc[0] else -1
         rows = rows.iloc[(-sign * rows["score"]).argsort(kind="stable")]
-        increasing = rows[rows["kind"] == "increasing"].reset_index(drop=True)
+        increasing = rows.loc[rows["kind"] == "increasing", "map"].tolist()  # best first
         depths = [size - 1 for size in np.shape(similarity[task])]
         chosen = {
             "the monotone map of highest CKA": LayerMap.from_similarity(similarity[task], "monotone"),
@@ -56,7 +62,7 @@ def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similar
             "`last`": LayerMap.last(*depths),
         }
         places = [
-            f"{name} ({_name(layer_map)}) is number {int((increasing['map'] == _name(layer_map)).argmax()) + 1}"
+            f"{name} ({_name(layer_map)}) is number {_place(_name(layer_map), increasing, task)}"
             for name, layer_map in chosen.items()
         ]
         rho = correlations[task]
@@ -65,7 +71,7 @@ def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similar
             f"**{task}**: Spearman's ρ of CKA and test {rows['metric'].iloc[0]} over {rho.n} increasing maps is {rho.format(digits=2, sign=True)}: "
             f"{verdict}. Of the {rho.n}, {'; '.join(places)}.",
             "",
-            f"| {task}: S1-S2-… learn from T | mean CKA | test {rows['metric'].iloc[0]}{unit} | paired gain over none | agreement |",
+            f"| {task}: S1-S2-… learn from T | mean CKA | test {rows['metric'].iloc[0]}{unit}{'' if sign > 0 else ' (lower is better)'} | paired gain over none | agreement |",
             "|---|---|---|---|---|",
         ]
         none = rows[rows["map"] == "none"].iloc[0]["scores"]
@@ -79,6 +85,15 @@ def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similar
             lines.append(f"| {name} | {cka} | {factor * row['score']:.1f} | {gain} | {100 * row['agreement']:.1f} % |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _place(name: str, increasing: list[str], task: str) -> int:
+    if name not in increasing:
+        raise ValueError(
+            f"map {name} is not among the {len(increasing)} increasing maps of {task}: the table and the similarity are of different "
+            "studies, or rows were taken out. Give both as `map_scores` and `recorded_similarity` of one folder."
+        )
+    return increasing.index(name) + 1
 
 
 def _name(layer_map: LayerMap) -> str:

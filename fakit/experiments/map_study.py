@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -36,9 +37,17 @@ Pairs = tuple[tuple[int, int], ...]
 def increasing_maps(student_layers: int, teacher_layers: int) -> list[LayerMap]:
     """Every map that gives each student layer a teacher layer of its own, deeper ones to deeper layers: T over S of them.
 
+    Raises:
+        ValueError: more student layers than teacher layers.
+
     >>> len(increasing_maps(3, 6))
     20
     """
+    if student_layers > teacher_layers:
+        raise ValueError(
+            f"each of {student_layers} student layers would have a teacher layer of its own, and the teacher has {teacher_layers}: "
+            "make the student no deeper than its teacher."
+        )
     chosen = combinations(range(1, teacher_layers + 1), student_layers)
     return [LayerMap(enumerate(layers, start=1), name="-".join(map(str, layers))) for layers in chosen]
 
@@ -135,7 +144,7 @@ def similarity(student: PreTrainedModel, prepared: Prepared, texts: int) -> dict
     batches = [collate(encoded.select(range(i, min(i + BATCH, len(encoded)))).to_list()) for i in starts]
     matrix = SimilarityWatch(prepared.teacher, batches).measure(student, step=0)
     cka = [[round(value, 5) for value in row] for row in matrix.tolist()]
-    return {"texts": texts, "estimator": "debiased, one token a sequence", "student": "before training", "cka": cka}
+    return {"texts": len(rows), "estimator": "debiased, one token a sequence", "student": "before training", "cka": cka}
 
 
 def recorded_similarity(path: str | Path) -> dict[str, list[list[float]]]:
@@ -152,21 +161,79 @@ def recorded_similarity(path: str | Path) -> dict[str, list[list[float]]]:
     return {task: found["cka"] for task, found in json.loads(file.read_text()).items()}
 
 
+@dataclass(frozen=True)
+class UnfinishedSeed:
+    """A seed of a task that lacks maps, as a study that was stopped leaves it; `seed` is None for a task without any run."""
+
+    task: str
+    seed: int | None
+    maps: int
+    planned: int
+
+    def __str__(self) -> str:
+        return f"{self.task}, {'no seed' if self.seed is None else f'seed {self.seed}'} ({self.maps} of {self.planned} maps)"
+
+
+def whole_seeds(path: str | Path) -> tuple[list[dict[str, Any]], list[UnfinishedSeed]]:
+    """The runs of a recorded map study whose seed has every map of the plan, and the seeds that have not.
+
+    The plan is that of `MapStudyConfig.runs`: each increasing map and the controls, for every task and seed. Records of
+    anything else in the folder (baselines, other arms) are no part of it.
+
+    Raises:
+        ValueError: a folder without a map study, tasks without similarity, or a map recorded twice for a task and seed.
+    """
+    similarities = recorded_similarity(path)
+    records = [record for record in RunStore(path).records() if record.get("kind", "run") == "run"]
+    if foreign := sorted({record["task"] for record in records} - set(similarities)):
+        raise ValueError(
+            f"{path} holds runs of {', '.join(foreign)}, and {SIMILARITY} the similarity of {', '.join(similarities)}: these are two "
+            "studies. Record each in a folder of its own."
+        )
+    whole, unfinished = [], []
+    seeds = sorted({record["seed"] for record in records}) or [None]
+    for task, cka in similarities.items():
+        planned = {layer_map.name for layer_map in increasing_maps(len(cka) - 1, len(cka[0]) - 1)} | set(CONTROLS)
+        for seed in seeds:
+            found: dict[str, dict[str, Any]] = {}
+            for record in records:
+                if (record["task"], record["seed"]) != (task, seed) or record["arm"] not in planned:
+                    continue
+                if other := found.get(record["arm"]):
+                    raise ValueError(
+                        f"map {record['arm']} of {task}, seed {seed}, is recorded twice: {other['run_id']}, {record['run_id']}. These "
+                        "are two studies; record each in a folder of its own."
+                    )
+                found[record["arm"]] = record
+            if len(found) == len(planned):
+                whole += found.values()
+            else:
+                unfinished.append(UnfinishedSeed(task, seed, len(found), len(planned)))
+    return whole, unfinished
+
+
 def map_scores(path: str | Path) -> pd.DataFrame:
-    """One row a task and map of a recorded study, the mean over seeds beside each seed's score; without seeds that lack a map.
+    """One row a task and map of a recorded study, the mean over seeds beside each seed's score; of whole seeds alone.
+
+    A seed that lacks a map of the plan, as where a study was stopped, is left out, with a UserWarning that names it.
 
     Returns:
         columns task, map, kind ("increasing" or a control), pairs, cka (mean over the map's pairs, before training; NaN without pairs), metric,
         higher_is_better, score (mean over seeds), agreement, seeds, and scores: the tuple of the seeds' test scores, in the order of the seeds.
 
     Raises:
-        ValueError: a folder without a map study.
+        ValueError: a folder without a map study, one that holds more than one study, or no whole seed; says what is there.
     """
-    store = RunStore.open(path)
     similarities = recorded_similarity(path)
-    runs = pd.DataFrame(sorted(store.records(), key=lambda record: record["seed"]))
-    maps = runs.groupby("task")["arm"].transform("nunique")
-    runs = runs[runs.groupby(["task", "seed"])["arm"].transform("nunique") == maps]
+    whole, unfinished = whole_seeds(path)
+    missing = "; ".join(map(str, unfinished))
+    if not whole:
+        raise ValueError(
+            f"{path}: no seed has all the maps of the plan yet: {missing}. The same `fakit study … --out {path}` goes on where it stopped."
+        )
+    if unfinished:
+        warnings.warn(f"{path}: left out, since maps are missing: {missing}", stacklevel=2)
+    runs = pd.DataFrame(sorted(whole, key=lambda record: record["seed"]))
     rows = []
     for (task, name), group in runs.groupby(["task", "arm"], sort=False):
         cka = similarities[task]

@@ -6,8 +6,16 @@ from itertools import pairwise
 import pytest
 
 from fakit.experiments import MapStudyConfig, RunStore, StudyConfig, map_scores, report, run_map_study, study_from_yaml
-from fakit.experiments.map_report import map_correlations
-from fakit.experiments.map_study import CONTROLS, SIMILARITY, increasing_maps, random_pairs
+from fakit.experiments.build import build_student, prepare
+from fakit.experiments.map_report import map_correlations, map_markdown
+from fakit.experiments.map_study import (
+    CONTROLS,
+    SIMILARITY,
+    increasing_maps,
+    random_pairs,
+    recorded_similarity,
+    similarity,
+)
 
 SMALL = {
     "task": {"name": "reviews", "labels": 16},
@@ -79,39 +87,55 @@ def test_a_study_is_run_scored_read_back_and_continued(tmp_path):
     assert (tmp_path / "runs.jsonl").read_text() == lines
 
 
+def test_the_texts_that_are_recorded_are_those_that_were_measured(config):
+    prepared = prepare(config)
+    student = build_student(config, prepared.teacher, prepared.task)
+    for asked, measured in ((512, len(prepared.task.pool)), (16, 16)):
+        assert similarity(student, prepared, asked)["texts"] == measured <= 512 / 2
+
+
 def test_a_folder_without_a_map_study_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"similarity\.json"):
         map_scores("data/recorded/study")
+    with pytest.raises(ValueError, match="holds no map study"):
+        map_scores(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()  # asking makes no folder
 
 
-def recorded(tmp_path, unfinished: bool = False):
-    """A map study as a store holds it, of made-up scores: 2 seeds (and a third that a stop cut short), quality rising with CKA."""
-    study = MapStudyConfig.from_dict(
-        {"maps": "increasing", "experiments": [SMALL], "seeds": [0, 1, 2][: 2 + unfinished]}
-    )
-    store = RunStore.open(tmp_path, what=study.what)
+def test_a_student_deeper_than_its_teacher_has_no_increasing_map():
+    with pytest.raises(ValueError, match=r"7 student layers .* the teacher has 6"):
+        increasing_maps(7, 6)
+
+
+def recorded(folder, keep=lambda config: True, seeds=(0, 1), tasks=("reviews",), metric="accuracy"):
+    """A map study as a store holds it, of made-up scores, quality rising with CKA; `keep` says which runs a stop left."""
+    experiments = [{**SMALL, "task": {"name": task, "labels": 16}} for task in tasks]
+    study = MapStudyConfig.from_dict({"maps": "increasing", "experiments": experiments, "seeds": list(seeds)})
+    store = RunStore.open(folder, what=study.what)
     cka = [[1 - abs(2 * s - t) / 10 for t in range(7)] for s in range(4)]
-    (tmp_path / SIMILARITY).write_text(json.dumps({"reviews": {"cka": cka}}))
-    for number, config in enumerate(study.runs(3, 6)):
-        if config.seed == 2 and number % 2:
-            continue
-        pairs = [] if config.layer_map == "none" else config.layer_map
-        score = 0.5 + sum(cka[s][t] for s, t in pairs) / 10 + config.seed / 100
-        store.append_run(
-            {
-                **{"run_id": config.run_id, "kind": "run", "task": "reviews", "arm": config.arm, "seed": config.seed},
-                **{"metric": "accuracy", "score": score, "higher_is_better": True, "test": {"agreement": score}},
-                "config": config.to_dict(),
-            }
-        )
+    (folder / SIMILARITY).write_text(json.dumps({task: {"cka": cka} for task in tasks}))
+    for config in filter(keep, study.runs(3, 6)):
+        store.append_run(record(config, cka, metric))
     return store
 
 
-@pytest.mark.parametrize("unfinished", [False, True])
-def test_the_report_says_what_the_records_hold(tmp_path, unfinished):
-    recorded(tmp_path, unfinished)
+def record(config, cka, metric="accuracy"):
+    pairs = [] if config.layer_map == "none" else config.layer_map
+    quality = 0.5 + sum(cka[s][t] for s, t in pairs) / 10 + config.seed / 100
+    higher = metric == "accuracy"
+    score = quality if higher else 1 - quality
+    return {
+        **{"run_id": config.run_id, "kind": "run", "task": config.task.name, "arm": config.arm, "seed": config.seed},
+        **{"metric": metric, "score": score, "higher_is_better": higher, "test": {"agreement": quality}},
+        "config": config.to_dict(),
+    }
+
+
+def test_the_report_says_what_the_records_hold(tmp_path):
+    recorded(tmp_path)
     made = report(tmp_path, tmp_path / "out")
-    assert set(made.table["seeds"]) == {(0, 1)}  # of the third, maps are missing
+    assert set(made.table["seeds"]) == {(0, 1)}
+    assert "Left out" not in made.text
     assert (
         "ρ of CKA and test accuracy over 20 increasing maps is +1.00 [+1.00, +1.00]: more similar maps teach better"
         in made.text
@@ -121,6 +145,98 @@ def test_the_report_says_what_the_records_hold(tmp_path, unfinished):
     best = next(line for line in made.text.splitlines() if line.startswith("| 2-4-6"))
     assert best == "| 2-4-6 | 1.00 | 80.5 | +30.0 [+30.0, +30.0] | 80.5 % |"
     assert (tmp_path / "out/figures/maps.svg").is_file() and (tmp_path / "out/table.csv").is_file()
+
+
+def test_of_an_error_rate_the_lowest_is_the_best(tmp_path):
+    recorded(tmp_path, metric="cer")
+    made = report(tmp_path, tmp_path / "out")
+    assert (
+        "ρ of CKA and test cer over 20 increasing maps is +1.00 [+1.00, +1.00]: more similar maps teach better"
+        in made.text
+    )
+    assert "the monotone map of highest CKA (2-4-6) is number 1" in made.text
+    assert "| test cer % (lower is better) |" in made.text
+    rows = [line for line in made.text.splitlines() if line.startswith("|")]
+    assert rows[2] == "| 2-4-6 | 1.00 | 19.5 | +30.0 [+30.0, +30.0] | 80.5 % |" and rows[-1].startswith(
+        "| *none* | – | 49.5 "
+    )
+    assert "the best, 2-4-6, 19.5" in made.figures["maps"].summary
+
+
+def half(config):
+    return int(config.run_id[-1], 16) % 2 == 0
+
+
+def test_only_whole_seeds_enter_and_the_others_are_named(tmp_path):
+    """Stopped within the second seed of the second task; what is whole gives the numbers that it alone would give."""
+    tasks = ("reviews", "glosses")
+    store = recorded(tmp_path / "stopped", lambda c: c.seed == 0 or (c.task.name == "reviews" or half(c)), tasks=tasks)
+    found = sum(record["task"] == "glosses" and record["seed"] == 1 for record in store.records())
+    assert 0 < found < 23
+    with pytest.warns(UserWarning, match=rf"left out, .*: glosses, seed 1 \({found} of 23 maps\)"):
+        table = map_scores(store.path)
+    assert table.groupby("task")["seeds"].agg(set).to_dict() == {"glosses": {(0,)}, "reviews": {(0, 1)}}
+    alone = map_scores(recorded(tmp_path / "alone", lambda c: c.seed == 0, tasks=tasks).path)
+    of_glosses = [frame[frame["task"] == "glosses"].reset_index(drop=True) for frame in (table, alone)]
+    assert of_glosses[0].equals(of_glosses[1])
+    with pytest.warns(UserWarning, match="left out"):
+        made = report(store, tmp_path / "out")
+    assert f"Left out, since maps are missing: glosses, seed 1 ({found} of 23 maps)." in made.text
+
+
+def test_a_task_without_a_whole_seed_is_left_out_and_named(tmp_path):
+    store = recorded(tmp_path, lambda c: c.seed == 0 and c.task.name == "reviews", tasks=("reviews", "glosses"))
+    with pytest.warns(UserWarning, match="left out"):
+        made = report(store, tmp_path / "out")
+    assert set(made.table["task"]) == {"reviews"} and "glosses, seed 0 (0 of 23 maps)" in made.text
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (lambda c: c.arm not in ("none", "4-5-6"), r"reviews, seed 0 \(21 of 23 maps\)"),
+        (lambda c: c.arm == "2-4-6", r"reviews, seed 0 \(1 of 23 maps\)"),
+        (lambda c: False, r"reviews, no seed \(0 of 23 maps\)"),
+    ],
+)
+def test_a_study_stopped_within_its_first_seed_has_no_scores(tmp_path, keep, message):
+    store = recorded(tmp_path, keep, seeds=(0,))
+    for read in (map_scores, report):
+        with pytest.raises(ValueError, match=rf"no seed has all the maps .*: {message}.* goes on"):
+            read(store.path)
+
+
+def test_runs_that_are_no_part_of_the_plan_count_for_nothing(tmp_path):
+    """A baseline, and an arm of another study in the same folder."""
+    store = recorded(tmp_path)
+    before = map_scores(store.path)
+    other = {**store.records()[0], "arm": "all", "score": 9.0}
+    store.append_run({**other, "run_id": "all"})
+    store.append_run({**other, "run_id": "teacher", "arm": "teacher", "kind": "baseline", "seed": None})
+    assert map_scores(store.path).equals(before)
+
+
+def test_what_belongs_to_two_studies_is_refused(tmp_path):
+    store = recorded(tmp_path)
+    first = store.records()[0]
+    store.append_run({**first, "run_id": "again"})
+    with pytest.raises(ValueError, match=rf"map 1-2-3 of reviews, seed 0, is recorded twice: {first['run_id']}, again"):
+        map_scores(store.path)
+
+
+def test_runs_of_a_task_without_similarity_are_refused(tmp_path):
+    store = recorded(tmp_path)
+    found = json.loads((tmp_path / SIMILARITY).read_text())
+    (tmp_path / SIMILARITY).write_text(json.dumps({"glosses": found["reviews"]}))
+    with pytest.raises(ValueError, match=r"holds runs of reviews, .* similarity of glosses"):
+        map_scores(store.path)
+
+
+def test_a_map_that_the_table_does_not_have_has_no_place(tmp_path):
+    table = map_scores(recorded(tmp_path).path)
+    cka = recorded_similarity(tmp_path)
+    with pytest.raises(ValueError, match=r"map 2-4-6 is not among the 19 increasing maps of reviews"):
+        map_markdown(table[table["map"] != "2-4-6"], map_correlations(table), cka)
 
 
 def test_where_quality_falls_with_similarity_the_report_says_so(tmp_path):
