@@ -168,18 +168,26 @@ def rogue_dimensions(x: Tensor, k: int = 3, mask: Tensor | None = None) -> Rogue
     One shared dimension at 50× makes independent features look identical; ``cka(…, standardized=True)`` undoes it.
 
     Args:
-        x: (n, d), or (B, T, d) with mask.
+        x: (n, d) or (B, T, d).
         k: how many to report.
-        mask: bool (B, T), True where a token counts.
+        mask: bool (n,) or (B, T), True where a row or token counts.
 
     Raises:
-        ValueError: k not in 1 … d, no valid token, or a constant layer.
+        ValueError: k not in 1 … d, a mask of another shape, no valid token, NaN or infinity in one, or a constant layer.
     """
     x = double(x)
-    if x.dim() == 3:
-        x = x.flatten(0, 1) if mask is None else x[mask.to(x.device).bool()]
+    if mask is not None:
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"the mask has shape {tuple(mask.shape)}, x {tuple(x.shape)}: expected {tuple(x.shape[:-1])}"
+            )
+        x = x[mask.to(x.device).bool()]
+    elif x.dim() == 3:
+        x = x.flatten(0, 1)
     if x.dim() != 2 or not len(x):
         raise ValueError(f"no rows to measure: x has shape {tuple(x.shape)} after masking, expected (n, d)")
+    if wrong := int((~x.isfinite()).any(1).sum()):
+        raise ValueError(f"x holds NaN or infinity in {wrong} of its {len(x)} rows: mask them, or mend the model")
     if not 1 <= k <= x.shape[1]:
         raise ValueError(f"k is {k}, x has {x.shape[1]} features: choose 1 … {x.shape[1]}")
     variances = centre(x).square().mean(0)

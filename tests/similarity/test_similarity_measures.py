@@ -98,6 +98,8 @@ def test_rogue_dimensions():
     padded = torch.cat([x.view(40, 10, 20), torch.full((40, 2, 20), 1e6, dtype=torch.float64)], 1)
     mask = (torch.arange(12) < 10).expand(40, 12)
     assert rogue_dimensions(padded, k=2, mask=mask) == report
+    rows = torch.cat([x, torch.full((5, 20), torch.nan, dtype=torch.float64)])
+    assert rogue_dimensions(rows, k=2, mask=torch.arange(405) < 400) == report  # (n, d) with a mask of rows
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,12 @@ def test_rogue_dimensions():
         (lambda: rogue_dimensions(torch.ones(4, 3)), "constant over its 4 rows"),
         (lambda: rogue_dimensions(gaussian(0, 4, 3), k=4), "k is 4, x has 3 features"),
         (lambda: rogue_dimensions(torch.ones(2, 2, 3), mask=torch.zeros(2, 2)), "no rows to measure"),
+        (
+            lambda: rogue_dimensions(gaussian(0, 4, 5, 3), mask=torch.ones(5, 4)),
+            r"mask has shape \(5, 4\), x \(4, 5, 3\)",
+        ),
+        (lambda: rogue_dimensions(gaussian(0, 4, 3), mask=torch.ones(1, 4)), r"mask has shape \(1, 4\), x \(4, 3\)"),
+        (lambda: rogue_dimensions(gaussian(0, 4, 3).log()), "x holds NaN or infinity in 4 of its 4 rows"),
     ],
 )
 def test_refusals(call, message):
