@@ -244,7 +244,7 @@ def ratio(cross: Tensor, self_x: Tensor, self_y: Tensor, names: tuple[str, str] 
             if not value > 0:
                 label = f"{name} {i}" if name.endswith("layer") else name
                 reasons.append(
-                    f"CKA is NaN: HSIC of {label} with itself is {value:.3g}, not above 0: its rows do not differ"
+                    f"CKA is NaN: HSIC of {label} with itself is {value:.3g}, not above 0: its rows do not differ beyond rounding"
                 )
     valid = (self_x > 0)[:, None] & (self_y > 0)
     product = torch.where(valid, self_x[:, None] * self_y, 1.0)

@@ -152,23 +152,59 @@ def test_a_batch_may_be_changed_after_its_update():
     torch.testing.assert_close(stream.matrix(), expected, rtol=1e-10, atol=0)
 
 
-def test_memory_does_not_grow_with_rows():
-    def held(stream):
-        own = vars(stream._tokens)
-        tensors = [own["_cross"], *own["_own"], own["_along"], own["numbers"], stream._within, *stream._pilot]
-        return sum(t.numel() for t in tensors), sum(t.numel() for rows in own["_waiting"] for t in rows)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e2, 1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("where", [0, 1700, 2999])
+@pytest.mark.parametrize("splits", [[3000], [1, 2999], [100] * 30])
+def test_a_row_far_from_the_others_does_not_drown_them(size, where, splits):
+    """Self-HSIC is a difference of sums in which the row's own ‖x‖⁴ stands: in float32 nothing of the others would be left."""
+    x, noise = gaussian(0, 3000, 24).float(), gaussian(1, 3000, 24).float()
+    y = x + 2 * noise
+    x[where, 3] += size
+    y[where // 2, 5] -= size
+    exact = torch.tensor([[cka(x.double(), y.double()), cka(x.double(), noise.double())]], dtype=torch.float64)
+    got = streamed(StreamingCKA(), [x], [y, noise], splits).matrix()
+    torch.testing.assert_close(got, exact, rtol=2e-6, atol=2e-6)
 
-    stream, most = StreamingCKA(), 0
-    sums, _ = held(stream.update(*layers(0, 10)))
+
+@pytest.mark.filterwarnings("error")
+def test_a_sequence_far_from_the_others_does_not_drown_them():
+    x, noise = gaussian(0, 300, 5, 24).float(), gaussian(1, 300, 5, 24).float()
+    y = x + 2 * noise
+    x[7, 2, 3] += 1e5
+    wide = streamed(StreamingCKA(clusters=True), [x.double()], [y.double(), noise.double()], [300])
+    got = streamed(StreamingCKA(clusters=True), [x], [y, noise], [1, 299])
+    torch.testing.assert_close(got.matrix(), wide.matrix(), rtol=2e-6, atol=2e-6)
+
+
+def test_many_rows_far_from_the_others():
+    """A massive activation at the first token of each sequence, as decoders have it: more than the half of some blocks."""
+    x, y = gaussian(0, 5000, 16).float(), gaussian(1, 5000, 16).float()
+    y += x
+    for layer, size in ((x, 3e3), (y, 2e4)):
+        layer[:1500, 2] += size
+        layer[2048::40, 2] += size
+    got = streamed(StreamingCKA(), [x], [y], [1000] * 5).matrix().item()
+    assert got == pytest.approx(cka(x.double(), y.double()), rel=1e-5)
+
+
+def test_memory_does_not_grow_with_rows():
+    def held(value):
+        """Elements of all tensors that a stream reaches."""
+        if isinstance(value, torch.Tensor):
+            return value.numel()
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        inside = vars(value).values() if hasattr(value, "__dict__") else inside
+        return sum(map(held, inside))
+
+    stream = StreamingCKA()
+    at_first = held(stream.update(*layers(0, 10)))
     for seed in range(60):
         stream.update(*layers(seed, 100))
-        now, waiting = held(stream)
-        assert now == sums
-        most = max(most, waiting)
     assert stream.n == 6010
-    assert most < 2048 * (2 * 6 + 3 * 9 + 6)  # fewer rows than a block, of 5 layers and their numbers
-    # 12 × 27 of pairs, 2 of 6 × 6 and 3 of 9 × 9, and vectors
-    assert 12 * 27 + 2 * 36 + 3 * 81 <= sums < 2 * (12 * 27 + 2 * 36 + 3 * 81)
+    assert held(stream) <= at_first + 2 * (2 * 6 + 3 * 9)  # and the pilot, known from the second block on
+    # 12 × 27 of pairs, 2 of 6 × 6 and 3 of 9 × 9, vectors, and a block of 5 layers and their numbers, for tokens and means
+    assert at_first < 2 * (2 * (12 * 27 + 2 * 36 + 3 * 81) + 2048 * (2 * 6 + 3 * 9 + 6))
 
 
 def test_minibatch_of_one_batch_is_exact_and_of_many_close():
@@ -206,6 +242,10 @@ def test_refusals():
         StreamingCKA().update(students, teachers, torch.ones(5, 6, dtype=torch.bool))
     with pytest.raises(ValueError, match="teacher layer 2 holds NaN"):
         StreamingCKA().update(students, [*teachers[:2], torch.full((6, 5, 9), torch.nan)])
+    with pytest.raises(ValueError, match=r"dtype=torch.bfloat16.*float32 or torch.float64"):
+        StreamingCKA(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="have no row"):
+        StreamingCKA().update([torch.ones(0, 2)], [torch.ones(0, 3)])
     with pytest.raises(ValueError, match="at least 4 rows, found 0"):
         StreamingCKA().matrix()
     with pytest.raises(ValueError, match="debiased estimator only"):
