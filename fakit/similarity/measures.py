@@ -1,18 +1,20 @@
 """Measures beside CKA. None dominates (Klabunde et al., ReSi, 2025): show two families, and each with its null.
 
 Every function takes x (n, p) and y (n, q), rows paired, and returns a float; ``compare(x, y, measure=…)`` adds the null band.
+Where the data have no such similarity it is NaN, with a RuntimeWarning that says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .cka import paired_matrices
-from .hsic import centre, centred_gram, check_estimator, double
+from .hsic import centre, centred_gram, check_estimator, double, warn_reasons
 
 
 def procrustes(x: Tensor, y: Tensor) -> float:
@@ -25,7 +27,7 @@ def procrustes(x: Tensor, y: Tensor) -> float:
         ValueError: row counts differ, or a side is constant.
     """
     factors = []
-    for name, z in zip("xy", paired_matrices(x, y), strict=True):
+    for name, z in zip("xy", _paired(x, y), strict=True):
         z = centre(z)
         norm = torch.linalg.matrix_norm(z)
         if norm == 0:
@@ -41,14 +43,17 @@ def procrustes(x: Tensor, y: Tensor) -> float:
 def mutual_knn(x: Tensor, y: Tensor, k: int = 10) -> float:
     """Mutual k-nearest-neighbour alignment in [0, 1]: the share of a row's k nearest rows (cosine) on which both agree.
 
-    Independent data give k / (n − 1) on average. Source: Huh et al., The Platonic Representation Hypothesis (2024).
+    Independent data give k / (n − 1) on average. NaN where all rows of a side point one way. Source: Huh et al., The Platonic Representation Hypothesis (2024).
 
     Raises:
         ValueError: row counts differ, or k is not in 1 … n − 1.
     """
     x, y = _unit_rows(x, y, k)
+    if reasons := _reasons("mutual_knn", _one_way, x, y):
+        warn_reasons(reasons)
+        return math.nan
     both = _neighbours(x @ x.T, k) & _neighbours(y @ y.T, k)
-    return float(both.sum() / (k * len(x)))
+    return int(both.sum()) / (k * len(x))
 
 
 def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:
@@ -56,13 +61,17 @@ def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:
 
     Σ α_ij K°_ij L°_ij over its norm, α_ij = 1 where j is among the k nearest of i in x and in y, K° the U-centred cosine
     Gram matrix; k = n − 1 is debiased CKA of the unit rows. Source: Huh et al. (2024), eq. 10 with the debiased centring.
-    Their code masks before it centres and adds 1e-6 to the denominator, so its numbers differ. NaN where nothing is shared.
+    Their code masks before it centres and adds 1e-6 to the denominator, so its numbers differ. 0 where nothing is shared, NaN
+    where all rows of a side point one way.
 
     Raises:
         ValueError: row counts differ, fewer than 4 rows, or k is not in 1 … n − 1.
     """
     x, y = _unit_rows(x, y, k)
     check_estimator("debiased", len(x))
+    if reasons := _reasons("cknna", _one_way, x, y):
+        warn_reasons(reasons)
+        return math.nan
     gram_x, gram_y = x @ x.T, y @ y.T
     near_x, near_y = _neighbours(gram_x, k), _neighbours(gram_y, k)
     a, b = centred_gram(gram_x, "debiased"), centred_gram(gram_y, "debiased")
@@ -73,13 +82,19 @@ def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:
 def svcca(x: Tensor, y: Tensor, variance: float = 0.99) -> float:
     """Mean canonical correlation of the leading principal components that keep ``variance`` of each side (Raghu et al., 2017).
 
+    NaN where a side is constant.
+
     Raises:
-        ValueError: row counts differ, variance not in (0, 1], or no more rows than features: every correlation would be 1.
+        ValueError: row counts differ, variance not in (0, 1], or fewer rows than features + 2: every correlation would be 1.
     """
     if not 0 < variance <= 1:
         raise ValueError(f"variance is {variance}: it is the share to keep, in (0, 1]")
+    x, y = _more_rows_than_features(x, y, "svcca")
+    if reasons := _reasons("svcca", _constant, x, y):
+        warn_reasons(reasons)
+        return math.nan
     bases = []
-    for z in _more_rows_than_features(x, y, "svcca"):
+    for z in (x, y):
         u, s, _ = torch.linalg.svd(z, full_matrices=False)
         share = s.square().cumsum(0) / s.square().sum()
         bases.append(u[:, : int((share < variance - 1e-12).sum()) + 1])
@@ -89,10 +104,15 @@ def svcca(x: Tensor, y: Tensor, variance: float = 0.99) -> float:
 def pwcca(x: Tensor, y: Tensor) -> float:
     """Canonical correlations, each weighted by how much of x its direction carries (Morcos et al., 2018). Not symmetric.
 
+    NaN where a side is constant.
+
     Raises:
-        ValueError: row counts differ, or no more rows than features.
+        ValueError: row counts differ, or fewer rows than features + 2: every correlation would be 1.
     """
     x, y = _more_rows_than_features(x, y, "pwcca")
+    if reasons := _reasons("pwcca", _constant, x, y):
+        warn_reasons(reasons)
+        return math.nan
     bases = [_basis(z) for z in (x, y)]
     u, correlations, _ = torch.linalg.svd(bases[0].T @ bases[1], full_matrices=False)
     weights = (x.T @ (bases[0] @ u)).abs().sum(0)
@@ -102,28 +122,32 @@ def pwcca(x: Tensor, y: Tensor) -> float:
 def rsa(x: Tensor, y: Tensor) -> float:
     """Representational similarity analysis: Spearman of the two dissimilarity matrices, 1 − Pearson between rows.
 
-    Source: Kriegeskorte et al. (2008). Needs 3 rows; a constant row has no correlation with any other.
+    Source: Kriegeskorte et al. (2008). Needs 3 rows; a constant row has no correlation with any other. NaN where all pairs of
+    rows of a side are equally dissimilar. Dissimilarities that differ by less than 1e-12 are ties, not an order.
 
     Raises:
         ValueError: row counts differ, fewer than 3 rows, or a constant row.
     """
     from scipy.stats import spearmanr
 
-    x, y = paired_matrices(x, y)
+    x, y = _paired(x, y)
     if len(x) < 3:
         raise ValueError(f"rsa compares pairs of rows and needs at least 3 rows, found {len(x)}")
     i, j = torch.triu_indices(len(x), len(x), offset=1, device=x.device)
     dissimilarities = []
     for name, z in (("x", x), ("y", y)):
-        z = z - z.mean(1, keepdim=True)
+        z = centre(z.T).T  # each row minus its own mean, exactly 0 where it is constant
         norms = z.norm(dim=1, keepdim=True)
         if (norms == 0).any():
             raise ValueError(
                 f"row {int((norms == 0).flatten().nonzero()[0])} of {name} is constant: it correlates with nothing"
             )
         z = z / norms
-        dissimilarities.append((1 - z @ z.T)[i, j].cpu().numpy())
-    return float(spearmanr(*dissimilarities).statistic)
+        dissimilarities.append((1 - z @ z.T)[i, j].round(decimals=12))
+    if reasons := _reasons("rsa", _no_ranks, *dissimilarities):
+        warn_reasons(reasons)
+        return math.nan
+    return float(spearmanr(*(pairs.cpu().numpy() for pairs in dissimilarities)).statistic)
 
 
 @dataclass(frozen=True)
@@ -197,8 +221,36 @@ def rogue_dimensions(x: Tensor, k: int = 3, mask: Tensor | None = None) -> Rogue
     return RogueDimensions(tuple(top.indices.tolist()), tuple(top.values.tolist()), x.shape[1])
 
 
-def _unit_rows(x: Tensor, y: Tensor, k: int) -> Sequence[Tensor]:
-    x, y = paired_matrices(x, y)
+def _paired(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Paired rows in float64, on one device."""
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    if x.device != y.device:
+        raise ValueError(f"x is on {x.device}, y on {y.device}: move one to the other's device")
+    return paired_matrices(x, y)
+
+
+def _reasons(measure: str, why: Callable[[Tensor, str], str], x: Tensor, y: Tensor) -> list[str]:
+    """Why the measure is NaN: what ``why`` finds wrong with each side, "" where nothing."""
+    return [f"{measure} is NaN: {found}" for z, name in ((x, "x"), (y, "y")) if (found := why(z, name))]
+
+
+def _constant(z: Tensor, name: str) -> str:
+    return "" if z.any() else f"{name} is constant over its {len(z)} rows: no direction of it varies"  # z is centred
+
+
+def _one_way(z: Tensor, name: str) -> str:
+    apart = centre(z).abs().max() > 1e-12  # of unit rows; what is less is rounding
+    return "" if apart else f"all {len(z)} rows of {name} point one way: which are nearest is a tie"
+
+
+def _no_ranks(pairs: Tensor, name: str) -> str:
+    if pairs.max() > pairs.min():
+        return ""
+    return f"all {len(pairs)} pairs of rows of {name} are equally dissimilar: there is no order to compare"
+
+
+def _unit_rows(x: Tensor, y: Tensor, k: int) -> list[Tensor]:
+    x, y = _paired(x, y)
     if not 1 <= k < len(x):
         raise ValueError(f"k is {k} neighbours among {len(x)} rows: choose 1 … {len(x) - 1}")
     return [torch.nn.functional.normalize(z, dim=1) for z in (x, y)]
@@ -211,12 +263,12 @@ def _neighbours(gram: Tensor, k: int) -> Tensor:
 
 
 def _more_rows_than_features(x: Tensor, y: Tensor, name: str) -> list[Tensor]:
-    x, y = paired_matrices(x, y)
+    x, y = _paired(x, y)
     n, widest = len(x), max(x.shape[1], y.shape[1])
-    if n <= widest:
+    if n < widest + 2:  # centred rows span n − 1 dimensions, and as many features span them all
         raise ValueError(
-            f"{name} needs more rows than features, found n = {n}, p = {x.shape[1]}, q = {y.shape[1]}: with fewer, every "
-            "canonical correlation is 1; give more rows, or use cka"
+            f"{name} needs more rows than features, found n = {n}, p = {x.shape[1]}, q = {y.shape[1]}: with so few, every "
+            f"canonical correlation is 1; give at least {widest + 2} rows, or use cka"
         )
     return [centre(z) for z in (x, y)]
 

@@ -102,6 +102,68 @@ def test_rogue_dimensions():
     assert rogue_dimensions(rows, k=2, mask=torch.arange(405) < 400) == report  # (n, d) with a mask of rows
 
 
+CONSTANT = torch.full((30, 3), 0.1, dtype=torch.float64)  # no whole number, so that a mean of it rounds
+
+
+@pytest.mark.parametrize("measure", [svcca, pwcca])
+def test_a_constant_side_has_no_correlation_and_the_reason_is_said(measure):
+    for x, y, names in (
+        (CONSTANT, gaussian(0, 30, 4), ["x"]),
+        (gaussian(0, 30, 4), CONSTANT, ["y"]),
+        (CONSTANT, CONSTANT, ["x", "y"]),
+    ):
+        with pytest.warns(RuntimeWarning) as said:
+            assert math.isnan(measure(x, y))
+        reasons = [
+            f"{measure.__name__} is NaN: {name} is constant over its 30 rows: no direction of it varies"
+            for name in names
+        ]
+        assert [str(warning.message) for warning in said] == reasons
+        assert {warning.filename for warning in said} == {__file__}
+
+
+@pytest.mark.parametrize("measure", [mutual_knn, cknna])
+@pytest.mark.parametrize(
+    "x", [CONSTANT, torch.zeros(30, 3), torch.linspace(0.5, 2, 30)[:, None] * torch.tensor([0.3, 0.7, 0.2]).double()]
+)
+def test_rows_of_one_direction_have_no_nearest_neighbours(measure, x):
+    with pytest.warns(RuntimeWarning, match=f"{measure.__name__} is NaN: all 30 rows of x point one way"):
+        assert math.isnan(measure(x, gaussian(0, 30, 4), 5))
+
+
+def test_rsa_of_rows_that_are_all_as_far_apart_is_nan_not_the_order_of_rounding_errors():
+    alike = gaussian(0, 1, 6).expand(7, 6)
+    for x in (alike, 0.3 * torch.eye(7)):
+        with pytest.warns(RuntimeWarning, match="rsa is NaN: all 21 pairs of rows of x are equally dissimilar"):
+            assert math.isnan(rsa(x, gaussian(1, 7, 6)))
+    with pytest.raises(ValueError, match="row 2 of x is constant"):
+        rsa(torch.cat([gaussian(1, 2, 3), CONSTANT[:1]]), gaussian(2, 3, 3))  # whose mean is not 0.1
+
+
+def test_with_one_row_more_than_features_every_correlation_is_still_one():
+    """Centring takes a row: n − 1 dimensions are left, and n − 1 features span them all."""
+    for measure in (svcca, pwcca):
+        with pytest.raises(ValueError, match=r"n = 9, p = 8, q = 3.* at least 10 rows"):
+            measure(gaussian(0, 9, 8), gaussian(1, 9, 3))
+        assert measure(gaussian(0, 10, 8), gaussian(1, 10, 3)) < 1
+
+
+@pytest.mark.parametrize("measure", [procrustes, mutual_knn, cknna, svcca, pwcca, rsa])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_full(measure, dtype):
+    x, y = gaussian(0, 30, 4).to(dtype), (gaussian(0, 30, 4) + gaussian(1, 30, 4)).to(dtype)
+    assert measure(x, y) == measure(x.double(), y.double())
+
+
+@pytest.mark.parametrize("measure", [procrustes, mutual_knn, cknna, svcca, pwcca, rsa])
+def test_sides_on_two_devices_and_nan_are_refused_by_name(measure):
+    x = gaussian(0, 30, 4)
+    with pytest.raises(ValueError, match="x is on cpu, y on meta: move one to the other's device"):
+        measure(x, x.to("meta"))
+    with pytest.raises(ValueError, match="y holds NaN or infinity"):
+        measure(x, x.log())
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
