@@ -60,7 +60,8 @@ class TrainSession:
         listeners: called without arguments about 5 times a second while `result()` or `run()` keeps the calling thread.
 
     Raises:
-        ValueError: samples without tokenizer, a held-out batch without teacher, look_every below 1, a folder that is no checkpoint, a trainer already under a session or of several processes.
+        ValueError: samples without tokenizer, a held-out batch without teacher, look_every below 1, a folder that is no checkpoint or whose
+            record is damaged, a trainer already under a session or of several processes.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class TrainSession:
         self.error: BaseException | None = None
         self.listeners: list[Callable[[], None]] = []
         self._record = record = Record(capacity)
+        if resume_from is not None:
+            record.read(Path(resume_from))
         self.curve, self.events, self.log = record.curve, record.events, record.log
         self.similarity, self.samples = record.similarity, record.samples
         teacher, student = trainer.teacher, trainer.student
@@ -220,16 +223,18 @@ class TrainSession:
         Raises:
             Exception: what the run raised, whatever it was.
             TimeoutError: it still runs after `timeout` seconds.
-            ValueError: the session was never started, or stands paused, so that waiting would have no end.
+            ValueError: the session was never started, or stands paused (or comes to, without `timeout`): waiting would have no end.
         """
         if self.state == READY:
             raise ValueError("the session has not started: session.start(), or session.run() to train here and now")
-        if self.state == PAUSED and timeout is None:
-            raise ValueError(f"the session is paused at step {self.progress[0]}: resume() or stop() it first")
         end = None if timeout is None else time.monotonic() + timeout
-        while not self._done.wait(EVERY if end is None else max(0.0, min(EVERY, end - time.monotonic()))):
+        while not self._done.is_set():
+            if end is None and self.state == PAUSED:  # also one that came, or was taken, while this waited
+                self._listen(force=True)
+                raise ValueError(f"the session is paused at step {self.progress[0]}: resume() or stop() it first")
             if end is not None and time.monotonic() >= end:
                 raise TimeoutError(f"still {self.state} at step {self.progress[0]} after {timeout:g} s")
+            self._done.wait(EVERY if end is None else max(0.0, min(EVERY, end - time.monotonic())))
             self._listen()
         self._listen(force=True)
         if self.error is not None:
@@ -311,7 +316,9 @@ class TrainSession:
             self._loop.requests.append((kind, name, value))
             if self.state in (RUNNING, PAUSED):
                 self._changed.notify_all()
-            else:
+            elif (
+                self.state != READY or self.resume_from is None
+            ):  # a checkpoint brings its own settings: what was asked comes after them
                 self._loop.carry_out()
 
     def _listen(self, force: bool = False) -> None:

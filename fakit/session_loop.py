@@ -100,10 +100,9 @@ class Loop(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """The first look."""
-        if self._resumed is not None:
-            self.record.read(self._resumed)
         self._settings, self.first_step = self._now(), self.steps
         self._note("started" if self._resumed is None else f"resumed from {self._resumed.name}")
+        self.carry_out()  # what was asked before the checkpoint came with its settings
         self._look()
         self._since = time.perf_counter()
 

@@ -102,17 +102,32 @@ class Record:
                 for step, samples in self.samples.items()
             },
         }
-        (folder / FILE).write_text(json.dumps(record))
+        partial = folder / f"{FILE}.partial"
+        partial.write_text(json.dumps(record))
+        partial.replace(folder / FILE)  # whole or not at all
 
     def read(self, folder: Path) -> None:
-        """The records up to a checkpoint. One that was written without a session has none: the curve then begins there."""
+        """The records up to a checkpoint. One that was written without a session has none: the curve then begins there.
+
+        Raises:
+            ValueError: a file that is cut short or holds something else. The records stay as they were.
+        """
         if not (folder / FILE).is_file():
             return
-        record = json.loads((folder / FILE).read_text())
-        self.curve[:], self.events[:] = record["curve"], record["events"]
-        self.log[:] = [(step, text) for step, text in record["log"]]
-        self.similarity.update({int(step): np.array(values) for step, values in record["similarity"].items()})
-        for step, samples in record["samples"].items():
-            self.samples[int(step)] = [
-                Sample(text, theirs and tuple(theirs), tuple(ours)) for text, theirs, ours in samples
-            ]
+        try:
+            record = json.loads((folder / FILE).read_text())
+            curve, events = record["curve"], record["events"]
+            log = [(step, text) for step, text in record["log"]]
+            similarity = {int(step): np.array(values) for step, values in record["similarity"].items()}
+            samples = {
+                int(step): [Sample(text, theirs and tuple(theirs), tuple(ours)) for text, theirs, ours in said]
+                for step, said in record["samples"].items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / FILE} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint, or delete this file: the run "
+                "then goes on from here without the curve and events before it."
+            ) from error
+        self.curve[:], self.events[:], self.log[:] = curve, events, log
+        self.similarity.update(similarity)
+        self.samples.update(samples)

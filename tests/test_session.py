@@ -242,6 +242,25 @@ def test_waiting_has_an_end(tmp_path):
     assert session.result(WAIT).global_step == 6
 
 
+def test_waiting_for_a_session_that_comes_to_pause_is_refused_and_not_endless(tmp_path):
+    session, hold = held(tmp_path, 1)
+    session.pause()  # not taken yet: the step is under way
+    said = []
+
+    def wait():
+        try:
+            session.result()
+        except ValueError as error:
+            said.append(str(error))
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    hold.go.set()
+    waiting.join(WAIT)
+    assert said == ["the session is paused at step 2: resume() or stop() it first"]
+    assert session.resume().result(WAIT).global_step == 6
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +344,63 @@ def test_a_resumed_session_equals_an_unbroken_one(family, tmp_path):
     assert all(np.array_equal(second.similarity[step], whole.similarity[step]) for step in whole.similarity)
     assert second.samples == whole.samples
     assert "resumed from checkpoint-4" in [text for _, text in second.log]
+
+
+def checkpointed(tmp_path):
+    """A folder at step 2 of a run whose weights were changed before."""
+    session = TrainSession(make(tmp_path, save_strategy="steps", save_steps=2))
+    session.set_weight("features", 0.1)
+    session.run()
+    return tmp_path / "checkpoint-2"
+
+
+def test_what_is_asked_before_a_resumed_run_starts_comes_after_the_checkpoints_own(tmp_path):
+    session = TrainSession(make(tmp_path), resume_from=checkpointed(tmp_path))
+    session.set_weight("features", 0.7)
+    session.set_temperature(3.5)
+    assert session.settings["features"] == 0.7
+    session.run()
+    assert session.objective.weights["features"] == 0.7 and session.objective.outputs.temperature == 3.5
+    assert {"step": 2, "name": "features", "old": 0.1, "new": 0.7} in session.events
+    assert [row["weighted/features"] / row["features"] for row in session.curve if row["step"] > 2] == pytest.approx(
+        [0.7] * 4
+    )
+
+
+def test_the_curve_before_the_checkpoint_is_there_before_the_start(tmp_path):
+    session = TrainSession(make(tmp_path), resume_from=checkpointed(tmp_path))
+    assert [row["step"] for row in session.history()] == [1, 2] and session.state == "ready"
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "[]", lambda text: "{}"])
+def test_a_damaged_record_is_refused_before_the_run(damage, tmp_path):
+    folder = checkpointed(tmp_path)
+    record = folder / "session.json"
+    record.write_text(damage(record.read_text()))
+    with pytest.raises(ValueError, match=r"session.json is damaged .*delete this file"):
+        TrainSession(make(tmp_path), resume_from=folder)
+    record.unlink()
+    session = TrainSession(make(tmp_path), resume_from=folder)
+    session.run()
+    assert [row["step"] for row in session.curve] == [3, 4, 5, 6]
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    record, other = Record(), Record()
+    record.note(1, "first")
+    record.write(tmp_path)
+
+    def full(self, text):
+        with open(self, "w") as file:
+            file.write(text[:10])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    record.note(2, "second")
+    with pytest.raises(OSError, match="no space"):
+        record.write(tmp_path)
+    other.read(tmp_path)
+    assert other.log == [(1, "first")]
 
 
 def test_the_trainers_own_checkpoints_carry_the_record(tmp_path):
