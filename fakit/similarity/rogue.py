@@ -46,7 +46,8 @@ def scrub_rogue(
     """CKA of `pairs` with 0, 1 … `largest` of each layer's dimensions of the most variance dropped, or z-scored.
 
     A z-scored dimension is scaled down to the mean variance of those that are never touched, so that it counts as one of
-    many. What falls with the first few was said by them alone; what stays is shared by the rest.
+    many. What falls with the first few was said by them alone; what stays is shared by the rest. Where nothing that varies is
+    left, CKA is NaN, with a warning.
 
     Args:
         student_layers: (B, T, d), by layer number.
@@ -56,7 +57,8 @@ def scrub_rogue(
         largest: K, fewer than the dimensions of any layer.
 
     Raises:
-        ValueError: no pairs, a pair of layers that are not there, a K that is not in 1 … d − 1, or no valid token.
+        ValueError: no pairs, a pair of layers that are not there, a K that is not in 1 … d − 1, no valid token, or a layer that is
+            constant over them.
     """
     xs, ys, mask = paired_rows(student_layers, teacher_layers, mask)
     for s, t in pairs:
@@ -70,15 +72,23 @@ def scrub_rogue(
             f"scrub_rogue wants at least one pair and 1 … {narrowest - 1} dimensions; found {len(pairs)} pairs, {largest}"
         )
     layers = {f"S{s}": xs[s] for s, _ in pairs} | {f"T{t}": ys[t] for _, t in pairs}
+    # half precision and whole numbers have too few digits for a scaled dimension
+    layers = {name: x.detach().to(torch.promote_types(x.dtype, torch.float32)) for name, x in layers.items()}
     order, shares, scales = {}, {}, {}
     for name, layer in layers.items():
-        variances = centre(valid_rows([layer], mask)[0]).square().mean(0)
+        rows = valid_rows([layer], mask)[0]
+        variances = centre(rows).square().mean(0)
+        if variances.sum() == 0:
+            raise ValueError(
+                f"{name} is constant over its {len(rows)} tokens: it has no variance to share out; leave it out"
+            )
         top = variances.topk(largest)
         order[name] = top.indices
         total = variances.sum()
         shares[name] = torch.cat([total.new_zeros(1), top.values.cumsum(0) / total])
-        rest = (total - top.values.sum()) / (len(variances) - largest)
-        scales[name] = (rest / top.values).clamp_max(1).sqrt()
+        rest = variances.sort().values[:-largest].mean()  # not total − top, which rounding leaves below 0
+        # what has no more variance, as a constant dimension, stays
+        scales[name] = torch.where(top.values > rest, rest / top.values, 1.0).sqrt()
     students, teachers = (list(dict.fromkeys(f"{side}{pair[i]}" for pair in pairs)) for i, side in ((0, "S"), (1, "T")))
     found: dict[str, list[Tensor]] = {mode: [] for mode in MODES}
     for mode in MODES:

@@ -99,8 +99,41 @@ def test_nothing_scrubbed_is_cka_and_dropped_is_cka_of_the_others():
     assert found.largest == 2
 
 
+def test_dimensions_without_variance_stay_as_they_are():
+    """Three dimensions vary, the five largest are scrubbed: the constant two have no variance to be scaled to."""
+    x, y, mask = with_rogue(3.0)
+    few = torch.cat([x[..., :3], torch.ones_like(x[..., 3:])], dim=-1)
+    with pytest.warns(RuntimeWarning, match="HSIC of student layer 0"):
+        found = scrub_rogue([few], [y], mask, [(0, 0)], largest=5)
+    assert found.shares["S0"].tolist()[3:] == pytest.approx([1, 1, 1]) and not found.shares["S0"].isnan().any()
+    assert found.cka["drop"][:3].isfinite().all() and found.cka["drop"][3:].isnan().all()  # nothing is left
+    rows = torch.arange(64)[:, None].expand(64, 5)[mask]
+    assert found.cka["z-score"][0, 0].item() == pytest.approx(cka(few[mask], y[mask], clusters=rows), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_layers_of_few_digits_are_scaled_in_more(dtype):
+    x, y, mask = with_rogue()
+    x, y = (10 * x).to(dtype), (10 * y).to(dtype)
+    found, exact = (scrub_rogue([a], [b], mask, [(0, 0)], 3) for a, b in ((x, y), (x.double(), y.double())))
+    for mode in ("drop", "z-score"):
+        torch.testing.assert_close(found.cka[mode], exact.cka[mode], atol=2e-6, rtol=0)
+
+
+def test_scrub_leaves_padding_out():
+    x, y, _ = with_rogue(3.0)
+    mask = torch.arange(5) < torch.arange(64)[:, None] % 4 + 2
+    junk = [z.masked_fill(~mask[..., None], torch.nan) for z in (x, y)]
+    found, clean = (scrub_rogue([a], [b], mask, [(0, 0)], 2) for a, b in (junk, (x, y)))
+    assert found.dimensions == clean.dimensions
+    torch.testing.assert_close(found.cka["z-score"], clean.cka["z-score"])
+    torch.testing.assert_close(found.shares["T0"], clean.shares["T0"])
+
+
 def test_scrub_refuses():
     x, y, mask = with_rogue()
+    with pytest.raises(ValueError, match=r"T1 is constant over its 320 tokens"):
+        scrub_rogue([x], [y, torch.full_like(y, 0.1)], mask, [(0, 1)], largest=3)
     with pytest.raises(ValueError, match=r"pair \(0, 4\) asked of 1 student and 1 teacher layers"):
         scrub_rogue([x], [y], mask, [(0, 4)])
     with pytest.raises(ValueError, match=r"1 … 19 dimensions; found 1 pairs, 20"):
