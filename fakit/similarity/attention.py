@@ -30,12 +30,16 @@ def head_distance(
         (H_s, H_t), float64.
 
     Raises:
-        ValueError: maps of different sequences, mask of another shape, or no row that counts.
+        ValueError: maps of different sequences or on different devices, mask of another shape, or no row that counts.
     """
     if student_maps.dim() != 4 or teacher_maps.dim() != 4 or _sizes(student_maps) != _sizes(teacher_maps):
         raise ValueError(
             f"student maps have shape {tuple(student_maps.shape)}, teacher maps {tuple(teacher_maps.shape)}: "
             "expected (B, H, T, T) of the same sequences, only H may differ"
+        )
+    if student_maps.device != teacher_maps.device:
+        raise ValueError(
+            f"student maps are on {student_maps.device}, teacher maps on {teacher_maps.device}: move one to the other's device"
         )
     student, rows = _visible(student_maps, mask, causal, least=2)
     teacher, _ = _visible(teacher_maps, mask, causal, least=2)
@@ -127,7 +131,7 @@ def attention_entropy(
     maps, rows = _visible(maps, mask, causal, least=2)
     entropy = _entropy(maps)  # (B, H, T)
     if normalized:
-        entropy = entropy / _key_mask(maps, mask, causal).sum(-1)[:, None].clamp_min(2).log()
+        entropy = entropy / _key_mask(maps, mask, causal).sum(-1)[:, None].clamp_min(2).double().log()
     return entropy.transpose(0, 1)[:, rows].mean(1)
 
 
@@ -156,10 +160,18 @@ def sink_share(maps: Tensor, mask: Tensor | None = None, special: Tensor | None 
 
 
 def previous_token_score(maps: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Mean attention of each head (H,) from a token to the one before it (Clark et al., 2019; Olsson et al., 2022)."""
+    """Mean attention of each head (H,) from a token to the one before it (Clark et al., 2019; Olsson et al., 2022).
+
+    Raises:
+        ValueError: no valid token stands right after another.
+    """
     maps, rows = _visible(maps, mask, causal, least=2)
     previous = maps.diagonal(offset=-1, dim1=-2, dim2=-1)  # (B, H, T − 1): query i + 1, key i
     pairs = rows[:, 1:] & _token_mask(maps, mask)[:, :-1]
+    if not pairs.any():
+        raise ValueError(
+            f"no valid token stands right after another in maps {tuple(maps.shape)}: True in the mask must mark the tokens"
+        )
     return previous.transpose(0, 1)[:, pairs].mean(1)
 
 
@@ -204,7 +216,7 @@ def attention_rollout(maps: Sequence[Tensor], mask: Tensor | None = None, residu
     Returns:
         (B, T, T), float64; rows of valid tokens sum to 1.
     """
-    if not maps:
+    if not len(maps):
         raise ValueError("no layers: give one map (B, H, T, T) a layer")
     if not 0 <= residual < 1:
         raise ValueError(f"residual is {residual}: the share that bypasses attention lies in [0, 1)")

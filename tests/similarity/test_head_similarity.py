@@ -8,6 +8,7 @@ import torch
 from fakit.similarity import (
     attention_entropy,
     attention_rollout,
+    attention_similarity,
     head_distance,
     induction_score,
     match_heads,
@@ -94,6 +95,19 @@ def test_entropy():
     assert attention_entropy(causal[None, None], causal=True, normalized=True).item() == pytest.approx(1)
 
 
+def test_uniform_attention_is_uniform_to_the_last_digit():
+    seventh = torch.full((1, 1, 7, 7), 1 / 7, dtype=torch.float64)
+    assert attention_entropy(seventh, normalized=True).item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_full(dtype):
+    a, b = maps_of(0).to(dtype), maps_of(1).to(dtype)
+    torch.testing.assert_close(head_distance(a, b), head_distance(a.double(), b.double()), atol=0, rtol=0)
+    for score in (attention_entropy, sink_share, previous_token_score):
+        torch.testing.assert_close(score(a), score(a.double()), atol=0, rtol=0)
+
+
 def test_sink_share_counts_the_first_valid_token_and_special_positions():
     maps = torch.zeros(1, 2, 4, 4)
     maps[0, 0, :, 1], maps[0, 0, :, 2] = 0.7, 0.3
@@ -137,6 +151,11 @@ def test_rollout():
     torch.testing.assert_close(attention_rollout([identity] * 4), torch.eye(5).double().expand(2, 5, 5))
 
 
+def test_rollout_takes_layers_in_one_tensor():
+    layers = [maps_of(0), maps_of(1)]
+    torch.testing.assert_close(attention_rollout(torch.stack(layers)), attention_rollout(layers))
+
+
 def test_rollout_keeps_padding_out():
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     rollout = attention_rollout([maps_of(0, mask=mask), maps_of(1, mask=mask)], mask)
@@ -157,7 +176,17 @@ def test_rollout_keeps_padding_out():
         (lambda: sink_share(torch.zeros(1, 1, 3, 3)), "attends to no valid key"),
         (lambda: sink_share(maps_of(0), special=torch.ones(5)), r"special has shape \(5,\)"),
         (lambda: induction_score(maps_of(0), torch.ones(2, 6)), r"input_ids have shape \(2, 6\)"),
+        (
+            lambda: previous_token_score(maps_of(0, 1, tokens=4), torch.tensor([[1, 0, 1, 0]])),
+            "no valid token stands right after",
+        ),
+        (lambda: head_distance(maps_of(0), maps_of(1).to("meta")), "student maps are on cpu, teacher maps on meta"),
+        (
+            lambda: attention_similarity([maps_of(0)], [maps_of(1).to("meta")]),
+            "student maps are on cpu, teacher maps on meta",
+        ),
         (lambda: attention_rollout([]), "no layers"),
+        (lambda: attention_rollout(torch.ones(0, 2, 3, 5, 5)), "no layers"),
         (lambda: attention_rollout([maps_of(0)], residual=1), "residual is 1"),
         (lambda: attention_rollout([maps_of(0), maps_of(1, tokens=6)]), "different sequences"),
         (lambda: match_heads(torch.full((2, 2), torch.nan)), "finite matrix"),
