@@ -27,7 +27,8 @@ def compare_estimators(
         teacher_layers: the same for the teacher.
         mask: bool (B, T), True where a token counts.
         draws: tokens kept of each sequence.
-        permutations: of whole sequences, for the null bands; of pooled tokens a tenth, since each costs draws² times more.
+        permutations: of whole sequences, for the null bands; of pooled tokens a tenth (but 10, where as many
+            were asked), since each costs draws² times more.
         bootstrap: resamples of whole sequences, for the intervals; pooled tokens have none.
         seed: of everything random.
     """
@@ -35,7 +36,7 @@ def compare_estimators(
         LayerComparison(draws, seed, **how).update(student_layers, teacher_layers, mask)
         for how in ({}, {"pooled": True}, {"standardized": True})
     )
-    few = max(10, permutations // 10) if permutations else 0
+    few = min(permutations, max(10, permutations // 10))
     return {
         "debiased": honest.result("debiased", permutations, bootstrap),
         "biased": honest.result("biased", permutations, bootstrap),

@@ -39,6 +39,13 @@ def test_each_estimator_is_what_its_name_says():
     assert (found["biased"].values > found["debiased"].values).all()
 
 
+@pytest.mark.parametrize(("asked", "pooled"), [(0, 0), (5, 5), (20, 10), (200, 20)])
+def test_pooled_tokens_get_a_tenth_of_the_permutations_and_never_more_than_asked(asked, pooled):
+    found = compare_estimators(*tokens(), permutations=asked, bootstrap=0)
+    assert found["debiased"].permutations == asked
+    assert {found[name].permutations for name in found if "pooled" in name} == {pooled}
+
+
 @pytest.mark.parametrize("estimator", ["debiased", "biased"])
 def test_rbf_of_all_pairs_is_rbf_of_each(estimator):
     students, teachers, _ = tokens()
