@@ -53,7 +53,7 @@ class SimilarityWatch(TrainerCallback):
 
     def __init__(self, teacher: PreTrainedModel, batches: Batch | Sequence[Batch], every: int = 50):
         self.batches = [batches] if isinstance(batches, Mapping) else list(batches)
-        sequences = sum(len(batch["input_ids"]) for batch in self.batches)
+        sequences = sum(len(next(iter(batch.values()))) for batch in self.batches)
         if every < 1 or sequences < 4:
             raise ValueError(
                 f"a watch needs 1 step at least from one measurement to the next and 4 sequences: found every = {every}, "

@@ -87,6 +87,16 @@ def test_a_student_of_one_stack_is_compared_with_the_encoder():
     assert len(back.figure().plotly.data) == 3  # the decoder's layers resemble nothing
 
 
+def test_images_have_no_padding_and_every_patch_counts():
+    teacher, student = tiny("vit"), tiny("vit", seed=1)
+    given = {"pixel_values": torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    found = SimilarityWatch(teacher, given).measure(student, 0)
+    with torch.no_grad():
+        ours, theirs = (capture(m, given, hidden_states=[2]).hidden_states[2] for m in (student, teacher))
+    rows = torch.arange(6).repeat_interleave(ours.shape[1])
+    assert found[2, 2].item() == pytest.approx(cka(ours.flatten(0, 1), theirs.flatten(0, 1), clusters=rows), abs=1e-5)
+
+
 def test_batches_split_as_one_likes():
     teacher, student, _ = parts()
     whole = held_out(8)
