@@ -297,7 +297,7 @@ def rogue_dimensions(shares: Mapping[str, Any], title: str = "Variance carried b
     ordered = {}
     for label, values in shares.items():
         ordered[label] = np.sort(np.asarray(values, float))[::-1]
-        if abs(ordered[label].sum() - 1) > 1e-3:
+        if not abs(ordered[label].sum() - 1) <= 1e-3:  # NaN, too
             raise ValueError(f"shares of {label} sum to {ordered[label].sum():.3f}; variance shares sum to 1")
     figure = canvas(title, margin={"t": 96}, barmode="stack", bargap=0.3)
     for (name, first, last), colour, shape in zip(steps, colours, ("", "/", ".", ""), strict=True):

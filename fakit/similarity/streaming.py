@@ -201,6 +201,7 @@ class MinibatchCKA:
 
     def __init__(self) -> None:
         self.batches = 0
+        self._widths: tuple[list[int], list[int]] | None = None
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def update(
@@ -210,9 +211,13 @@ class MinibatchCKA:
         xs, ys, mask = paired_rows(student_layers, teacher_layers, mask)
         xs, ys = valid_rows(xs, mask), valid_rows(ys, mask)
         check_estimator("debiased", xs[0].shape[0], "rows a batch")
-        new = hsic_matrix(xs, ys, "debiased")
-        if self._sums is not None and self._sums[0].shape != new[0].shape:
-            raise ValueError(f"this batch has {tuple(new[0].shape)} layers, the first one {tuple(self._sums[0].shape)}")
+        widths = [x.shape[-1] for x in xs], [y.shape[-1] for y in ys]
+        if self._widths not in (None, widths):
+            raise ValueError(
+                f"this batch has layers of widths {widths[0]} (student) and {widths[1]} (teacher), the first one had {self._widths[0]} "
+                f"and {self._widths[1]}: one MinibatchCKA serves one pair of models"
+            )
+        self._widths, new = widths, hsic_matrix(xs, ys, "debiased")
         self._sums = new if self._sums is None else tuple(a + b for a, b in zip(self._sums, new, strict=True))
         self.batches += 1
         return self

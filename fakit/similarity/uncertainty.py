@@ -11,6 +11,7 @@ token in both models; HSIC is averaged over draws and the ratio comes last. Kept
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
 
@@ -29,6 +30,7 @@ from .hsic import (
     ratio,
     rbf_gram,
     standardise,
+    warn_reasons,
 )
 from .results import Similarity, SimilarityMatrix
 
@@ -272,10 +274,20 @@ def compare(
         return Similarity(found.value, estimator, n, groups, found.null, found.interval, level, "CKA", found.warnings)
     generator = torch.Generator().manual_seed(seed + 1)
     orders = [torch.arange(n), *(torch.randperm(n, generator=generator) for _ in range(permutations))]
-    values = torch.tensor([[float(measure(x[r], y[r[o]])) for r in rows] for o in orders], dtype=torch.float64).mean(1)
+    reasons: list[str] = []
+    values = torch.full((len(orders), len(rows)), torch.nan, dtype=torch.float64)
+    for k, order in enumerate(orders):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for draw, r in enumerate(rows):
+                values[k, draw] = float(measure(x[r], y[r[order]]))
+        # why the value is NaN goes on the result; that its permutations are NaN, too, is no news
+        reasons += [str(warning.message) for warning in said if k == 0]
+    values, reasons = values.mean(1), list(dict.fromkeys(reasons))
+    warn_reasons(reasons)
     null = float(values[1:].quantile(level)) if permutations else None
     name = getattr(measure, "__name__", str(measure)).replace("_", " ")
-    return Similarity(float(values[0]), name, n, groups, null, None, level, name)
+    return Similarity(float(values[0]), name, n, groups, null, None, level, name, tuple(reasons))
 
 
 def _numbers(numbers: Sequence[int] | None, count: int, side: str) -> list[int]:

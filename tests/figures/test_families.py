@@ -75,6 +75,8 @@ def test_rogue_dimensions_stack_to_the_whole():
     assert "one dimension of 101 carries 50.0 %" in figure.summary
     with pytest.raises(ValueError, match=r"sum to 0\.900"):
         draw.rogue_dimensions({"T6": [0.9]})
+    with pytest.raises(ValueError, match="sum to nan"):
+        draw.rogue_dimensions({"T6": [0.5, np.nan]})
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------

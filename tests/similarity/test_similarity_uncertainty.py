@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fakit.similarity import LayerComparison, cka, cka_matrix, compare, compare_layers, procrustes
+from fakit.similarity import LayerComparison, cka, cka_matrix, compare, compare_layers, procrustes, svcca
 from fakit.similarity.uncertainty import _bootstrap_sums, _sums
 
 
@@ -220,6 +220,13 @@ def test_compare_adds_a_null_to_any_measure():
     assert abs(found.null - found.value) < 0.02  # high, and no higher than chance
     rotated = compare(x, x @ torch.linalg.qr(gaussian(2, 200, 200)).Q, procrustes, permutations=40)
     assert rotated.above_null and rotated.value == pytest.approx(1)
+
+
+def test_compare_keeps_the_reason_why_a_measure_is_nan():
+    with pytest.warns(RuntimeWarning, match="svcca is NaN") as said:
+        found = compare(gaussian(0, 30, 4), torch.ones(30, 3), svcca, permutations=5)
+    assert math.isnan(found.value) and len(said) == 1  # once, not once a permutation
+    assert found.warnings == (str(said[0].message),)
 
 
 def test_compare_with_clusters_draws_one_row_of_each():

@@ -255,5 +255,7 @@ def test_refusals():
         stream.update(students[:1], teachers)
     with pytest.raises(ValueError, match="at least 4 rows a batch, found 3"):
         MinibatchCKA().update([torch.ones(3, 2)], [torch.ones(3, 2)])
+    with pytest.raises(ValueError, match=r"widths \[6, 5\].*first one had \[6, 6\]"):
+        MinibatchCKA().update(students, teachers).update([students[0], students[1][..., :5]], teachers)
     with pytest.raises(ValueError, match="no batch yet"):
         MinibatchCKA().matrix()
