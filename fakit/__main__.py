@@ -26,7 +26,8 @@ def distill(args: argparse.Namespace) -> int:
     config = ExperimentConfig.from_yaml(args.config)
     if config.out is None:  # the run id does not depend on `out`, so --resume finds the folder again
         config = config.replace(out=str(args.out / config.run_id))
-    result = run_experiment(config, store=args.out, resume=args.resume)
+    cached = {"teacher_cache": args.teacher_cache, "cache_dtype": args.cache_dtype}
+    result = run_experiment(config, store=args.out, resume=args.resume, **cached)
     if os.environ.get("RANK", "0") == "0":  # `accelerate launch` starts one process a device
         print(result)
         print(f"The student is in {config.out}, the run in {args.out}; `fakit report {args.out}` compares its runs.")
@@ -82,6 +83,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", type=Path, metavar="CONFIG.yaml")
     sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint (training.save_every)")
     sub.add_argument("--out", type=Path, default=Path("runs"), help="the runs directory (%(default)s)")
+    sub.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="DIR",
+        help="let the teacher answer each text once, into DIR, and read it from there",
+    )
+    sub.add_argument(
+        "--cache-dtype",
+        default="bfloat16",
+        choices=["float32", "bfloat16", "float16", "int8"],
+        help="its precision (%(default)s)",
+    )
 
     sub = command(study, "Run the experiments of a study that are not recorded yet.")
     sub.add_argument("config", type=Path, metavar="STUDY.yaml")

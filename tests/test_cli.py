@@ -104,6 +104,13 @@ def test_distill_goes_on_from_a_checkpoint_and_returns_what_is_recorded(config, 
     assert (again["steps"], again["test"]) == (4, whole[0]["test"])
 
 
+def test_distill_from_a_cache(experiment, tmp_path):
+    command = ["distill", str(experiment), "--teacher-cache", str(tmp_path / "cache"), "--cache-dtype", "int8"]
+    assert main([*command, "--out", str(tmp_path / "runs")]) == 0
+    (record,) = RunStore(tmp_path / "runs").records()
+    assert record["teacher_cache"] == "int8" and (tmp_path / "cache/manifest.json").is_file()
+
+
 def test_a_config_that_names_its_student_folder_keeps_it(config, tmp_path):
     path = tmp_path / "experiment.yaml"
     config.replace(**{"training.steps": 1, "out": str(tmp_path / "mine")}).to_yaml(path)

@@ -33,7 +33,7 @@ def test_the_code_blocks_run(tmp_path, monkeypatch):
     BertForSequenceClassification(BertConfig(**shape)).save_pretrained("my-teacher")
     _save_tokenizer(words, "my-teacher")
 
-    first, second = re.findall(r"```python\n(.*?)```", README, re.S)
+    first, second, third = re.findall(r"```python\n(.*?)```", README, re.S)
     state: dict = {}
     exec(compile(first, "README.md", "exec"), state)
     assert state["trainer"].state.global_step > 0
@@ -45,6 +45,10 @@ def test_the_code_blocks_run(tmp_path, monkeypatch):
     assert any(not torch.equal(a, b) for a, b in zip(before, state["student"].parameters(), strict=True))
     loop = second[second.index("for batch in") :].strip().splitlines()
     assert len(loop) <= 10
+    exec(compile(third, "README.md", "exec"), state)
+    assert state["trainer"].teacher is None and len(state["cache"]) == len(state["rows"]) > 0
+    state["trainer"].train()
+    assert {"features", "attention", "outputs", "task"} <= set(state["trainer"].distiller.breakdown.terms)
 
 
 def _save_tokenizer(words: list[str], folder: str) -> None:

@@ -105,6 +105,34 @@ def test_a_killed_build_goes_on_and_gives_the_same_files(dataset, tmp_path):
     assert resumed.manifest["shards"] == whole.manifest["shards"]  # sha256 included
 
 
+_A_BUILD = """
+    import sys
+    from fakit import TeacherCache
+    from fakit.teacher_cache import cache
+    from tests.test_teacher_cache import bert, rows_of_lengths
+
+    make = cache.make_shard
+    def counted(*args):
+        print("a shard", flush=True)
+        sys.stdin.readline()  # the parent says when it goes on
+        return make(*args)
+    cache.make_shard = counted
+    TeacherCache.build(sys.argv[1], bert(), rows_of_lengths(), hidden_states=[2], shard_rows=4)
+"""
+
+
+def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(_A_BUILD), str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
+    with subprocess.Popen(command, **pipes) as first:
+        assert first.stdout.readline() == "a shard\n"
+        with subprocess.Popen(command, **pipes) as second:
+            first.communicate("\n" * 2)
+            said, _ = second.communicate("\n" * 2)
+    assert (first.returncode, second.returncode, said) == (0, 0, "")  # the second made no shard
+    assert len(TeacherCache.open(tmp_path)) == 7
+
+
 _HALF_A_BUILD = """
     import sys, time
     from fakit import TeacherCache
@@ -136,7 +164,7 @@ def test_a_build_killed_with_signal_9_goes_on_and_gives_the_same_bytes(dataset, 
         what = {"hidden_states": [2], "attentions": [2], "shard_rows": 2, "top_k": 2}
         TeacherCache.build(tmp_path / name, bert(), dataset, **what)
     names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("killed", "whole")]
-    assert names[0] == names[1] and len(names[0]) == 5  # four shards and the manifest
+    assert names[0] == names[1] and len(names[0]) == 6  # four shards, the manifest, the lock
     for name in names[0]:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 

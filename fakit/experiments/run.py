@@ -44,7 +44,8 @@ class RunResult:
         validation, test: all metrics by name; test also has the agreement with the teacher.
         steps, seconds: optimiser steps, and the wall time of training alone (of a resumed run: since it was resumed).
         flops_per_step, flops: of one optimiser step and of all, teacher included; None with a quantised teacher, whose
-            kernels no counter sees, and in a study that does not count them.
+            kernels no counter sees, with a cache, whose teacher worked elsewhere, and in a study that does not count them.
+        teacher_cache: the precision of the cache that stood for the teacher; None where the teacher itself answered in each step.
         labelled, unlabelled: training rows.
         history: the logged steps. student: the trained model; None when the run was read from a store.
     """
@@ -69,6 +70,7 @@ class RunResult:
     config: dict[str, Any]
     finished: str
     kind: str = "run"
+    teacher_cache: str | None = None
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
     student: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 
@@ -106,6 +108,8 @@ def run_experiment(
     progress: bool = True,
     prepared: Prepared | None = None,
     count_flops: bool = True,
+    teacher_cache: str | Path | None = None,
+    cache_dtype: str = "bfloat16",
 ) -> RunResult:
     """Train a student as configured, evaluate it on validation and test, export and record it.
 
@@ -119,12 +123,16 @@ def run_experiment(
         progress: the trainer's progress bar.
         prepared: what `prepare` gave for a configuration of the same task, teacher, seed and length, so that many runs load it once.
         count_flops: count a step's FLOPs, which costs the time of some steps.
+        teacher_cache: a folder. The teacher answers each training text once, into a `TeacherCache` there, and the steps read it; runs of
+            the same texts (task, labels, seed, length) whose terms ask for the same layers share it.
+        cache_dtype: how it is stored: "float32", "bfloat16", "float16" or "int8".
 
     Raises:
         ValueError: before any training, for parts that do not fit, or a run that is recorded while `resume` is off.
     """
     from transformers import PrinterCallback, set_seed
 
+    from fakit.teacher_cache import TeacherCache
     from fakit.trainer import DistillationTrainer
 
     store = RunStore.open(store) if isinstance(store, str | Path) else store
@@ -134,6 +142,11 @@ def run_experiment(
         raise ValueError(
             f"{config.run_id} is recorded in {store.path} already. resume=True (--resume) returns it; "
             "change the seed or another key for a new run."
+        )
+    if teacher_cache is not None and not config.terms:
+        raise ValueError(
+            f"a teacher cache was asked for in {teacher_cache}, and the arm {config.arm!r} has no term that looks at a teacher (features, "
+            "attention, outputs): leave the cache out, or turn one on."
         )
     out = None if config.out is None else Path(config.out)
     folder = tempfile.TemporaryDirectory() if out is None else nullcontext(out / "checkpoints")
@@ -146,18 +159,25 @@ def run_experiment(
         set_seed(config.seed)  # the student's first weights depend on the seed alone, not on what loading drew
         student = build_student(config, teacher, task)
         rows = build_training_rows(config, task, tokenizer, processes=args.world_size)
+        objective = build_objective(config, student, teacher)
+        cache = None
+        if teacher_cache is not None:
+            cache = TeacherCache.build(
+                teacher_cache, teacher, rows.rows, objective, dtype=cache_dtype, tokenizer=tokenizer
+            )
         trainer = DistillationTrainer(
             teacher,
             student,
-            build_objective(config, student, teacher),
+            objective,
             args=args,
+            teacher_cache=cache,
             train_dataset=rows.dataset(),
             eval_dataset=prepared.validation,
             data_collator=task.collator(tokenizer),
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # what stands in for a progress bar that was switched off
-        flops_per_step = step_flops(trainer, rows) if count_flops else None
+        flops_per_step = step_flops(trainer, rows) if count_flops and cache is None else None
         checkpoint = last_whole_checkpoint(folder, args.world_size) if resume else None
         trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         student = trainer.whole_student()
@@ -183,6 +203,7 @@ def run_experiment(
         unlabelled=len(rows.rows) - rows.labelled,
         config=config.to_dict(),
         finished=now(),
+        teacher_cache=None if cache is None else cache.content.dtype,
         history=_history(trainer.state.log_history),
         student=student,
     )

@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -75,7 +76,8 @@ class TeacherCache:
         """Run the teacher over `dataset` and keep what is asked for; whole shards of an interrupted build are kept.
 
         Args:
-            folder: made if missing. A finished cache of the same teacher, data and content is opened and returned.
+            folder: made if missing. A finished cache of the same teacher, data and content is opened and returned; one that another process
+                is building is waited for.
             teacher: frozen, in eval mode; it may be quantised.
             dataset: rows with input_ids (T,) and optionally attention_mask, token_type_ids, position_ids; a `datasets.Dataset` or a list
                 of dicts. Padding that a row carries is not stored.
@@ -102,6 +104,13 @@ class TeacherCache:
             else CacheContent.for_objective(objective, top_k, dtype)
         )
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "build.lock"):  # of several processes one builds, the others wait and open what it built
+            return cls._build(folder, teacher, dataset, content, tokenizer, batch_size, padding_side, shard_rows)
+
+    @classmethod
+    def _build(cls, folder: Path, teacher, dataset, content, tokenizer, batch_size, padding_side, shard_rows):
+        """The work of `build`, alone in the folder."""
         hashes = row_hashes(dataset)
         manifest = {
             "version": VERSION,
@@ -120,7 +129,6 @@ class TeacherCache:
             manifest |= describe(teacher, dataset, content) | {"shards": []}
         if shard_rows is None:
             shard_rows = max(1, _SHARD_BYTES // (sum(manifest["sizes"].values()) * manifest["longest"] or 1))
-        folder.mkdir(parents=True, exist_ok=True)
         done = sum(shard["rows"] for shard in manifest["shards"])
         for start in tqdm(range(done, len(dataset), shard_rows), "teacher cache", unit="shard", disable=None):
             numbers = range(start, min(start + shard_rows, len(dataset)))

@@ -88,6 +88,31 @@ def test_a_broken_run_goes_on_from_its_checkpoint_to_the_same_student(config, tm
     assert [entry["step"] for entry in resumed.history] == [entry["step"] for entry in whole.history]
 
 
+def test_runs_from_a_shared_cache_are_those_of_the_live_teacher(config, tmp_path):
+    live = run_experiment(config, progress=False)
+    cached = run_experiment(
+        config, tmp_path / "runs", progress=False, teacher_cache=tmp_path / "c", cache_dtype="float32"
+    )
+    for ours, theirs in zip(cached.history, live.history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert cached.test == pytest.approx(live.test, rel=1e-4)
+    assert (cached.teacher_cache, live.teacher_cache, cached.flops) == ("float32", None, None)
+    assert RunStore(tmp_path / "runs").record(config.run_id)["teacher_cache"] == "float32"
+
+    built = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*.safetensors")}
+    other = config.replace(**{"training.learning_rate": 5e-4})
+    run_experiment(other, progress=False, teacher_cache=tmp_path / "c", cache_dtype="float32")
+    assert built == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*.safetensors")}
+    with pytest.raises(ValueError, match="content"):  # another precision is another cache
+        run_experiment(other, progress=False, teacher_cache=tmp_path / "c")
+
+
+def test_a_cache_is_refused_where_nothing_looks_at_a_teacher(config, tmp_path):
+    with pytest.raises(ValueError, match="'none' has no term that looks at a teacher"):
+        run_experiment(config.with_arm("none"), progress=False, teacher_cache=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
 def test_the_same_seed_gives_the_same_run_and_another_gives_another(config):
     first, again, other = (run_experiment(c, progress=False) for c in (config, config, config.replace(seed=1)))
     assert first.test == again.test
