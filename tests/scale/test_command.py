@@ -3,9 +3,11 @@
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from fakit.__main__ import main
+from fakit.experiments import RunStore
 from fakit.launch import start_all_processes
 from fakit.sharding import check_sharding
 from tests.scale.conftest import experiment, launch
@@ -24,6 +26,21 @@ def test_two_processes_on_cpus(halves, world, tmp_path):
     assert sorted(path.suffix or path.name for path in (tmp_path / "two").iterdir() if path.is_file()) == sorted(
         path.suffix or path.name for path in (tmp_path / "one").iterdir() if path.is_file()
     )
+
+
+def test_two_processes_share_a_cache(halves, world, tmp_path):
+    """One builds, the other waits; the losses are those of one process that asks the live teacher."""
+    command = ["accelerate", "launch", "--num_processes", "2", "--cpu", "-m", "fakit", "distill", str(halves)]
+    cache = ["--teacher-cache", str(tmp_path / "cache"), "--cache-dtype", "float32"]
+    launch(*command, *cache, "--out", str(tmp_path / "two"))
+    experiment(world, tmp_path / "whole.yaml")
+    assert main(["distill", str(tmp_path / "whole.yaml"), "--out", str(tmp_path / "one")]) == 0
+    losses = []
+    for name in ("two", "one"):
+        (record,) = RunStore(tmp_path / name).records()
+        losses.append(RunStore(tmp_path / name).steps(record["run_id"])[["loss", "features", "attention", "outputs"]])
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
 @pytest.fixture
