@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,18 @@ from fakit.widgets.strategies import offered
 HERE = Path(__file__).parent
 
 
+class Pairs(traitlets.List):
+    """A list that is given out as a copy: editing it in place changes nothing on the board."""
+
+    def get(self, obj: traitlets.HasTraits, cls: type | None = None) -> list[tuple[int, int]]:
+        return list(super().get(obj, cls))
+
+
 class MappingBoard(anywidget.AnyWidget):
     """See `mapping_board`.
 
     The page only asks (link, choose, undo); Python decides, and answers with the traits `pairs` and `view`. A request that cannot be
-    met changes nothing, and the board shows why.
+    met changes nothing, and the board shows why. What the board gives out (pairs, maps) are copies: set `pairs` or `layer_map` to change it.
 
     Attributes:
         pairs: (student layer, teacher layer), sorted; a traitlet: `board.observe(redraw, "pairs")`. Setting it sets the map.
@@ -36,7 +44,7 @@ class MappingBoard(anywidget.AnyWidget):
 
     _esm = HERE / "mapping_board.js"
     _css = HERE / "mapping_board.css"
-    pairs = traitlets.List(help="(student layer, teacher layer)").tag(sync=True)
+    pairs = Pairs(help="(student layer, teacher layer)").tag(sync=True)
     setup = traitlets.Dict(help="what stays: depths, similarity, presets, colours").tag(sync=True)
     view = traitlets.Dict(help="what follows from the pairs: preset, sentence, notes, cost, refusal").tag(sync=True)
 
@@ -52,18 +60,18 @@ class MappingBoard(anywidget.AnyWidget):
         tokens: int = 128,
     ):
         self._depths = (student_layers, teacher_layers)
-        self.similarity = None if similarity is None else np.asarray(similarity, dtype=float)
-        self.maps, self.refused = offered(student_layers, teacher_layers)  # before the shape: depths may be wrong
+        self.similarity = None if similarity is None else np.array(similarity, dtype=float)
+        self._maps, self.refused = offered(student_layers, teacher_layers)  # before the shape: depths may be wrong
         self._check_similarity()
         if self.similarity is not None:
-            self.maps, self.refused = offered(student_layers, teacher_layers, self.similarity)
+            self._maps, self.refused = offered(student_layers, teacher_layers, self.similarity)
         self._shapes = {"widths": _two("widths", widths), "heads": _two("heads", heads)}
         self._sizes = {"batch": batch, "tokens": tokens}
-        self._layer_map = start if isinstance(start, LayerMap) else self._preset(start)
+        self._layer_map = deepcopy(start) if isinstance(start, LayerMap) else self._preset(start)
         self._layer_map.check(*self._depths)
         self._before: list[LayerMap] = []
         self._refusal = ""
-        super().__init__(pairs=self._layer_map.pairs, setup=self._setup())
+        super().__init__(pairs=list(self._layer_map.pairs), setup=self._setup())
         self._refresh()
         self.on_msg(self._on_request)
 
@@ -72,13 +80,18 @@ class MappingBoard(anywidget.AnyWidget):
     @property
     def layer_map(self) -> LayerMap:
         """The map of now. Setting one that names a layer the models do not have raises ValueError and changes nothing."""
-        return self._layer_map
+        return deepcopy(self._layer_map)
 
     @layer_map.setter
     def layer_map(self, layer_map: LayerMap) -> None:
         layer_map.check(*self._depths)
         self._before.append(self._layer_map)
-        self._show(layer_map)
+        self._show(deepcopy(layer_map))
+
+    @property
+    def maps(self) -> dict[str, LayerMap]:
+        """The presets that these depths allow, by name."""
+        return deepcopy(self._maps)
 
     def choose(self, preset: str, teacher_layer: int | None = None) -> None:
         """Show a preset of `maps`; `teacher_layer` is the target of "all_to_one", the last unless given."""
@@ -114,14 +127,14 @@ class MappingBoard(anywidget.AnyWidget):
         found.check(*self._depths)
         known = dict(zip(self._layer_map.pairs, self._layer_map.pair_weights, strict=True))
         found = LayerMap(found.pairs, [known.get(pair, 1.0) for pair in found.pairs])
-        named = (preset for preset in self.maps.values() if preset == found and not preset.is_random)
+        named = (preset for preset in self._maps.values() if preset == found and not preset.is_random)
         return next(named, found)
 
     def _preset(self, name: str) -> LayerMap:
-        if name not in self.maps:
+        if name not in self._maps:
             reason = f" {self.refused[name]}" if name in self.refused else ""
-            raise ValueError(f"preset {name!r} is not offered; choose one of {', '.join(self.maps)}.{reason}")
-        return self.maps[name]
+            raise ValueError(f"preset {name!r} is not offered; choose one of {', '.join(self._maps)}.{reason}")
+        return deepcopy(self._maps[name])
 
     # -- what is shown ------------------------------------------------------------------------------------------------
 
@@ -157,12 +170,12 @@ class MappingBoard(anywidget.AnyWidget):
         self._layer_map, self._refusal = layer_map, ""
         with self.hold_sync():  # one message: the page never sees new pairs with old notes
             self._refresh()
-            self.pairs = layer_map.pairs
+            self.pairs = list(layer_map.pairs)
 
     def _refresh(self) -> None:
         name = self._layer_map.name
         self.view = {
-            "preset": name if self.maps.get(name) == self._layer_map or name == "all_to_one" else "",
+            "preset": name if self._maps.get(name) == self._layer_map or name == "all_to_one" else "",
             "sentence": self.sentence,
             "notes": [note._asdict() for note in self.notes],
             "cost": self.cost.lines(),
@@ -181,7 +194,7 @@ class MappingBoard(anywidget.AnyWidget):
             "teacher_layers": T,
             "similarity": None if values is None else values.round(3).tolist(),
             "scale": [colour for _, colour in SIMILARITY],
-            "presets": list(self.maps),
+            "presets": list(self._maps),
             "refused": f"Not offered here: {', '.join(self.refused)}. {' '.join(reasons)}" if self.refused else "",
             "step": f"Cost of a step of {B} sequences × {tokens} tokens, float32",
         }
@@ -198,7 +211,13 @@ class MappingBoard(anywidget.AnyWidget):
 
     @traitlets.validate("pairs")
     def _check_pairs(self, proposal: dict) -> list[tuple[int, int]]:
-        return self._as_map(proposal["value"]).pairs
+        return list(self._as_map(proposal["value"]).pairs)
+
+    def notify_change(self, change: dict) -> None:
+        """Observers get a list of their own too."""
+        if change["name"] == "pairs":
+            change = traitlets.Bunch(change, new=list(change["new"]))
+        super().notify_change(change)
 
     @traitlets.observe("pairs")
     def _follow_pairs(self, change: dict) -> None:

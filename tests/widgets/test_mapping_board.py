@@ -125,6 +125,45 @@ def test_a_page_gets_pairs_and_what_follows_from_them_in_one_message():
     assert update["pairs"] == [(1, 4), (2, 5), (3, 6)] and update["view"]["preset"] == "last"
 
 
+def set_and_keep(board):
+    mine = LayerMap.uniform(3, 6)
+    board.layer_map = mine
+    return mine.pairs
+
+
+LISTS = {  # ways to get at a list of the board's, or at one that was given to it
+    "pairs": lambda board: board.pairs,
+    "layer map": lambda board: board.layer_map.pairs,
+    "weights": lambda board: board.layer_map.pair_weights,
+    "preset": lambda board: board.maps["uniform"].pairs,
+    "a map that was set": set_and_keep,
+}
+
+
+@pytest.mark.parametrize("of", LISTS.values(), ids=LISTS)
+def test_editing_a_list_in_place_changes_nothing_on_the_board(of):
+    board = mapping_board(3, 6)
+    of(board).append((3, 1))
+    assert board.pairs == board.layer_map.pairs == board.maps["uniform"].pairs == UNIFORM.pairs
+    ask(board, "toggle", student_layer=2, teacher_layer=5)
+    assert board.pairs == [(1, 2), (2, 4), (2, 5), (3, 6)] and not board.view["refusal"]
+    ask(board, "choose", preset="uniform")
+    assert board.layer_map == UNIFORM and board.view["preset"] == "uniform"
+
+
+def test_the_map_that_a_board_starts_with_and_the_list_an_observer_gets_are_theirs():
+    mine, matrix = LayerMap([(1, 2), (3, 6)]), np.full((4, 7), 0.5)
+    board = mapping_board(3, 6, matrix, start=mine)
+    mine.pairs.pop()
+    matrix[:] = 0
+    assert board.pairs == [(1, 2), (3, 6)] and "mean similarity 0.50" in board.sentence
+    board.observe(lambda change: change["new"].clear(), "pairs")
+    board.toggle(2, 4)
+    assert board.pairs == board.layer_map.pairs == UNIFORM.pairs and board.view["preset"] == "uniform"
+    board.undo()
+    assert board.pairs == [(1, 2), (3, 6)]
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 WRONG = [
