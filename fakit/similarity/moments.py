@@ -47,15 +47,15 @@ class Moments:
     ) -> None:
         self.dtype, self._split, self._widths, self._centred = products, split, list(widths), centred
         layers, zeros = len(widths), {"dtype": torch.float64, "device": device}
-        self._cross = torch.zeros(sum(widths[split:]), sum(widths[:split]), **zeros)  # Σ w y xᵀ of all pairs
-        self._own = [torch.zeros(width, width, **zeros) for width in widths]  # Σ w x xᵀ
+        self._cross = [torch.zeros(sum(widths[split:]), width, **zeros) for width in widths[:split]]  # Σ w y xᵀ
+        self._own = [torch.zeros(width, width, **zeros) for width in widths]  # Σ w x xᵀ, right from the diagonal on
         self._along = torch.zeros(sum(widths), layers + 1, **zeros)  # Σ w g x; last column Σ w x
         self.numbers = torch.zeros(layers + 1, layers + 1, **zeros)
         self._rounded = torch.zeros(layers, **zeros)  # Σ w ‖x‖² of the rows that were multiplied in float32
         # the block: rows as columns, since that is what the products want
         self._flat = torch.empty(sum(widths), BLOCK, dtype=torch.promote_types(features, products), device=device)
-        self._given = torch.empty(BLOCK, layers + 1, **zeros)
-        self._filled, self._pilot = 0, [] if not centred else None
+        self._numbers = torch.empty(BLOCK, layers + 1, **zeros)
+        self._filled, self._pilot = 0, None
 
     @property
     def room(self) -> int:
@@ -80,10 +80,13 @@ class Moments:
             stop = min(total, start + self.room)
             at = slice(self._filled, self._filled + stop - start)
             for i, (layer, x) in enumerate(zip(self._flat.split(self._widths), rows, strict=True)):
-                x = x[start:stop]
-                layer[:, at] = (x - self._pilot[i] if self._pilot else x).T
+                x = x[start:stop] if self._pilot is None else x[start:stop] - self._pilot[i]
+                layer[:, at] = x.T
+                if not self._centred:
+                    self._numbers[at, i] = torch.linalg.vector_norm(x, dim=1).square().double()
+            self._numbers[at, -1] = 1.0
             if numbers is not None:
-                self._given[at] = numbers[start:stop].double()
+                self._numbers[at] = numbers[start:stop].double()
             start, self._filled = stop, at.stop
             if not self.room:
                 self.flush()
@@ -95,47 +98,44 @@ class Moments:
             return
         flat = self._flat if n == BLOCK else self._flat[:, :n].contiguous()
         layers = flat.split(self._widths)  # (d, n) each
-        if self._pilot == []:
+        numbers = self._numbers[:n]
+        if not self._centred and self._pilot is None:
             self._pilot = [_pilot(layer) for layer in layers]
             for layer, pilot in zip(layers, self._pilot, strict=True):
                 layer -= pilot[:, None]
-        squares = torch.stack([(layer * layer).sum(0) for layer in layers])  # (layers, n)
-        numbers = self._given[:n] if self._centred else torch.cat([squares, torch.ones_like(squares[:1])]).T.double()
+            numbers[:, :-1] = _squares(layers).T
         if self.dtype == torch.float64 or n <= _FEW:
             self._multiply(flat.double(), numbers)
             return
+        squares = _squares(layers) if self._centred else numbers[:, :-1].T  # (layers, n)
         extreme = (squares > _EXTREME * squares.median(dim=1, keepdim=True).values).any(0).nonzero()[:, 0]
         if len(extreme):
             exact = flat[:, extreme].double()
             exact_numbers = numbers[extreme]
             if not self._centred:  # their squares, too
-                exact_numbers[:, :-1] = torch.stack([(x * x).sum(0) for x in exact.split(self._widths)], dim=1)
+                exact_numbers[:, :-1] = _squares(exact.split(self._widths)).T
             self._multiply(exact, exact_numbers)
-            flat[:, extreme], squares[:, extreme], numbers = 0.0, 0.0, numbers.index_fill(0, extreme, 0.0)
+            flat[:, extreme] = 0.0
+            numbers, squares = numbers.index_fill(0, extreme, 0.0), squares.index_fill(1, extreme, 0.0)
         self._rounded += squares.sum(1)
         self._multiply(flat.to(self.dtype), numbers)
 
     def _multiply(self, flat: Tensor, numbers: Tensor) -> None:
         """Add the products of rows (Σd, n) and of their numbers (n, layers + 1), in the dtype of the rows."""
         layers, students = flat.split(self._widths), sum(self._widths[: self._split])
-        g, theirs = _operand(numbers.T.to(flat.dtype).contiguous()), _operand(flat[students:])
         # a student layer at a time: what the product returns stays small enough not to be mapped anew
-        columns, along = self._cross.split(self._widths[: self._split], 1), self._along.split(self._widths)
-        for pairs, own_along, layer in zip(columns, along, layers, strict=False):
-            ours = _operand(layer)
-            pairs += _outer(theirs, ours)
-            own_along += _outer(ours, g)
-        self._along[students:] += _outer(theirs, g)
+        for pairs, layer in zip(self._cross, layers, strict=False):
+            _accumulate(pairs, _outer(flat[students:], layer))
+        self._along += _outer(flat, numbers.T.to(flat.dtype).contiguous())
         self.numbers += numbers.T @ numbers
         for own, layer in zip(self._own, layers, strict=True):
-            _add_symmetric(own, layer)
+            _add_upper(own, layer)
 
     def outer(self, i: int, j: int) -> Tensor:
         """Σ w x yᵀ of layers i and j, (p, q): i a student's and j a teacher's, or i = j."""
         if i == j:
-            return self._own[i]
-        teacher = self._cross.split(self._widths[self._split :])[j - self._split]
-        return teacher.split(self._widths[: self._split], 1)[i].T
+            return self._own[i].triu() + self._own[i].triu(1).T
+        return self._cross[i].split(self._widths[self._split :])[j - self._split].T
 
     def along(self, i: int, j: int) -> Tensor:
         """Σ w g_j x_i, (p,)"""
@@ -156,28 +156,31 @@ def _pilot(layer: Tensor) -> Tensor:
     return layer[:, :: -(-layer.shape[1] // _PILOT_ROWS)].median(dim=1).values
 
 
-def _operand(x: Tensor) -> Tensor:
-    """x (d, n) as :func:`_outer` wants it. On a CPU for oneDNN: its float32 products use AVX-512 on every make of processor."""
-    fast = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return x.to_mkldnn() if fast else x
+def _squares(layers: Sequence[Tensor]) -> Tensor:
+    """‖x‖² of layers (d, n): (layers, n)"""
+    return torch.stack([(x * x).sum(0) for x in layers])
 
 
 def _outer(x: Tensor, y: Tensor) -> Tensor:
-    """x yᵀ of operands (p, n) and (q, n): (p, q)"""
-    product = F.linear(x, y)
-    return product.to_dense() if product.is_mkldnn else product
+    """x yᵀ of (p, n) and (q, n): (p, q). In float32 on a CPU by oneDNN, whose products use AVX-512 on every make of processor."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN is not None:
+        return _ONEDNN(x, y, None, "none", [], "")
+    return F.linear(x, y)
 
 
-def _add_symmetric(total: Tensor, x: Tensor) -> None:
-    """total += x xᵀ, (p, p) from (p, n), without computing what lies below the diagonal blocks."""
-    parts = x.tensor_split(3) if len(x) >= 192 else (x,)
-    operands, ends = [_operand(part) for part in parts], [0]
-    for part in parts:
-        ends.append(ends[-1] + len(part))
-    for i in range(len(parts)):
-        for j in range(i, len(parts)):
-            product = _outer(operands[i], operands[j])
-            rows, columns = slice(*ends[i : i + 2]), slice(*ends[j : j + 2])
-            total[rows, columns] += product
-            if i != j:
-                total[columns, rows] += product.T
+# what torch.compile makes of a linear layer on a CPU; reached in no other way without copies to a layout of oneDNN's own and back
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def _accumulate(total: Tensor, product: Tensor) -> None:
+    """total += product, some rows at a time: the float64 copy that torch makes of them then stays in the processor's cache."""
+    for part, new in zip(total.split(256), product.split(256), strict=True):
+        part += new
+
+
+def _add_upper(total: Tensor, x: Tensor) -> None:
+    """total += x xᵀ, (p, p) from (p, n), in bands of rows that begin at the diagonal: half of what is below it is not computed."""
+    start = 0
+    for band in x.tensor_split(6) if len(x) >= 192 else (x,):
+        total[start : start + len(band), start:] += _outer(band, x[start:])
+        start += len(band)
