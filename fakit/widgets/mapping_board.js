@@ -159,7 +159,7 @@ export function render({ model, el }) {
   window.addEventListener("pointerup", onUp);
 
   // -- drawing ------------------------------------------------------------------------------------------------------------
-  const similarity = (s, t) => setup.similarity && setup.similarity[s][t] >= 0 ? setup.similarity[s][t] : null;
+  const similarity = (s, t) => setup.similarity?.[s][t] ?? null;  // null: not measured; below 0 it was
 
   function colour(value) {  // of the scale's colours, which lie evenly over 0…1
     const at = Math.min(Math.max(value, 0), 1) * (setup.scale.length - 1), low = Math.floor(at);
@@ -173,7 +173,7 @@ export function render({ model, el }) {
       const value = similarity(s, t), [from, to] = [y("S", s), y("T", t)];
       const d = `M${LEFT},${from} C${LEFT + 70},${from} ${RIGHT - 70},${to} ${RIGHT},${to}`;
       const line = svgElement("g", { class: "link", "data-pair": `${s}-${t}` });
-      const width = value === null ? 3 : 3 + 5 * value;
+      const width = value === null ? 3 : 3 + 5 * Math.max(0, value);
       line.append(svgElement("path", { d, class: "casing", "stroke-width": width + 2 }));
       line.append(svgElement("path", { d, class: "line", "stroke-width": width, ...(value === null ? {} : { style: `stroke:${colour(value)}` }) }));
       line.append(svgElement("path", { d, class: "reach" }));

@@ -155,9 +155,13 @@ class MappingBoard(anywidget.AnyWidget):
         if not pairs:
             return f"{self._layer_map.name}: no layer is matched."
         listed = ", ".join(f"S{s} ← T{t}" for s, t in pairs)
-        mean = "" if self.similarity is None else np.nanmean([self.similarity[pair] for pair in pairs])
-        alike = "" if self.similarity is None else f"; mean similarity {mean:.2f}"
-        return f"{self._layer_map.name}: {listed}{alike}."
+        return f"{self._layer_map.name}: {listed}{self._alike(pairs)}."
+
+    def _alike(self, pairs: list[tuple[int, int]]) -> str:
+        if self.similarity is None:
+            return ""
+        measured = [value for pair in pairs if not np.isnan(value := self.similarity[pair])]
+        return f"; mean similarity {np.mean(measured):.2f}" if measured else "; similarity not measured"
 
     @property
     def figure(self) -> Figure:
@@ -185,14 +189,16 @@ class MappingBoard(anywidget.AnyWidget):
 
     def _setup(self) -> dict[str, Any]:
         S, T = self._depths
-        values = None if self.similarity is None else np.where(np.isnan(self.similarity), -1, self.similarity)
+        values = self.similarity
+        if values is not None:  # JSON has no NaN, and every number may have been measured: debiased CKA falls below 0
+            values = np.where(np.isnan(values), None, values.round(3)).tolist()
         B, tokens = self._sizes["batch"], self._sizes["tokens"]
         # several strategies are refused for one reason: it is said once
         reasons = {reason.removeprefix(name): reason for name, reason in self.refused.items()}.values()
         return {
             "student_layers": S,
             "teacher_layers": T,
-            "similarity": None if values is None else values.round(3).tolist(),
+            "similarity": values,
             "scale": [colour for _, colour in SIMILARITY],
             "presets": list(self._maps),
             "refused": f"Not offered here: {', '.join(self.refused)}. {' '.join(reasons)}" if self.refused else "",
@@ -288,8 +294,8 @@ def mapping_board(
     Args:
         student_layers: depth S of the student, embeddings not counted.
         teacher_layers: depth T of the teacher.
-        similarity: (S + 1, T + 1) by layer number, as CKA gives it, 0 to 1; colours the links, is written beside the layers, and adds
-            the two presets made from it. NaN is "not measured".
+        similarity: (S + 1, T + 1) by layer number, as CKA gives it, up to 1; colours the links, is written beside the layers, and adds
+            the two presets made from it. Debiased CKA may fall below 0, and is drawn as 0; NaN is "not measured".
         start: a preset's name, or a `LayerMap`.
         widths: (d_S, d_T), for the cost in numbers and for what unequal widths mean.
         heads: (H_S, H_T), likewise.

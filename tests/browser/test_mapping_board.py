@@ -16,6 +16,11 @@ similarity = np.linspace(0, 1, 28).reshape(4, 7)
 board = mapping_board(3, 6, similarity, widths=(384, 384), heads=(12, 12), batch=8, tokens=64)
 board
 """
+SIGNED = """
+signed = np.full((4, 7), -0.25)  # debiased CKA falls below 0
+signed[2, 4], signed[3, 6] = np.nan, 0.8
+mapping_board(3, 6, signed)
+"""
 # what Python holds, written by Python
 ECHO = """
 import ipywidgets
@@ -67,10 +72,10 @@ class Board:
 
 @pytest.fixture(scope="module")
 def opened(lab):
-    lab.write("board.ipynb", BOARD, ECHO, WEIGHTED, DEEP)
+    lab.write("board.ipynb", BOARD, ECHO, WEIGHTED, DEEP, SIGNED)
     with lab.open("board.ipynb") as opened:
         opened.run_all()
-        opened.page.locator(".fakit-mapping-board").nth(2).wait_for()
+        opened.page.locator(".fakit-mapping-board").nth(3).wait_for()
         yield opened
 
 
@@ -221,6 +226,19 @@ def test_a_deep_teacher_is_legible(opened):
     assert deep.root.locator(".link").count() == 12
 
 
+def test_a_negative_similarity_is_shown_and_one_that_was_not_measured_is_named(opened):
+    signed = Board(opened, 3)
+    pairs = [" ".join(pair.split()) for pair in signed.root.locator(".pairs li").all_inner_texts()]
+    assert pairs == ["S1 ← T2 -0.25", "S2 ← T4 not measured", "S3 ← T6 0.80"]
+    widths = [
+        signed.root.locator(f'[data-pair="{pair}"] .line').get_attribute("stroke-width")
+        for pair in ("1-2", "2-4", "3-6")
+    ]
+    assert [float(width) for width in widths] == [3, 3, 7]
+    assert "similarity to S1 -0.25" in signed.node("T3").get_attribute("aria-label")
+    opened.assert_clean()
+
+
 def test_it_reads_in_the_dark_theme(board, opened):
     def contrast(locator):
         def luminance(rgb):
@@ -247,6 +265,6 @@ def test_the_saved_notebook_carries_a_picture_and_no_widget_metadata(opened):
     saved = opened.save()
     assert "widgets" not in saved["metadata"]
     data = [output["data"] for cell in saved["cells"] for output in cell["outputs"]]
-    assert sum("image/svg+xml" in bundle for bundle in data) == 3
+    assert sum("image/svg+xml" in bundle for bundle in data) == 4
     assert any("Mapping board of 3 student and 6 teacher layers." in "".join(bundle["text/plain"]) for bundle in data)
     opened.assert_clean()

@@ -49,9 +49,23 @@ def test_a_layer_that_was_not_measured_takes_no_part_in_the_mean_and_makes_no_ma
     matrix[1, 3] = np.nan
     board = mapping_board(2, 3, matrix, start=LayerMap([(1, 2), (1, 3), (2, 1)]))
     assert "mean similarity 0.85" in board.view["sentence"]
-    assert board.setup["similarity"][1][3] == -1  # JSON has no NaN
+    assert board.setup["similarity"][1][3] is None  # JSON has no NaN
     assert "similarity (monotone)" not in board.setup["presets"]
     assert "holds NaN" in board.setup["refused"]
+
+
+def test_a_negative_similarity_is_a_measured_one():
+    matrix = CKA - 0.5  # debiased CKA may fall below 0
+    board = mapping_board(2, 3, matrix, start=LayerMap([(1, 1), (2, 2)]))
+    assert board.setup["similarity"] == matrix.round(3).tolist()
+    assert "mean similarity -0.35" in board.view["sentence"]
+    assert "-0.40" in board.figure.svg()
+
+
+def test_pairs_of_which_none_was_measured_have_no_mean(recwarn):
+    board = mapping_board(2, 3, np.full((3, 4), np.nan))
+    assert board.view["sentence"].endswith("; similarity not measured.")
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
 
 
 def test_all_to_one_has_a_layer_to_choose():
