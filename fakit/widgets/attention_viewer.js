@@ -234,6 +234,7 @@ class View {
   }
   get shown() { return this.model.get("shown"); }
   get length() { return this.shown.tokens.length; }
+  get sinks() { return this.shown.sinks.map(i => this.shown.tokens[i - this.shown.start]).join(" "); }
 
   // --- the cursor: moves at once, and is sent to Python when it rests ---
   move(query, key) {
@@ -282,6 +283,12 @@ class View {
     });
     this.maps.hidden = !found.every(Boolean);  // a failure has emptied them
     if (this.maps.hidden) return void (this.said.textContent = "No map to show.");
+    this.maps.hidden = shown.without_sinks && found.some(map => map.every(Number.isNaN));
+    if (this.maps.hidden) {  // as AttentionViewer._nothing_left
+      this.said.textContent = `Without its sinks (${this.sinks}) nothing is left of this sequence: no token looks at any other.`;
+      this.note.textContent = "Show the sinks again, or choose another sequence.";
+      return;
+    }
     if (found.length > 1) found.push(found[1].map((value, i) => value - found[0][i]));
     this.paint(found, width);
     this.say(found);
@@ -362,10 +369,7 @@ class View {
     const text = `${shown.tokens[query]} → ${shown.tokens[key]}: ${masked ? why : parts.join(", ")}.`;
     if (this.said.textContent !== text) this.said.textContent = text;
     const notes = ["Row = query, column = key. Hatched: no data (padding or future), not zero. Teacher and student share one scale."];
-    if (shown.without_sinks) {
-      const names = shown.sinks.map(i => shown.tokens[i - shown.start]).join(" ");
-      notes.unshift(`Sinks are left out (${names}): their columns are hatched, and every row is renormalised to sum to 1.`);
-    }
+    if (shown.without_sinks) notes.unshift(`Sinks are left out (${this.sinks}): their columns are hatched, and every row is renormalised to sum to 1.`);
     if (sides.length > 1 && shown.view === "heads" && model.get("teacher_head") !== null) {
       const pair = shown.match.find(([, teacher]) => teacher === model.get("teacher_head"));
       const over = shown.matched_on > 1 ? ` over ${shown.matched_on} sequences` : "";

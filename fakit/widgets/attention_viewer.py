@@ -17,16 +17,14 @@ from fakit.figures.drawing import HATCH_INK
 from fakit.figures.theme import DIFFERENCE, STUDENT, TEACHER, ramp
 from fakit.layer_maps import LayerMap
 from fakit.similarity import HeadMatching, head_distance, match_heads
+from fakit.widgets.attention_choice import Refused, one_of
 from fakit.widgets.attention_page import write_page
 from fakit.widgets.attention_source import Source, encode, read, without
+from fakit.widgets.panel import with_still
 
 MATCHED_ON = 16  # sequences, at most, whose maps decide which heads are alike
 SELECTION = ("sequence", "teacher_layer", "student_layer", "teacher_head", "student_head", "linked")
 SELECTION += ("without_sinks", "view", "cursor")
-
-
-class Refused(ValueError, traitlets.TraitError):
-    """A choice that the viewer does not have: a ValueError, as everywhere in the kit, that traitlets takes back."""
 
 
 class AttentionViewer(anywidget.AnyWidget):
@@ -99,7 +97,7 @@ class AttentionViewer(anywidget.AnyWidget):
 
     @traitlets.validate("sequence")
     def _is_sequence(self, proposal: dict) -> int:
-        return _one_of("sequence", proposal["value"], range(len(self._tokens)))
+        return one_of("sequence", proposal["value"], range(len(self._tokens)))
 
     @traitlets.validate("teacher_layer", "student_layer")
     def _is_layer(self, proposal: dict) -> int | None:
@@ -109,7 +107,7 @@ class AttentionViewer(anywidget.AnyWidget):
             if proposal["value"] is not None:
                 raise Refused(f"{name} = {proposal['value']}: this viewer shows no student")
             return None
-        return _one_of(name, proposal["value"], source.layers)
+        return one_of(name, proposal["value"], source.layers)
 
     @traitlets.validate("teacher_head", "student_head")
     def _is_head(self, proposal: dict) -> int | None:
@@ -118,12 +116,12 @@ class AttentionViewer(anywidget.AnyWidget):
         if proposal["value"] is None or side not in self._sources:
             return proposal["value"]
         layer = getattr(self, f"{side}_layer")
-        return _one_of(f"{name} of layer {layer}", proposal["value"], range(self._sources[side].heads(layer)))
+        return one_of(f"{name} of layer {layer}", proposal["value"], range(self._sources[side].heads(layer)))
 
     @traitlets.validate("cursor")
     def _is_cell(self, proposal: dict) -> tuple[int, int]:
         window = self._window()
-        return tuple(_one_of("a cursor's position", i, range(window.start, window.stop)) for i in proposal["value"])
+        return tuple(one_of("a cursor's position", i, range(window.start, window.stop)) for i in proposal["value"])
 
     @traitlets.validate("view")
     def _is_view(self, proposal: dict) -> str:
@@ -221,8 +219,17 @@ class AttentionViewer(anywidget.AnyWidget):
         """The visible cell where the two differ most, or where the teacher looks most."""
         maps = list(self.maps.values())
         gap = np.abs(maps[-1] - maps[0]) if len(maps) > 1 else maps[0]
+        if np.isnan(gap).all():
+            return (int(self._mask().nonzero()[0, 0]),) * 2
         start = self._window().start
         return tuple(int(i) + start for i in np.unravel_index(np.nanargmax(gap), gap.shape))
+
+    def _nothing_left(self) -> str:
+        """Why a side has no cell to show; empty where both have. The page says it in the same words."""
+        if not any(np.isnan(found).all() for found in self.maps.values()):
+            return ""
+        sinks = " ".join(self._tokens[self.sequence][i] for i in self._sinks().nonzero()[:, 0])
+        return f"Without its sinks ({sinks}) nothing is left of this sequence: no token looks at any other."
 
     # --- what Python asks ---
 
@@ -269,6 +276,8 @@ class AttentionViewer(anywidget.AnyWidget):
     @property
     def sentence(self) -> str:
         """The cell under the cursor, with its exact values."""
+        if nothing := self._nothing_left():
+            return nothing
         start = self._window().start
         query, key = self.cursor
         words = [self._tokens[self.sequence][i] for i in (query, key)]
@@ -281,8 +290,10 @@ class AttentionViewer(anywidget.AnyWidget):
         return f"{words[0]} → {words[1]}: {', '.join(parts)}."
 
     @property
-    def figure(self) -> Figure:
-        """A still of what is shown, for a page without a kernel."""
+    def figure(self) -> Figure | None:
+        """A still of what is shown, for a page without a kernel; None where leaving sinks out leaves nothing."""
+        if self._nothing_left():
+            return None
         found, window = self.maps, self._window()
         names = [self.name(side) for side in found]
         seen = ~np.isnan(np.stack(list(found.values()))).all(0)
@@ -319,9 +330,9 @@ class AttentionViewer(anywidget.AnyWidget):
         return write_page(self, Path(path), limit)
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
-        data, metadata = super()._repr_mimebundle_(**kwargs)
         figure = self.figure
-        return {**data, "image/svg+xml": figure.svg(), "text/plain": f"{figure.summary} {self.sentence}"}, metadata
+        text = self.sentence if figure is None else f"{figure.summary} {self.sentence}"
+        return with_still(super()._repr_mimebundle_(**kwargs), figure, text)
 
 
 def attention_viewer(
@@ -385,11 +396,3 @@ def attention_viewer(
             )
     rows = [[token.replace("\n", "⏎") for token in row] for row in rows]
     return AttentionViewer(sources[0], sources[1] if student is not None else None, rows, marks, pairs, padding)
-
-
-def _one_of(what: str, value: Any, allowed: Any) -> Any:
-    if value not in allowed:
-        choices = list(allowed)
-        listed = f"{choices[0]} to {choices[-1]}" if isinstance(allowed, range) else ", ".join(map(str, choices))
-        raise Refused(f"{what} = {value!r}; this viewer has {listed}")
-    return value

@@ -21,6 +21,13 @@ def spoken(sentence: str) -> str:
     return f'<div role="status" aria-live="polite">{escape(sentence)}</div>'
 
 
+def with_still(bundle: tuple[dict, dict], figure: Figure | None, text: str) -> tuple[dict, dict]:
+    """A widget's mime bundle, and what a page without a kernel shows in its place: `figure` as SVG, if there is one, and `text`."""
+    data, metadata = bundle
+    still = {} if figure is None else {"image/svg+xml": figure.svg()}
+    return {**data, **still, "text/plain": text}, metadata
+
+
 class Panel(widgets.VBox):
     """A box of controls above a figure and a sentence that a screen reader announces.
 

@@ -185,6 +185,25 @@ def test_sinks_left_out_rows_are_renormalised():
     assert np.allclose(np.nansum(sent[:6], -1), 1, atol=0.01) and np.isnan(sent[:, 0]).all()
 
 
+@pytest.mark.parametrize("order", [("sequence", "without_sinks"), ("without_sinks", "sequence")])
+@pytest.mark.parametrize("student", [STUDENT, None], ids=["both", "teacher"])
+def test_a_sequence_of_sinks_alone_says_so_without_them_and_is_whole_again_with_them(order, student, tmp_path):
+    mask = torch.stack([MASK[0], torch.arange(10) < 2])
+    special = torch.stack([SPECIAL[0], torch.arange(10) < 2])
+    tokens = [TOKENS, ["[CLS]", "[SEP]", *["[PAD]"] * 8]]
+    viewer = attention_viewer(TEACHER, student, tokens, mask=mask, special=special)
+    for name in order:
+        setattr(viewer, name, 1)
+    said = "Without its sinks ([CLS] [SEP]) nothing is left of this sequence: no token looks at any other."
+    assert viewer.sentence == said and viewer.error == ""
+    assert np.isnan(decode(viewer.teacher_page, 4)).all() and viewer.figure is None
+    bundle, _ = viewer._repr_mimebundle_()
+    assert bundle["text/plain"] == said and "image/svg+xml" not in bundle
+    assert said in viewer.to_html(tmp_path / "viewer.html").read_text()
+    viewer.without_sinks, viewer.cursor = False, (0, 0)
+    assert viewer.sentence.startswith("[CLS] → [CLS]: teacher") and "<svg" in viewer.figure.svg()
+
+
 def test_rollout_is_that_of_the_kit():
     viewer = two()
     viewer.teacher_layer = 4
