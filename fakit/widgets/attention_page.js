@@ -42,11 +42,12 @@ class Model {
       if (pair) state.student_layer = pair[0];
     }
     if (!changed.some(name => ["teacher_layer", "student_layer", "teacher_head", "linked"].includes(name))) return;
-    const found = this.match().find(([, teacher]) => teacher === state.teacher_head);
+    const found = this.match()?.find(([, teacher]) => teacher === state.teacher_head);
     if (state.teacher_head === null) state.student_head = null;
     else if (found) state.student_head = found[0];
   }
-  match() { return this.state.matches[`${this.state.student_layer}/${this.state.teacher_layer}`] ?? []; }
+  // null: two layers whose match the file does not hold
+  match() { return this.state.matches[`${this.state.student_layer}/${this.state.teacher_layer}`] ?? null; }
 
   key(side, left_out = this.state.without_sinks, view = this.state.view) {
     return `${side}/${view}/${this.state[`${side}_layer`]}/${left_out}`;

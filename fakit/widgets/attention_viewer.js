@@ -371,9 +371,10 @@ class View {
     const notes = ["Row = query, column = key. Hatched: no data (padding or future), not zero. Teacher and student share one scale."];
     if (shown.without_sinks) notes.unshift(`Sinks are left out (${this.sinks}): their columns are hatched, and every row is renormalised to sum to 1.`);
     if (sides.length > 1 && shown.view === "heads" && model.get("teacher_head") !== null) {
-      const pair = shown.match.find(([, teacher]) => teacher === model.get("teacher_head"));
+      const pair = shown.match?.find(([, teacher]) => teacher === model.get("teacher_head"));
       const over = shown.matched_on > 1 ? ` over ${shown.matched_on} sequences` : "";
       if (pair) notes.unshift(`Best match of teacher head ${pair[1]}: student head ${pair[0]}, Jensen–Shannon distance ${pair[2].toFixed(3)}${over}.`);
+      else if (!shown.match) notes.unshift("Best matches of heads are saved in this file for mapped layers only.");
       else notes.unshift(`Teacher head ${model.get("teacher_head")} has no match among the student's heads of this layer.`);
     }
     if (this.spec.no_rollout) notes.push(`No rollout: ${this.spec.no_rollout}.`);
