@@ -1,7 +1,14 @@
 // The Python side in miniature, for a page without a kernel: the maps of one sequence lie in the page, packed.
+const DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;<=>?@^_`{|}~";  // Python's b85encode
+const VALUE = Object.fromEntries([...DIGITS].map((digit, value) => [digit, value]));
 const unpack = async text => {
-  const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const words = new DataView(new ArrayBuffer(Math.ceil(text.length / 5) * 4));  // five digits are four bytes
+  for (let at = 0; at < text.length; at += 5) {
+    let word = 0;
+    for (let k = 0; k < 5; k++) word = 85 * word + (VALUE[text[at + k]] ?? 84);
+    words.setUint32(at / 5 * 4, word);
+  }
+  const stream = new Blob([words.buffer.slice(0, Math.floor(text.length * 4 / 5))]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new DataView(await new Response(stream).arrayBuffer());
 };
 

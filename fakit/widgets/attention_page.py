@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from fakit.widgets.attention_source import encode
+from fakit.widgets.attention_source import LEVELS, encode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,9 @@ $host</script>
 </body>
 </html>
 """)
+# How maps are written, from the best on: (a scale a head, sinks left out too, levels of a value). The coarsest is for noise: a row of attention
+# sums to 1, and its cells hold few levels.
+WAYS = ((True, True, LEVELS), (False, True, LEVELS), *((False, False, LEVELS >> k) for k in range(7)))
 COPIED = ("spec", "shown", "sequence", "teacher_layer", "student_layer", "teacher_head", "student_head", "cursor")
 COPIED += ("linked", "without_sinks", "view")
 
@@ -51,13 +54,13 @@ def write_page(viewer: AttentionViewer, path: Path, limit: int) -> Path:
     for side in viewer.sides:
         state[f"{side}_thumbs"] = _packed(getattr(viewer, f"{side}_thumbs"))
     maps, sizes = _maps(viewer), []
-    for fine, both in ((True, True), (False, True), (False, False)):
+    for fine, both, levels in WAYS:
         pages = {
-            f"{side}/{view}/{layer}/{left_out}".lower(): _packed(encode(*page, fine=fine))
+            f"{side}/{view}/{layer}/{left_out}".lower(): _packed(encode(*page, fine, levels))
             for (side, view, layer, left_out), page in maps.items()
             if both or left_out == viewer.without_sinks
         }
-        html = _html(viewer, state | {"pages": pages}).encode()
+        html = _html(viewer, state | {"pages": pages, "rounded": 0 if fine else 0.5 / levels}).encode()
         if len(html) <= limit:
             path.write_bytes(html)
             return path
@@ -88,12 +91,12 @@ def _maps(viewer: AttentionViewer) -> dict[tuple[str, str, int, bool], tuple[Ten
 
 
 def _packed(data: bytes) -> str:
-    """Deflated, in base64: by runs, or by the frequency of bytes alone, which is shorter where a head looks everywhere.
+    """Deflated, in base 85: by runs, or by the frequency of bytes alone, which is shorter where a head looks everywhere.
 
     Both are many times as fast as the search for longer repeats, which attention maps hardly have.
     """
     ways = [zlib.compressobj(9, strategy=strategy) for strategy in (zlib.Z_RLE, zlib.Z_HUFFMAN_ONLY)]
-    return base64.b64encode(min((way.compress(data) + way.flush() for way in ways), key=len)).decode()
+    return base64.b85encode(min((way.compress(data) + way.flush() for way in ways), key=len)).decode()
 
 
 def _html(viewer: AttentionViewer, state: dict) -> str:

@@ -19,7 +19,7 @@ LEVELS, MASKED = 254, 255  # a byte's largest value, and the one that says "no d
 THUMB = 20  # a thumbnail has at most so many cells a side
 
 
-def encode(maps: Tensor, visible: Tensor, fine: bool = True) -> bytes:
+def encode(maps: Tensor, visible: Tensor, fine: bool = True, levels: int = LEVELS) -> bytes:
     """A page: one float32 scale a head, then one byte a cell, round(254 · p / scale), 255 where masked.
 
     Args:
@@ -27,12 +27,13 @@ def encode(maps: Tensor, visible: Tensor, fine: bool = True) -> bytes:
         visible: bool (T, T), True where the query may see the key.
         fine: scale each head by its largest value; else by 1, which is coarser and compresses better, as most cells
             of a row that sums to 1 are small.
+        levels: so many steps from 0 to the scaling value, 254 at most; fewer compress better. A value is off by half a step.
     """
     values = torch.where(visible, maps.float(), 0.0).clamp(0, 1).numpy()  # (H, T, T)
     scale = np.maximum(values.max((1, 2)), 1e-6) if fine else np.ones(len(values), np.float32)
-    cells = np.rint(values / scale[:, None, None] * LEVELS).astype(np.uint8)
+    cells = np.rint(values / scale[:, None, None] * levels).astype(np.uint8)
     cells[:, ~visible.numpy()] = MASKED
-    return scale.astype("<f4").tobytes() + cells.tobytes()
+    return (scale * (LEVELS / levels)).astype("<f4").tobytes() + cells.tobytes()
 
 
 def decode(page: bytes, heads: int) -> np.ndarray:

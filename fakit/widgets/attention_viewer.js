@@ -378,6 +378,8 @@ class View {
       else notes.unshift(`Teacher head ${model.get("teacher_head")} has no match among the student's heads of this layer.`);
     }
     if (this.spec.no_rollout) notes.push(`No rollout: ${this.spec.no_rollout}.`);
+    const rounded = model.get("rounded");  // of a file alone
+    if (rounded) notes.push(`Values in this file are rounded to ±${rounded.toPrecision(2)}.`);
     if (this.toggles.without_sinks.disabled) notes.push("This file has no room for maps with and without sinks: it holds what was shown when it was written.");
     this.note.textContent = notes.join(" ") + " Thumbnails show √ of attention on one scale, 0 to 1.";
   }

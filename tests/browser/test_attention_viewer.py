@@ -201,6 +201,12 @@ def test_the_file_works_from_the_disk_without_network(watch, tmp_path):
     view.get_by_text("teacher T2, head 1", exact=True).wait_for()
     viewer.teacher_layer, viewer.teacher_head = 2, 1  # the page chose what Python chooses
     view.get_by_text(f"student S1, head {viewer.student_head}", exact=True).wait_for()
+    view.get_by_text("Best match of teacher head 1: student head").wait_for()
+    view.locator(".student .grid").focus()
+    page.keyboard.press("ArrowDown")  # S2 and T2, which the map does not join: their match was not saved
+    view.get_by_text("Best matches of heads are saved in this file for mapped layers only.").wait_for()
+    page.keyboard.press("ArrowUp")
+    view.get_by_text("Best match of teacher head 1: student head").wait_for()
     for name in ("Leave sinks out", "Rollout"):
         view.get_by_role("button", name=name).focus()
         page.keyboard.press("Space")
@@ -212,6 +218,36 @@ def test_the_file_works_from_the_disk_without_network(watch, tmp_path):
         view.locator(".maps").focus()
         page.keyboard.press(key)
     view.get_by_text("film → [PAD]: masked (padding, or the future): no data.").wait_for()
+    watch.assert_clean()
+
+
+def test_a_file_of_sinks_alone_says_so_and_one_that_is_coarse_says_how_coarse(watch, tmp_path):
+    both = torch.tensor([[True] * 2 + [False] * 2])
+    maps = torch.full((1, 1, 1, 4, 4), 0.5).masked_fill(~both, 0.0)
+    viewer = attention_viewer(maps, tokens=["[CLS]", "[SEP]", "[PAD]", "[PAD]"], mask=both, special=both)
+    watch.page.goto(viewer.to_html(tmp_path / "sinks.html").as_uri())
+    watch.page.get_by_text("[CLS] → [CLS]: teacher 0.500").wait_for()
+    assert "rounded" not in watch.page.locator(".note").inner_text()
+    toggle = watch.page.get_by_role("button", name="Leave sinks out")
+    toggle.click()
+    watch.page.get_by_text("Without its sinks ([CLS] [SEP]) nothing is left of this sequence").wait_for()
+    assert watch.page.locator(".maps").is_hidden()
+    toggle.click()
+    watch.page.get_by_text("[CLS] → [CLS]: teacher 0.500").wait_for()
+    assert watch.page.locator(".maps").is_visible()
+
+    noise = torch.rand(1, 2, 40, 40, generator=torch.Generator().manual_seed(0))
+    viewer = attention_viewer(noise, tokens=[str(i) for i in range(40)])
+    viewer.cursor = (3, 4)
+    fine = viewer.to_html(tmp_path / "fine.html").stat().st_size
+    path = viewer.to_html(tmp_path / "coarse.html", limit=fine - 8000)
+    watch.page.goto(path.as_uri())
+    watch.page.get_by_text("Values in this file are rounded to ±0.0").wait_for()
+    steps = float(watch.page.locator(".note").inner_text().split("rounded to ±")[1].split(" ")[0].rstrip("."))
+    assert (
+        abs(float(said(watch.page.locator(".fakit-av")).split("teacher ")[1].rstrip(".")) - float(noise[0, 0, 3, 4]))
+        <= steps + 5e-4
+    )
     watch.assert_clean()
 
 

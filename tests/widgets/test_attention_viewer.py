@@ -43,6 +43,15 @@ def size(viewer) -> int:
     return sum(len(v) if isinstance(v, bytes) else len(json.dumps(v, default=str)) for v in state.values())
 
 
+def state_of(path):
+    """What a written file holds."""
+    return json.loads(path.read_text().split('id="state">')[1].split("</script>")[0])
+
+
+def unpacked(text: str) -> bytes:
+    return zlib.decompress(base64.b85decode(text))
+
+
 # --- what is sent ---
 
 
@@ -89,13 +98,34 @@ def test_thumbnails_are_small_and_hold_every_head():
     assert thumbs[0, 1, 4, 7] == round(254 * float(largest))
 
 
-def test_a_viewer_of_12_by_12_by_128_weighs_at_most_3_mb(tmp_path):
-    mask = torch.ones(1, 128, dtype=torch.bool)
-    teacher, student = random_maps(12, 12, 0, mask, scale=1.0), random_maps(12, 12, 1, mask, scale=1.0)
-    viewer = attention_viewer(teacher, student, [f"token{i}" for i in range(128)], layer_map=LayerMap.uniform(12, 12))
+def softmax(draw):
+    return torch.randn(12, 1, 12, 128, 128, generator=draw).softmax(-1)
+
+
+def exponential(draw):
+    """Rows that sum to 1 and have the largest entropy that such rows have."""
+    values = torch.empty(12, 1, 12, 128, 128).exponential_(generator=draw)
+    return values / values.sum(-1, keepdim=True)
+
+
+def noise(draw):
+    """No attention: every byte as often as every other."""
+    return torch.randint(0, 255, (12, 1, 12, 128, 128), generator=draw) / 254
+
+
+@pytest.mark.parametrize(("maps", "rounded"), [(softmax, 1 / 508), (exponential, 1 / 508), (noise, 1 / 6)])
+def test_a_viewer_of_12_by_12_by_128_weighs_at_most_3_mb(maps, rounded, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    viewer = attention_viewer(
+        maps(draw), maps(draw), [f"token{i}" for i in range(128)], layer_map=LayerMap.uniform(12, 12)
+    )
     still = len(viewer._repr_mimebundle_()[0]["image/svg+xml"])
-    page = viewer.to_html(tmp_path / "viewer.html").stat().st_size
-    assert 100_000 < size(viewer) + still + page <= 3_000_000
+    path = viewer.to_html(tmp_path / "viewer.html")
+    assert 100_000 < size(viewer) + still + path.stat().st_size <= 3_000_000
+    held = state_of(path)
+    assert held["rounded"] <= rounded
+    found = decode(unpacked(held["pages"]["student/heads/12/false"]), 12)
+    assert np.abs(found - viewer.page("student", 12, "heads", False)[0].numpy()).max() <= held["rounded"] + 1e-6
 
 
 # --- what is chosen ---
@@ -296,17 +326,16 @@ def test_the_file_holds_every_map_of_the_sequence_and_asks_for_nothing(tmp_path)
     assert "http://" not in text and "https://" not in text and "import " not in text.split("<script")[2]
 
 
-def test_a_tight_limit_costs_precision_first_then_the_maps_without_sinks(tmp_path):
-    viewer, sizes, pages = two(), [], []
-    for _ in range(3):
+def test_a_tight_limit_costs_precision_first_then_the_maps_without_sinks_then_levels(tmp_path):
+    viewer, sizes, held = two(), [], []
+    for _ in range(4):
         path = viewer.to_html(tmp_path / "viewer.html", limit=sizes[-1] - 1 if sizes else 10**6)
         sizes.append(path.stat().st_size)
-        pages.append(json.loads(path.read_text().split('id="state">')[1].split("</script>")[0])["pages"])
-    assert [len(found) for found in pages] == [36, 36, 18]
-    scales = [
-        np.frombuffer(zlib.decompress(base64.b64decode(found["teacher/heads/1/false"])), "<f4", 4) for found in pages
-    ]
-    assert (scales[0] < 1).any() and (scales[1] == 1).all() and (scales[2] == 1).all()
+        held.append(state_of(path))
+    assert [len(found["pages"]) for found in held] == [36, 36, 18, 18]
+    assert [found["rounded"] for found in held] == [0, 1 / 508, 1 / 508, 1 / 254]
+    scales = [np.frombuffer(unpacked(found["pages"]["teacher/heads/1/false"]), "<f4", 4) for found in held]
+    assert (scales[0] < 1).any() and [set(found) for found in scales[1:]] == [{1}, {1}, {2}]
 
 
 def test_a_token_cannot_end_the_files_script(tmp_path):
