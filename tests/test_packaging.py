@@ -215,9 +215,10 @@ def test_imported_sees_relative_nested_and_from_imports():
 # called (numerics only: nothing here knows a model).
 NUMERICS = ["numpy", "scipy"]
 LAYERS = {
-    "losses": (["fakit.errors", "fakit.losses", "torch"], []),
+    "products": (["torch"], []),
+    "losses": (["fakit.errors", "fakit.losses", "fakit.products", "torch"], []),
     "layer_maps": (["fakit.errors", "fakit.layer_maps", "torch"], NUMERICS),
-    "similarity": (["fakit.errors", "fakit.similarity", "torch"], NUMERICS),
+    "similarity": (["fakit.errors", "fakit.products", "fakit.similarity", "torch"], NUMERICS),
     "breakdown": (["torch"], []),
     "terms": (["fakit.losses", "fakit.layer_maps", "torch"], []),
     "trace": (["fakit.losses", "torch"], []),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fakit.losses import liger, outputs
 from fakit.losses.reduce import check_labels, check_mask
+from fakit.products import times_transposed
 
 # Tokens of one chunk. Its logits, in float32, should stay in a CPU's caches (16 MiB; a GPU wants larger matrices), but every chunk also reads
 # both heads and adds to one gradient of their size, so that below some 250 tokens the traffic costs more than the caches save.
@@ -250,20 +251,20 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
     grads = student.zero_grads(wanted)
     by_hand = plan.divergence is outputs.PER_POSITION["forward_kl"]
     step = _forward_kl_step if by_hand else partial(_any_step, plan.divergence)
-    work = [torch.empty(min(plan.chunk, N) * weight.shape[0], dtype=student.dtype, device=device) for _ in range(4)]
+    work = [torch.empty(min(plan.chunk, N) * weight.shape[0], dtype=student.dtype, device=device) for _ in range(2)]
     for start in range(0, compared.shape[0], plan.chunk):
         chunk = slice(start, start + plan.chunk)
-        z, g = student.logits(chunk, work[0]), None  # (n, V_S)
+        z, g = student.logits(chunk), None  # (n, V_S)
         if plan.outputs_weight:
-            t = teacher.logits(chunk, work[1])  # (n, V)
-            values, g = step(z[:, : plan.vocab_size], t, plan.temperature, work[2:])
+            t = teacher.logits(chunk)  # (n, V)
+            values, g = step(z[:, : plan.vocab_size], t, plan.temperature, work)
             sums[0] += torch.dot(values.masked_fill(~compared[chunk], 0.0), outputs_share[chunk])
             g.mul_((outputs_share[chunk] * factors[0]).unsqueeze(-1))
             g = F.pad(g, (0, z.shape[1] - g.shape[1])) if g.shape[1] < z.shape[1] else g
         n = min(max(labelled_rows - start, 0), z.shape[0])
         if n:
             part = slice(start, start + n)
-            values, ce = _cross_entropy_step(z[:n], labels[part].long().masked_fill(~labelled[part], 0), work[2])
+            values, ce = _cross_entropy_step(z[:n], labels[part].long().masked_fill(~labelled[part], 0), work[0])
             sums[1] += torch.dot(values.masked_fill(~labelled[part], 0.0), task_share[part])
             share = (task_share[part] * factors[1]).unsqueeze(-1)
             if g is None:
@@ -327,21 +328,27 @@ class _Head:
             )
         self.hidden, self.weight, self.bias, self.finish = hidden, weight, bias, finish
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.buffer: Tensor | None = None
         # -inf can come from a bias or a finishing function alone; it is replaced there, and not in a pass over all logits
         self.share_of_lowest = min(1.0, plan.temperature)
         if bias is not None:
             self.bias = bias.clamp_min(self.share_of_lowest * outputs.lowest(bias.dtype))
 
-    def logits(self, chunk: slice, work: Tensor) -> Tensor:
-        """finish(h Wᵀ + bias) in `work`'s dtype. (n, V)"""
+    def logits(self, chunk: slice) -> Tensor:
+        """finish(h Wᵀ + b), float32 or float64. (n, V), good until the next call"""
         h = self.hidden[chunk]
-        out = _view(work, (h.shape[0], self.weight.shape[0]))
-        if out.dtype != h.dtype:
-            out.copy_(F.linear(h, self.weight, self.bias))
-        elif self.bias is None:
-            torch.mm(h, self.weight.t(), out=out)
+        if h.device.type == "cpu" and self.dtype == h.dtype == torch.float32:
+            out = times_transposed(h, self.weight, self.bias)
         else:
-            torch.addmm(self.bias, h, self.weight.t(), out=out)
+            if self.buffer is None:  # the first chunk is the largest
+                self.buffer = torch.empty(len(h) * self.weight.shape[0], dtype=self.dtype, device=h.device)
+            out = _view(self.buffer, (len(h), self.weight.shape[0]))
+            if out.dtype != h.dtype:
+                out.copy_(F.linear(h, self.weight, self.bias))
+            elif self.bias is None:
+                torch.mm(h, self.weight.t(), out=out)
+            else:
+                torch.addmm(self.bias, h, self.weight.t(), out=out)
         if self.finish is None:
             return out
         with torch.enable_grad():
@@ -369,7 +376,7 @@ class _Head:
             g = g / size
         g, h = g.to(self.weight.dtype), self.hidden[chunk]
         if hidden is not None:
-            hidden[chunk] = g @ self.weight
+            hidden[chunk] = times_transposed(g, self.weight.t())
             if size is not None:
                 hidden[chunk] *= size
         if weight is not None and weight.dtype == g.dtype:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from fakit.products import times_transposed
 
 BLOCK = 2048
 """Rows a product: its matrices stay below 32 MiB, above which every allocation is mapped (and cleared) anew."""
@@ -125,8 +126,8 @@ class Moments:
         layers, students = flat.split(self._widths), sum(self._widths[: self._split])
         # a student layer at a time: what the product returns stays small enough not to be mapped anew
         for pairs, layer in zip(self._cross, layers, strict=False):
-            _accumulate(pairs, _outer(flat[students:], layer))
-        self._along += _outer(flat, numbers.T.to(flat.dtype).contiguous())
+            _accumulate(pairs, times_transposed(flat[students:], layer))
+        self._along += times_transposed(flat, numbers.T.to(flat.dtype).contiguous())
         self.numbers += numbers.T @ numbers
         for own, layer in zip(self._own, layers, strict=True):
             _add_upper(own, layer)
@@ -161,17 +162,6 @@ def _squares(layers: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x * x).sum(0) for x in layers])
 
 
-def _outer(x: Tensor, y: Tensor) -> Tensor:
-    """x yᵀ of (p, n) and (q, n): (p, q). In float32 on a CPU by oneDNN, whose products use AVX-512 on every make of processor."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN is not None:
-        return _ONEDNN(x, y, None, "none", [], "")
-    return F.linear(x, y)
-
-
-# what torch.compile makes of a linear layer on a CPU; reached in no other way without copies to a layout of oneDNN's own and back
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-
-
 def _accumulate(total: Tensor, product: Tensor) -> None:
     """total += product, some rows at a time: the float64 copy that torch makes of them then stays in the processor's cache."""
     for part, new in zip(total.split(256), product.split(256), strict=True):
@@ -182,5 +172,5 @@ def _add_upper(total: Tensor, x: Tensor) -> None:
     """total += x xᵀ, (p, p) from (p, n), in bands of rows that begin at the diagonal: half of what is below it is not computed."""
     start = 0
     for band in x.tensor_split(6) if len(x) >= 192 else (x,):
-        total[start : start + len(band), start:] += _outer(band, x[start:])
+        total[start : start + len(band), start:] += times_transposed(band, x[start:])
         start += len(band)

@@ -130,6 +130,9 @@ def test_a_term_beside_the_total_gets_its_own_gradient_too():
     assert_equal(combined, references, tensors[:3], 1e-9)
 
 
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.mkldnn._linear_pointwise)
+
+
 class Watch(TorchDispatchMode):
     """The largest tensor that any operation returns, and how many matrix products there were."""
 
@@ -140,7 +143,7 @@ class Watch(TorchDispatchMode):
         self.largest = max(
             self.largest, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x)), 0
         )
-        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        self.products += function.overloadpacket in PRODUCTS
         return out
 
 
