@@ -34,7 +34,7 @@ def runs_overview(
     """Two panels: one line a run over its steps, and one point a run, cost against quality; the dotted line is the front.
 
     Args:
-        runs: rows run_id, arm, seed, cost (None or NaN: not recorded, no point), quality, steps and values (the curve, may be empty), chosen.
+        runs: rows run_id, arm, seed, cost (None or NaN: not recorded, no point), quality (likewise), steps and values (the curve, may be empty), chosen.
             Where some are chosen the others fade.
         front: (cost, quality) by rising cost, joined by the step line.
         curve_label, cost_label, quality_label: axis titles with units.
@@ -65,7 +65,7 @@ def runs_overview(
                 **look,
             )
             named |= set() if faded else {row["arm"]}
-        if row["cost"] is not None and np.isfinite(row["cost"]):
+        if _known(row["cost"]) and _known(row["quality"]):
             figure.add_scatter(
                 x=[row["cost"]],
                 y=[row["quality"]],
@@ -97,11 +97,19 @@ def runs_overview(
     return Figure(figure, _summary(rows, arms, front, quality_label, higher_is_better))
 
 
+def _known(value: float | None) -> bool:
+    return value is not None and bool(np.isfinite(value))
+
+
 def _summary(rows: list[dict], arms: list[str], front: Sequence, quality_label: str, higher_is_better: bool) -> str:
     chosen = [row for row in rows if row["chosen"]]
-    best = (max if higher_is_better else min)(chosen or rows, key=lambda row: row["quality"])
-    which = f"the best of {len(chosen)} chosen" if chosen else "the best"
-    return (
-        f"{len(rows)} runs of {len(arms)} arms; {which} is {best['arm']}, seed {best['seed']}, {quality_label} {best['quality']:.3g}; "
-        f"{len(front)} arms are on the front."
-    )
+    scored = [row for row in chosen or rows if _known(row["quality"])]
+    of_chosen = f" of {len(chosen)} chosen" if chosen else ""
+    if scored:
+        best = (max if higher_is_better else min)(scored, key=lambda row: row["quality"])
+        told = f"the best{of_chosen} is {best['arm']}, seed {best['seed']}, {quality_label} {best['quality']:.3g}"
+        if missing := len(chosen or rows) - len(scored):
+            told += f"; {missing} have no score"
+    else:
+        told = f"{of_chosen} no score is recorded".strip()
+    return f"{len(rows)} runs of {len(arms)} arms; {told}; {len(front)} arms are on the front."

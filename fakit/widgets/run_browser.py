@@ -18,6 +18,7 @@ from fakit.figures import Figure, runs_overview
 from fakit.figures.drawing import distinct, log_axis
 from fakit.figures.results import pareto_front
 from fakit.figures.runs import run_role
+from fakit.widgets.panel import with_still
 
 HERE = Path(__file__).parent
 # What a run may have recorded as its cost, by the last part of its column's name: how it is called, and its factor.
@@ -61,7 +62,8 @@ class RunBrowser(anywidget.AnyWidget):
         runs = self.store.runs()
         if runs.empty:
             raise ValueError(f"{self.store.path} holds no finished run yet; `fakit distill CONFIG.yaml` adds some.")
-        self._runs = runs.assign(arm=distinct_arms(runs)).set_index("run_id", drop=False)
+        scores = runs["score"].astype(float).replace([np.inf, -np.inf], np.nan)  # null, or where it diverged inf
+        self._runs = runs.assign(arm=distinct_arms(runs), score=scores).set_index("run_id", drop=False)
         self._steps = self.store.steps()
         self._costs = _cost_columns(self._runs)
         self._curve_names = [
@@ -113,13 +115,18 @@ class RunBrowser(anywidget.AnyWidget):
         if shown.empty:
             return f"No run of {self.task} is shown: every arm is off."
         chosen = shown[shown["run_id"].isin(self.selected)]
-        pool, higher = (shown if chosen.empty else chosen), bool(shown["higher_is_better"].iloc[0])
+        of_these, higher = ("" if chosen.empty else " of these"), bool(shown["higher_is_better"].iloc[0])
+        counts = f"{len(shown)} runs of {self.task}, {len(chosen)} chosen"
+        asked = shown if chosen.empty else chosen
+        pool = asked[asked["score"].notna()]
+        if pool.empty:
+            return f"{counts}; no score is recorded{of_these}."
         best = pool.loc[pool["score"].idxmax() if higher else pool["score"].idxmin()]
         factor, unit = scale(best["metric"])
-        what = "best" if chosen.empty else "best of these"
+        missing = f"; {len(asked) - len(pool)} without a score" if len(pool) < len(asked) else ""
         return (
-            f"{len(shown)} runs of {self.task}, {len(chosen)} chosen; {what}: {best['arm']}, seed {best['seed']}, {best['metric']} "
-            f"{factor * best['score']:.2f}{unit}."
+            f"{counts}; best{of_these}: {best['arm']}, seed {best['seed']}, {best['metric']} "
+            f"{factor * best['score']:.2f}{unit}{missing}."
         )
 
     @property
@@ -172,7 +179,8 @@ class RunBrowser(anywidget.AnyWidget):
     def _curve_of(self, run_id: str) -> tuple[list[float], list[float]]:
         if not self.curve:
             return [], []
-        rows = self._steps[self._steps["run_id"] == run_id][["step", self.curve]].dropna()
+        rows = self._steps[self._steps["run_id"] == run_id][["step", self.curve]]
+        rows = rows.replace([np.inf, -np.inf], np.nan).dropna()
         return rows["step"].tolist(), rows[self.curve].tolist()
 
     # -- what the page draws ------------------------------------------------------------------------------------------
@@ -232,7 +240,7 @@ class RunBrowser(anywidget.AnyWidget):
         """Points and front in 0…1 of both axes, with ticks; up is better."""
         if not self.cost or shown.empty:
             return {"points": [], "front": [], "x": {}, "y": {}, "missing": len(shown)}
-        costs = {run_id: self._cost_of(run) for run_id, run in shown.iterrows()}
+        costs = {run_id: self._cost_of(run) for run_id, run in shown[shown["score"].notna()].iterrows()}
         known = {run_id: cost for run_id, cost in costs.items() if cost is not None}
         metric, higher = shown["metric"].iloc[0], bool(shown["higher_is_better"].iloc[0])
         factor, unit = scale(metric)
@@ -277,10 +285,7 @@ class RunBrowser(anywidget.AnyWidget):
         return f"Run browser: {self.sentence}" + ("" if figure is None else f" {figure.summary}")
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
-        data, metadata = super()._repr_mimebundle_(**kwargs)
-        figure = self.figure
-        still = {} if figure is None else {"image/svg+xml": figure.svg()}
-        return {**data, **still, "text/plain": repr(self)}, metadata
+        return with_still(super()._repr_mimebundle_(**kwargs), self.figure, repr(self))
 
 
 def run_browser(store: RunStore | str | Path, task: str | None = None) -> RunBrowser:

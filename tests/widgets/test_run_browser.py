@@ -184,6 +184,41 @@ def test_runs_without_cost_or_curves_are_a_table_still(tmp_path):
     assert "image/svg+xml" in bare._repr_mimebundle_()[0]
 
 
+def unscored(tmp_path, scores, higher_is_better=False):
+    """A browser of runs with these scores, of which some are missing."""
+    made = RunStore.create(tmp_path / "unscored")
+    for seed, (arm, score) in enumerate(scores):
+        record = {"task": "films", "arm": arm, "kind": "run", "seed": seed, "metric": "perplexity", "score": score}
+        made.append_run(
+            {"run_id": f"r{seed}", **record, "higher_is_better": higher_is_better, "cost": {"seconds": 1.0 + seed}}
+        )
+    return run_browser(made)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), float("inf")], ids=str)
+def test_a_run_without_a_score_is_listed_last_and_makes_no_point(missing, tmp_path):
+    browser = unscored(tmp_path, [("none", missing), ("all", 7.5), ("all", missing), ("features", 9.0)])
+    assert browser.frame()["score"].dtype == float and ids(browser)[:2] == ["r1", "r3"]
+    assert "best: all, seed 1, perplexity 7.50; 2 without a score." in browser.sentence
+    drawn = browser.view["points"]
+    assert {point["id"] for point in drawn["points"]} == {"r1", "r3"} and drawn["missing"] == 2
+    assert [score for _, score in browser.front()] == [7.5] and np.isfinite(drawn["front"]).all()
+    assert "the best is all, seed 1, perplexity 7.5; 2 have no score" in browser.figure.summary
+    browser.selected = ["r0"]
+    assert browser.sentence == "4 runs of films, 1 chosen; no score is recorded of these."
+    assert "of 1 chosen no score is recorded" in browser.figure.summary
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")], ids=str)
+def test_runs_of_which_none_has_a_score_are_a_table_still(missing, tmp_path):
+    browser = unscored(tmp_path, [("none", missing), ("all", missing)], higher_is_better=True)
+    assert browser.sentence == "2 runs of films, 0 chosen; no score is recorded."
+    assert browser.front() == [] == browser.view["points"]["points"] and browser.view["points"]["missing"] == 2
+    data, _ = browser._repr_mimebundle_()
+    assert "no score is recorded" in data["text/plain"] and "nan" not in data["text/plain"]
+    assert "<svg" in data["image/svg+xml"]
+
+
 def test_the_recorded_study(tmp_path):
     browser = run_browser(data_dir() / "recorded" / "study", task="glosses")
     everything = RunStore(data_dir() / "recorded" / "study").runs()
