@@ -17,6 +17,7 @@ from fakit.figures.theme import SIMILARITY
 from fakit.layer_maps import LayerMap
 from fakit.widgets.mapping_cost import MapCost, map_cost
 from fakit.widgets.mapping_notes import Note, map_notes
+from fakit.widgets.panel import with_still
 from fakit.widgets.strategies import offered
 
 HERE = Path(__file__).parent
@@ -263,8 +264,7 @@ class MappingBoard(anywidget.AnyWidget):
         return f"Mapping board of {self._depths[0]} student and {self._depths[1]} teacher layers. {self.sentence}"
 
     def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
-        data, metadata = super()._repr_mimebundle_(**kwargs)
-        return {**data, "image/svg+xml": self.figure.svg(), "text/plain": repr(self)}, metadata
+        return with_still(super()._repr_mimebundle_(**kwargs), self.figure, repr(self))
 
 
 def _two(what: str, numbers: tuple[int, int] | None) -> tuple[int, int] | None:
