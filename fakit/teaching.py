@@ -255,6 +255,7 @@ class Exercise:
             string) or False where it is not; what it raises on an odd answer is shown, never thrown into Run All.
         hints: up to three markdown texts: nudge, sketch, solution.
         done: what a right answer is told.
+        number: notebook and place, as "00.4": what a room, and the instructor guide, calls it by.
 
     Example:
         >>> exercise = Exercise("2 + 2?", lambda x: None if x == 4 else "that is 2 · 3" if x == 6 else False)
@@ -270,11 +271,13 @@ class Exercise:
         check: Callable[[Any], str | bool | None],
         hints: Sequence[str] = (),
         done: str = "well done.",
+        number: str = "",
     ) -> None:
         if len(hints) > len(_HINTS):
             raise ValueError(f"an exercise has up to three hints (nudge, sketch, solution); found {len(hints)}")
         self.question = question
         self.done = done
+        self.number = number
         self._check = check
         self._hints = tuple(hints)
 
@@ -304,10 +307,14 @@ class Exercise:
         return _Page("\n\n".join(f"<details><summary>{name}</summary>\n\n{text}\n\n</details>" for name, text in named))
 
     def _repr_markdown_(self) -> str:
-        return f"**Exercise.** {self.question}"
+        return f"**{self._name}.** {self.question}"
 
     def __repr__(self) -> str:
-        return f"Exercise: {self.question}"
+        return f"{self._name}: {self.question}"
+
+    @property
+    def _name(self) -> str:
+        return f"Exercise {self.number}".rstrip()
 
 
 class predict:

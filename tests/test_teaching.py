@@ -164,6 +164,8 @@ class _Tags(HTMLParser):
 
 
 def test_hints_are_collapsed_and_in_order():
+    assert Exercise("What?", bool, number="02.3")._repr_markdown_() == "**Exercise 02.3.** What?"
+    assert repr(Exercise("What?", bool)) == "Exercise: What?"
     text = Exercise("?", bool, hints=["one", "two", "three"]).hints()._repr_markdown_()
     tags = _Tags()
     tags.feed(text)
