@@ -16,7 +16,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--quantize", choices=("8bit", "4bit"), help="the teacher; not unless given")
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="fp32, or mixed precision (%(default)s)")
     add("--memory", default="16GB", help="an amount or a card's name: T4, 'A100 40GB' (%(default)s)")
-    add("--task", help="causal-lm, masked-lm, sequence-classification …; guessed from the configuration")
+    tasks = "causal-lm, masked-lm, sequence-classification, seq2seq-lm or encoder"
+    add("--task", help=f"{tasks}; guessed from the configuration unless given")
     add("--optimizer", default="adamw", help="adamw, adamw-8bit, adafactor or sgd (%(default)s)")
     add("--checkpointing", action="store_true", help="recompute the student's activations in the backward pass")
     add("--terms", default="features,attention,outputs,task", help="terms of the objective (%(default)s)")

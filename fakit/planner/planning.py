@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -14,9 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fakit.figures import Figure
 from fakit.figures.plan import memory_plan
 from fakit.layer_maps import LayerMap
+from fakit.models.load import _CLASSES
 from fakit.planner.cards import CARDS, GB, Card, find_card
 from fakit.planner.presets import config_text, guess_task, read_config
-from fakit.planner.step import OPTIMIZERS, TERMS, Setup, Step, simulate
+from fakit.planner.step import OPTIMIZERS, TERMS, Setup, Step, position_limit, simulate
 
 Student = str | int | tuple[int, int | None] | Sequence[int]
 
@@ -293,34 +295,25 @@ def plan(
         "dtype": (dtype, tuple(_DTYPES)),
         "optimizer": (optimizer, OPTIMIZERS),
         "device": (device, ("gpu", "cpu")),
+        "task": (task, (None, *_CLASSES)),
         **{f"terms[{i}]": (term, TERMS) for i, term in enumerate(terms)},
     }
     for what, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{what} is {value!r}; choose one of {', '.join(map(str, known))}.")
-    for what, number in (("batch", batch), ("seq", seq), ("tokens", tokens or 1), ("utilisation", utilisation)):
+    batch, seq = _whole("batch", batch), _whole("seq", seq)
+    for what, number in (("tokens", tokens or 1), ("utilisation", utilisation)):
         if not number > 0 or (what == "utilisation" and number > 1):
             raise ValueError(f"{what} is {number}; it is above 0{' and at most 1' if what == 'utilisation' else ''}.")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if config.model_type in _LEARNED_POSITIONS and positions is not None and seq > positions:
-        raise ValueError(f"{seq} tokens a row, and {name} has {positions} positions; choose seq up to that.")
     limit_name, limit, card = find_card(memory)
-    setup = Setup(
-        config_text(config),
-        task or guess_task(config),
-        layers,
-        width,
-        batch,
-        seq,
-        quantize,
-        dtype,
-        optimizer,
-        checkpointing,
-        tuple(term for term in TERMS if term in terms),
-        None if layer_map is None else tuple(layer_map.pairs),
-        device == "gpu",
-    )
+    used = tuple(term for term in TERMS if term in terms)
+    pairs = None if layer_map is None else tuple(layer_map.pairs)
+    how = (quantize, dtype, optimizer, checkpointing, used, pairs, device == "gpu")
+    setup = Setup(config_text(config), task or guess_task(config), layers, width, batch, seq, *how)
     steps = None if tokens is None else math.ceil(tokens / (batch * seq))
+    positions = position_limit(setup.config, setup.task)
+    if positions is not None and seq > positions:
+        raise ValueError(f"{seq} tokens a row, and {name} has {positions} positions; choose seq up to that.")
     try:
         step = simulate(setup)
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
@@ -329,6 +322,13 @@ def plan(
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Plan with a family of its size that can, such as BERT or Llama."
         ) from error
     return Plan(name, setup, step, limit_name, limit, card, utilisation, steps)
+
+
+def _whole(what: str, number: float) -> int:
+    """A whole number above 0, also where it came as a float or from NumPy."""
+    if isinstance(number, bool) or not isinstance(number, Real) or not float(number).is_integer() or number < 1:
+        raise ValueError(f"{what} is {number!r}; it is a whole number above 0.")
+    return int(number)
 
 
 def parse_student(student: Student) -> tuple[int | tuple[int, ...], int | None]:
@@ -356,8 +356,6 @@ def describe(setup: Setup) -> str:
 
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-# Families whose positions are a table: a longer row would have none.
-_LEARNED_POSITIONS = ("bert", "roberta", "distilbert", "gpt2", "electra", "opt", "bart", "xlm-roberta", "camembert")
 
 
 def _with_overhead(step: Step, accelerator: bool) -> dict[str, float]:

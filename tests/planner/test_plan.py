@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, XLNetConfig
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    XLNetConfig,
+)
 
 from fakit import LayerMap
 from fakit.__main__ import main
+from fakit.models.load import _CLASSES
 from fakit.planner import CARDS, PRESETS, Plan, find_card, plan, read_config
 from fakit.planner.planning import CONTEXT, FRAGMENTS
-from fakit.planner.presets import guess_task
-from fakit.planner.step import simulate
+from fakit.planner.presets import config_text, guess_task
+from fakit.planner.step import position_limit, simulate
 
 # As the models' pages on the hub count them; an encoder with its masked-language head.
 PARAMETERS = {
@@ -155,6 +165,11 @@ def test_memory_is_an_amount_or_a_card(asked, found):
         (dict(optimizer="lion"), "optimizer is 'lion'"),
         (dict(terms=("features", "hints")), "'hints'; choose one of features"),
         (dict(batch=0), "batch is 0"),
+        (dict(batch=8.5), "batch is 8.5; it is a whole number above 0"),
+        (dict(batch="8"), "batch is '8'; it is a whole number above 0"),
+        (dict(seq=float("nan")), "seq is nan; it is a whole number above 0"),
+        (dict(seq=True), "seq is True; it is a whole number above 0"),
+        (dict(task="translation"), "task is 'translation'; choose one of None, causal-lm, masked-lm, sequence-"),
         (dict(seq=4096), "4096 tokens a row, and .*gpt2 has 1024 positions"),
         (dict(memory="plenty"), "'plenty' is neither an amount .* known: .*T4"),
         (dict(utilisation=40), "utilisation is 40"),
@@ -164,6 +179,56 @@ def test_memory_is_an_amount_or_a_card(asked, found):
 def test_what_cannot_be_planned_is_refused(asked, said):
     with pytest.raises(ValueError, match=said):
         plan(**{"teacher": "gpt2", "student": 4, "batch": 2, "seq": 32} | asked)
+
+
+def test_a_whole_number_is_one_however_it_is_written():
+    asked, as_float = plan("gpt2", 2, 2, 32), plan("gpt2", 2, 2.0, np.int64(32))
+    assert as_float.setup == asked.setup and type(as_float.setup.batch) is type(as_float.setup.seq) is int
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
+TABLES = {  # of 20 positions, as the configuration counts them → the longest row
+    "bert": (TINY, 20),
+    "electra": (TINY | {"embedding_size": 16}, 20),
+    "roberta": (TINY, 18),
+    "xlm-roberta": (TINY, 18),
+    "camembert": (TINY | {"pad_token_id": 3}, 16),
+    "mpnet": (TINY, 18),
+    "data2vec-text": (TINY, 18),
+    "longformer": (TINY | {"attention_window": 4}, 18),
+    "esm": (TINY | {"pad_token_id": 1, "mask_token_id": 4}, 18),
+    "distilbert": ({"dim": 16, "hidden_dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 50}, 20),
+    "gpt2": ({"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50}, 20),
+    "opt": (TINY | {"ffn_dim": 16, "word_embed_proj_dim": 16}, 20),
+    "bart": ({"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50}, 20),
+}
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_the_longest_row_is_the_one_that_the_model_runs(family):
+    values, longest = TABLES[family]
+    config = AutoConfig.for_model(family, **values, max_position_embeddings=20)
+    assert position_limit(config_text(config), "encoder") == longest
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).eval()
+    ids = torch.full((1, longest + 1), 7)
+    with torch.no_grad():
+        model(input_ids=ids[:, 1:], attention_mask=torch.ones_like(ids[:, 1:]))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("seq", [513, 514])
+def test_roberta_has_512_positions_of_its_514(seq):
+    assert plan("roberta-base", 2, 1, 512).setup.seq == 512
+    with pytest.raises(ValueError, match=rf"{seq} tokens a row, and FacebookAI/roberta-base has 512 positions"):
+        plan("roberta-base", 2, 1, seq)
+
+
+def test_turned_positions_have_no_table_and_no_limit():
+    config = LlamaConfig(**TINY, max_position_embeddings=20)
+    assert position_limit(config_text(config), "causal-lm") is None
+    assert plan(config, 1, 1, 64).setup.seq == 64
 
 
 def test_a_family_that_makes_tensors_of_its_own_is_refused():
@@ -195,6 +260,12 @@ def test_command_refuses_in_one_line(capsys):
     assert main(["plan", "--teacher", "gpt2", "--student", "99"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("fakit: ") and "12" in said and "Traceback" not in said
+    assert main(["plan", "--teacher", "gpt2", "--student", "4", "--task", "translation"]) == 2
+    assert f"choose one of None, {', '.join(_CLASSES)}." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    said = "".join(capsys.readouterr().out.split())  # lines may end at a hyphen
+    assert all(task in said for task in _CLASSES)
 
 
 def test_a_plan_needs_no_weights(tmp_path):
