@@ -22,7 +22,7 @@ from fakit.figures.drawing import (
     panels,
 )
 from fakit.figures.figure import Figure
-from fakit.figures.theme import DIFFERENCE, DISTANCE, HEATMAP, STUDENT, TEACHER, model_role, ramp
+from fakit.figures.theme import DIFFERENCE, DISTANCE, HEATMAP, STUDENT, TEACHER, WIDE, model_role, ramp
 
 LONGEST = 14  # characters of a token label
 
@@ -87,7 +87,7 @@ def attention_pair(
         raise ValueError("no pair of tokens counts under this mask: there is nothing to draw")
     labels = [_short(token) for token in tokens]
     side, below = label_width(labels) + 24, label_width(labels) + 74
-    width = side + 16 + 280 if alone else 960
+    width = side + 16 + 280 if alone else WIDE
     figure = canvas(title, (width, 330 + below), {"l": side, "r": 16, "t": 72, "b": below})
     drawn = [np.where(counts, values, np.nan) for values in (teacher, student, student - teacher)]
     top = max(float(np.nanmax(drawn[0])), float(np.nanmax(drawn[1])), 1e-6)
@@ -307,7 +307,7 @@ def _token_bars(teacher: Any, student: Any, tokens: Sequence[str], title: str, w
     """Bars by token for both models: the figure, and {"teacher": (T,), "student": (T,)} as drawn."""
     labels = [_short(token) for token in tokens]
     below = label_width(labels) + 20
-    figure = canvas(title, (960 if len(labels) > 16 else 720, 320 + below), {"b": below}, barmode="group", bargap=0.25)
+    figure = canvas(title, (WIDE if len(labels) > 16 else 720, 320 + below), {"b": below}, barmode="group", bargap=0.25)
     drawn = {}
     for role, values in ((TEACHER, teacher), (STUDENT, student)):
         if values is None:

@@ -21,10 +21,10 @@ from fakit.figures.drawing import (
     panel_title,
 )
 from fakit.figures.figure import Figure
-from fakit.figures.theme import DIFFERENCE, SMALL
+from fakit.figures.theme import DIFFERENCE, SMALL, WIDE
 from fakit.figures.training import add_term_bars, term_style
 
-SIZE = (960, 660)
+SIZE = (WIDE, 660)
 TOP, BOTTOM = (0.64, 1.0), (0.0, 0.43)  # of the plot area's height
 LEFT, RIGHT = (0.0, 0.44), (0.58, 1.0)
 

@@ -20,7 +20,7 @@ from fakit.figures.drawing import (
     records,
 )
 from fakit.figures.figure import Figure
-from fakit.figures.theme import ALIGNED, BASELINE, EXTRA, SMALL, STUDENT, Role
+from fakit.figures.theme import ALIGNED, BASELINE, EXTRA, SMALL, STUDENT, WIDE, Role
 
 STYLES: dict[str, Role] = {"increasing": ALIGNED, "none": BASELINE, "reverse": STUDENT, "random": EXTRA}
 COLUMNS = ("task", "map", "kind", "cka", "score")
@@ -59,7 +59,7 @@ def map_experiment(
         raise ValueError(f"correlations of {extra}, but the tasks are {tasks}")
     check_keys({row["task"]: 1 for row in rows if row["kind"] == "increasing"}, "map_experiment: increasing maps")
     higher = {task: _higher_is_better(task, rows) for task in tasks}
-    figure = canvas(title, (960 if len(tasks) > 1 else 720, 440), {"t": 104, "b": 60}, legend={"y": 1.08})
+    figure = canvas(title, (WIDE if len(tasks) > 1 else 720, 440), {"t": 104, "b": 60}, legend={"y": 1.08})
     named: set[str] = set()
     sentences = []
     for number, (task, domain) in enumerate(zip(tasks, panels(len(tasks), 0.09), strict=True)):

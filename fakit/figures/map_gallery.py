@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fakit.figures.drawing import canvas, check_keys, note
 from fakit.figures.figure import Figure
 from fakit.figures.story import check_pairs
-from fakit.figures.theme import ALIGNED, SMALL, STUDENT, TEACHER, TEXT
+from fakit.figures.theme import ALIGNED, SMALL, STUDENT, TEACHER, TEXT, WIDE
 
 COLUMNS = 4
 PITCH = (1.0, 1.0)  # one cell, of which a drawing takes 0.78 × 0.42
@@ -38,7 +38,7 @@ def layer_map_gallery(
         except ValueError as error:
             raise ValueError(f"map {name!r}: {error}") from None
     rows = -(-len(checked) // COLUMNS)
-    figure = canvas(title, (960, 96 + 150 * rows), {"l": 24, "r": 24, "t": 84, "b": 12}, barmode="overlay")
+    figure = canvas(title, (WIDE, 96 + 150 * rows), {"l": 24, "r": 24, "t": 84, "b": 12}, barmode="overlay")
     widest = max(student_layers, teacher_layers, 1)
     size = max(5.0, min(11.0, 90 / (widest + 1)))
     for number, (name, pairs) in enumerate(checked.items()):

@@ -49,7 +49,9 @@ def quantization_by_layer(
     styles = {name: ROLES[(3, 4, 0)[position % 3]] for position, name in enumerate(lines)}
     figure = canvas(title, PAIR, {"t": 104})
     parts = []
-    for number, ((column, heading, axis_title, short), domain) in enumerate(zip(MEASURES, panels(2, 0.1), strict=True)):
+    for number, ((column, heading, axis_title, short), domain) in enumerate(
+        zip(MEASURES, panels(2, 0.15), strict=True)
+    ):
         values = {name: _column(rows, column) for name, rows in lines.items()}
         for name, errors in values.items():
             _line(figure, number, name, shown, errors, styles[name], letter, short)

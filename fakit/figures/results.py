@@ -27,7 +27,7 @@ from fakit.figures.drawing import (
     records,
 )
 from fakit.figures.figure import Figure
-from fakit.figures.theme import BASELINE, TEACHER, TEXT, Role, arm
+from fakit.figures.theme import BASELINE, TEACHER, TEXT, WIDE, Role, arm
 
 COLUMNS = ("task", "arm", "mean", "low", "high")
 
@@ -41,7 +41,7 @@ def _forest(rows: list[dict], title: str, tasks: list[str], arms: list[str], met
     """One panel a task, one line an arm: interval, point, and the single seeds below it as small points."""
     side = label_width(arms) + 16
     figure = canvas(
-        title, (960 if len(tasks) > 1 else 720, 150 + 40 * len(arms)), {"l": side, "t": 72}, showlegend=False
+        title, (WIDE if len(tasks) > 1 else 720, 150 + 40 * len(arms)), {"l": side, "t": 72}, showlegend=False
     )
     for number, (task, domain) in enumerate(zip(tasks, panels(len(tasks), 0.05), strict=True)):
         x, y = axis_id("x", number), axis_id("y", number)
@@ -316,7 +316,7 @@ def weight_sensitivity(
     """
     rows = records(table, ("term", "weight", "mean", "low", "high"), "weight_sensitivity")
     terms = distinct(row["term"] for row in rows)
-    figure = canvas(title, (960 if len(terms) > 1 else 720, 380), {"t": 72}, showlegend=False)
+    figure = canvas(title, (WIDE if len(terms) > 1 else 720, 380), {"t": 72}, showlegend=False)
     parts = []
     ends = [value for row in rows for value in (row["low"], row["high"], *_seeds(row))]
     air = 0.06 * ((max(ends) - min(ends)) or 1)

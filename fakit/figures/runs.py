@@ -10,7 +10,7 @@ import numpy as np
 
 from fakit.figures.drawing import axis_id, axis_key, canvas, distinct, panel_title, panels, records
 from fakit.figures.figure import Figure
-from fakit.figures.theme import ARMS, BASELINE, TEACHER, TEXT, Role, arm
+from fakit.figures.theme import ARMS, BASELINE, TEACHER, TEXT, WIDE, Role, arm
 
 COLUMNS = ("run_id", "arm", "seed", "cost", "quality", "steps", "values", "chosen")
 
@@ -47,7 +47,7 @@ def runs_overview(
     rows = records(runs, COLUMNS, "runs_overview")
     arms = distinct(row["arm"] for row in rows)
     some = any(row["chosen"] for row in rows)
-    figure = canvas(title, (960, 420), {"t": 96})
+    figure = canvas(title, (WIDE, 420), {"t": 96})
     named: set[str] = set()
     for row in rows:
         role = run_role(row["arm"])

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from fakit.figures.drawing import axis_id, axis_key, canvas, check_keys, label_width, note, panel_title, panels
 from fakit.figures.figure import Figure
-from fakit.figures.theme import ALIGNED, EXTRA, SMALL, STUDENT, TEACHER, TEXT, Role
+from fakit.figures.theme import ALIGNED, EXTRA, SMALL, STUDENT, TEACHER, TEXT, WIDE, Role
 
 TERMS = {
     "features": "hidden states of mapped layers",
@@ -85,7 +85,7 @@ def distillation_story(
         raise ValueError(f"terms are {', '.join(TERMS)}; found {', '.join(unknown)}")
     pairs = check_pairs(pairs, student_layers, teacher_layers)
     figure = canvas(
-        "Distillation by feature alignment", (960, 430), {"l": 20, "r": 20, "t": 48, "b": 16}, showlegend=False
+        "Distillation by feature alignment", (WIDE, 430), {"l": 20, "r": 20, "t": 48, "b": 16}, showlegend=False
     )
     teacher_y, student_y, left, right, end = 3.0, 1.0, 2.15, 7.5, 8.45
 
@@ -166,7 +166,7 @@ def softened(
     wide = len(probabilities) > 2
     turn = any(label_width([label]) > (860 if wide else 600) / len(probabilities) / len(labels) for label in labels)
     below = 40 + (label_width(labels) if turn else 20)
-    figure = canvas(title, (960 if wide else 720, 320 + below), {"t": 96, "b": below}, barmode="group", bargap=0.25)
+    figure = canvas(title, (WIDE if wide else 720, 320 + below), {"t": 96, "b": below}, barmode="group", bargap=0.25)
     shown: set[str] = set()
     for number, ((temperature, pair), domain) in enumerate(
         zip(probabilities.items(), panels(len(probabilities), 0.04), strict=True)

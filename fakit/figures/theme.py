@@ -22,7 +22,8 @@ SMALL = 12
 
 LINES = (720, 360)  # width, height in px
 HEATMAP = (560, 480)
-PAIR = (960, 420)
+WIDE = 820  # px: what JupyterLab has for an output in a window of 1280 beside its file browser
+PAIR = (WIDE, 420)
 
 
 def pattern(shape: str, colour: str) -> dict:

@@ -10,6 +10,7 @@ import pytest
 
 from fakit import figures
 from fakit.figures import static
+from fakit.figures.theme import WIDE
 from tests.figures.gallery import examples
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -52,6 +53,11 @@ def test_svg_is_accessible_text_in_plain_xml(figure):
     assert len(ids) == len(set(ids))
     assert set(re.findall(r"https?://[^\"' )]+", svg)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert "$" not in "".join(words)
+
+
+@each
+def test_no_figure_is_wider_than_an_output_beside_the_file_browser(figure):
+    assert figure.plotly.layout.width <= WIDE
 
 
 @each
