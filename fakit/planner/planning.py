@@ -302,9 +302,12 @@ def plan(
         if value not in known:
             raise ValueError(f"{what} is {value!r}; choose one of {', '.join(map(str, known))}.")
     batch, seq = _whole("batch", batch), _whole("seq", seq)
-    for what, number in (("tokens", tokens or 1), ("utilisation", utilisation)):
-        if not number > 0 or (what == "utilisation" and number > 1):
-            raise ValueError(f"{what} is {number}; it is above 0{' and at most 1' if what == 'utilisation' else ''}.")
+    for what, number, most in (
+        ("tokens", 1 if tokens is None else tokens, "finite"),
+        ("utilisation", utilisation, "at most 1"),
+    ):
+        if not 0 < number < math.inf or (what == "utilisation" and number > 1):
+            raise ValueError(f"{what} is {number}; it is above 0 and {most}.")
     limit_name, limit, card = find_card(memory)
     used = tuple(term for term in TERMS if term in terms)
     pairs = None if layer_map is None else tuple(layer_map.pairs)
@@ -336,7 +339,8 @@ def parse_student(student: Student) -> tuple[int | tuple[int, ...], int | None]:
     if isinstance(student, int) and not isinstance(student, bool):
         return student, None
     if isinstance(student, tuple) and len(student) == 2:
-        return student
+        layers, width = student
+        return _whole("student layers", layers), None if width is None else _whole("student width", width)
     if isinstance(student, list):
         return tuple(student), None
     found = re.fullmatch(r"\s*(\d+)\s*(?:[x×]\s*(\d+)\s*)?", str(student))

@@ -169,6 +169,10 @@ def test_memory_is_an_amount_or_a_card(asked, found):
         (dict(batch="8"), "batch is '8'; it is a whole number above 0"),
         (dict(seq=float("nan")), "seq is nan; it is a whole number above 0"),
         (dict(seq=True), "seq is True; it is a whole number above 0"),
+        (dict(student=(4, "256")), "student width is '256'; it is a whole number above 0"),
+        (dict(student=(4.5, None)), "student layers is 4.5; it is a whole number above 0"),
+        (dict(tokens=0), "tokens is 0; it is above 0"),
+        (dict(tokens=float("inf")), "tokens is inf; it is above 0 and finite"),
         (dict(task="translation"), "task is 'translation'; choose one of None, causal-lm, masked-lm, sequence-"),
         (dict(seq=4096), "4096 tokens a row, and .*gpt2 has 1024 positions"),
         (dict(memory="plenty"), "'plenty' is neither an amount .* known: .*T4"),
@@ -182,7 +186,7 @@ def test_what_cannot_be_planned_is_refused(asked, said):
 
 
 def test_a_whole_number_is_one_however_it_is_written():
-    asked, as_float = plan("gpt2", 2, 2, 32), plan("gpt2", 2, 2.0, np.int64(32))
+    asked, as_float = plan("gpt2", (2, 256), 2, 32), plan("gpt2", (np.int32(2), 256.0), 2.0, np.int64(32))
     assert as_float.setup == asked.setup and type(as_float.setup.batch) is type(as_float.setup.seq) is int
 
 
