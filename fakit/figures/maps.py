@@ -48,8 +48,16 @@ def layer_map(
     for number, (student, teacher) in enumerate(pairs):
         ends = ([place(student, student_layers), place(teacher, teacher_layers)], [0, 1])
         alike = None if similarity is None else float(similarity[student, teacher])
-        width = 2.5 if alike is None or np.isnan(alike) else 1.5 + 7 * max(alike, 0)
-        hover = f"S{student} learns from T{teacher}" + ("" if alike is None else f"<br>similarity {alike:.3f}")
+        alike = None if alike is not None and np.isnan(alike) else alike
+        told = (
+            ""
+            if similarity is None
+            else "<br>similarity not measured"
+            if alike is None
+            else f"<br>similarity {alike:.3f}"
+        )
+        hover = f"S{student} learns from T{teacher}{told}"
+        width = 2.5 if alike is None else 1.5 + 7 * max(alike, 0)
         line = {"color": ALIGNED.colour, "width": width, "dash": "dashdot" if alike is None else "solid"}
         figure.add_scatter(
             x=ends[0], y=ends[1], mode="lines", line=line, text=hover, hoverinfo="text", name=f"S{student}–T{teacher}"
@@ -92,7 +100,10 @@ def layer_map(
         note(figure, f"<b>{role.name}</b>", 0, y, **heading)
     hidden = {"visible": False, "showgrid": False, "zeroline": False}
     figure.update_xaxes(range=(-0.06 * widest, 1.06 * widest), **hidden).update_yaxes(range=(-0.45, 1.4), **hidden)
-    listed = ", ".join(f"S{s}←T{t}" + ("" if similarity is None else f" ({similarity[s, t]:.2f})") for s, t in pairs)
+    alike = {
+        pair: "" if similarity is None or np.isnan(similarity[pair]) else f" ({similarity[pair]:.2f})" for pair in pairs
+    }
+    listed = ", ".join(f"S{s}←T{t}{alike[s, t]}" for s, t in pairs)
     left_out = [f"T{i}" for i in range(1, teacher_layers + 1) if i not in mapped[1]]
     summary = f"{len(pairs)} of {student_layers} student layers are mapped: {listed}" if pairs else "No layer is mapped"
     return Figure(figure, f"{summary}; teacher layers without a pupil: {', '.join(left_out) or 'none'}.")

@@ -323,7 +323,8 @@ class AttentionViewer(anywidget.AnyWidget):
             path: ends in .html.
             limit: bytes. Maps are first written with a scale a head; over the limit, with one scale for all (±1/508), then
                 without the maps that leave sinks out, then with half of the levels (±1/254), and so on to ±1/6. The page says
-                how its values are rounded. As given, 12 layers × 12 heads × 128 tokens of two models always fit.
+                how its values are rounded. As given, 12 layers × 12 heads × 128 tokens of two models fit,
+                whatever maps whose rows sum to 1.
 
         Raises:
             ValueError: another suffix, or a sequence whose maps do not fit the limit in any of these ways.

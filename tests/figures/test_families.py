@@ -136,6 +136,11 @@ def test_layer_map_links_the_pairs():
     assert links[0].line.width < links[1].line.width
     assert "S1←T2 (0.50), S2←T4 (1.00)" in figure.summary and "without a pupil: T1, T3" in figure.summary
     assert "No layer is mapped" in draw.layer_map([], 2, 4).summary
+    partly = np.full((3, 5), np.nan)
+    partly[1, 2] = -0.04
+    figure = draw.layer_map([(1, 2), (2, 4)], 2, 4, partly)
+    assert "S1←T2 (-0.04), S2←T4;" in figure.summary and "nan" not in figure.svg()
+    assert figure.plotly.data[1].text.endswith("similarity not measured")
     with pytest.raises(
         ValueError, match=r"pair \(S3, T2\) does not exist: the student has layers S0…S2, the teacher T0…T4"
     ):
