@@ -110,16 +110,9 @@ def memory_bars(
     figure.update_layout(
         legend={"y": 1 + 20 / (44 * len(setups) + 18)}
     )  # 20 px above the plot: the limit's label lies between
-    for place, name in enumerate(setups):
-        note(
-            figure,
-            f"{totals[name] / scale:.3g} {unit}",
-            totals[name] / scale,
-            place,
-            xanchor="left",
-            xshift=6,
-            font={"size": SMALL, "color": TEXT},
-        )
+    for place, name in enumerate(setups):  # in a column of their own, where no line runs through them
+        total, letters = f"{totals[name] / scale:.3g} {unit}", {"size": SMALL, "color": TEXT}
+        note(figure, total, 1, place, xref="x domain", xanchor="left", xshift=8, font=letters)
     if limit is not None:
         line = {"color": TEXT, "width": 2, "dash": "dash"}
         figure.add_shape(type="line", x0=limit / scale, x1=limit / scale, y0=0, y1=1, yref="y domain", line=line)

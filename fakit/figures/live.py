@@ -50,7 +50,7 @@ def training_now(
     lines = {name: _points(history, name) for name in terms}
     found = {name: points for name, points in lines.items() if points}
     name = "weighted loss" if weighted else "loss before weighting"
-    wide = WIDTH if not similarity else 410
+    wide = WIDTH if not similarity else 384
     parts = [
         _chart(
             found,
@@ -74,9 +74,9 @@ def training_now(
             for s, t in pairs
         }
         styles = {name: ROLES[i % len(ROLES)] for i, name in enumerate(looks)}
-        parts.append(_chart(looks, styles, (410, 236), "CKA, mapped pairs", "", steps, events=(), log=False))
+        parts.append(_chart(looks, styles, (384, 224), "CKA, mapped pairs", "", steps, events=(), log=False))
         last = max(similarity)
-        parts.append(_matrix(np.asarray(similarity[last], float), pairs, (654, 186), f"CKA at step {last}"))
+        parts.append(_matrix(np.asarray(similarity[last], float), pairs, (608, 232), f"CKA at step {last}"))
     summary = _summary(found, looks, events, steps)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -178,7 +178,7 @@ def _matrix(values: np.ndarray, pairs: Sequence[tuple[int, int]], place: tuple[f
                 f'<rect x="{at:.1f}" y="{top:.1f}" width="{cell:.2f}" height="{cell:.2f}" fill="{colours[i * columns + j]}">'
                 f"<title>S{i} and T{j}: CKA {values[i, j]:.3f}</title></rect>"
             )
-            if cell >= 21:
+            if cell >= 26:  # ".87" takes 19 px: nearer to each other, the numbers of a row run together
                 ink = "#111" if shown[i, j] > 0.55 else "#fff"
                 parts.append(
                     _text(at + cell / 2, top + cell / 2 + 4, _short(values[i, j]), anchor="middle", colour=ink)

@@ -260,7 +260,7 @@ def pareto(
     rows = records(table, ("name", "cost", "quality"), "pareto")
     if log and (wrong := [row["name"] for row in rows if row["cost"] <= 0]):
         raise ValueError(f"a logarithmic axis needs costs above 0; found {', '.join(wrong)}: pass log=False")
-    figure = canvas(title, (720, 400), {"t": 56}, showlegend=False)
+    figure = canvas(title, (720, 400 + 20 * ((len(rows) - 1) // 3)), {"t": 84 + 20 * ((len(rows) - 1) // 3)})
     cost, quality = [float(row["cost"]) for row in rows], [float(row["quality"]) for row in rows]
     front = pareto_front(cost, quality)
     line = {"color": TEXT, "dash": "dot", "width": 1.5, "shape": "hv"}
@@ -271,34 +271,49 @@ def pareto(
         line=line,
         hoverinfo="skip",
         name="front",
+        showlegend=False,
     )
-    middle = float(np.median(cost))
-    for position, row in enumerate(rows):
+    spare = ["x", "triangle-down", "cross", "diamond", "triangle-up", "square", "circle"]
+    taken: set[str] = set()
+    for position, row in enumerate(rows):  # named in the legend: points of like cost and quality leave labels no room
         role: Role = TEACHER if "teacher" in row["name"].lower() else arm(row["name"], position)
-        place = "bottom right" if row["cost"] <= middle else "top left"  # beside the bar and the step line
+        symbol = role.symbol if role.symbol not in taken else next((s for s in spare if s not in taken), role.symbol)
+        taken.add(symbol)
         low, high = row.get("low", row["quality"]), row.get("high", row["quality"])
         figure.add_scatter(
             x=[row["cost"]],
             y=[row["quality"]],
-            mode="markers+text",
-            text=[row["name"]],
-            textposition=place,
-            textfont={"size": 12, "color": role.colour},
-            marker=role.marker(11),
+            mode="markers",
+            marker=role.marker(11) | {"symbol": symbol},
             error_y=interval([row["quality"]], [low], [high], role.colour),
             name=row["name"],
+            showlegend=True,
             hovertemplate=f"{row['name']}<br>{cost_label}: %{{x:.4g}}<br>{quality_label}: %{{y:.4g}}<extra></extra>",
         )
     if log:
-        figure.update_xaxes(**log_axis(cost, 0.12))
+        figure.update_xaxes(**_close_log_axis(cost))
     else:
         pad = 0.12 * ((max(cost) - min(cost)) or 1)
         figure.update_xaxes(range=(min(cost) - pad, max(cost) + pad))
-    figure.update_xaxes(title=cost_label).update_yaxes(title=quality_label)
+    figure.update_xaxes(title=f"{cost_label} (log)" if log else cost_label).update_yaxes(title=quality_label)
     best = "; ".join(f"{rows[i]['name']} ({cost[i]:.3g}, {quality[i]:.3g})" for i in front)
     return Figure(
         figure, f"{len(front)} of {len(rows)} are beaten by no other ({cost_label}, {quality_label}): {best}."
     )
+
+
+def _close_log_axis(values: Sequence[float]) -> dict:
+    """A logarithmic axis with at least three ticks, however near to each other the values lie."""
+    axis = log_axis(values, 0.12)
+    low, high = axis["range"]
+    for steps in ((1, 2, 3, 5), (1, 2, 3, 4, 5, 6, 8), [n / 10 for n in range(10, 100, 2)]):
+        if len(axis["tickvals"]) >= 3:
+            break
+        powers = range(int(np.floor(low)), int(np.ceil(high)) + 1)
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        axis["tickvals"] = [tick for tick in ticks if low <= np.log10(tick) <= high]
+        axis["ticktext"] = [f"{tick:g}" for tick in axis["tickvals"]]
+    return axis
 
 
 def weight_sensitivity(

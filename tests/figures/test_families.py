@@ -264,6 +264,18 @@ def test_pareto_front_is_what_no_other_beats():
     assert draw.pareto([{"name": "free", "cost": 0, "quality": 1}], log=False).plotly.layout.xaxis.type is None
 
 
+def test_a_pareto_figure_names_its_points_in_the_legend_and_tells_them_apart():
+    arms = ["none", "outputs", "features", "attention", "all", "none, equal compute"]
+    table = [{"name": name, "cost": 2 + 0.3 * i, "quality": i} for i, name in enumerate(arms)]
+    figure = draw.pareto(table, "TFLOPs").plotly
+    points = [trace for trace in figure.data if trace.mode == "markers"]
+    assert [trace.name for trace in points] == arms and all(trace.showlegend for trace in points)
+    assert len({trace.marker.symbol for trace in points}) == len(arms)
+    assert figure.layout.xaxis.title.text == "TFLOPs (log)" and {"2", "3"} < set(figure.layout.xaxis.ticktext)
+    near = draw.pareto([{"name": n, "cost": c, "quality": 1} for n, c in (("a", 10), ("b", 10.4))])
+    assert len(near.plotly.layout.xaxis.tickvals) >= 3
+
+
 def test_weight_sensitivity_orders_the_weights():
     rows = [
         {"term": "features", "weight": w, "mean": m, "low": m - 1, "high": m + 1}
@@ -293,6 +305,8 @@ def test_memory_bars_add_up_and_say_what_fits():
     figure = draw.memory_bars(parts, limit=16e9)
     assert sum(trace.x[list(trace.y).index("8bit")] for trace in figure.plotly.data) == pytest.approx(11)
     assert "within 16 GB: 8bit." in figure.summary
+    totals = [note for note in figure.plotly.layout.annotations if note.text in ("32 GB", "11 GB")]
+    assert len(totals) == 2 and {(note.x, note.xref) for note in totals} == {(1, "x domain")}  # no line runs through
     assert re.search(r"3\.5 MB", draw.memory_bars({"tiny": {"a": 3.5e6}}).summary)
     with pytest.raises(ValueError, match="full/teacher below 0"):
         draw.memory_bars({"full": {"teacher": -1}})
