@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -44,8 +45,8 @@ class LossLaboratory(Panel):
         self.failure: Exception | None = None
         self.measure()
         names = self._now[0].terms
-        highest = max(2.0, *(2 * objective.weights[name] for name in names))
-        self.sliders = {name: weight_slider(f"weight: {name}", objective.weights[name], highest) for name in names}
+        ends = self._ends_of_sliders()
+        self.sliders = {name: weight_slider(f"weight: {name}", objective.weights[name], ends[name]) for name in names}
         self.temperature = None
         if objective.outputs is not None:
             self.temperature = widgets.SelectionSlider(
@@ -154,6 +155,17 @@ class LossLaboratory(Panel):
                 tau = self.temperature.value
                 self.temperature.options = [(f"{t:g}", t) for t in self._measured]
                 self.temperature.value = tau if tau in self._measured else self._objective.outputs.temperature
+
+    def _ends_of_sliders(self) -> dict[str, float]:
+        """Far enough to find by hand what *balance* would say: 5, twice the weight, or a quarter beyond the balanced one (at most 20)."""
+        weights, outputs = self._objective.weights, self._objective.outputs
+        now = self._measured[None if outputs is None else outputs.temperature]
+        held = {name: weights[name] for name in now.terms}
+        try:
+            found = balanced_weights(now, held, self._reference)
+        except ValueError:  # nothing to balance: every weight is 0, or a term without a gradient
+            found = held
+        return {name: float(math.ceil(max(5.0, 2 * held[name], min(20.0, 1.25 * found[name])))) for name in now.terms}
 
     # -- buttons ------------------------------------------------------------------------------------------------------
 

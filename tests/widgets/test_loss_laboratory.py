@@ -109,6 +109,17 @@ def test_balance_gives_equal_pulls_and_shows_its_numbers(lab):
     assert lab.weights == pytest.approx(asked)
 
 
+def test_what_balance_says_can_be_found_by_hand(lab):
+    wanted = lab.balanced()
+    for name, slider in lab.sliders.items():
+        assert slider.min == 0 and slider.step == 0.05 and slider.max >= max(5, wanted[name])
+        slider.value = round(wanted[name] / slider.step) * slider.step  # as a hand sets it
+    pulls = {row["term"]: row["pull"] for row in lab.rows()}
+    norms = lab.gradients.norms()
+    for name, pull in pulls.items():
+        assert abs(pull - pulls["task"]) <= 0.05 * (norms[name] + norms["task"]) / 2 + 1e-9
+
+
 def test_reset_goes_back_to_what_the_objective_holds(models, lab):
     lab.balance.click()
     lab.temperature.value = 1.0
