@@ -375,7 +375,7 @@ def weight_sensitivity(
                     "range": (min(ends) - air, max(ends) + air),
                     "showticklabels": number == 0,
                     "title": {"text": quality_label if number == 0 else ""},
-                    "zeroline": False,
+                    "zeroline": min(ends) < 0 < max(ends),  # of changes, none
                 },
             }
         )
