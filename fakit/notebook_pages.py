@@ -8,8 +8,9 @@ mathtext as inline SVG in the text's colour; what mathtext cannot parse stays re
 from __future__ import annotations
 
 import json
+import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,14 +229,51 @@ def _navigation(result: NotebookResult, others: Sequence[NotebookResult]) -> str
     return f"<header><nav aria-label='Notebooks'>{''.join(links)}</nav></header>"
 
 
-def notebook_page(notebook: NotebookNode, result: NotebookResult, others: Sequence[NotebookResult]) -> str:
-    """One executed notebook as a page; `others` are all pages in order, for the links back and forth.
+_LINK = re.compile(r'<a href="(?![a-z][a-z0-9+.-]*:|[/#])([^"#]+)(#[^"]*)?"([^>]*)>(.*?)</a>', re.DOTALL)
+
+
+def relink(body: str, pages: Collection[str], folder: str) -> str:
+    """Relative links of a notebook as its page needs them.
+
+    A link to a notebook leads to that notebook's page, and is plain text where no page was made; any other file is looked
+    for beside the notebook, in `folder` as seen from the page. Addresses with a scheme and places in the page stay.
+
+    Args:
+        body: HTML, before figures are put in.
+        pages: file names of the pages beside this one.
+        folder: the notebooks' folder, relative to the page's.
+
+    >>> relink('<a href="04_lab.ipynb#s2">04</a>, <a href="05_gpu.ipynb">05</a>', {"04_lab.html"}, "../notebooks")
+    '<a href="04_lab.html#s2">04</a>, 05'
+    """
+
+    def target(link: re.Match) -> str:
+        path, place, rest, text = link[1], link[2] or "", link[3], link[4]
+        if not path.endswith(".ipynb"):
+            return f'<a href="{posixpath.normpath(posixpath.join(folder, path))}{place}"{rest}>{text}</a>'
+        page = f"{path.removesuffix('.ipynb')}.html"
+        return f'<a href="{page}{place}"{rest}>{text}</a>' if page in pages else text
+
+    return _LINK.sub(target, body)
+
+
+def notebook_page(
+    notebook: NotebookNode, result: NotebookResult, others: Sequence[NotebookResult], folder: str = "../notebooks"
+) -> str:
+    """One executed notebook as a page.
 
     The notebook's outputs are rewritten in place (`prepare`): take `centrepiece` before.
+
+    Args:
+        notebook: executed.
+        result: its own result, one of `others`.
+        others: all pages in order, for the links back and forth.
+        folder: the notebooks' folder as seen from the page, for links to files that are no notebook.
     """
     exporter = _Exporter(template_name="basic", raw_template=TEMPLATE, mathjax_url="", require_js_url="", jquery_url="")
     figures = prepare(notebook)
     body, _ = exporter.from_notebook_node(notebook)
+    body = relink(body, {other.page for other in others}, folder)
     body = re.sub(r"<!--figure (\d+)-->", lambda mark: figures[int(mark[1])], body)
     seconds = f"{result.seconds:.0f} s"
     status = f"<p class='status {result.status.replace(' ', '-')}'>{MARKS[result.status]} in {seconds}, profile {escape(result.profile)}"

@@ -286,7 +286,8 @@ def run_notebooks(
         with lock:  # pages of two notebooks are not drawn at once: matplotlib's settings are global
             if thumbnail:
                 (assets / f"{path.stem}.svg").write_text(thumbnail, encoding="utf-8")
-            page = pages.notebook_page(notebook, result, linked)
+            beside = Path(os.path.relpath(folder, out.resolve())).as_posix()
+            page = pages.notebook_page(notebook, result, linked, beside)
             (out / result.page).write_text(page, encoding="utf-8")
         report(str(result))
 

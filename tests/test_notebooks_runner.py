@@ -17,6 +17,14 @@ from fakit.figures import gradient_bars
 print("profile is", PROFILE)
 gradient_bars({"features": 2.0, "task": 0.5})
 """
+LINKS = """
+from IPython.display import Markdown
+Markdown("[the second](01_broken.ipynb)")
+"""
+LINKED = (
+    "[the third](02_third.ipynb#part), [the ninth](09_ninth.ipynb), [maps](../docs/maps.md), "
+    "[elsewhere](https://example.org/a.ipynb)"
+)
 LAST = """
 from IPython.display import Markdown, display
 import sys
@@ -40,7 +48,10 @@ def write(folder: Path, name: str, title: str, question: str, *cells: str, tag: 
 def run(tmp_path_factory):
     """One run of three notebooks: one that works, one that fails in its second code cell, one that works."""
     folder, out = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("reports")
-    write(folder, "00_first", "00 · The first", "What is drawn?", DRAW, LAST)
+    first = write(folder, "00_first", "00 · The first", "What is drawn?", DRAW, LINKS, LAST)
+    notebook = nbformat.read(first, as_version=4)
+    notebook.cells.append(nbformat.v4.new_markdown_cell(LINKED))
+    nbformat.write(notebook, first)
     write(folder, "01_broken", "Broken", "What happens then?", "value = {'a': 1}\nvalue['b']", "print('never')")
     write(
         folder,
@@ -105,6 +116,17 @@ def test_pages_link_to_their_neighbours_and_the_index(run):
     page = (out / "01_broken.html").read_text()
     assert 'rel="prev" href="00_first.html"' in page and 'rel="next" href="02_third.html"' in page
     assert 'href="index.html"' in page
+
+
+def test_links_between_notebooks_lead_to_their_pages(run):
+    folder, out, _ = run
+    page = (out / "00_first.html").read_text()
+    assert '<a href="02_third.html#part">the third</a>' in page  # of a markdown cell
+    assert '<a href="01_broken.html">the second</a>' in page  # of an output
+    assert "09_ninth" not in page and "the ninth" in page  # no page: the text alone
+    other = re.search(r'<a href="([^"]*maps\.md)">', page)[1]
+    assert (out / other).resolve() == (folder.parent / "docs/maps.md").resolve()
+    assert '<a href="https://example.org/a.ipynb">' in page
 
 
 def test_the_index_has_a_card_a_notebook(run):

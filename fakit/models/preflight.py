@@ -1,6 +1,7 @@
 """Look before training: do this teacher and this student fit, and if not, what is the fix?"""
 
 from dataclasses import dataclass, field
+from html import escape
 
 from torch import nn
 
@@ -57,11 +58,11 @@ class PreflightReport:
         )
 
     def _repr_markdown_(self) -> str:
-        marks = {"ok": "✓ ok", "warning": "⚠ warning", "error": "✗ **error**"}
+        # hard spaces: a mark that wraps makes every row two lines high
+        marks = {"ok": "✓\u00a0ok", "warning": "⚠\u00a0warning", "error": "✗\u00a0**error**"}
         lines = ["| | check | teacher | student | what to do |", "|---|---|---|---|---|"]
-        return "\n".join(
-            lines + [f"| {marks[r.status]} | {r.name} | {r.teacher} | {r.student} | {r.fix} |" for r in self.rows]
-        )
+        cells = [(marks[r.status], r.name, _cell(r.teacher), _cell(r.student), r.fix) for r in self.rows]
+        return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
 
 
 def preflight(teacher: nn.Module, student: nn.Module, tokenizer=None, student_tokenizer=None) -> PreflightReport:
@@ -157,8 +158,8 @@ def _tokenizer_rows(row, teacher_tokenizer, student_tokenizer, t, s) -> None:
     row(
         "tokeniser",
         "ok" if same else "error",
-        f"{type(teacher_tokenizer).__name__} of {len(vocabularies[0])}: {pieces[0][:6]}…",
-        f"{type(student_tokenizer).__name__} of {len(vocabularies[1])}: {pieces[1][:6]}…",
+        _tokens(teacher_tokenizer, vocabularies[0], pieces[0], numbered=not same),
+        _tokens(student_tokenizer, vocabularies[1], pieces[1], numbered=not same),
         "Teacher and student tokenise differently, so position t is not the same token in both; use the teacher's tokeniser for the student.",
     )
     sizes = (len(vocabularies[0]), len(vocabularies[1]))
@@ -202,6 +203,18 @@ def _state_rows(row, teacher, student, t, s) -> None:
         *precision,
         "A quantised student cannot be trained in full: load it unquantised, or train an adapter.",
     )
+
+
+def _tokens(tokenizer, vocabulary: dict[str, int], ids: list[int], numbered: bool) -> str:
+    """The tokeniser's size and the first tokens that it makes of the probe; with their ids where two have to be told apart."""
+    names = {number: token for token, number in vocabulary.items()}
+    shown = [f"{names.get(i, '?')} ({i})" if numbered else names.get(i, "?") for i in ids[:5]]
+    return f"{type(tokenizer).__name__} of {len(vocabulary)}: {' '.join(shown)} …"
+
+
+def _cell(value: object) -> str:
+    """Text of a markdown table's cell: tokens like `<s>` are no HTML, a bar ends no cell."""
+    return escape(str(value), quote=False).replace("|", "\\|")
 
 
 def _short(labels: list) -> str:

@@ -76,6 +76,7 @@ def test_tokenisers():
     status, *sides, fix = row("tokeniser", teacher, student, one, other)
     assert status == "error" and all(" of 4: " in side for side in sides) and "use the teacher's tokeniser" in fix
     assert row("tokeniser", teacher, student, one, tokenizer("students align layers"))[0] == "ok"
+    assert "layers (3)" in sides[0] and "layers (1)" in sides[1]  # names, and the ids that differ
     large = tokenizer(" ".join(f"w{i}" for i in range(59)))
     status, *sides, fix = row("vocabulary fits the embeddings", teacher, student, large)
     assert (status, sides) == ("error", ["60 of 50", "60 of 50"]) and "resize_token_embeddings" in fix
@@ -110,7 +111,7 @@ def test_a_report_prints_itself_and_draws_itself():
     assert "ERROR    vocabulary (logits): teacher 50, student 56. If only" in str(report)
     assert "ok       layers: teacher 3, student 3\n" in str(report)
     table = report._repr_markdown_().splitlines()
-    assert len(table) == 2 + len(report.rows) and "| ✗ **error** | vocabulary (logits) | 50 | 56 | If only" in table[6]
+    assert len(table) == 2 + len(report.rows) and "| ✗\u00a0**error** | vocabulary (logits) | 50 | 56 | If only" in table[6]
     with pytest.raises(KeyError, match="no row 'colour'"):
         report["colour"]
 
