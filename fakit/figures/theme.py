@@ -76,6 +76,7 @@ ARMS = {
     "attention": Role("attention", EXTRA.colour, "longdash", "cross", "A", "\\"),
     "all": Role("all", ALIGNED.colour, "dashdot", "triangle-up", "*", "x"),
     "task": Role("task", BASELINE.colour, "dot", "square", "Y", "."),
+    "reverse": Role("reverse", BASELINE.colour, "dot", "x", "R", "."),  # a control, as `none` is, and not the same one
 }
 _SPARE = (EXTRA, ALIGNED, STUDENT, BASELINE, TEACHER)
 
