@@ -25,6 +25,8 @@ from fakit.figures.figure import Figure
 from fakit.figures.theme import DIFFERENCE, DISTANCE, HEATMAP, STUDENT, TEACHER, WIDE, model_role, ramp
 
 LONGEST = 14  # characters of a token label
+ROW = 16  # px that a row needs for its name
+TALLEST = 40 * ROW  # longer sequences name every second row, and so on
 
 
 def _short(token: str) -> str:
@@ -88,13 +90,13 @@ def attention_pair(
     labels = [_short(token) for token in tokens]
     side, below = label_width(labels) + 24, label_width(labels) + 74
     width = side + 16 + 280 if alone else WIDE
-    figure = canvas(title, (width, 330 + below), {"l": side, "r": 16, "t": 72, "b": below})
+    plot_height = max(258, min(ROW * length, TALLEST))
+    figure = canvas(title, (width, 72 + plot_height + below), {"l": side, "r": 16, "t": 72, "b": below})
     drawn = [np.where(counts, values, np.nan) for values in (teacher, student, student - teacher)]
     top = max(float(np.nanmax(drawn[0])), float(np.nanmax(drawn[1])), 1e-6)
     reach = max(float(np.nanmax(np.abs(drawn[2]))), 1e-6)
     heads = (teacher_name, student_name, "student − teacher")
     styles = ((ramp(TEACHER), 0.0, top), (ramp(STUDENT), 0.0, top), (DIFFERENCE, -reach, reach))
-    plot_height = 330 - 72
     domains = panels(1) if alone else panels(3, 0.035)
     for number, (values, head, (scale, low, high), domain) in enumerate(
         zip(drawn, heads, styles, domains, strict=False)  # alone: the first of the three
@@ -157,7 +159,7 @@ def head_matching(
     assignment: Sequence[tuple[int, int]] | None = None,
     title: str = "Distance between heads (Jensen–Shannon)",
 ) -> Figure:
-    """Student heads (rows) against teacher heads (columns): bright = alike; the chosen match is framed.
+    """Student heads (rows) against teacher heads (columns): bright = alike; a dot marks each row's nearest, a frame the chosen match.
 
     Args:
         distances: (H_S, H_T) Jensen–Shannon distances in [0, 1] (square root of the divergence in bits).
@@ -187,6 +189,16 @@ def head_matching(
     )
     heat_axes(figure, [r[1:] for r in rows], [c[1:] for c in columns])
     figure.update_xaxes(title="teacher head").update_yaxes(title="student head")
+    rows_with = np.flatnonzero(np.isfinite(values).any(1))
+    nearest = {int(row): int(np.nanargmin(values[row])) for row in rows_with}
+    figure.add_scatter(
+        x=[column - 0.3 for column in nearest.values()],  # in the cell's corner, beside the number
+        y=[row + 0.3 for row in nearest],
+        mode="markers",
+        marker={"symbol": "circle", "size": 7, "color": "#FFFFFF", "line": {"color": "#000000", "width": 1.5}},
+        hoverinfo="skip",
+        showlegend=False,
+    )
     for row, column in assignment or ():
         outline(figure, row, column)
     summary = (
@@ -195,7 +207,11 @@ def head_matching(
     if assignment:
         matched = [values[row, column] for row, column in assignment]
         summary += f", matched heads {np.mean(matched):.2f} on average"
-    return Figure(figure, summary + ".", "Framed: the matched heads." if assignment else "")
+    if len(rows) == len(columns):
+        own = sum(row == column for row, column in nearest.items())
+        summary += f"; {own} of {len(rows)} student heads are nearest to the teacher head of their own number"
+    framed = "; framed: the one-to-one matching" if assignment else ""
+    return Figure(figure, summary + ".", f"Dot: the teacher head nearest to the student head of this row{framed}.")
 
 
 def rollout(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from fakit.figures.drawing import axis_id, canvas, check_keys, panel_title, panels
+from fakit.figures.drawing import axis_id, canvas, check_keys, note, panel_title, panels
 from fakit.figures.figure import Figure
-from fakit.figures.theme import ALIGNED, BASELINE, EXTRA, TEXT, model_role
-
-PAIRS = (ALIGNED, EXTRA, BASELINE)  # neither the teacher's nor the student's: a pair is both
+from fakit.figures.similarity_steps import pair_role
+from fakit.figures.theme import SMALL, TEXT, Role, model_role
 
 
 def rogue_scrub(
@@ -22,8 +22,10 @@ def rogue_scrub(
 ) -> Figure:
     """Two panels over the number of dimensions taken care of: CKA of pairs of layers, and the variance these dimensions carry.
 
+    A layer has the colour of its pair, and the teacher's line is solid, the student's dashed; its name stands at its end.
+
     Args:
-        cka: name of a pair ("S3 and T6") → (K + 1,), CKA with 0 … K dimensions dropped or z-scored; NaN is a gap.
+        cka: name of a pair ("S3 and T6"), in the order of the map → (K + 1,), CKA with 0 … K dimensions dropped or z-scored; NaN is a gap.
         shares: layer (T6, S3 …) → (K + 1,), the variance share of its 0 … K largest dimensions.
         k: where one stands, 0 … K; marked by a line.
         mode: what was done to them, "drop" or "z-score".
@@ -41,32 +43,36 @@ def rogue_scrub(
         )
     steps = list(range(max(lengths)))
     done = {"drop": "dropped", "z-score": "z-scored"}.get(mode, mode)
+    top = max(20.0, 115 * max(max(line) for line in shares.values()))
     figure = canvas(title, (820, 400), {"t": 100, "b": 60}, legend={"y": 1.08})
     left, right = panels(2, 0.1)
     figure.update_layout(
         xaxis={"domain": left, "anchor": "y"},
         xaxis2={"domain": right, "anchor": "y2"},
         yaxis={"anchor": "x", "title": {"text": "CKA"}, "range": (min(0, *(_least(line) for line in cka.values())) * 1.1, 1.02)},
-        yaxis2={"anchor": "x2", "title": {"text": "share of variance (%)"}, "range": (0, max(20.0, 115 * max(max(line) for line in shares.values())))},
+        yaxis2={"anchor": "x2", "title": {"text": "share of variance (%)"}, "range": (0, top)},
     )  # fmt: skip
     for position, (name, line) in enumerate(cka.items()):
-        role = PAIRS[position % len(PAIRS)]
+        role = pair_role(position)
         hover = f"{name}<br>%{{x}} {done}: CKA %{{y:.3f}}<extra></extra>"
         figure.add_scatter(x=steps, y=list(line), name=name, mode="lines+markers", line=role.line(), marker=role.marker(7), hovertemplate=hover)  # fmt: skip
-    symbols = ("circle", "diamond", "square", "triangle-up", "cross", "x")
-    for position, (name, line) in enumerate(shares.items()):
-        role = model_role(name)
+    ends = _apart({name: 100 * line[-1] for name, line in shares.items()}, 0.06 * top)
+    for name, line in shares.items():
+        role = _layer_role(name, list(cka))
         figure.add_scatter(
             x=steps,
             y=[100 * share for share in line],
             name=name,
             mode="lines+markers",
+            showlegend=False,
             line=role.line(1.6),
-            marker=role.marker(7, symbol=symbols[position % len(symbols)]),
+            marker=role.marker(6),
             hovertemplate=f"{name}<br>the largest %{{x}}: %{{y:.1f}} % of the variance<extra></extra>",
             xaxis="x2",
             yaxis="y2",
         )
+        font = {"size": SMALL, "color": role.colour}
+        note(figure, name, steps[-1], ends[name], xref="x2", yref="y2", xanchor="left", xshift=8, font=font)
     for number, heading in enumerate(("similarity", "variance carried by them")):
         x, y = axis_id("x", number), f"{axis_id('y', number)} domain"
         line = {"color": TEXT, "width": 2, "dash": "dot"}
@@ -75,12 +81,29 @@ def rogue_scrub(
     figure.update_xaxes(
         title=f"largest dimensions {done}", range=(-0.3, steps[-1] + 0.3), dtick=max(1, len(steps) // 10)
     )
+    figure.update_layout(xaxis2={"range": (-0.3, 1.1 * steps[-1] + 0.3)})  # room for the names
     said = [
         f"{name} {line[0]:.2f} → {line[k]:.2f}" for name, line in cka.items() if np.isfinite([line[0], line[k]]).all()
     ]
     worst = max(shares, key=lambda name: shares[name][k])
     summary = f"With the {k} largest dimensions of each layer {done}: CKA {', '.join(said) or 'undefined'}; "
-    return Figure(figure, summary + f"in {worst} they carry {100 * shares[worst][k]:.1f} % of the variance.")
+    caption = "Right: each layer in the colour of its pair, the teacher's line solid, the student's dashed."
+    return Figure(figure, summary + f"in {worst} they carry {100 * shares[worst][k]:.1f} % of the variance.", caption)
+
+
+def _layer_role(name: str, pairs: Sequence[str]) -> Role:
+    """Colour of the first pair that the layer is in, dash and marker of its model; a layer of no pair is its model's."""
+    model = model_role(name)
+    found = [position for position, pair in enumerate(pairs) if name in pair.split()]
+    return replace(model, colour=pair_role(found[0]).colour) if found else model
+
+
+def _apart(ends: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Heights for the names at the lines' ends, from the lowest up, at least `gap` apart."""
+    placed: dict[str, float] = {}
+    for name in sorted(ends, key=ends.get):
+        placed[name] = max(ends[name], max(placed.values(), default=-gap) + gap)
+    return placed
 
 
 def _least(line: Sequence[float]) -> float:

@@ -23,7 +23,7 @@ from fakit.figures.drawing import (
     panels,
 )
 from fakit.figures.figure import Figure
-from fakit.figures.theme import BASELINE, HEATMAP, PAIR, SIMILARITY, SMALL, STUDENT, TEACHER, pattern
+from fakit.figures.theme import ALIGNED, BASELINE, EXTRA, HEATMAP, PAIR, SIMILARITY, SMALL, pattern
 
 
 def similarity_heatmap(
@@ -219,7 +219,7 @@ def _heat_caption(inside: np.ndarray, extra: dict, pairs: Any) -> str:
     if inside.any():
         parts.append("Hatched: inside the null, no more similar than shuffled sequences.")
     elif "null" in extra:
-        parts.append("Every cell lies above the null.")
+        parts.append("Every cell lies above the null: more similar than shuffled sequences.")
     if pairs:
         parts.append("Framed: the mapped pairs.")
     return " ".join(parts)
@@ -247,7 +247,7 @@ def bias_curve(
     figure = canvas(title)
     means = {}
     lowest, seeds = 0.0, 1
-    for role, name, values in ((STUDENT, "biased", biased), (TEACHER, "debiased", debiased)):
+    for role, name, values in ((EXTRA, "biased", biased), (ALIGNED, "debiased", debiased)):
         values = np.atleast_2d(np.asarray(values, float))
         if values.shape[1] != len(n):
             raise ValueError(f"{name} has {values.shape[1]} values, n has {len(n)}: one value (a seed) for each n")
@@ -283,7 +283,7 @@ def bias_curve(
 
 
 def rogue_dimensions(shares: Mapping[str, Any], title: str = "Variance carried by the largest dimensions") -> Figure:
-    """How much of each layer's variance its largest dimensions carry: 1 rogue dimension can decide a similarity.
+    """How much of each layer's variance its ten largest dimensions carry: 1 rogue dimension can decide a similarity.
 
     Args:
         shares: layer label (T6, S3 …) → each dimension's share of the variance, (d,), in any order; sums to 1.
@@ -292,15 +292,15 @@ def rogue_dimensions(shares: Mapping[str, Any], title: str = "Variance carried b
         ValueError: nothing to draw, or shares that do not sum to 1.
     """
     check_keys(shares, "rogue_dimensions")
-    steps = (("largest", 0, 1), ("2nd and 3rd", 1, 3), ("4th to 10th", 3, 10), ("the others", 10, None))
-    colours = ("#943F00", "#E8945A", "#5BA6D6", "#8A8A8A")
+    steps = (("largest", 0, 1), ("2nd and 3rd", 1, 3), ("4th to 10th", 3, 10))
+    colours = ("#7A2A6C", EXTRA.colour, "#C77DB5")  # shades of one hue, apart from the models' two
     ordered = {}
     for label, values in shares.items():
         ordered[label] = np.sort(np.asarray(values, float))[::-1]
         if not abs(ordered[label].sum() - 1) <= 1e-3:  # NaN, too
             raise ValueError(f"shares of {label} sum to {ordered[label].sum():.3f}; variance shares sum to 1")
     figure = canvas(title, margin={"t": 96}, barmode="stack", bargap=0.3)
-    for (name, first, last), colour, shape in zip(steps, colours, ("", "/", ".", ""), strict=True):
+    for (name, first, last), colour, shape in zip(steps, colours, ("", "/", "."), strict=True):
         heights = [100 * float(values[first:last].sum()) for values in ordered.values()]
         figure.add_bar(
             x=list(ordered),
@@ -310,11 +310,12 @@ def rogue_dimensions(shares: Mapping[str, Any], title: str = "Variance carried b
             hovertemplate=f"%{{x}}, {name}: %{{y:.1f}} % of the variance<extra></extra>",
         )
     figure.update_xaxes(title="layer", type="category", showgrid=False)
-    figure.update_yaxes(range=(0, 100), title="share of variance (%)")
+    top = max(100 * float(values[:10].sum()) for values in ordered.values())
+    figure.update_yaxes(range=(0, min(100.0, 1.1 * top)), title="share of variance (%)")
     worst = max(ordered, key=lambda label: ordered[label][0])
     d = len(ordered[worst])
     summary = (
         f"In {worst} one dimension of {d} carries {100 * ordered[worst][0]:.1f} % of the variance and ten carry "
         f"{100 * ordered[worst][:10].sum():.1f} %; even shares would be {100 / d:.1f} % each."
     )
-    return Figure(figure, summary)
+    return Figure(figure, summary, "The ten largest of each layer; the others carry what is missing to 100 %.")

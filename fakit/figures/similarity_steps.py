@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
 from fakit.figures.drawing import canvas, check_keys
 from fakit.figures.figure import Figure
-from fakit.figures.theme import ROLES
+from fakit.figures.theme import ALIGNED, BASELINE, EXTRA, Role
+
+_KINDS = (ALIGNED, EXTRA, BASELINE)  # neither the teacher's nor the student's colour: a pair is both
+_AGAIN = (("solid", "circle"), ("dash", "x"), ("longdashdot", "star"))  # the same colours, drawn otherwise
+
+
+def pair_role(position: int) -> Role:
+    """How the `position`-th pair of a layer map is drawn, in every figure that draws pairs; six differ, then they come again."""
+    turn, kind = divmod(position, len(_KINDS))
+    role = _KINDS[kind]
+    dash, symbol = (role.dash, role.symbol) if turn % 2 == 0 else _AGAIN[kind]
+    return replace(role, name=f"pair {position}", dash=dash, symbol=symbol)
 
 
 def similarity_over_steps(
@@ -22,7 +34,7 @@ def similarity_over_steps(
 
     Args:
         steps: when it was measured, (N,), rising.
-        values: name of a pair ("S1 and T2") → (N,); NaN is a gap.
+        values: name of a pair ("S1 and T2") → (N,), in the order of the map; NaN is a gap.
         title: short title.
         measure: the name of what is shown.
 
@@ -38,7 +50,7 @@ def similarity_over_steps(
         line = np.asarray(line, float)
         if line.shape != (len(steps),):
             raise ValueError(f"{name} has {len(line)} values at {len(steps)} steps: give one a step")
-        role = ROLES[(position + 1) % len(ROLES)]  # the teacher's style is the teacher's
+        role = pair_role(position)
         figure.add_scatter(
             x=list(steps),
             y=line,

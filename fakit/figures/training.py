@@ -125,12 +125,15 @@ def loss_curves(
         figure.add_shape(type="line", x0=event["step"], x1=event["step"], y0=0, y1=1, yref="y domain", line=line)
         label = f"{event['name']} {event['old']:g} → {event['new']:g}"
         note(figure, label, event["step"], 1, yref="y domain", yanchor="top", xanchor="left", xshift=4)
-    first, last = (edge(row["step"] for row in rows) for edge in (min, max))
+    numbers = {row["step"] for row in rows}
+    first, last = min(numbers), max(numbers)
     figure.update_xaxes(title="step", range=(first, max(last, first + 1)), zeroline=False)
     drawn = [row[name] for row in rows for name in terms if isinstance(row.get(name), numeric)]
     axis = log_axis(drawn) if log else {"rangemode": "tozero"}
     figure.update_yaxes(title="weighted loss" if weighted else "loss before weighting", **axis)
-    return Figure(figure, f"Over {last:g} steps: {', '.join(parts)}.")
+    every = len(numbers) == last - first + 1  # a row for each step, wherever their numbers start
+    span = f"Over {len(numbers)} steps" if every else f"From step {first:g} to step {last:g}"
+    return Figure(figure, f"{span}: {', '.join(parts)}.")
 
 
 def gradient_bars(norms: Mapping[str, float], title: str = "Gradient norm by term") -> Figure:

@@ -1,6 +1,7 @@
 """Each figure says what its data says: values, marks and sentences; and answers wrong shapes with both sides."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,8 @@ import pytest
 
 from fakit import figures as draw
 from fakit.figures.results import pareto_front
+from fakit.figures.similarity_steps import pair_role
+from fakit.figures.theme import STUDENT, TEACHER
 
 ROWS = [
     {"task": "glosses", "arm": "outputs", "mean": 1.0, "low": -0.5, "high": 2.5, "seeds": [0.2, 1.0, 1.8]},
@@ -67,11 +70,29 @@ def test_bias_curve_draws_means_and_the_central_band():
         draw.bias_curve([1, 2, 3], seeds, seeds)
 
 
-def test_rogue_dimensions_stack_to_the_whole():
+def test_a_pair_looks_the_same_in_every_figure_and_its_layers_have_its_colour():
+    pairs = {"S1 and T2": [0.9, 0.8], "S3 and T6": [0.5, 0.4]}
+    shares = {"S1": [0, 0.1], "T2": [0, 0.1], "S3": [0, 0.2], "T6": [0, 0.3], "T9": [0, 0.1]}
+    watch, scrub = draw.similarity_over_steps([0, 1], pairs), draw.rogue_scrub(pairs, shares, 1)
+    looks = [{t.name: (t.line.color, t.line.dash, t.marker.symbol) for t in f.plotly.data} for f in (watch, scrub)]
+    assert all(looks[0][pair] == looks[1][pair] for pair in pairs)
+    colour = {name: look[0] for name, look in looks[1].items()}
+    assert colour["S1"] == colour["T2"] == colour["S1 and T2"] != colour["S3 and T6"] == colour["T6"]
+    assert {TEACHER.colour, STUDENT.colour}.isdisjoint(colour[name] for name in (*pairs, "S1", "T2", "S3", "T6"))
+    assert colour["T9"] == TEACHER.colour  # of no pair: its model's
+    names = {note.text: note.y for note in scrub.plotly.layout.annotations if note.text in shares}
+    heights = sorted(names.values())
+    assert len(names) == 5 and min(b - a for a, b in pairwise(heights)) > 1  # names at equal ends stand apart
+    assert len({(r.colour, r.dash, r.symbol) for r in map(pair_role, range(6))}) == 6
+
+
+def test_rogue_dimensions_stack_the_ten_largest():
     shares = np.r_[0.5, np.full(100, 0.005)]
-    figure = draw.rogue_dimensions({"T6": shares})
+    figure = draw.rogue_dimensions({"T6": shares, "T5": np.full(100, 0.01)})
     heights = [trace.y[0] for trace in figure.plotly.data]
-    np.testing.assert_allclose(heights, [50, 1, 3.5, 45.5])
+    np.testing.assert_allclose(heights, [50, 1, 3.5])
+    assert figure.plotly.layout.yaxis.range == pytest.approx((0, 1.1 * 54.5))  # what is drawn fills the axis
+    assert "what is missing to 100 %" in figure.caption
     assert "one dimension of 101 carries 50.0 %" in figure.summary
     with pytest.raises(ValueError, match=r"sum to 0\.900"):
         draw.rogue_dimensions({"T6": [0.9]})
@@ -118,6 +139,11 @@ def test_attention_refuses_what_does_not_fit(ask, message):
 def test_heads_and_rollout():
     figure = draw.head_matching([[0.1, 0.7], [0.6, 0.3]], [(0, 0), (1, 1)])
     assert "matched heads 0.20 on average" in figure.summary and len(figure.plotly.layout.shapes) == 4
+    figure = draw.head_matching([[0.3, 0.1], [0.6, 0.2]], [(0, 0), (1, 1)])
+    dots = figure.plotly.data[1]
+    assert [(round(y), round(x)) for x, y in zip(dots.x, dots.y, strict=True)] == [(0, 1), (1, 1)]
+    assert "1 of 2 student heads are nearest to the teacher head of their own number" in figure.summary
+    assert "own number" not in draw.head_matching([[0.3, 0.1]]).summary  # 1 head against 2: numbers say nothing
     with pytest.raises(ValueError, match=r"lie in \[0, 1\]; found 0\.000 to 2\.000"):
         draw.head_matching([[0, 2]])
     rolled = draw.rollout([0.7, 0.3], [0.2, 0.8], ["x", "y"])
@@ -152,7 +178,7 @@ def test_layer_map_links_the_pairs():
 def test_story_draws_the_terms_it_is_given():
     figure = draw.distillation_story([(1, 3)], 1, 3, {"outputs": "logits"})
     texts = " ".join(note.text for note in figure.plotly.layout.annotations)
-    assert "w1 · outputs" in texts and "features" not in texts
+    assert "loss = γ · outputs" in texts and "features" not in texts
     with pytest.raises(ValueError, match="found ranking"):
         draw.distillation_story(terms={"ranking": "order"})
 
@@ -181,8 +207,11 @@ def test_loss_curves_take_dataframes_and_dicts_and_skip_gaps():
         figure = draw.loss_curves(history, events=[{"step": 10, "name": "features", "old": 1.0, "new": 0.3}])
         lines = {trace.name: list(trace.x) for trace in figure.plotly.data}
         assert lines == {"task": [0, 10, 20], "features": [0, 20]}
-        assert figure.summary == "Over 20 steps: task 1 → 0.2, features 3 → 1."
+        assert figure.summary == "From step 0 to step 20: task 1 → 0.2, features 3 → 1."
         assert any(note.text == "features 1 → 0.3" for note in figure.plotly.layout.annotations)
+    for start in (0, 1):  # three rows are three steps, however they are counted
+        dense = [{**row, "step": start + i} for i, row in enumerate(rows)]
+        assert draw.loss_curves(dense).summary.startswith("Over 3 steps: ")
     with pytest.raises(ValueError, match="no row has the terms outputs; the history has task, features"):
         draw.loss_curves(rows, terms=["outputs"])
     with pytest.raises(ValueError, match="missing step"):
