@@ -19,7 +19,7 @@ def layer_map_gallery(
     teacher_layers: int,
     title: str = "Layer maps",
 ) -> Figure:
-    """Four small drawings a row: the teacher's layers above, the student's below, a link for each pair.
+    """Four small drawings a row: the teacher's layers above, the student's below, both numbered, a link for each pair.
 
     Args:
         maps: name → pairs (student layer, teacher layer), 0 = embeddings, as in `LayerMap.pairs`.
@@ -41,6 +41,7 @@ def layer_map_gallery(
     figure = canvas(title, (WIDE, 96 + 150 * rows), {"l": 24, "r": 24, "t": 84, "b": 12}, barmode="overlay")
     widest = max(student_layers, teacher_layers, 1)
     size = max(5.0, min(11.0, 90 / (widest + 1)))
+    pixels = 0.78 * (WIDE - 48) / COLUMNS  # a drawing's width
     for number, (name, pairs) in enumerate(checked.items()):
         left, base = number % COLUMNS * PITCH[0], -(number // COLUMNS) * PITCH[1]
 
@@ -66,11 +67,16 @@ def layer_map_gallery(
                 name=f"{role.name}, {role.letter}0 to {role.letter}{layers}",
                 showlegend=number == 0,
             )
-        heading = {"xanchor": "left", "yanchor": "bottom", "yshift": 9, "font": {"size": SMALL + 1, "color": TEXT}}
+            room = 16 + 6 * len(str(layers))  # px that "T6" and "T12" need
+            every = -(-room * layers // int(pixels)) or 1
+            for i in range(0, layers + 1, every):
+                beside = {"yshift": 14 if role is TEACHER else -14, "font": {"size": SMALL, "color": role.colour}}
+                note(figure, f"{role.letter}{i}", place(i, layers), y, **beside)
+        heading = {"xanchor": "left", "yanchor": "bottom", "yshift": 24, "font": {"size": SMALL + 1, "color": TEXT}}
         note(figure, f"<b>{name}</b>", left - 0.02, base + 0.42, **heading)
     hidden = {"visible": False, "showgrid": False, "zeroline": False}
     figure.update_xaxes(range=(-0.06, COLUMNS - 0.16), **hidden)
-    figure.update_yaxes(range=(-(rows - 1) - 0.16, 0.74), **hidden)
+    figure.update_yaxes(range=(-(rows - 1) - 0.2, 0.7), **hidden)
     parts = [
         f"{name}: " + (", ".join(f"S{s}←T{t}" for s, t in pairs) or "no layer is mapped")
         for name, pairs in checked.items()

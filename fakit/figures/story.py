@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from fakit.figures.drawing import axis_id, axis_key, canvas, check_keys, label_width, note, panel_title, panels
 from fakit.figures.figure import Figure
-from fakit.figures.theme import ALIGNED, EXTRA, SMALL, STUDENT, TEACHER, TEXT, WIDE, Role
+from fakit.figures.theme import ARMS, SMALL, STUDENT, TEACHER, TEXT, WIDE, Role
 
 TERMS = {
     "features": "hidden states of mapped layers",
@@ -18,6 +18,7 @@ TERMS = {
     "outputs": "softened output distributions",
     "task": "labels",
 }
+WEIGHTS = {"features": "α", "attention": "β", "outputs": "γ", "task": "δ"}
 
 
 def check_pairs(pairs: Sequence[tuple[int, int]], student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
@@ -70,6 +71,8 @@ def distillation_story(
 ) -> Figure:
     """Feature-alignment distillation in one picture: two rows of layers, the map between them, and the loss terms.
 
+    A term has the colour and dash that it has in every other figure (`theme.ARMS`).
+
     Args:
         pairs: (student layer, teacher layer), 0 = embeddings, as in `LayerMap.pairs`.
         student_layers: number of the student's blocks L_S; nodes S0 … S{L_S} and the outputs are drawn.
@@ -112,21 +115,29 @@ def distillation_story(
         note(figure, "frozen" if role is TEACHER else "learns", 0.0, y - 0.16, xanchor="left")
     matched = [name for name in ("features", "attention") if name in terms]
     if matched:
+        apart = 0.07 if len(matched) > 1 else 0.0  # two terms over one map: side by side
         for student, teacher in pairs:
-            _link(figure, bottoms[student], student_y + 0.24, tops[teacher], teacher_y - 0.24, ALIGNED)
-        heading = {"xanchor": "left", "font": {"size": 13, "color": ALIGNED.colour}}
-        note(figure, f"<b>{' + '.join(matched)}</b>", 0.0, 2.2, **heading)
-        what = "<br>".join(terms[name].replace(" of mapped layers", "") for name in matched)
-        note(figure, f"{what}<br>of mapped layers", 0.0, 2.06, xanchor="left", yanchor="top", align="left")
+            for name, aside in zip(matched, (-apart, apart), strict=False):
+                ends = bottoms[student] + aside, student_y + 0.24, tops[teacher] + aside, teacher_y - 0.24
+                _link(figure, *ends, ARMS[name])
+        high = 2.5
+        for name in matched:
+            heading = {"xanchor": "left", "font": {"size": 13, "color": ARMS[name].colour}}
+            note(figure, f"<b>{WEIGHTS[name]} · {name}</b>", 0.0, high, **heading)
+            what = "<br>".join(textwrap.wrap(terms[name], 19))
+            note(figure, what, 0.0, high - 0.13, xanchor="left", yanchor="top", align="left")
+            high -= 0.7
     if "outputs" in terms:
-        _link(figure, end, student_y + 0.24, end, teacher_y - 0.24, EXTRA)
-        note(figure, "<b>outputs</b>", end + 0.14, 2.2, xanchor="left", font={"size": 13, "color": EXTRA.colour})
+        role = ARMS["outputs"]
+        _link(figure, end, student_y + 0.24, end, teacher_y - 0.24, role)
+        note(figure, "<b>γ · outputs</b>", end + 0.14, 2.2, xanchor="left", font={"size": 13, "color": role.colour})
         text = "<br>".join(textwrap.wrap(terms["outputs"], 16))
         note(figure, text, end + 0.14, 2.06, xanchor="left", yanchor="top", align="left")
     if "task" in terms:
-        _link(figure, end, student_y - 0.24, end, 0.42, STUDENT, 1.5)
-        note(figure, f"<b>task: {terms['task']}</b>", end, 0.24, font={"size": 13, "color": STUDENT.colour})
-    formula = "loss = " + " + ".join(f"w{i} · {name}" for i, name in enumerate(terms, 1))
+        role = ARMS["task"]
+        _link(figure, end, student_y - 0.24, end, 0.42, role)
+        note(figure, f"<b>δ · task: {terms['task']}</b>", end, 0.24, font={"size": 13, "color": role.colour})
+    formula = "loss = " + " + ".join(f"{WEIGHTS[name]} · {name}" for name in terms)
     note(figure, formula, 0.0, 0.24, xanchor="left", font={"size": 14, "color": TEXT})
     note(figure, "embeddings", tops[0], teacher_y + (0.4 if tops[1] - tops[0] >= 0.54 else 0.6))
     hidden = {"visible": False, "showgrid": False, "zeroline": False}

@@ -39,3 +39,12 @@ def test_what_does_not_fit_is_named():
         layer_map_gallery({"mine": [(1, 7)]}, 3, 6)
     with pytest.raises(ValueError, match="layer_map_gallery"):
         layer_map_gallery({}, 3, 6)
+
+
+def test_layers_are_numbered_as_far_as_there_is_room():
+    def numbers(letter, *depths):
+        notes = layer_map_gallery({"a": [(1, 1)]}, *depths).plotly.layout.annotations
+        return [note.text for note in notes if note.text[:1] == letter]
+
+    assert numbers("S", 2, 6) == ["S0", "S1", "S2"] and len(numbers("T", 2, 6)) == 7
+    assert numbers("T", 12, 24) == ["T0", "T5", "T10", "T15", "T20"]
