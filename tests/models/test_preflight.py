@@ -111,7 +111,10 @@ def test_a_report_prints_itself_and_draws_itself():
     assert "ERROR    vocabulary (logits): teacher 50, student 56. If only" in str(report)
     assert "ok       layers: teacher 3, student 3\n" in str(report)
     table = report._repr_markdown_().splitlines()
-    assert len(table) == 2 + len(report.rows) and "| ✗\u00a0**error** | vocabulary (logits) | 50 | 56 | If only" in table[6]
+    assert (
+        len(table) == 2 + len(report.rows)
+        and "| ✗\u00a0**error** | vocabulary (logits) | 50 | 56 | If only" in table[6]
+    )
     with pytest.raises(KeyError, match="no row 'colour'"):
         report["colour"]
 
