@@ -24,7 +24,7 @@ from fakit.figures.figure import Figure
 from fakit.figures.theme import DIFFERENCE, SMALL, WIDE
 from fakit.figures.training import add_term_bars, term_style
 
-SIZE = (WIDE, 660)
+SIZE = (WIDE, 612)  # px, without what the names below the cosines take
 TOP, BOTTOM = (0.64, 1.0), (0.0, 0.43)  # of the plot area's height
 LEFT, RIGHT = (0.0, 0.44), (0.58, 1.0)
 
@@ -63,7 +63,8 @@ def term_pulls(
         raise ValueError(f"term_pulls: {', '.join(dict.fromkeys(wrong))} is not finite")
 
     side = label_width(terms) + 20
-    figure = canvas(title, SIZE, {"l": side, "r": 92, "t": 76, "b": 48}, bargap=0.35)
+    below = 24 + label_width(terms)  # the names stand upright where the columns are narrower than they are
+    figure = canvas(title, (SIZE[0], SIZE[1] + below), {"l": side, "r": 92, "t": 76, "b": below}, bargap=0.35)
     figure.update_layout(legend={"x": 0, "y": BOTTOM[1] + 0.045, "yanchor": "bottom"})
     total = sum(losses.values())
     shares = {name: f"{value:.3g} ({100 * value / total:.0f} %)" if value else "off" for name, value in losses.items()}
