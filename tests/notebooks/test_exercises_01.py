@@ -29,11 +29,16 @@ def planted():
     return namespace["uniform_by_hand"]
 
 
+# of the maps of section 5, the least similar is not the one that taught worst
+PAIRS = {"yours": LayerMap.last(2, 6), "uniform": LayerMap.uniform(2, 6), "none": LayerMap.none()}
+TAUGHT = {"yours": 0.61, "uniform": 0.62, "none": 0.5}
+
 # what earlier cells define
 KNOWN = {
     **{"torch": torch, "LayerMap": LayerMap, "Exercise": Exercise, "S": 2, "T": 6},
     **{"similarity": SimpleNamespace(values=SIMILARITY), "uniform_by_hand": planted()},
-    "my_board": mapping_board(4, 12, start="none"),
+    **{"my_board": mapping_board(4, 12, start="none"), "arms": PAIRS, "score": TAUGHT},
+    "show": lambda pairs: ", ".join(f"S{s} ← T{t}" for s, t in pairs),
 }
 
 
@@ -77,15 +82,20 @@ def blocks(rule):
         (BY_HAND, [(1, 1), (2, 4), (3, 7), (4, 10)], "ends two too early"),
         (BY_HAND, LayerMap.first(4, 12), "S4 learns from T4"),
         (BY_HAND, LayerMap.last(4, 12), "evenly spaced means all alike"),
-        (BUG, planted(), "that is the function as it was"),
+        (BUG, planted(), "for 3 on 7 layers it gives [(1, 2), (2, 4), (3, 6)]: as the function did before"),
+        (BUG, blocks(lambda j, S, T: j * round(T / S)), "as the function did before"),
+        (BUG, blocks(lambda j, S, T: j * -(-T // S)), "T9 does not exist: a step that is rounded up"),
+        (
+            BUG,
+            blocks(lambda j, S, T: T if j == S else j * (T // S)),
+            "the steps between teacher layers are [1, 1, 1, 3]",
+        ),
         (BUG, by_rule(lambda j, S, T: j * T // S), "S0 is still there, the embeddings"),
         (BUG, blocks(lambda j, S, T: j * T // S if j < S else None), "S2 has no teacher: `range` stops one before"),
         (BUG, blocks(lambda j, S, T: j * T // S if j > 1 else None), "each block from 1 on needs exactly one"),
-        (BUG, blocks(lambda j, S, T: j * T // S + 1), "T7 does not exist"),
         (BUG, blocks(lambda j, S, T: (j - 1) * T // S), "the student counts from 1 now, the teacher still from 0"),
         (BUG, blocks(lambda j, S, T: j), "the last block should learn from the last, T6"),
         (BUG, blocks(lambda j, S, T: T - S + j), "the steps between teacher layers are [5, 1]"),
-        (BUG, blocks(lambda j, S, T: 3 * j), "for 3 on 7 layers it gives [(1, 3), (2, 6), (3, 9)]: T9 does not exist"),
         (MEAN, float(SIMILARITY[1, 3] + SIMILARITY[2, 6]) / 2, "the mean of `uniform`"),
         (MEAN, float(SIMILARITY[1, 6] + SIMILARITY[2, 3]), "divide by their number"),
         (MEAN, float(SIMILARITY.mean()), "the whole matrix"),
@@ -101,6 +111,30 @@ def test_other_right_repairs_pass(repaired):
     assert exercise(NOTEBOOK, BUG, KNOWN)[0].check(repaired)
 
 
-def test_the_planted_bug_is_the_one_that_the_board_warns_of():
-    notes = mapping_board(2, 6, start=planted()(2, 6)).notes
-    assert notes[0].level == "warning" and notes[0].text.startswith("off by one?")
+def test_the_planted_bug_is_right_where_the_depths_divide_and_only_there():
+    by_hand = planted()
+    assert all(by_hand(*depths) == LayerMap.uniform(*depths) for depths in ((2, 6), (3, 6), (4, 12)))
+    assert by_hand(4, 6) == LayerMap.first(4, 6)
+    notes = mapping_board(4, 6, start=by_hand(4, 6)).notes
+    assert "T6, which the teacher answers from, teaches nobody" in [note.text for note in notes]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({}, "`{least}` did not teach worst; `{most}` did"),
+        ({"least": 0.4}, "`{least}` taught worst, too"),
+    ],
+)
+def test_a_right_mean_is_told_what_section_5_measured(scores, message):
+    def mean(name):
+        return sum(SIMILARITY[pair] for pair in PAIRS[name].pairs) / 2
+
+    least, most = sorted(("yours", "uniform"), key=mean)
+    known = KNOWN | {"score": {least: scores.get("least", 0.62), most: 0.61, "none": 0.5}}
+    told = exercise(NOTEBOOK, MEAN, known)[0].done
+    assert message.format(least=least, most=most) in told
+    assert (
+        told.index(f"| {least} |") < told.index(f"| {most} |") and "none" not in told
+    )  # a table, the least similar first
+    assert f"{mean(least):.2f}" in told and f"{mean(most):.2f}" in told
