@@ -78,9 +78,9 @@ def rogue_scrub(
         line = {"color": TEXT, "width": 2, "dash": "dot"}
         figure.add_shape(type="line", x0=k, x1=k, y0=0, y1=1, xref=x, yref=y, line=line)
         panel_title(figure, number, heading)
-    figure.update_xaxes(
-        title=f"largest dimensions {done}", range=(-0.3, steps[-1] + 0.3), dtick=max(1, len(steps) // 10)
-    )
+    ticks = steps[:: max(1, len(steps) // 10)]
+    figure.update_xaxes(title=f"largest dimensions {done}", range=(-0.3, steps[-1] + 0.3))
+    figure.update_xaxes(tickvals=ticks, ticktext=[str(k) for k in ticks])
     figure.update_layout(xaxis2={"range": (-0.3, 1.1 * steps[-1] + 0.3)})  # room for the names
     said = [
         f"{name} {line[0]:.2f} → {line[k]:.2f}" for name, line in cka.items() if np.isfinite([line[0], line[k]]).all()

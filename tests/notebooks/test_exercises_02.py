@@ -65,7 +65,7 @@ def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(where):
         (BUG, lambda x, y, mask: cka(x[mask], flat(y)), "x has 66 rows and y has 120"),
         (CLAIM, "a", "no share of information"),
         (CLAIM, "b", "absence of evidence"),
-        (CLAIM, "d", "nothing about the quality"),
+        (CLAIM, "d", "is not the one that answers best"),
     ],
 )
 def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):

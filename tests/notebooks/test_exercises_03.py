@@ -14,6 +14,7 @@ KNOWN = {
     **{"Exercise": Exercise},
     "spread": {"outputs": {(1, 2): 0.11}, "outputs + attention": {(1, 2): 0.07}},
     "agreement": {"outputs": 0.7, "outputs + attention": 0.7},
+    "n": 32,
 }
 
 
@@ -65,12 +66,20 @@ def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(where):
         (MAPS, lambda q, k, m, c: scores(q, k, c).softmax(-1)[0], "expected maps of shape (2, 3, 5, 5)"),
         (MAPS, lambda q, k, m, c: scores(q, k, c).sigmoid(), "the largest error of a cell"),
         (WRITE, "a", "not its reason"),
-        (WRITE, "b", "may be noise"),
+        (WRITE, "b", "an equal share is no proof of no effect"),
         (WRITE, "d", "neither student was trained on"),
     ],
 )
 def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
     assert_told(exercise(*where, KNOWN)[0], answer, message)
+
+
+@pytest.mark.parametrize(("aligned", "said"), [(0.6, "lowers"), (0.7, "does not change"), (0.8, "raises")])
+def test_the_claim_about_answers_is_the_one_that_this_run_suggests(aligned, said):
+    known = KNOWN | {"agreement": {"outputs": 0.7, "outputs + attention": aligned}}
+    task, _ = exercise(*WRITE, known)
+    assert f"b) Attention alignment {said} how often" in task.question
+    assert_told(task, "b", "no proof" if aligned == 0.7 else "may be noise")
 
 
 def test_the_planted_bug_hides_the_sinks_and_the_repair_shows_them():
