@@ -1,0 +1,34 @@
+"""What every notebook's exercises and predictions share: numbers that a room calls them by, and a guess kept before the answer."""
+
+import ast
+
+import nbformat
+import pytest
+
+from tests.notebooks.cells import NOTEBOOKS
+
+FILES = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+each = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+def code(path) -> list[str]:
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+@each
+def test_exercises_are_numbered_in_their_order(path):
+    calls = (node for source in code(path) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    made = [call for call in calls if getattr(call.func, "id", "") == "Exercise"]
+    given = [next((k.value.value for k in call.keywords if k.arg == "number"), None) for call in made]
+    assert given
+    assert given == [f"{path.stem[:2]}.{place}" for place in range(1, len(given) + 1)]
+
+
+@each
+def test_a_prediction_is_recorded_before_it_is_revealed(path):
+    sources = code(path)
+    asked, kept, told = (
+        next(place for place, source in enumerate(sources) if word in source)
+        for word in ("guess = predict(", "my_guess = ...", ".reveal(")
+    )
+    assert asked <= kept < told and "mine=my_guess" in sources[told]
