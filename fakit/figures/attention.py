@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 from fakit.figures.drawing import (
     axis_id,
@@ -26,12 +27,26 @@ from fakit.figures.theme import DIFFERENCE, DISTANCE, HEATMAP, STUDENT, TEACHER,
 
 LONGEST = 14  # characters of a token label
 ROW = 16  # px that a row needs for its name
+COLUMN = 13.5  # px that a column needs for its name, turned
 TALLEST = 40 * ROW  # longer sequences name every second row, and so on
 
 
 def _short(token: str) -> str:
     token = str(token).replace("\n", "⏎").replace("<", "&lt;")
     return token if len(token) <= LONGEST else token[: LONGEST - 1] + "…"
+
+
+def _name_tokens(figure: go.Figure, labels: Sequence[str], number: int, width: float) -> None:
+    """Every column's name where its room allows upright text; where names are thinned, line breaks keep theirs."""
+    if COLUMN * len(labels) <= width:
+        every = {"tickvals": list(range(len(labels))), "ticktext": list(labels), "tickangle": -90}
+        figure.update_layout({axis_key("x", number): every})
+    breaks = [i for i, label in enumerate(labels) if label == "⏎"]
+    for key in (axis_key("x", number), axis_key("y", number)):
+        ticks = list(figure.layout[key].tickvals)
+        step = ticks[1] - ticks[0] if len(ticks) > 1 else 1
+        kept = {i for i in ticks if all(abs(i - at) >= step for at in breaks)} | set(breaks)
+        figure.update_layout({key: {"tickvals": sorted(kept), "ticktext": [labels[i] for i in sorted(kept)]}})
 
 
 def _hover(labels: Sequence[str], head: str, values: np.ndarray) -> dict:
@@ -132,6 +147,7 @@ def attention_pair(
             **_hover(labels, head, values),
         )
         heat_axes(figure, labels, labels, number, down=True)
+        _name_tokens(figure, labels, number, (width - side - 16) * (domain[1] - domain[0]))
         if number:
             figure.update_layout({axis_key("y", number): {"showticklabels": False}})
         if strokes := hatch(~counts, number):

@@ -115,6 +115,18 @@ def test_attention_shares_limits_and_hatches_masked_cells():
     assert first.colorscale != second.colorscale
 
 
+def test_attention_names_every_token_where_there_is_room_and_line_breaks_always():
+    def names(tokens):
+        layout = draw.attention_pair(np.eye(len(tokens)), np.eye(len(tokens)), tokens).plotly.layout
+        return [list(axis.ticktext) for axis in (layout.yaxis, layout.xaxis, layout.xaxis3)]
+
+    words = [f"word{i}" for i in range(16)]
+    assert names(words) == [words] * 3
+    line = [*"abcdefghi" * 5, "\n", *"jklmnopqr" * 5]  # 91: thinned, and the break is at an odd place
+    for shown in names(line):
+        assert len(shown) < 60 and shown.count("⏎") == 1
+
+
 def test_attention_padding_masks_rows_and_columns():
     maps = np.full((3, 3), 1 / 3)
     figure = draw.attention_pair(maps, maps, ["a", "b", "[PAD]"], [True, True, False])
