@@ -27,7 +27,7 @@ from fakit.figures.theme import DIFFERENCE, DISTANCE, HEATMAP, STUDENT, TEACHER,
 
 LONGEST = 14  # characters of a token label
 ROW = 16  # px that a row needs for its name
-COLUMN = 13.5  # px that a column needs for its name, turned
+COLUMN = 13  # px that a column needs for its name, turned
 TALLEST = 40 * ROW  # longer sequences name every second row, and so on
 
 

@@ -120,7 +120,7 @@ def test_attention_names_every_token_where_there_is_room_and_line_breaks_always(
         layout = draw.attention_pair(np.eye(len(tokens)), np.eye(len(tokens)), tokens).plotly.layout
         return [list(axis.ticktext) for axis in (layout.yaxis, layout.xaxis, layout.xaxis3)]
 
-    words = [f"word{i}" for i in range(16)]
+    words = ["cultivate"[: 3 + i % 8] + str(i) for i in range(16)]
     assert names(words) == [words] * 3
     line = [*"abcdefghi" * 5, "\n", *"jklmnopqr" * 5]  # 91: thinned, and the break is at an odd place
     for shown in names(line):
