@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fakit.losses.reduce import at_least_float32
+from fakit.losses.reduce import at_least_float32, in_full
 
 
 @dataclass
@@ -35,7 +35,8 @@ class AttentionInputs:
         query, key = at_least_float32(self.query), at_least_float32(self.key)
         groups = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(groups, dim=1)  # grouped heads: (B, H_kv, T, d) -> (B, H, T, d)
-        scores = query @ key.transpose(-2, -1) * self.scaling  # (B, H, T, T)
+        with in_full(query):
+            scores = query @ key.transpose(-2, -1) * self.scaling  # (B, H, T, T)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         for bias in self.biases():

@@ -9,6 +9,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def in_full(x: Tensor):
+    """A context without autocast, which would take products of float32 tensors in half precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def check_same_shape(name: str, student: Tensor, teacher: Tensor, dims: str, fix: str) -> None:
     """Raise ValueError unless both sides have one shape with as many dimensions as `dims` names ("B T d")."""
     if student.shape != teacher.shape or student.dim() != len(dims.split()):

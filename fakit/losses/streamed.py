@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fakit.losses.attention_inputs import AttentionInputs
-from fakit.losses.reduce import at_least_float32, check_mask
+from fakit.losses.reduce import at_least_float32, check_mask, in_full
 
 # Elements of one score block, over batch, heads, queries and keys: 4 MiB in float32 stays in a CPU's caches; accelerators want more at once.
 _BLOCK_CPU, _BLOCK_ACCELERATOR = 2**20, 2**24
@@ -75,7 +75,7 @@ def streamed_loss(
 
 def head_costs(loss: str, student: AttentionInputs, teacher: AttentionInputs, mask: Tensor | None = None) -> Tensor:
     """The loss of every student head against every teacher head, without graph. (H_S, H_T)"""
-    with torch.no_grad():
+    with torch.no_grad(), in_full(student.query):
         ours, theirs = (_Side(side, mask, loss) for side in (student, teacher))
         valid = ours.valid
         costs = ours.query.new_zeros(ours.query.shape[1], theirs.query.shape[1])
@@ -222,29 +222,30 @@ class _Side:
 class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, student, teacher, mask, heads, *learned):
-        ours, theirs = (_Side(side, mask, loss) for side in (student, teacher))
-        valid = ours.valid
-        compare = _kl if loss == "kl" else _mse
-        needs_grad = any(tensor.requires_grad for tensor in learned)
-        if needs_grad:
-            ours.gradients()
-        total, pairs = ours.query.new_zeros(()), valid.new_zeros((), dtype=torch.long)
-        for start, end, keys in _blocks(student, teacher):
-            counts = valid[:, None, start:end, None]  # (B, 1, rows, 1): padded queries take no part
-            log_s, log_t = (side.log_maps(start, end, keys) for side in (ours, theirs))
-            value, grad = compare(log_s, log_t, ours, counts, heads, needs_grad)
-            total += value
-            if loss == "mse":
-                looked_at = counts & valid[:, None, None, :keys]
-                if ours.hidden is not None and theirs.hidden is not None:
-                    looked_at = looked_at & ~(ours.hidden & theirs.hidden)
-                pairs += looked_at.any(1).sum()
+        with in_full(student.query):
+            ours, theirs = (_Side(side, mask, loss) for side in (student, teacher))
+            valid = ours.valid
+            compare = _kl if loss == "kl" else _mse
+            needs_grad = any(tensor.requires_grad for tensor in learned)
             if needs_grad:
-                ours.back(grad, start, end, keys)
-        compared = (student.query.shape[1] if heads is None else heads) * (valid.sum() if loss == "kl" else pairs)
-        if needs_grad:
-            ctx.save_for_backward(compared, *ours.collected())
-        return total / compared
+                ours.gradients()
+            total, pairs = ours.query.new_zeros(()), valid.new_zeros((), dtype=torch.long)
+            for start, end, keys in _blocks(student, teacher):
+                counts = valid[:, None, start:end, None]  # (B, 1, rows, 1): padded queries take no part
+                log_s, log_t = (side.log_maps(start, end, keys) for side in (ours, theirs))
+                value, grad = compare(log_s, log_t, ours, counts, heads, needs_grad)
+                total += value
+                if loss == "mse":
+                    looked_at = counts & valid[:, None, None, :keys]
+                    if ours.hidden is not None and theirs.hidden is not None:
+                        looked_at = looked_at & ~(ours.hidden & theirs.hidden)
+                    pairs += looked_at.any(1).sum()
+                if needs_grad:
+                    ours.back(grad, start, end, keys)
+            compared = (student.query.shape[1] if heads is None else heads) * (valid.sum() if loss == "kl" else pairs)
+            if needs_grad:
+                ctx.save_for_backward(compared, *ours.collected())
+            return total / compared
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -262,12 +263,16 @@ def _kl(log_s: Tensor, log_t: Tensor, ours: _Side, counts: Tensor, heads: int | 
         value = (log_t.sub_(log_s).mul_(p).sum(-1, keepdim=True) * counts).sum()
         if not needs_grad:
             return value, None
-        grad = log_s.exp_().sub_(p)
-        # a key that the teacher sees and the student masks would pull at a score that was never used
-        return value, grad if ours.hidden is None else grad.masked_fill_(ours.hidden, 0.0)
+        q = log_s.exp_()
+        if ours.hidden is None:
+            return value, q.sub_(p)
+        # what the teacher gives to a key that the student masks is a constant: it pulls at no score, and the rest of p sums to less than 1
+        p = p.masked_fill_(ours.hidden, 0.0)
+        return value, q.mul_(p.sum(-1, keepdim=True)).sub_(p).masked_fill_(ours.hidden, 0.0)
     q = log_s.exp()
     tiny = torch.finfo(q.dtype).tiny
     q_mean = _grouped(q, heads).clamp_min(tiny)
+    q = q if ours.hidden is None else q.masked_fill_(ours.hidden, 0.0)
     p = _grouped(log_t.exp(), heads)
     value = ((p * (p.clamp_min(tiny).log() - q_mean.log())).sum(-1, keepdim=True) * counts).sum()
     return value, _through_softmax(q, -p / q_mean, ours, counts) if needs_grad else None

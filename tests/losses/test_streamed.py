@@ -65,6 +65,34 @@ def test_zero_at_equality_and_gradcheck():
     assert torch.autograd.gradcheck(streamed_map_kl, arguments)
 
 
+@pytest.mark.parametrize("heads", [None, 1], ids=["head by head", "group mean"])
+@pytest.mark.parametrize("student, teacher", [(True, False), (False, True), (True, True)])
+def test_where_one_side_masks_what_the_other_sees(student, teacher, heads):
+    """A causal or windowed student of a teacher that sees all: what the teacher gives to hidden keys pulls at nothing."""
+    sq, sk, tq, tk = inputs(B=1, H=2, H_kv=2, T=5)
+
+    def loss(q, k):
+        sides = AttentionInputs(q, k, None, None, 0.4, student), AttentionInputs(tq, tk, None, None, 0.3, teacher)
+        return streamed_loss("kl", *sides, None, heads)
+
+    assert torch.autograd.gradcheck(loss, (sq.requires_grad_(), sk.requires_grad_()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_autocast_does_not_reach_it(loss, dtype):
+    sq, sk, tq, tk = (40 * x for x in inputs(dtype=torch.float32))
+    sides = [AttentionInputs(q, k, None, None, 0.4, False) for q, k in ((sq.requires_grad_(), sk), (tq, tk))]
+    expected = streamed_loss(loss, *sides, MASK)
+    (slope,) = torch.autograd.grad(expected, sq)
+    costs, maps = streamed.head_costs(loss, *sides, MASK), sides[0].maps()
+    with torch.autocast("cpu", dtype=dtype):
+        found = streamed_loss(loss, *sides, MASK)
+        assert torch.equal(streamed.head_costs(loss, *sides, MASK), costs)
+        assert torch.equal(sides[0].maps(), maps)
+    assert torch.equal(found, expected) and torch.equal(torch.autograd.grad(found, sq)[0], slope)
+
+
 def test_padding_has_no_effect_not_even_nan():
     sq, sk, tq, tk = inputs()
     expected = streamed_map_kl(sq, sk, tq, tk, MASK)
