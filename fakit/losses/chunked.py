@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fakit.losses import liger, outputs
+from fakit.losses.chunked_head import Head, view
 from fakit.losses.reduce import check_labels, check_mask
-from fakit.products import times_transposed
 
 # Tokens of one chunk. Its logits, in float32, should stay in a CPU's caches (16 MiB; a GPU wants larger matrices), but every chunk also reads
 # both heads and adds to one gradient of their size, so that below some 250 tokens the traffic costs more than the caches save.
@@ -85,10 +85,11 @@ def fused_outputs(
             "fused_outputs compares hidden states of the same positions, (N, d) or (B, T, d) on both sides; the student has "
             f"{tuple(student_hidden.shape)}, the teacher {tuple(teacher_hidden.shape)}. Feed both models the same batch."
         )
-    for side, hidden, weight in (
-        ("student", student_hidden, student_weight),
-        ("teacher", teacher_hidden, teacher_weight),
-    ):
+    sides = (
+        ("student", student_hidden, student_weight, student_bias),
+        ("teacher", teacher_hidden, teacher_weight, teacher_bias),
+    )
+    for side, hidden, weight, _ in sides:
         if not weight.is_floating_point() or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
             raise ValueError(
                 f"fused_outputs wants the {side}'s head as a floating-point matrix (V, {hidden.shape[-1]}) for its hidden states "
@@ -111,6 +112,16 @@ def fused_outputs(
         raise ValueError(
             f"vocab_size={vocab_size} entries are not in both vocabularies: the student has {sizes[0]}, the teacher {sizes[1]}."
         )
+    for side, hidden, weight, bias in sides:
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"the {side}'s head has {weight.shape[0]} entries and a bias of {tuple(bias.shape)}; one number an entry."
+            )
+        kinds = {x.dtype for x in (hidden, weight, bias) if x is not None}
+        if len(kinds) > 1 and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(
+                f"the {side}'s hidden states, head and bias are {', '.join(sorted(map(str, kinds)))}: one dtype without torch.autocast; cast one."
+            )
     if not 0 < temperature < float("inf"):
         raise ValueError(
             f"fused_outputs wants a finite temperature above 0, not {temperature!r}; 1 leaves the distributions as they are."
@@ -121,6 +132,8 @@ def fused_outputs(
         )
     if wants_task:
         check_labels("fused_outputs", task_labels, sizes[0])
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}: a chunk has at least one token; None chooses.")
     if isinstance(divergence, str) and divergence not in outputs.PER_POSITION:
         raise ValueError(
             f"divergence {divergence!r} is not known; choose one of {list(outputs.PER_POSITION)} or pass a function."
@@ -137,6 +150,7 @@ def fused_outputs(
         vocab_size=vocab_size or sizes[0],
         finish=(student_finish, teacher_finish),
         chunk=chunk or max(_FEWEST, _ELEMENTS.get(kind, _ELEMENTS_ELSEWHERE) // max(sizes)),
+        dtype=torch.float64 if torch.float64 in (student_weight.dtype, teacher_weight.dtype) else torch.float32,
         autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         gradients=torch.is_grad_enabled(),
         # a device's number enters no comparison, so that nothing waits for it
@@ -156,7 +170,9 @@ def fused_outputs(
         outputs_loss = liger.output_loss(*tensors, divergence, temperature)
         return plan.factors[0] * outputs_loss, outputs_loss, None
     labels = task_labels.flatten().to(student_hidden.device) if wants_task else None
-    total, outputs_loss, task = _FusedOutputs.apply(*tensors, labels, plan)
+    # what a teacher made under torch.inference_mode, a backward pass may keep as a copy alone
+    tensors = [x.clone() if x is not None and x.is_inference() else x for x in (*tensors, labels)]
+    total, outputs_loss, task = _FusedOutputs.apply(*tensors, plan)
     return total, outputs_loss if wants_outputs else None, task if wants_task else None
 
 
@@ -171,6 +187,7 @@ class _Plan:
     vocab_size: int
     finish: tuple[Callable | None, Callable | None]
     chunk: int
+    dtype: torch.dtype  # of logits and losses
     autocast: torch.dtype | None
     gradients: bool
     shares: tuple[Tensor | float, Tensor | float]
@@ -235,11 +252,11 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
         labelled_rows = with_label.shape[0]
         if rows.shape[0] == N and labelled_rows in (0, N):
             rows = None  # all of them, in their order
-    student = _Head(hidden, weight, bias, plan.finish[0], plan, compared | labelled, rows)
+    student = Head(hidden, weight, bias, plan.finish[0], plan, compared | labelled, rows)
     if plan.outputs_weight:
         cut = slice(plan.vocab_size)
         teacher_bias = None if teacher_bias is None else teacher_bias[cut]
-        teacher = _Head(teacher_hidden, teacher_weight[cut], teacher_bias, plan.finish[1], plan, compared, rows)
+        teacher = Head(teacher_hidden, teacher_weight[cut], teacher_bias, plan.finish[1], plan, compared, rows)
     if rows is not None:
         compared, labelled = compared[rows], labelled[rows]
         labels = None if labels is None else labels[rows]
@@ -281,7 +298,7 @@ def _forward_kl_step(z, t, temperature, work):
 
     With a = z/τ and b = t/τ, log P - log Q = b - a - LSE(b) + LSE(a), LSE(x) = max x - log max softmax(x), and the gradient is τ (Q - P).
     """
-    a, p = (_view(buffer, z.shape) for buffer in work)
+    a, p = (view(buffer, z.shape) for buffer in work)
     torch.div(z, temperature, out=a)
     b = t.div_(temperature)
     shift = b.amax(-1, keepdim=True) - a.amax(-1, keepdim=True)
@@ -304,95 +321,7 @@ def _any_step(per_position, z, t, temperature, work):
 
 def _cross_entropy_step(z, labels, work):
     """-log softmax(z) at the labels (n,), and its gradient for z, softmax(z) - onehot(labels), (n, V)."""
-    r = torch.softmax(z, -1, out=_view(work, z.shape))
+    r = torch.softmax(z, -1, out=view(work, z.shape))
     labels = labels.unsqueeze(-1)
     values = z.amax(-1) - r.amax(-1).log() - z.gather(-1, labels).squeeze(-1)
     return values, r.scatter_add_(-1, labels, r.new_full(labels.shape, -1.0))
-
-
-def _view(buffer: Tensor, shape) -> Tensor:
-    return buffer[: shape[0] * shape[1]].view(shape)
-
-
-class _Head:
-    """One side: hidden states of the rows that count, and how they become logits and gradients."""
-
-    def __init__(self, hidden, weight, bias, finish, plan, counts, rows):
-        self.parameters = (hidden, weight, bias)
-        hidden = hidden.masked_fill(~counts.unsqueeze(-1), 0.0)  # NaN in padding must not reach the products
-        if rows is not None:
-            hidden = hidden[rows]
-        if plan.autocast is not None:
-            hidden, weight, bias = (
-                x if x is None or x.dtype == torch.float64 else x.to(plan.autocast) for x in (hidden, weight, bias)
-            )
-        self.hidden, self.weight, self.bias, self.finish = hidden, weight, bias, finish
-        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.buffer: Tensor | None = None
-        # -inf can come from a bias or a finishing function alone; it is replaced there, and not in a pass over all logits
-        self.share_of_lowest = min(1.0, plan.temperature)
-        if bias is not None:
-            self.bias = bias.clamp_min(self.share_of_lowest * outputs.lowest(bias.dtype))
-
-    def logits(self, chunk: slice) -> Tensor:
-        """finish(h Wᵀ + b), float32 or float64. (n, V), good until the next call"""
-        h = self.hidden[chunk]
-        if h.device.type == "cpu" and self.dtype == h.dtype == torch.float32:
-            out = times_transposed(h, self.weight, self.bias)
-        else:
-            if self.buffer is None:  # the first chunk is the largest
-                self.buffer = torch.empty(len(h) * self.weight.shape[0], dtype=self.dtype, device=h.device)
-            out = _view(self.buffer, (len(h), self.weight.shape[0]))
-            if out.dtype != h.dtype:
-                out.copy_(F.linear(h, self.weight, self.bias))
-            elif self.bias is None:
-                torch.mm(h, self.weight.t(), out=out)
-            else:
-                torch.addmm(self.bias, h, self.weight.t(), out=out)
-        if self.finish is None:
-            return out
-        with torch.enable_grad():
-            self.before = out.detach().requires_grad_()
-            self.after = self.finish(self.before).clamp_min(self.share_of_lowest * outputs.lowest(out.dtype))
-        return self.after.detach()
-
-    def zero_grads(self, wanted):
-        hidden, weight, bias = (
-            torch.zeros(x.shape, dtype=self.dtype, device=x.device) if want else None
-            for x, want in zip((self.hidden, self.weight, self.bias), wanted, strict=True)
-        )
-        return hidden, weight, bias
-
-    def backward(self, chunk: slice, g: Tensor, grads):
-        """Add what the gradient g of the chunk's logits, (n, V), means for hidden, weight and bias."""
-        if self.finish is not None:
-            (g,) = torch.autograd.grad(self.after, self.before, g)
-        hidden, weight, bias = grads
-        if bias is not None:
-            bias += g.sum(0)
-        size = None
-        if self.weight.dtype == torch.float16:  # shares of a mean over many tokens would round to 0
-            size = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
-            g = g / size
-        g, h = g.to(self.weight.dtype), self.hidden[chunk]
-        if hidden is not None:
-            hidden[chunk] = times_transposed(g, self.weight.t())
-            if size is not None:
-                hidden[chunk] *= size
-        if weight is not None and weight.dtype == g.dtype:
-            weight.addmm_(g.t(), h)
-        elif weight is not None:
-            weight += g.t() @ h if size is None else (g.t() @ h).to(weight.dtype) * size
-
-    def finish_grads(self, grads, rows):
-        """The sums in the dtypes of what they belong to; rows that were left out get 0.
-
-        float16 has to wait for backward: before a GradScaler's factor has come in, it would round them to 0.
-        """
-        hidden, *others = grads
-        if hidden is not None and rows is not None:
-            hidden = hidden.new_zeros(self.parameters[0].shape).index_copy_(0, rows, hidden)
-        return [
-            g if g is None or x.dtype == torch.float16 else g.to(x.dtype)
-            for g, x in zip((hidden, *others), self.parameters, strict=True)
-        ]

@@ -313,12 +313,37 @@ def test_backward_twice_is_twice_the_gradient():
             r"nothing to compute: outputs_weight is 0.0, task_weight is 0.0, task_labels are not given",
         ),
         ({"mask": torch.zeros(B, T, dtype=torch.bool)}, r"no valid position in the whole batch"),
+        ({"teacher_bias": torch.zeros(V + 3)}, r"teacher's head has 11 entries and a bias of \(14,\)"),
+        ({"student_hidden": torch.zeros(B, T, 4)}, r"student's hidden .* torch.float32, torch.float64: one dtype"),
+        ({"chunk": 0}, r"chunk=0: a chunk has at least one token"),
         ({"mask": MASK[:, :4]}, r"wants a mask of shape \(3, 7\).* the mask has \(3, 4\)"),
     ],
 )
 def test_wrong_inputs_name_both_sides_and_the_fix(change, message):
     with pytest.raises(ValueError, match=message):
         fused_outputs(**dict(zip(NAMES, make(), strict=True)) | {"mask": MASK} | change)
+
+
+@divergences
+@pytest.mark.parametrize("which", [slice(3), slice(3, None)], ids=["student", "teacher"])
+def test_one_side_in_float64(which, divergence):
+    tensors, wide = make(torch.float32), make(torch.float32)
+    wide[which] = [x.detach().double().requires_grad_(x.requires_grad) for x in wide[which]]
+    found = fused_outputs(*wide, MASK, divergence=divergence, task_labels=labels(), task_weight=0.4, chunk=4)
+    expected = plain(tensors, MASK, divergence, 1.0, 1.0, labels(), 0.4)
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in expected], rel=1e-5)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(x[0], t[:3]) for x, t in ((found, wide), (expected, tensors))), strict=True
+    ):
+        torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_of_inference_mode():
+    tensors = make()
+    with torch.inference_mode():
+        theirs, mask, given = [x.clone() for x in tensors[3:]], MASK.clone(), labels().clone()
+    found = fused_outputs(*tensors[:3], *theirs, mask, task_labels=given, task_weight=0.4)
+    assert_equal(found, fused_outputs(*tensors, MASK, task_labels=labels(), task_weight=0.4), tensors[:3], 1e-12)
 
 
 @pytest.mark.parametrize("wrong", [-1, V, V + 30000])
