@@ -121,6 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("\n".join([f"fakit: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 2
+    except OSError as error:  # a folder that is a file, a disk that is full, a file that may not be read
+        if args.debug:
+            raise
+        print(f"fakit: {error.strerror or error}: {error.filename or '?'}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class Recorder:
 
 def _hidden(output) -> Tensor:
     """The hidden state in what a block takes or returns: the first tensor."""
-    return next(x for x in output if isinstance(x, Tensor)) if isinstance(output, tuple) else output
+    return next(x for x in output if isinstance(x, Tensor)) if isinstance(output, (tuple, list)) else output
 
 
 _recorder: ContextVar[Recorder | None] = ContextVar("fakit_recorder", default=None)  # of this thread's capture

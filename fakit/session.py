@@ -158,6 +158,8 @@ class TrainSession:
         """
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"step({n!r}): a whole number of steps, at least 1")
+        if wait:
+            self._refuse_own_thread("step(wait=True)")
         with self._changed:
             if self.state == READY:
                 self._begin()
@@ -213,6 +215,8 @@ class TrainSession:
         """
         if self.state == READY:
             raise ValueError("nothing to save yet: the session has not started; the student is as it was made")
+        if wait:
+            self._refuse_own_thread("checkpoint()")
         written: Future[Path] = Future()
         self._ask("checkpoint", written)
         return written.result() if wait else None
@@ -227,6 +231,7 @@ class TrainSession:
         """
         if self.state == READY:
             raise ValueError("the session has not started: session.start(), or session.run() to train here and now")
+        self._refuse_own_thread("result()")
         end = None if timeout is None else time.monotonic() + timeout
         while not self._done.is_set():
             if end is None and self.state == PAUSED:  # also one that came, or was taken, while this waited
@@ -298,6 +303,14 @@ class TrainSession:
         except BaseException as error:
             self.error = error
         self._done.set()
+
+    def _refuse_own_thread(self, what: str) -> None:
+        """A callback or a listener that waits for the run in the run's own thread would wait for ever."""
+        if threading.get_ident() == self._loop.thread:
+            raise ValueError(
+                f"{what} was called from the thread that trains (a callback, a listener of run()), which would wait for itself; "
+                "use wait=False there: it is done right after this step's log."
+            )
 
     def _steer(self, what: str, allowed: float, stopping: bool = False) -> None:
         with self._changed:

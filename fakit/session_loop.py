@@ -46,6 +46,7 @@ class Loop(TrainerCallback):
         self.layers, self.examples, self.look_every = layers, examples, look_every
         self.changed = threading.Condition(threading.RLock())
         self.state = READY
+        self.thread: int | None = None  # that trains
         self.allowed: float = math.inf
         self.stopping = False
         self.requests: deque[tuple[str, Any, Any]] = deque()
@@ -63,14 +64,17 @@ class Loop(TrainerCallback):
 
     def train(self, resume_from: Path | None) -> Any:
         """All of the run. Leaves `state` at its end, and raises what it raised."""
-        self._resumed = resume_from
+        self._resumed, self.thread = resume_from, threading.get_ident()
         try:
             output = self.trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         except BaseException as error:  # also an interrupt: the run is over
             self._end(FAILED, f"{type(error).__name__}: {error}")
             raise
-        finally:  # whoever trains on with this trainer is not held by a session that is over
-            self.trainer.remove_callback(self)
+        finally:
+            self.thread = None
+            self.trainer.remove_callback(
+                self
+            )  # whoever trains on with this trainer is not held by a session that is over
         self.trainer.student.eval()
         with self.changed:
             self.carry_out()  # what was asked during the last step

@@ -99,6 +99,10 @@ class Distiller(nn.Module):
             return loss | {"logits": logits}
         asked = inputs | {"labels": labels}  # an encoder-decoder makes its decoder's inputs of them
         if theirs is None and self.objective.needs_teacher():
+            if (
+                self.teacher.training
+            ):  # whoever looked at it in between; with dropout it would say something else each time
+                self.teacher.eval()
             with torch.no_grad():
                 theirs = _trace(self.teacher, asked, self.objective.needs("teacher"))
         ours = _trace(self.student, asked, self.objective.needs("student", labels is not None))
@@ -154,6 +158,14 @@ class DistillationTrainer(Trainer):
         if teacher is None and teacher_cache is None:
             raise ValueError("neither a teacher nor a cache of one was given; pass teacher=… or teacher_cache=….")
         args = TrainingArguments("tmp_trainer") if args is None else args
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor} smooths the Trainer's own loss, and here the objective makes the loss; "
+                "leave it 0 (the outputs term is soft labels already)."
+            )
+        rows = kwargs.get("train_dataset")
+        if hasattr(type(rows), "__len__") and len(rows) == 0:
+            raise ValueError("train_dataset has no rows: there is nothing to train on.")
         if args.n_gpu > 1:
             logger.warning("Training on one of %d GPUs; `accelerate launch` starts a process on each.", args.n_gpu)
             args._n_gpu = 1  # not DataParallel, whose replicas lose their breakdown
@@ -164,6 +176,7 @@ class DistillationTrainer(Trainer):
         check_fit(described, student, objective, teacher_tokenizer, tokenizer)
         objective.prepare(*(m.config.get_text_config().hidden_size for m in (student, described)))
         if teacher is not None:
+            _refuse_shared(teacher, student)
             teacher.eval().requires_grad_(False)
         self.cached_teacher = None
         if teacher_cache is not None:
@@ -306,6 +319,16 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
+    theirs = {id(parameter) for parameter in teacher.parameters()}
+    shared = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]
+    if shared:
+        raise ValueError(
+            f"student and teacher share {len(shared)} parameters ({', '.join(shared[:3])}{' …' if shared[3:] else ''}): the teacher is frozen, and they "
+            "with it. Give the student weights of its own: shrink(teacher, …) copies them, copy.deepcopy(teacher) too."
+        )
 
 
 def check_fit(

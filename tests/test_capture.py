@@ -299,3 +299,10 @@ def test_a_trace_prints_what_it_holds():
 def test_a_bare_encoder_has_no_logits():
     trace = capture(tiny("bert").bert, batch(), [3])
     assert trace.logits is None and trace.hidden_states[3].shape == (2, 7, WIDTH)
+
+
+def test_blocks_that_return_lists():
+    model = hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(vocab_size=50, n_embd=32, n_layer=3, n_head=4)).eval()
+    batch = {"input_ids": torch.ones(2, 7, dtype=torch.long)}
+    states = model(**batch, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(capture(model, batch, [1, 3]).hidden_states[1], states[1])

@@ -199,3 +199,11 @@ print(json.dumps([name for name in ("torch", "transformers", "plotly", "nbclient
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_a_file_where_a_folder_should_be_is_one_message_and_status_2(experiment, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for options in (["--teacher-cache", str(tmp_path / "file")], ["--out", str(tmp_path / "file" / "runs")]):
+        assert main(["distill", str(experiment), *options]) == 2
+        said = capsys.readouterr().err
+        assert str(tmp_path / "file") in said and "Traceback" not in said

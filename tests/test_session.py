@@ -564,3 +564,12 @@ def test_logged_matches_the_curve_of_the_trainer(tmp_path):
     session = TrainSession(make(tmp_path))
     session.run()
     assert [row["outputs"] for row in session.curve] == logged(session.trainer, "outputs")
+
+
+@pytest.mark.parametrize("ask", [lambda s: s.checkpoint(), lambda s: s.step(2, wait=True), lambda s: s.result()])
+def test_the_thread_that_trains_does_not_wait_for_itself(ask, tmp_path):
+    session = TrainSession(make(tmp_path))
+    session.listeners.append(lambda: ask(session) if session.progress[0] and session.state == "running" else None)
+    with pytest.raises(ValueError, match="the thread that trains"):
+        session.run()
+    assert session.state == "failed"

@@ -412,3 +412,10 @@ def test_fingerprints_look_at_what_shapes_the_answer():
     assert data_fingerprint([row | {"token_type_ids": row["attention_mask"]} for row in dataset]) != data_fingerprint(
         dataset
     )
+
+
+def test_a_folder_of_something_else_is_not_to_be_deleted(dataset, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"version": 1, "what": "distillation runs"}))
+    with pytest.raises(ValueError, match=r"something else's.*folder of its own") as refused:
+        TeacherCache.build(tmp_path, bert(), dataset)
+    assert "delete" not in str(refused.value)

@@ -246,3 +246,31 @@ def test_tensorboard_shows_every_term_and_pair(tmp_path, monkeypatch):
     for name in expected:
         values = [event.value for event in events.Scalars(f"train/{name}")]
         assert values == pytest.approx(logged(trainer, name), rel=1e-5)
+
+
+def test_a_student_that_shares_weights_with_its_teacher_is_refused(tmp_path):
+    teacher, student, objective = parts()
+    student.bert.embeddings = teacher.bert.embeddings
+    with pytest.raises(ValueError, match=r"share \d+ parameters \(bert.embeddings.*shrink\(teacher"):
+        make(tmp_path, made=(teacher, student, objective))
+    with pytest.raises(ValueError, match="share"):
+        make(tmp_path, made=(teacher, teacher, objective))
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_a_teacher_put_in_train_mode_answers_in_eval_mode(tmp_path):
+    losses = []
+    for disturb in (False, True):
+        trainer = make(tmp_path, made=parts(hidden_dropout_prob=0.3))
+        if disturb:
+            trainer.teacher.train()
+        trainer.train()
+        losses.append(logged(trainer))
+    assert losses[0] == losses[1] and not trainer.teacher.training
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.5"):
+        make(tmp_path, label_smoothing_factor=0.5)
+    with pytest.raises(ValueError, match="train_dataset has no rows"):
+        make(tmp_path, train=[])

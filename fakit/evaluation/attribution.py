@@ -77,6 +77,8 @@ def attribute(
     """
     if isinstance(texts, str) or not len(texts):
         raise ValueError("attribute: give a list with at least one text")
+    if batch_size < 1:
+        raise ValueError(f"attribute: batch_size={batch_size} was asked; use at least 1")
     if targets is not None and len(targets) != len(texts):
         raise ValueError(f"attribute: {len(targets)} targets for {len(texts)} texts; give one each, or None")
     if any(getattr(weight, "quant_state", None) is not None and weight.is_cpu for weight in model.parameters()):

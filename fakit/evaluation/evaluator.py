@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,7 +11,7 @@ from fakit.evaluation import calibration, metrics
 from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of, to_device
 from fakit.evaluation.fidelity import Agreement
 from fakit.evaluation.generation import generation_metrics
-from fakit.evaluation.language_modeling import label_nll
+from fakit.evaluation.language_modeling import exponential, label_nll
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
 UNLABELLED = -100
@@ -180,5 +179,5 @@ def _language_modeling(model, dataset, collator, batch_size, teacher, shared_voc
                 agreement.update(logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:] != UNLABELLED)
     if tokens == 0:
         raise ValueError("evaluate: no labelled token (all labels are -100); evaluate on a labelled split")
-    results = {"perplexity": math.exp(nll / tokens), "nll": nll / tokens}
+    results = {"perplexity": exponential(nll / tokens), "nll": nll / tokens}
     return results if agreement is None else results | agreement.compute()

@@ -75,7 +75,7 @@ class Agreement:
         log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
         p = log_p.exp()
         # Where the teacher gives no probability at all (a logit of -inf) the term is 0, not 0 · inf.
-        values["kl"] = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+        values["kl"] = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)  # NaN stays NaN
         if self.k is not None:
             values[f"cr@{self.k}"], values[f"mor@{self.k}"] = ranking_agreement(student, teacher, self.k)
         for name, each in values.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ class Perplexity:
     @property
     def value(self) -> float:
         """exp of the mean −log P per token (token-weighted: long texts count for more)."""
-        return math.exp(self.nll / self.tokens)
+        return exponential(self.nll / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
@@ -84,6 +85,8 @@ def perplexity(
         raise ValueError("perplexity: no texts were given; give a str or a list with at least one")
     if not tokenizer.is_fast:
         raise ValueError(f"perplexity: {type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
+    if batch_size < 1:
+        raise ValueError(f"perplexity: batch_size={batch_size} was asked; use at least 1")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
     window = min(positions, 1024) if window is None else window
     stride = max(1, window // 2) if stride is None else stride
@@ -110,6 +113,11 @@ def perplexity(
         for start in range(0, len(spans), batch_size):
             nll += _summed_nll(model, spans[start : start + batch_size])
     return Perplexity(corpus, window, stride, tokens, scored_bytes, nll)
+
+
+def exponential(mean_nll: float) -> float:
+    """Perplexity of a mean −log P (nats); inf where it is beyond a float, as a diverged model's is."""
+    return math.inf if mean_nll > math.log(sys.float_info.max) else math.exp(mean_nll)
 
 
 def _tokenize(tokenizer, text: str) -> tuple[list[int], list[bool], int]:

@@ -120,9 +120,18 @@ def preflight(teacher: nn.Module, student: nn.Module, tokenizer=None, student_to
     return report
 
 
+def _headless(model) -> str:
+    return "encoder" if model.get_output_embeddings() is None else "tokens"
+
+
 def _task_rows(row, teacher, student, t, s) -> None:
+    from fakit.capture import is_causal_lm  # which stands on this package
+
     names = [type(without_adapter(model)).__name__ for model in (teacher, student)]
-    kinds = [name.split("For")[-1] if "For" in name else "encoder" for name in names]
+    kinds = [
+        "CausalLM" if is_causal_lm(model) else name.split("For")[-1] if "For" in name else _headless(model)
+        for name, model in zip(names, (teacher, student), strict=True)
+    ]
     row(
         "task head",
         "ok" if kinds[0] == kinds[1] else "warning",

@@ -1,6 +1,7 @@
 """A student from a teacher: fewer blocks, narrower blocks, copied or random weights."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from fakit.models.load import full_precision_state
 
 # Settings given once a block, in a list as long as the model is deep: those with one of these words in their name.
 _PER_BLOCK = ("layer", "attention_window", "indexer_types", "intermediate_size", "activation_sparsity_pattern")
+# Lists that say which blocks (counted from 0) are of a kind.
+_BLOCK_NUMBERS = ("moe_layers", "mlp_only_layers", "hybrid_layer_ids", "attn_layer_indices", "full_attn_idxs")
 # Widths that follow the hidden size where they equal it.
 _OUTER_WIDTHS = ("word_embed_proj_dim", "embedding_size", "pooler_hidden_size")
 # The inner width of a block's feed-forward part, under the names families give it.
@@ -80,8 +83,13 @@ def _plain(teacher: nn.Module) -> PreTrainedModel:
         return copy.deepcopy(teacher).merge_and_unload()
     if isinstance(getattr(teacher.config, "encoder", None), PreTrainedConfig):
         raise ValueError(
-            f"{type(teacher).__name__} joins two models, each with a configuration of its own. Shrink each, and join them again: "
-            f"{type(teacher).__name__}(encoder=shrink(teacher.get_encoder(), …), decoder=shrink(teacher.get_decoder(), …))."
+            f"{type(teacher).__name__} joins two models, each with a configuration of its own. "
+            + (
+                f"Shrink each, and join them again: {type(teacher).__name__}(encoder=shrink(teacher.get_encoder(), …), "
+                "decoder=shrink(teacher.get_decoder(), …))."
+                if "encoder" in inspect.signature(type(teacher)).parameters
+                else "Make the student from a configuration of its own."
+            )
         )
     return teacher
 
@@ -132,7 +140,11 @@ def _smaller_config(
     # against them
     for name, value in vars(teacher.config.get_text_config()).items():
         for stack, kept in zip(stacks, sources, strict=True):
-            if isinstance(value, list) and len(value) == len(stack.blocks) and any(word in name for word in _PER_BLOCK):
+            if not isinstance(value, list):
+                continue
+            if name in _BLOCK_NUMBERS:
+                vars(config)[name] = [new for new, old in enumerate(kept) if old - 1 in value]
+            elif len(value) == len(stack.blocks) and any(word in name for word in _PER_BLOCK):
                 vars(config)[name] = [value[i - 1] for i in kept]
     for stack, kept in zip(stacks, sources, strict=True):
         for count in stack.counts:
@@ -151,7 +163,12 @@ def _smaller_config(
 
 
 def _narrow(config: PreTrainedConfig, hidden_size: int | None, heads: int | None) -> None:
-    width, old_heads = config.hidden_size, config.num_attention_heads
+    width, old_heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if not (isinstance(width, int) and isinstance(old_heads, int)):
+        raise ValueError(
+            f"hidden_size={hidden_size}, heads={heads} asked of a {type(config).__name__} of width {width} in {old_heads} heads: narrowing needs one "
+            "width and one number of heads. Cut it by depth alone, or make the student from a configuration of its own."
+        )
     new_width = width if hidden_size is None else hidden_size
     head_width = getattr(config, "head_dim", None) or width // old_heads
     new_heads = heads if heads is not None else max(1, new_width // head_width)

@@ -19,11 +19,13 @@ def read_manifest(folder: Path) -> dict:
         )
     try:
         manifest = json.loads(path.read_text())
+        if "teacher" not in manifest:
+            raise ValueError(f"it holds {', '.join(list(manifest)[:6])}")
         version = manifest["version"]
         missing = [key for key in _KEYS if key not in manifest] if version == VERSION else []
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no manifest of a teacher cache ({error!r}); delete the folder and build it again."
+            f"{path} is no manifest of a teacher cache ({error!r}): the folder is something else's, or damaged. Give a folder of its own."
         ) from error
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; delete the folder and build it again.")

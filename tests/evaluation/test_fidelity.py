@@ -132,3 +132,8 @@ def test_attention_errors():
         attention_jsd(maps(1, 2, 3, 3), maps(1, 2, 3, 3), torch.ones(1, 4))
     with pytest.raises(ValueError, match="no valid query"):
         attention_jsd(maps(1, 2, 3, 3), maps(1, 2, 3, 3), torch.zeros(1, 3))
+
+
+def test_a_teacher_that_says_nan_does_not_agree():
+    found = Agreement(k=None).update(torch.randn(4, 3), torch.full((4, 3), torch.nan)).compute()
+    assert math.isnan(found["kl"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fakit.evaluation import perplexity
+from fakit.evaluation.language_modeling import Perplexity, exponential
 
 TEXT = "in the beginning god created the heaven and the earth.\nand é so on"
 
@@ -105,3 +106,8 @@ def test_errors(gpt2, characters):
         perplexity(model, tokenizer, [])
     with pytest.raises(ValueError, match="2 texts hold no token with context"):
         perplexity(model, tokenizer, ["a", ""])
+
+
+def test_a_diverged_model_is_infinitely_perplexed():
+    assert Perplexity("x", 8, 4, tokens=2, bytes=9, nll=1e5).value == math.inf
+    assert exponential(math.log(7.0)) == pytest.approx(7.0) and math.isnan(exponential(math.nan))

@@ -133,3 +133,10 @@ def test_images_and_models_without_attention():
     mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2))
     status, *sides, fix = row("attention heads", frozen("gpt2"), mamba)
     assert (status, sides) == ("warning", [4, "none"]) and "attention=None" in fix
+
+
+def test_a_language_model_is_no_encoder_whatever_its_class_is_called():
+    gpt2 = tiny("gpt2")
+    assert preflight(gpt2, tiny("llama"))["task head"].status == "ok"
+    row = preflight(gpt2, hf.GPT2Model(gpt2.config).eval())["task head"]
+    assert (row.status, row.teacher, row.student) == ("warning", "CausalLM", "encoder")

@@ -324,3 +324,32 @@ def test_every_decoder_can_still_generate():
         student = shrink(teacher_of(family), layers=2).eval()
         inputs = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
         assert student.generate(**inputs, max_new_tokens=2, do_sample=False, eos_token_id=None).shape == (1, 5), family
+
+
+def test_lists_of_block_numbers_follow_the_blocks_that_stay():
+    sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+    teacher = hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(
+            **sizes,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            mlp_only_layers=[0, 1, 2],
+        )
+    )
+    for init in ("copy", "random"):
+        student = shrink(teacher, layers=2, init=init)
+        assert student.config.mlp_only_layers == [0, 1]
+        assert {type(block.mlp).__name__ for block in student.model.layers} == {"Qwen3MoeMLP"}
+    assert shrink(teacher, layers=[2, 3]).config.mlp_only_layers == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3, state_size=4))],
+)
+def test_a_model_without_heads_cannot_be_narrowed(make):
+    with pytest.raises(ValueError, match=r"in None heads: narrowing needs one width .* by depth alone"):
+        shrink(make(), layers=2, hidden_size=8)
