@@ -72,6 +72,10 @@ class Distiller(nn.Module):
         """True while the student recomputes its activations."""
         return self.student.is_activation_checkpointing
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's: NEFTune's noise goes there."""
+        return self.student.get_input_embeddings()
+
     @property
     def _no_split_modules(self) -> list[str]:
         """The classes of the student's blocks: FSDP's TRANSFORMER_BASED_WRAP shards each block by itself."""

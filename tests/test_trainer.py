@@ -274,3 +274,10 @@ def test_options_that_would_do_nothing_are_refused(tmp_path):
         make(tmp_path, label_smoothing_factor=0.5)
     with pytest.raises(ValueError, match="train_dataset has no rows"):
         make(tmp_path, train=[])
+
+
+def test_neftune_reaches_the_students_embeddings(tmp_path):
+    plain, noisy = make(tmp_path), make(tmp_path, neftune_noise_alpha=5.0)
+    plain.train(), noisy.train()
+    assert logged(plain) != logged(noisy)
+    assert not noisy.student.get_input_embeddings()._forward_hooks

@@ -20,6 +20,15 @@ from fakit.layer_maps import LayerMap
 from fakit.objective import Objective
 from fakit.terms import Attention, Features, Outputs, Task
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
@@ -153,6 +162,34 @@ def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: Text
     model = auto.from_pretrained(resolve_model(config.student.path), dtype=torch.float32, **options)
     model.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
     return model.to(teacher.device)
+
+
+def student_tokenizer(config: ExperimentConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside the model at `student.path`; None where none does, or the student is cut from the teacher."""
+    if config.student.path is None:
+        return None
+    from transformers import AutoTokenizer
+
+    from fakit.models.load import resolve_model
+
+    folder = Path(resolve_model(config.student.path))
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def check_lengths(rows: Dataset, max_length: int, **models: PreTrainedModel) -> None:
+    """Raise ValueError where a row is longer than a model has positions."""
+    from fakit.models.positions import longest_row
+
+    longest = max(map(len, rows["input_ids"]))
+    for side, model in models.items():
+        positions = longest_row(model)
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"a text has {longest} tokens at training.max_length: {max_length}, and the {side} ({type(model).__name__}) has {positions} positions; "
+                f"set training.max_length to at most {positions}."
+            )
 
 
 def build_layer_map(config: ExperimentConfig, student_layers: int, teacher_layers: int) -> LayerMap:

@@ -21,7 +21,9 @@ from fakit.experiments.build import (
     build_objective,
     build_student,
     build_training_rows,
+    check_lengths,
     prepare,
+    student_tokenizer,
 )
 from fakit.experiments.checkpoints import last_whole_checkpoint
 from fakit.experiments.config import ExperimentConfig
@@ -133,7 +135,7 @@ def run_experiment(
     from transformers import PrinterCallback, set_seed
 
     from fakit.teacher_cache import TeacherCache
-    from fakit.trainer import DistillationTrainer
+    from fakit.trainer import DistillationTrainer, check_fit
 
     store = RunStore.open(store) if isinstance(store, str | Path) else store
     if store is not None and store.has(config.run_id):
@@ -160,6 +162,8 @@ def run_experiment(
         student = build_student(config, teacher, task)
         rows = build_training_rows(config, task, tokenizer, processes=args.world_size)
         objective = build_objective(config, student, teacher)
+        check_fit(teacher, student, objective, tokenizer, student_tokenizer(config))
+        check_lengths(rows.rows, config.training.max_length, teacher=teacher, student=student)
         cache = None
         if teacher_cache is not None:
             cache = TeacherCache.build(

@@ -81,11 +81,24 @@ def load_teacher(
             teacher, _ = _from_pretrained(folder, task, quantize, dtype, device, **how)
             teacher.config._name_or_path = teacher.name_or_path = str(id_or_path)
     for module in teacher.modules():
+        if type(module).__name__ == "Linear8bitLt" and module.bias is not None:
+            module.register_forward_pre_hook(_keep_bias)
+            module.register_forward_hook(_restore_bias, always_call=True)
         if type(module).__name__ == "Linear4bit":
             # bitsandbytes' CPU kernel would pack the weights anew in the first forward pass, and (0.50) not turn that back right when
             # they are saved or hashed: a teacher has to stay the same. Costs half of the speed of 4 bits on a CPU.
             module.support_avx512bf16_for_cpu = False
     return teacher.eval().requires_grad_(False)
+
+
+def _keep_bias(module, args) -> None:
+    """bitsandbytes turns a bias into its input's dtype, for good: one forward pass under autocast would round the teacher's to bfloat16."""
+    module.kept_bias = module.bias.data
+
+
+def _restore_bias(module, args, output) -> None:
+    module.bias.data = module.kept_bias
+    del module.kept_bias
 
 
 def resolve_model(id_or_path: str | Path) -> str:

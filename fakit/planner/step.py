@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +15,7 @@ from fakit.capture import capture
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import find_blocks, find_stacks
 from fakit.models.head import _finishes
+from fakit.models.positions import longest_row
 from fakit.models.shrink import shrink
 from fakit.objective import Objective
 from fakit.planner.fake import give_fake_weights, loops_of, meta_model, quantise, run_one_of_each
@@ -36,8 +35,6 @@ PARTS = (
     "losses",
     "overhead",
 )
-# Names of tables with a row for each position, apart from those by distance or by place on a page.
-_POSITIONS = re.compile(r"wpe|positions?_embed(dings?)?|embed_positions")
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
 
 
@@ -186,22 +183,12 @@ def _booked(ledger: Ledger, logical, depths, teacher, student, trainable) -> Ste
 
 @lru_cache(maxsize=64)
 def position_limit(config: str, task: str) -> int | None:
-    """The longest row that a model's tables of positions allow; None where it has none (rotary or relative positions).
-
-    A table that is read with an offset has more rows than positions: BART and OPT name an `offset`; RoBERTa, MPNet, ESM and their like
-    count from padding_idx + 1, as fairseq did, and theirs are the tables that have a padding_idx.
+    """`longest_row` of a configuration.
 
     Args:
         config: the configuration as JSON; task: as for `load_teacher`.
     """
-    configuration = _config(config)
-    model, limits = meta_model(configuration, task, torch.float32), []
-    for name, module in model.named_modules():
-        if _POSITIONS.fullmatch(name.rpartition(".")[2]) and isinstance(getattr(module, "weight", None), Tensor):
-            padding = getattr(module, "padding_idx", None)
-            limits.append(len(module.weight) - getattr(module, "offset", 0 if padding is None else padding + 1))
-    declared = getattr(configuration.get_text_config(), "max_position_embeddings", None)
-    return min([*limits, declared or math.inf]) if limits else None
+    return longest_row(meta_model(_config(config), task, torch.float32))
 
 
 def optimizer_bytes(name: str, parameters: list[Tensor]) -> int:

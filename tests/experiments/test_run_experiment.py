@@ -1,4 +1,5 @@
 import json
+import shutil
 import tempfile
 
 import pytest
@@ -270,3 +271,28 @@ def test_a_teacher_of_other_classes_is_refused(config, world, tmp_path):
     (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"has 3 outputs, the task .* has 2 \(a, b"):
         run_experiment(config.replace(task={"name": str(tmp_path / "two.jsonl")}), progress=False)
+
+
+def test_a_student_that_tokenises_otherwise_is_refused(config, world, tmp_path):
+    shutil.copytree(world / "teacher", tmp_path / "student")
+    vocabulary = json.loads((tmp_path / "student/tokenizer.json").read_text())
+    words = vocabulary["model"]["vocab"]
+    names = list(words)
+    words[names[6]], words[names[7]] = words[names[7]], words[names[6]]
+    (tmp_path / "student/tokenizer.json").write_text(json.dumps(vocabulary))
+    other = config.replace(student={"path": str(tmp_path / "student")}, layer_map=[[4, 4]])
+    with pytest.raises(ValueError, match=r"tokeni[sz]er"):
+        run_experiment(other, progress=False)
+    shutil.copy(world / "teacher/tokenizer.json", tmp_path / "student/tokenizer.json")
+    assert run_experiment(other, progress=False, count_flops=False).steps == 6
+
+
+def test_texts_longer_than_the_positions_are_refused_before_training(config, world, tmp_path):
+    names = ["cat", "dog", "cow"] * 120
+    rows = [{"text": f"n{i} " + "the cat purrs " * 30, "label": name} for i, name in enumerate(names)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    long = config.replace(**{"task.name": str(tmp_path / "long.jsonl"), "training.max_length": 64})
+    with pytest.raises(
+        ValueError, match=r"has 64 tokens at training.max_length: 64, and the teacher .* has 32 positions"
+    ):
+        run_experiment(long, progress=False)

@@ -293,3 +293,22 @@ def test_remote_code_is_off_unless_asked_for(folder):
     (folder / "code.py").write_text("raise SystemExit('remote code ran')")
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_teacher(folder)
+
+
+def test_an_8_bit_teacher_stays_the_same_under_autocast(tmp_path):
+    torch.manual_seed(0)
+    net = tiny("bert")
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    net.save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path, task="sequence-classification", quantize="8bit")
+    biases = {name: p.clone() for name, p in teacher.named_parameters() if name.endswith("bias")}
+    with torch.no_grad():
+        before = teacher(**batch()).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            teacher(**batch())
+        assert torch.equal(teacher(**batch()).logits, before)
+    assert all(
+        p.dtype == biases[n].dtype and torch.equal(p, biases[n]) for n, p in teacher.named_parameters() if n in biases
+    )
+    assert len(biases) > 0
