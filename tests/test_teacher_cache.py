@@ -419,3 +419,25 @@ def test_a_folder_of_something_else_is_not_to_be_deleted(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"something else's.*folder of its own") as refused:
         TeacherCache.build(tmp_path, bert(), dataset)
     assert "delete" not in str(refused.value)
+
+
+def test_a_cache_is_built_in_a_folder_of_its_own(dataset, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/shard-00000.safetensors").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds shard-00000\.safetensors, and no cache"):
+        TeacherCache.build(tmp_path / "mine", bert(), dataset)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file, and a cache is a folder"):
+        TeacherCache.build(tmp_path / "file", bert(), dataset)
+    with pytest.raises(ValueError, match="empty name"):
+        TeacherCache.build("", bert(), dataset)
+    assert (tmp_path / "mine/shard-00000.safetensors").read_text() == "mine"
+
+
+def test_the_side_of_the_padding_is_part_of_a_cache(dataset, tmp_path):
+    with pytest.raises(ValueError, match="padding_side='rigth'"):
+        TeacherCache.build(tmp_path / "c", llama(), dataset, padding_side="rigth")
+    TeacherCache.build(tmp_path / "c", llama(), dataset, padding_side="left")
+    with pytest.raises(ValueError, match="another side of the padding: it has left, this run has right"):
+        TeacherCache.build(tmp_path / "c", llama(), dataset)
+    assert len(TeacherCache.open(tmp_path / "c", llama(), dataset)) == 7

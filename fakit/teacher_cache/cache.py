@@ -1,5 +1,6 @@
 """`TeacherCache`: build, open, and read as the traces that an objective takes."""
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -96,6 +97,8 @@ class TeacherCache:
         """
         if len(dataset) == 0:
             raise ValueError("the data set has no rows; nothing to cache.")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side={padding_side!r}: rows are padded on the 'left' or on the 'right'.")
         if needs is not None:
             hidden_states, attentions, logits = needs.hidden_states, needs.attentions, needs.logits
         content = (
@@ -103,13 +106,28 @@ class TeacherCache:
             if objective is None
             else CacheContent.for_objective(objective, top_k, dtype)
         )
+        if not str(folder):
+            raise ValueError("a cache needs a folder; found an empty name.")
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, and a cache is a folder; choose another name.")
+        if not (folder / "manifest.json").is_file() and (others := _other_files(folder)):
+            raise ValueError(
+                f"{folder} holds {', '.join(others[:3])}{' …' if others[3:] else ''}, and no cache; give a new cache a folder of its own."
+            )
+        started = (folder / "manifest.json").is_file()
+        described = {} if started else describe(teacher, dataset, content)  # refuses before anything is written
+        work = (folder, teacher, dataset, content, described, tokenizer, batch_size, padding_side, shard_rows)
+        if started and not os.access(folder, os.W_OK):  # nothing to add to a finished one
+            return cls._build(*work)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "build.lock"):  # of several processes one builds, the others wait and open what it built
-            return cls._build(folder, teacher, dataset, content, tokenizer, batch_size, padding_side, shard_rows)
+            return cls._build(*work)
 
     @classmethod
-    def _build(cls, folder: Path, teacher, dataset, content, tokenizer, batch_size, padding_side, shard_rows):
+    def _build(
+        cls, folder: Path, teacher, dataset, content, described, tokenizer, batch_size, padding_side, shard_rows
+    ):
         """The work of `build`, alone in the folder."""
         hashes = row_hashes(dataset)
         manifest = {
@@ -119,6 +137,7 @@ class TeacherCache:
             "data": combined(hashes),
             "content": asdict(content),
             "rows": len(dataset),
+            "padding_side": padding_side,
         }
         if (folder / "manifest.json").is_file():
             found = read_manifest(folder)
@@ -126,7 +145,7 @@ class TeacherCache:
             manifest = found
             _check_shards(folder, manifest)
         else:
-            manifest |= describe(teacher, dataset, content) | {"shards": []}
+            manifest |= described | {"shards": []}
         if shard_rows is None:
             shard_rows = max(1, _SHARD_BYTES // (sum(manifest["sizes"].values()) * manifest["longest"] or 1))
         done = sum(shard["rows"] for shard in manifest["shards"])
@@ -311,6 +330,12 @@ class TeacherCache:
                 f"cache at {self.folder}: another data set, tokeniser or truncation. TeacherCache.build(folder, teacher, dataset) caches this one."
             )
         return found
+
+
+def _other_files(folder: Path) -> list[str]:
+    """What lies in a folder and is not of a cache that is being built."""
+    found = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(name for name in found if name != "build.lock" and not name.endswith(".partial"))
 
 
 def _check_shards(folder: Path, manifest: dict, verify: bool = True) -> None:

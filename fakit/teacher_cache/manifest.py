@@ -48,9 +48,13 @@ def refuse_foreign(folder: Path, found: dict, asked: dict) -> None:
         "data": "tokenised data",
         "rows": "number of rows",
         "content": "content",
+        "padding_side": "side of the padding",
     }
     for key, name in names.items():
-        ours, theirs = (json.loads(json.dumps(side.get(key))) for side in (asked, found))  # a file has no tuples
+        default = "right" if key == "padding_side" else None  # caches made before it was written down
+        ours, theirs = (
+            json.loads(json.dumps(side.get(key, default))) for side in (asked, found)
+        )  # a file has no tuples
         if key == "tokenizer" and None in (ours, theirs):  # not given on one side; token ids are in `data`
             continue
         if theirs != ours:
