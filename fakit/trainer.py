@@ -72,10 +72,6 @@ class Distiller(nn.Module):
         """True while the student recomputes its activations."""
         return self.student.is_activation_checkpointing
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The student's: NEFTune's noise goes there."""
-        return self.student.get_input_embeddings()
-
     @property
     def _no_split_modules(self) -> list[str]:
         """The classes of the student's blocks: FSDP's TRANSFORMER_BASED_WRAP shards each block by itself."""
@@ -187,7 +183,12 @@ class DistillationTrainer(Trainer):
             self.cached_teacher = CachedTeacher(teacher_cache, objective, teacher, teacher_tokenizer or tokenizer)
             if kwargs.get("train_dataset") is not None:
                 kwargs["train_dataset"] = with_rows(teacher_cache, kwargs["train_dataset"])
-        super().__init__(model=Distiller(teacher, student, objective), args=args, **kwargs)
+        distiller = Distiller(teacher, student, objective)
+        if (
+            args.neftune_noise_alpha is not None
+        ):  # its noise goes to the student's; a method of the class FSDP2 would shard by
+            distiller.get_input_embeddings = student.get_input_embeddings
+        super().__init__(model=distiller, args=args, **kwargs)
         if self.cached_teacher is not None:
             self.data_collator = CachedRowsCollator(self.data_collator)
         elif not is_quantized(teacher):
