@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fakit.tasks.splits import carve, distinct, labelled_subset
-from fakit.tasks.task import KINDS, TextTask
+from fakit.tasks.splits import TEXT_COLUMNS, carve, distinct, labelled_subset, same_text
+from fakit.tasks.task import KINDS, TextTask, counted
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+logger = logging.getLogger(__name__)
 
 # Names under which data sets of the hub keep these splits, the usual first.
 SPLIT_NAMES = {
@@ -48,6 +53,7 @@ def task_from(
     Splits that the data have (train, validation, test, unsupervised) are used. Validation and test that they lack, or that have no labels, are carved
     out of train, and so is the pool. A text in two splits stays in the first of test, validation, train, pool; train has each text once. Rows of
     train without a label join the pool. `teacher_train` is what remains of train; the student's `train` is its labelled part.
+    Rows that are in no split are counted by reason in `TextTask.dropped`, and the log says so.
 
     Args:
         data: one dataset, or splits by name.
@@ -77,34 +83,48 @@ def task_from(
     columns = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
     _check_columns(found, columns, name)
     names = _label_names(found["train"], label, name) if kind == "sequence-classification" else None
-    tidy = {split: _tidy(rows, columns, kind, names, name, split == "pool") for split, rows in found.items()}
+    dropped: Counter[str] = Counter()
+    tidy = {
+        split: _with_text(_tidy(rows, columns, kind, names, name, split == "pool"), split, dropped)
+        for split, rows in found.items()
+    }
 
     unlabelled = [_unanswered(tidy["train"]), *([tidy["pool"]] if "pool" in tidy else [])]
     held_out = {split: _answered(tidy[split]) for split in ("test", *more_tests, "validation") if split in tidy}
+    for split, rows in held_out.items():
+        if lost := len(tidy[split]) - len(rows):
+            dropped[f"{split}: no {_answer(tidy[split])}"] = lost
     held_out = {split: rows for split, rows in held_out.items() if len(rows)}  # a test set with hidden labels is none
     if "validation" in held_out:
         held_out["validation"] = distinct(
-            held_out["validation"], *(rows for split, rows in held_out.items() if split != "validation")
+            held_out["validation"],
+            *(rows for split, rows in held_out.items() if split != "validation"),
+            split="validation",
+            dropped=dropped,
         )
-    train = distinct(_answered(tidy["train"]), *held_out.values())
+    train = distinct(_answered(tidy["train"]), *held_out.values(), split="train", dropped=dropped)
     asked = {"test": test, "validation": validation, "pool": pool}
     sizes = {split: _size(size, len(train), split, name) for split, size in asked.items() if split not in held_out}
     train, carved = carve(train, sizes, seed, kind == "sequence-classification", name)
     carved_pool = _unanswered(carved.pop("pool"), strip=True)
     held_out |= carved
+    pool_rows = _joined([carved_pool, *unlabelled], [*held_out.values(), train], dropped)
+    if dropped:
+        logger.warning("%s: left out are %s.", name, counted(dropped))
     return TextTask(
         name=name,
         kind=kind,
         label_names=names,
         metrics=metrics or METRICS.get(kind) or (("cer",) if "target" in columns else ("perplexity",)),
         train=labelled_subset(train, labels, seed, kind == "sequence-classification", name),
-        pool=_joined([carved_pool, *unlabelled], [*held_out.values(), train]),
+        pool=pool_rows,
         validation=held_out["validation"],
         test=held_out["test"],
         teacher_train=train,
         source=source,
         licence=licence,
         more_tests={f"test_{split.removeprefix('validation_')}": held_out[split] for split in more_tests},
+        dropped=dict(dropped),
     )
 
 
@@ -128,6 +148,15 @@ def _told_kind(train: Dataset, label: str, pair: set[str]) -> str:
         )
         return "regression" if scores else "sequence-classification"
     return "causal-lm" if pair <= set(train.column_names) else "sequence-classification"
+
+
+def _with_text(rows: Dataset, split: str, dropped: Counter[str]) -> Dataset:
+    """The rows that have a text; one of a pair's two will do."""
+    texts = zip(*(rows[column] for column in TEXT_COLUMNS if column in rows.column_names), strict=True)
+    keep = [row for row, parts in enumerate(texts) if any(part.strip() for part in parts)]
+    if lost := len(rows) - len(keep):
+        dropped[f"{split}: no text"] = lost
+    return rows.select(keep) if lost else rows
 
 
 def _check_columns(found: dict[str, Dataset], columns: dict[str, str], name: str) -> None:
@@ -154,8 +183,11 @@ def _label_names(train: Dataset, label: str, name: str) -> list[str]:
 
     if isinstance(train.features[label], ClassLabel):
         return list(train.features[label].names)
-    values = {value for value in train[label] if not _missing(value)}
-    names = [_word(value) for value in sorted(values, key=lambda value: (isinstance(value, str), value))]
+    names = sorted({_word(value) for value in train[label] if not _missing(value)}, key=_order)
+    folded: dict[str, str] = {}
+    for word in names:
+        if (other := folded.setdefault(same_text(word), word)) != word:
+            logger.warning("%s: the labels %r and %r are two classes; they differ by case alone.", name, other, word)
     if len(names) < 2:
         raise ValueError(
             f"{name}: column {label!r} has the labels {names}; a classification needs two or more. Say which column with label=…."
@@ -175,9 +207,9 @@ def _tidy(rows: Dataset, columns: dict[str, str], kind: str, names: list[str] | 
                 _scores(values, theirs, name) if kind == "regression" else _classes(rows, theirs, names or [], name)
             )
         elif ours == "target" and not pool:
-            tidy[ours] = [None if _missing(value) else str(value) for value in values]
+            tidy[ours] = [None if _missing(value) else _string(value, f"{name}: column {theirs!r}") for value in values]
         elif ours not in ("label", "target"):
-            tidy[ours] = ["" if _missing(value) else str(value) for value in values]
+            tidy[ours] = ["" if _missing(value) else _string(value, f"{name}: column {theirs!r}") for value in values]
     return Dataset.from_dict(tidy)
 
 
@@ -197,19 +229,44 @@ def _classes(rows: Dataset, column: str, names: list[str], name: str) -> list[in
 
 def _scores(values: list, column: str, name: str) -> list[float | None]:
     try:
-        return [None if _missing(value) else float(value) for value in values]
-    except ValueError as error:
+        scores = [None if _missing(value) else float(value) for value in values]
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{name}: column {column!r} holds a value that is no number ({error}); a regression needs scores."
         ) from error
+    if endless := [value for value in scores if value is not None and not math.isfinite(value)]:
+        raise ValueError(f"{name}: column {column!r} holds {endless[0]}; a regression needs finite scores.")
+    return scores
 
 
 def _missing(value) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    return (
+        value is None
+        or (isinstance(value, str | bytes) and not value.strip())
+        or (isinstance(value, float) and math.isnan(value))
+    )
+
+
+def _string(value, where: str = "a label") -> str:
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} holds {value[:40]!r}, bytes that are not UTF-8 ({error.reason}); store the column as text."
+        ) from error
 
 
 def _word(value) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    """The name of a label: without blanks around it, and 2.0 as 2."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else _string(value).strip()
+
+
+def _order(word: str) -> tuple[bool, int, str]:
+    """Class names in order: whole numbers by size, then the others by letters."""
+    whole = re.fullmatch(r"-?\d+", word) is not None
+    return (not whole, int(word) if whole else 0, word)
 
 
 def _answer(rows: Dataset) -> str | None:
@@ -231,11 +288,11 @@ def _unanswered(rows: Dataset, strip: bool = False) -> Dataset:
     return keep.remove_columns(answer)
 
 
-def _joined(parts: list[Dataset], held_out: list[Dataset]) -> Dataset | None:
+def _joined(parts: list[Dataset], held_out: list[Dataset], dropped: Counter[str]) -> Dataset | None:
     from datasets import concatenate_datasets
 
     parts = [part for part in parts if len(part)]
-    rows = distinct(concatenate_datasets(parts), *held_out) if parts else []
+    rows = distinct(concatenate_datasets(parts), *held_out, split="pool", dropped=dropped) if parts else []
     return rows or None
 
 

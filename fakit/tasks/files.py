@@ -1,33 +1,58 @@
-"""Your own data as a task: CSV, TSV, JSON lines, parquet, a directory written by `save_to_disk`, or a data set of the hub."""
+"""Your own data as a task: CSV, TSV, JSON, parquet, a directory written by `save_to_disk`, or a data set of the hub."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fakit.tasks.assemble import task_from
+from fakit.tasks.reading import SUFFIXES, format_of, read_file
 from fakit.tasks.task import TextTask
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+COLUMNS = {"text": "text", "text_pair": None, "label": "label", "source_text": "source", "target_text": "target"}
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def load_path(path: str | Path, *, labels: int | str | None = None, seed: int = 0, **options) -> TextTask:
     """A task from a file, or from a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
 
+    Cells of CSV and TSV are text: "00014" stays, "NA" is a word, and an empty cell alone is missing. Labels that are numbers, some with
+    fractions, make a regression; "2.0" among whole numbers is the class 2, as pandas writes whole numbers of a column with gaps.
+
     Args:
-        path: .csv, .tsv, .jsonl (or .json, one object a line), each also with .gz, .parquet, or such a directory.
+        path: .csv, .tsv, .jsonl, .json (one object a line, or one array of objects), each also with .gz, .parquet, or such a directory.
+            UTF-8, or UTF-16 and UTF-32 with a byte-order mark.
         labels, seed, options: see `task_from`.
 
     Raises:
-        ValueError: nothing there, a format that is not read, a file that cannot be parsed, and what `task_from` raises.
+        ValueError: nothing there, a format that is not read, a file that cannot be parsed (with the line), and what `task_from` raises.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"no file or directory at {path} (looked from {Path.cwd()}).")
-    return task_from(read(path), name=path.name, labels=labels, seed=seed, source=str(path), **options)
+    asked = {keyword: options.get(keyword, column) for keyword, column in COLUMNS.items()}
+    rows = read(path, {column for column in asked.values() if column})
+    if not path.is_dir() and format_of(path) in (".csv", ".tsv") and asked["label"] in rows.column_names:
+        rows, kind = _told_labels(rows, asked["label"])
+        options["kind"] = options.get("kind") or kind
+    return task_from(rows, name=path.name, labels=labels, seed=seed, source=str(path), **options)
+
+
+def _told_labels(rows: Dataset, column: str) -> tuple[Dataset, str | None]:
+    """Labels of a table of text: the rows with whole numbers written as such, and "regression" where there are fractions."""
+    found = {value for value in rows[column] if value is not None and value.strip()}
+    if not found or not all(NUMBER.fullmatch(value.strip()) for value in found):
+        return rows, None
+    if not all(float(value).is_integer() for value in found):
+        return rows, "regression"
+    whole = {value: value.strip().split(".")[0] for value in found if re.fullmatch(r"-?\d+\.0*", value.strip())}
+    values = [whole.get(value, value) for value in rows[column]]
+    return (rows.remove_columns(column).add_column(column, values) if whole else rows), None
 
 
 def load_hub(
@@ -61,28 +86,20 @@ def fetch(name: str, config: str | None = None) -> DatasetDict:
         raise ValueError(f"the hub has no readable data set {name!r} with configuration {config!r}: {error}") from error
 
 
-def read(path: Path) -> Dataset | DatasetDict:
-    """The rows of a file, or the splits of a directory, as `datasets` objects."""
+def read(path: Path, wanted: Collection[str] = ()) -> Dataset | DatasetDict:
+    """The rows of a file, or the splits of a directory, as `datasets` objects; `wanted` columns have to be readable."""
+    if not path.is_dir():
+        return read_file(path, wanted)
     import datasets
-    import pandas
 
-    if path.is_dir():
-        if not {"dataset_dict.json", "state.json"} & {entry.name for entry in path.iterdir()}:
-            raise ValueError(
-                f"{path} was not written by save_to_disk of datasets (it has no dataset_dict.json and no state.json); "
-                f"give such a directory, or one file ({', '.join(SUFFIXES)})."
-            )
-        return datasets.load_from_disk(str(path))
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path.name}: files that end in {path.suffix!r} are not read; {', '.join(SUFFIXES)} are.")
+    if not {"dataset_dict.json", "state.json"} & {entry.name for entry in path.iterdir()}:
+        raise ValueError(
+            f"{path} was not written by save_to_disk of datasets (it has no dataset_dict.json and no state.json); "
+            f"give such a directory, or one file ({', '.join(SUFFIXES)})."
+        )
     try:
-        if suffix == ".parquet":
-            frame = pandas.read_parquet(path)
-        elif suffix in (".json", ".jsonl"):
-            frame = pandas.read_json(path, lines=True, dtype=False)
-        else:  # only an empty cell is missing: "NA", "null" and "None" are words
-            frame = pandas.read_csv(path, sep="\t" if suffix == ".tsv" else ",", keep_default_na=False, na_values=[""])
-    except (ValueError, OSError, EOFError) as error:  # parser errors of pandas and pyarrow are ValueErrors
-        raise ValueError(f"{path} cannot be read as {suffix[1:]}: {error}") from error
-    return datasets.Dataset.from_pandas(frame, preserve_index=False)
+        return datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} was written by save_to_disk of datasets, but it is damaged or not whole ({type(error).__name__}: {error}); write it again."
+        ) from error

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 TEXT_COLUMNS = ("text", "text_pair", "source")
+FOLDED = re.compile("[^²³¹\u2070-\u209f]+")  # all but raised and lowered digits and signs
 
 
-def normalised(text: str) -> str:
-    """Letters and digits in lower case: texts that agree in this count as one text."""
-    return "".join(character for character in text.lower() if character.isalnum())
+def same_text(text: str) -> str:
+    """What two texts have in common that count as one text: all but the form of a character (Unicode's NFKC) and its case.
+
+    Signs, punctuation, vowel marks, emoji and line breaks tell texts apart, and so do raised and lowered digits, which NFKC would
+    make digits: x² is not x2.
+    """
+    return FOLDED.sub(lambda part: normalize("NFKC", normalize("NFKC", part[0]).casefold()), text)
 
 
-def text_keys(dataset: Dataset) -> list[str]:
-    """The normalised text of every row (both texts of a pair)."""
+def text_keys(dataset: Dataset) -> list[tuple[str, ...]]:
+    """`same_text` of every row (of both texts of a pair)."""
     columns = [column for column in TEXT_COLUMNS if column in dataset.column_names]
-    return ["\n".join(map(normalised, texts)) for texts in zip(*(dataset[column] for column in columns), strict=True)]
+    return [tuple(map(same_text, texts)) for texts in zip(*(dataset[column] for column in columns), strict=True)]
 
 
 def spread_order(dataset: Dataset, seed: int, classes: bool) -> list[int]:
@@ -80,12 +87,26 @@ def carve(
     return train.select(order[start:]), taken
 
 
-def distinct(dataset: Dataset, *held_out: Dataset) -> Dataset:
-    """`dataset` with the first row of each text only, and none whose text occurs in a held-out set."""
+def distinct(dataset: Dataset, *held_out: Dataset, split: str, dropped: Counter[str]) -> Dataset:
+    """`dataset` with the first row of each text only, and none whose text occurs in a held-out set.
+
+    Args:
+        split: the name of `dataset`, for `dropped`, which counts the rows that go and why.
+    """
     known = {key for other in held_out for key in text_keys(other)}
+    answer = next((column for column in ("label", "target") if column in dataset.column_names), None)
+    first: dict[tuple[str, ...], object] = {}
     keep = []
-    for row, key in enumerate(text_keys(dataset)):
-        if key not in known:
-            known.add(key)
+    for row, (key, value) in enumerate(
+        zip(text_keys(dataset), dataset[answer] if answer else [None] * len(dataset), strict=True)
+    ):
+        if key in known:
+            dropped[f"{split}: the text is held out"] += 1
+        elif key not in first:
+            first[key] = value
             keep.append(row)
+        elif first[key] == value:
+            dropped[f"{split}: repeats a text"] += 1
+        else:
+            dropped[f"{split}: repeats a text with another {answer}"] += 1
     return dataset if len(keep) == len(dataset) else dataset.select(keep)

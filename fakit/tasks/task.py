@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ class TextTask:
     """A task with its splits; every task of the kit, GLUE, the hub and your own files come as one of these.
 
     Columns are "text" (, "text_pair") and "label"; for text to text "source" and "target"; for plain language modelling "text" alone. The
-    pool has no label or target. No text (whatever its case and punctuation) occurs in two of teacher_train, pool, validation, test.
+    pool has no label or target. No text (whatever its case, see `same_text`) occurs in two of teacher_train, pool, validation, test.
 
     Attributes:
         name: what `load_task` was asked for.
@@ -38,6 +38,7 @@ class TextTask:
         teacher_train: what the teacher was (or is to be) trained on.
         source, licence: where the text is from and on what terms.
         more_tests: further test sets by name, such as MNLI's "test_mismatched"; `encode` knows them too.
+        dropped: rows of the data that are in no split, by split and reason.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TextTask:
     source: str
     licence: str
     more_tests: dict[str, Dataset]
+    dropped: dict[str, int] = field(default_factory=dict)
 
     @property
     def metric(self) -> str:
@@ -77,7 +79,8 @@ class TextTask:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
         classes = f", {len(self.label_names)} classes" if self.label_names else ""
-        return f"TextTask({self.name!r}: {self.kind}{classes}, {' and '.join(self.metrics)}; {sizes})"
+        left_out = f"; left out: {counted(self.dropped)}" if self.dropped else ""
+        return f"TextTask({self.name!r}: {self.kind}{classes}, {' and '.join(self.metrics)}; {sizes}{left_out})"
 
     def encode(self, data: str | Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> Dataset:
         """Tokenise a split (by name) or a dataset with this task's columns.
@@ -164,6 +167,12 @@ class TextTask:
             encoded["attention_mask"].append([1] * len(prompt + target))
             encoded["labels"].append([IGNORED] * len(prompt) + target)
         return encoded
+
+
+def counted(dropped: Mapping[str, int]) -> str:
+    """`TextTask.dropped` in words: "24 rows (train: repeats a text 24)"."""
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
+    return f"{sum(dropped.values()):,} rows ({reasons})"
 
 
 @dataclass(frozen=True)

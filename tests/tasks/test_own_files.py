@@ -70,10 +70,13 @@ def test_rows_without_a_label_are_the_pool(tmp_path):
 
 
 def test_repeated_texts_occur_once_and_never_on_both_sides(tmp_path):
-    frame = pandas.concat([FRAME, FRAME.assign(sentence=FRAME["sentence"].str.upper() + "!")])
+    frame = pandas.concat([FRAME, FRAME.assign(sentence=FRAME["sentence"].str.upper())])
     task = load_task(write(frame, tmp_path / "d.csv"), text="sentence", label="stars", test=20)
     parts = [key for part in (task.teacher_train, task.validation, task.test) for key in text_keys(part)]
     assert len(parts) == len(set(parts)) == 60
+    assert task.dropped == {"train: repeats a text": 60} and "left out: 60 rows (train: repeats a text 60)" in repr(
+        task
+    )
 
 
 def test_kinds_told_by_the_columns(tmp_path):
