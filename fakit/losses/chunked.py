@@ -296,17 +296,19 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
 def _forward_kl_step(z, t, temperature, work):
     """τ² KL(P‖Q) of each row (n,), and its gradient for z, (n, V). By hand: `outputs` has the formula. Overwrites t and both of work.
 
-    With a = z/τ and b = t/τ, log P - log Q = b - a - LSE(b) + LSE(a), LSE(x) = max x - log max softmax(x), and the gradient is τ (Q - P).
+    With a = z/τ and b = t/τ, u = log Q - log P = a - b - LSE(a) + LSE(b), LSE(x) = max x - log max softmax(x), and the gradient is τ (Q - P).
     """
     a, p = (view(buffer, z.shape) for buffer in work)
     torch.div(z, temperature, out=a)
     b = t.div_(temperature)
-    shift = b.amax(-1, keepdim=True) - a.amax(-1, keepdim=True)
+    top_a, top_b = a.amax(-1, keepdim=True), b.amax(-1, keepdim=True)
     torch.softmax(b, -1, out=p)
-    values = b.sub_(a).sub_(shift).mul_(p).sum(-1)
-    q = torch.softmax(a, -1, out=b)
-    values += p.amax(-1).log() - q.amax(-1).log()
-    return values.mul_(temperature**2), q.sub_(p).mul_(temperature)
+    u = torch.sub(a, b, out=b).sub_(top_a - top_b)
+    q = torch.softmax(a, -1, out=a)
+    u.add_(q.amax(-1, keepdim=True).log() - p.amax(-1, keepdim=True).log())
+    values = torch.linalg.vecdot(p, u).neg()
+    values = outputs.small_kl(values, p, u, lambda rows: q[rows])
+    return values.mul_(temperature**2), torch.sub(q, p, out=b).mul_(temperature)
 
 
 def _any_step(per_position, z, t, temperature, work):

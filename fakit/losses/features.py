@@ -8,6 +8,7 @@ Which one? Some dimensions of a language model's residual stream are hundreds of
 little else; `cosine` and `layernorm_mse` are not led by the scale of a token, `fakit.similarity.rogue_dimensions` shows whether it matters.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +26,13 @@ def _prepare(name: str, student: Tensor, teacher: Tensor, mask: Tensor | None) -
     return at_least_float32(student), at_least_float32(teacher)
 
 
+def _unit(x: Tensor) -> Tensor:
+    """x / ‖x‖ over the last dimension. A row of zeros has no direction: it stays 0, and gets no gradient."""
+    norm = x.norm(dim=-1, keepdim=True)
+    nothing = norm < 1e-12
+    return torch.where(nothing, 0.0, x / norm.masked_fill(nothing, 1.0))
+
+
 def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error, `mean_t mean_d (s - t)²`. FitNets (Romero et al. 2015); the feature term of arXiv 2412.19449.
 
@@ -37,10 +45,13 @@ def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Cosine distance, `mean_t 1 - cos(s, t)`, in 0…2. DistilBERT (Sanh et al. 2019). Blind to each token's scale."""
+    """Cosine distance, `mean_t 1 - cos(s, t)`, in 0…2. DistilBERT (Sanh et al. 2019). Blind to each token's scale.
+
+    A token that is all zeros on one side counts ½ and gets no gradient, on both sides 0.
+    """
     student, teacher = _prepare("cosine", student, teacher, mask)
     # 1 - cos = ½‖s/‖s‖ - t/‖t‖‖²: the same number, but 0 to rounding squared where the two agree
-    difference = F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)  # (B, T, d)
+    difference = _unit(student) - _unit(teacher)  # (B, T, d)
     return masked_mean(0.5 * difference.square().sum(-1), mask)
 
 
@@ -50,7 +61,7 @@ def normalised_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
     Equal to 2/d times `cosine`: the form PKD gives, whose β = 500 makes up for the division by d.
     """
     student, teacher = _prepare("normalised_mse", student, teacher, mask)
-    return masked_mean((F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).square().mean(-1), mask)
+    return masked_mean((_unit(student) - _unit(teacher)).square().mean(-1), mask)
 
 
 def layernorm_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

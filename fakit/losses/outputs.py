@@ -13,6 +13,7 @@ the same ones.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,17 +50,93 @@ def lowest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min / 8
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Σ p (log p - log q) over the last dimension. (..., V) -> (...)"""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(softmax(teacher) ‖ softmax(student)) over the last dimension, also where the two hardly differ. (..., V) -> (...)"""
+    return _KL.apply(teacher, student)
+
+
+class _KL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, teacher, student):
+        log_p, u = _log_ratio(teacher, student)
+        p = log_p.exp()
+        values = small_kl(-(p * u).sum(-1), p, u, lambda rows: student.flatten(0, -2)[rows].softmax(-1))
+        ctx.save_for_backward(teacher, student, values)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient):
+        teacher, student, values = ctx.saved_tensors
+        log_p, u = _log_ratio(teacher, student)
+        p, gradient, values = log_p.exp(), gradient.unsqueeze(-1), values.unsqueeze(-1)
+        u = u - ((p * u).sum(-1, keepdim=True) + values)  # Σ p u = -KL, so what all u are wrong by is known
+        to_student = torch.where(u.abs() < 1, p * torch.expm1(u.clamp(-1, 1)), (log_p + u).exp() - p)  # q - p
+        return -gradient * p * (u + values), gradient * to_student
+
+
+def _log_ratio(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """log p and u = log q - log p, the logits subtracted first: logarithms of small probabilities would swallow their difference."""
+    above = [z.logsumexp(-1, keepdim=True) for z in (teacher, student)]
+    return teacher - above[0], (student - teacher) - (above[1] - above[0])
+
+
+# Below it a KL is summed up anew: in float32 Σ p (log p - log q) is right to some 1e-6 over a large vocabulary, however small it is itself.
+_SMALL = 0.03
+# Elements of one block of the sum; its few intermediate results stay in a CPU's caches.
+_BLOCK = 2**17
+
+
+def small_kl(values: Tensor, p: Tensor, u: Tensor, q_of: Callable) -> Tensor:
+    """KL divergences, the small ones computed anew without cancellation.
+
+    With v = u - Σ p u and φ(v) = eᵛ - 1 - v ≥ 0, KL(p ‖ q) = log(1 + Σ p φ(v)): every summand is small where the KL is, and a number that is
+    added to all u, such as the error of a log-sum-exp, changes nothing.
+
+    Args:
+        values: (...), Σ -p u.
+        p, u: (..., V), u = log q - log p.
+        q_of: gives q, the rows counted over all leading dimensions, of those that a slice selects.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling():  # looking at the values would wait for the device
+        anew = _around_zero(p.flatten(0, -2), u.flatten(0, -2), q_of, slice(None)).view(values.shape)
+        return torch.where(values < _SMALL, anew, values)
+    shape, values, p, u = values.shape, values.flatten(), p.reshape(-1, p.shape[-1]), u.reshape(-1, u.shape[-1])
+    step = max(1, _BLOCK // p.shape[-1])
+    for start in range(0, len(p), step):
+        rows = slice(start, start + step)
+        small = values[rows] < _SMALL
+        if small.any():
+            values[rows] = torch.where(small, _around_zero(p[rows], u[rows], q_of, rows), values[rows])
+    return values.view(shape)
+
+
+def _around_zero(p: Tensor, u: Tensor, q_of: Callable, rows: slice) -> Tensor:
+    """log(1 + Σ p φ(v)): φ by its series near 0, where the difference would cancel; by q where eᵛ would overflow. (n, V) -> (n,)"""
+    mean = torch.linalg.vecdot(p, u).unsqueeze(-1)
+    v = u - mean
+    near = torch.finfo(u.dtype).eps ** 0.25
+    looks = v.device.type == "cpu" and not torch.compiler.is_compiling()
+    low, high = (x.item() for x in v.aminmax()) if looks else (-math.inf, math.inf)
+    if max(-low, high) < near:
+        return torch.linalg.vecdot(p, _series(v)).log1p()
+    if high < 20 and p.shape[-1] > 1000:  # what cancels in one of so many summands is nothing in their sum
+        return torch.linalg.vecdot(p, torch.expm1(v).sub_(v)).log1p()
+    w = v.clamp_max(20.0)
+    phi = torch.where(v.abs() < near, _series(v.clamp(-near, near)), torch.expm1(w) - w)
+    return torch.where(v > 20, q_of(rows) * torch.exp(-mean) - p - p * v, p * phi).sum(-1).log1p()
+
+
+def _series(v: Tensor) -> Tensor:
+    """eᵛ - 1 - v = v²/2 + v³/6 + v⁴/24 + v⁵/120 + …"""
+    return v.div(120).add_(1 / 24).mul_(v).add_(1 / 6).mul_(v).add_(1 / 2).mul_(v).mul_(v)
 
 
 def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    return _kl(teacher.log_softmax(-1), student.log_softmax(-1))
+    return _kl(teacher, student)
 
 
 def _reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    return _kl(student.log_softmax(-1), teacher.log_softmax(-1))
+    return _kl(student, teacher)
 
 
 def _jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:

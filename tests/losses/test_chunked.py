@@ -397,3 +397,17 @@ def test_liger_serves_no_cpu():
 def test_docstring_examples_run():
     results = doctest.testmod(chunked)
     assert results.attempted and not results.failed
+
+
+@divergences
+@pytest.mark.parametrize("temperature", [1.0, 1000.0])
+def test_small_differences_survive_in_chunks(divergence, temperature):
+    generator = torch.Generator().manual_seed(7)
+    hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(9000, 8, generator=generator)
+    moved = hidden + (0.02 if temperature == 1.0 else 0.5) * torch.randn(6, 8, generator=generator)
+    found = fused_outputs(
+        moved, weight, None, hidden, weight, None, None, divergence=divergence, temperature=temperature
+    )
+    student, teacher = moved.double() @ weight.double().T, hidden.double() @ weight.double().T
+    expected = outputs.LOSSES[divergence](student, teacher, None, temperature).item()
+    assert found[1].item() == pytest.approx(expected, rel=1e-4)

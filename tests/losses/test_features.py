@@ -93,3 +93,20 @@ def test_a_row_of_zeros_has_a_finite_gradient():
 def test_differing_widths_name_both_and_the_projection():
     with pytest.raises(ValueError, match=r"student has \(1, 2, 3\), teacher has \(1, 2, 4\).*projection='linear'"):
         features.mse(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+
+
+@pytest.mark.parametrize("name", ["cosine", "normalised_mse"])
+@pytest.mark.parametrize("zero", ["student", "teacher", "both"])
+def test_a_token_of_zeros_has_no_direction_and_a_finite_gradient(name, zero):
+    student, teacher = (torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    for side, values in (("student", student), ("teacher", teacher)):
+        if zero in (side, "both"):
+            values[0, 1] = 0.0
+    student.requires_grad_()
+    loss = features.LOSSES[name](student, teacher)
+    loss.backward()
+    others = features.LOSSES[name](student.detach(), teacher, torch.tensor([[True, False, True]])).item()
+    own = 0.0 if zero == "both" else 0.5
+    assert loss.item() == pytest.approx((2 * others + own * (1 if name == "cosine" else 2 / 8)) / 3, rel=1e-5)
+    assert student.grad.abs().max() < 10 and student.grad[0, [0, 2]].norm() > 0
+    assert student.grad[0, 1].abs().max() < 1e-8

@@ -178,3 +178,44 @@ def test_a_student_below_its_out_entries_still_learns_from_the_others():
     student = torch.tensor([[-math.inf, 0.0, 0.0]], requires_grad=True)
     outputs.reverse_kl(student, torch.tensor([[0.0, 2.0, 0.0]])).backward()  # Q = 0 < P is no infinity here
     assert student.grad[0, 0] == 0 and student.grad[0, 1] < 0 < student.grad[0, 2]
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("classes", [3, 9000])
+def test_small_differences_survive_a_high_temperature_in_float32(name, classes):
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (3 * torch.randn(8, classes, generator=generator) for _ in range(2))
+    ours = student.clone().requires_grad_()
+    exact = student.double().requires_grad_()
+    found = outputs.LOSSES[name](ours, teacher, None, 1000.0)
+    expected = outputs.LOSSES[name](exact, teacher.double(), None, 1000.0)
+    found.backward()
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (ours.grad - exact.grad).norm() < 1e-4 * exact.grad.norm()
+    # Hinton et al. 2015: in the limit half the variance of the differences (a quarter of that for the JSD at β = ½)
+    variance = (student - teacher).double().var(-1, correction=0).mean().item() / 2
+    assert expected.item() == pytest.approx(variance / (4 if name == "jsd" else 1), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("apart", [1e-4, 1e-2, 0.1, 1.0])
+def test_near_its_teacher_a_student_gets_its_true_loss(name, apart):
+    generator = torch.Generator().manual_seed(2)
+    teacher = 3 * torch.randn(4, 2000, generator=generator)
+    teacher[:, 0] -= 200.0  # a class that the teacher gives 0 in float32
+    student = teacher + apart * torch.randn(4, 2000, generator=generator)
+    student[:, 0] += 190.0
+    found, expected = (
+        outputs.LOSSES[name](s, t).item() for s, t in ((student, teacher), (student.double(), teacher.double()))
+    )
+    assert expected > 0 and found == pytest.approx(expected, rel=2e-3 if name == "jsd" else 2e-5)
+
+
+def test_a_class_that_the_teacher_excludes_is_unlearned_though_the_loss_is_small():
+    student = torch.tensor([[8.0, 8.0, 4.0]], requires_grad=True)  # Q of the last is 0.9 %
+    teacher = torch.tensor([[0.0, 0.0, -300.0]])
+    loss = outputs.forward_kl(student, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.log(1 - math.exp(-4) / (2 + math.exp(-4))), rel=1e-5)
+    assert student.grad[0, 2].item() == pytest.approx(math.exp(-4) / (2 + math.exp(-4)), rel=1e-5)
