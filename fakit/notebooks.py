@@ -25,6 +25,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
+from fakit.files import write_whole
+
 PROFILES = ("quick", "workshop", "full")
 EVERY = 15.0  # seconds between two progress lines of one notebook
 
@@ -324,7 +326,7 @@ def _copy_plotly(target: Path) -> None:
 
 def _record(out: Path, results: Iterable[NotebookResult]) -> None:
     rows: list[dict[str, Any]] = [asdict(result) for result in results]
-    (out / "results.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(out / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
 def _recorded(out: Path) -> dict[str, NotebookResult]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fakit.files import write_whole
 from fakit.probes import Sample
 
 FILE = "session.json"
@@ -102,9 +103,7 @@ class Record:
                 for step, samples in self.samples.items()
             },
         }
-        partial = folder / f"{FILE}.partial"
-        partial.write_text(json.dumps(record))
-        partial.replace(folder / FILE)  # whole or not at all
+        write_whole(folder / FILE, json.dumps(record))
 
     def read(self, folder: Path) -> None:
         """The records up to a checkpoint. One that was written without a session has none: the curve then begins there.

@@ -224,7 +224,8 @@ LAYERS = {
     "trace": (["fakit.losses", "torch"], []),
     "objective": (["fakit.breakdown", "fakit.layer_maps", "fakit.losses", "fakit.terms", "torch"], []),
     "gradients": (["fakit.breakdown", "fakit.capture", "fakit.models", "fakit.objective", "torch"], []),
-    "figures": (["fakit.errors", "fakit.figures", "plotly", "matplotlib", "numpy"], NUMERICS),
+    "files": (["filelock"], []),
+    "figures": (["fakit.errors", "fakit.figures", "fakit.files", "plotly", "matplotlib", "numpy"], NUMERICS),
 }
 
 

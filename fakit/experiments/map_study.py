@@ -23,6 +23,7 @@ from fakit.experiments.run import RunResult, without_side_bars
 from fakit.experiments.schema import from_file, option
 from fakit.experiments.store import RunStore
 from fakit.experiments.study import Experiments, StudyConfig, check_pairing, run_missing, run_recorded, silent
+from fakit.files import write_whole
 from fakit.layer_maps import LayerMap
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def run_map_study(study: MapStudyConfig, out: str | Path, workers: int = 1, prog
         )
     runs = study.runs(*depths.pop())
     found = {p.task.name: similarity(student, p, study.texts) for student, p in zip(students, prepared, strict=True)}
-    (Path(out) / SIMILARITY).write_text(json.dumps(found, indent=1) + "\n")
+    write_whole(Path(out) / SIMILARITY, json.dumps(found, indent=1) + "\n")
     run_missing(runs, store, workers, print if progress else silent, run=_run)
     return store
 

@@ -15,6 +15,7 @@ from fakit.experiments.map_report import map_report
 from fakit.experiments.map_study import SIMILARITY
 from fakit.experiments.store import RunStore
 from fakit.experiments.table import scale, study_table, to_markdown
+from fakit.files import write_whole
 
 if TYPE_CHECKING:
     from fakit.figures import Figure
@@ -66,8 +67,8 @@ def report(runs_dir: str | Path | RunStore, out: str | Path | None = None) -> Re
         folder / "table.csv", index=False
     )
     store.runs().to_csv(folder / "runs.csv", index=False)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    (folder / "report.html").write_text(_page(text, figures), encoding="utf-8")
+    write_whole(folder / "report.md", text)
+    write_whole(folder / "report.html", _page(text, figures))
     return Report(folder, table, text, figures)
 
 

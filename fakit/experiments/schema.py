@@ -20,6 +20,8 @@ from typing import Any, ClassVar, Self
 
 import yaml
 
+from fakit.files import write_whole
+
 
 def option(default: Any = dataclasses.MISSING, *, choices=None, at_least=None, above=None, at_most=None, below=None):
     """A dataclass field with the values it may take."""
@@ -86,7 +88,7 @@ class Section:
         """The YAML text; also written to `path` when one is given."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_whole(path, text)
         return text
 
     def replace(self, **changes: Any) -> Self:

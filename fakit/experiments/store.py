@@ -5,8 +5,8 @@
       runs.jsonl      one line a finished run: run_id, task, arm, seed, config, metrics, cost
       steps.jsonl     one line a logged step: run_id, step, the loss terms
 
-A line is written by one `write` under a lock, flushed and synced, so a kill can only cut the very last line short. Such
-a rest is never taken for data and never thrown away: the next writer moves it to `runs.jsonl.rest`, with a warning.
+A record is written under a lock and synced; one that a full disk cuts short is taken back, so only a kill in the middle
+of the very last line leaves a part of it. Such a rest is never taken for data and never thrown away: the next writer moves it to `runs.jsonl.rest`, with a warning.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from fakit.files import append_whole, write_whole
 
 try:
     import fcntl
@@ -74,9 +76,7 @@ class RunStore:
             path.mkdir(parents=True, exist_ok=True)
             with _locked(path):
                 if _is_free(path):  # another process may have been first
-                    partial = path / "manifest.json.partial"
-                    partial.write_text(json.dumps(_manifest(what), indent=2) + "\n", encoding="utf-8")
-                    partial.replace(path / "manifest.json")  # the manifest is there whole or not at all
+                    write_whole(path / "manifest.json", json.dumps(_manifest(what), indent=2) + "\n")
         return cls(path)
 
     def append_run(self, record: Mapping[str, Any]) -> None:
@@ -185,18 +185,14 @@ class RunStore:
 
     def _append(self, name: str, records: list[Mapping[str, Any]]) -> None:
         lines = "".join(json.dumps(_json(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        with (self.path / name).open("ab", buffering=0) as file:
-            file.write(lines.encode())
-            os.fsync(file.fileno())
+        append_whole(self.path / name, lines)
 
     def _set_rest_aside(self, path: Path) -> None:
         """Move what follows the last newline to `<name>.rest`: first kept, then cut off."""
         if not path.is_file() or not (content := path.read_bytes()) or content.endswith(b"\n"):
             return
         whole = content.rfind(b"\n") + 1
-        with path.with_name(path.name + ".rest").open("ab", buffering=0) as aside:
-            aside.write(content[whole:] + b"\n")
-            os.fsync(aside.fileno())
+        append_whole(path.with_name(path.name + ".rest"), content[whole:] + b"\n")
         os.truncate(path, whole)
         warnings.warn(
             f"{path}: a last line of {len(content) - whole} bytes, cut short by a kill, was moved to {path.name}.rest.",

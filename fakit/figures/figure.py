@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from fakit.figures import static
 from fakit.figures.theme import SMALL, TEXT
+from fakit.files import write_whole
 
 LINE = 17  # px a line of caption
 CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
@@ -68,9 +69,9 @@ class Figure:
         """Write `.svg` or `.png` (the static twin) or `.html` (interactive, plotly.js inside, no network)."""
         path = Path(path)
         if path.suffix == ".svg":
-            path.write_text(self.svg(), encoding="utf-8")
+            write_whole(path, self.svg())
         elif path.suffix == ".png":
-            path.write_bytes(static.to_png(self.plotly))
+            write_whole(path, static.to_png(self.plotly))
         elif path.suffix == ".html":
             self.plotly.write_html(path, include_plotlyjs=True, full_html=True, config=CONFIG)
         else:

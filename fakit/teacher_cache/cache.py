@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fakit.files import sha256, sync
 from fakit.losses.attention_inputs import AttentionInputs
 from fakit.objective import Needs, Objective
 from fakit.teacher_cache.build import PER_ROW, describe, make_shard
 from fakit.teacher_cache.content import CacheContent
 from fakit.teacher_cache.fingerprints import combined, fingerprint, row_hashes, tokenizer_fingerprint
-from fakit.teacher_cache.manifest import VERSION, check_shard, read_manifest, refuse_foreign, sha256, write_manifest
+from fakit.teacher_cache.manifest import VERSION, check_shard, read_manifest, refuse_foreign, write_manifest
 from fakit.teacher_cache.packing import unpack, unpack_top_k
 from fakit.trace import Trace
 
@@ -162,6 +163,7 @@ class TeacherCache:
                 "bytes": partial.stat().st_size,
                 "sha256": sha256(partial),
             }
+            sync(partial)
             partial.replace(path)
             manifest["shards"].append(facts)
             write_manifest(folder, manifest)

@@ -1,10 +1,11 @@
 """The manifest of a cache and the checks that stand on it: whose it is, whether it is whole."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from fakit.files import sha256, write_whole
 
 VERSION = 2
 _KEYS = ("version", "teacher", "tokenizer", "data", "rows", "content", "name", "config", "causal", "sizes", "shards")
@@ -34,9 +35,7 @@ def read_manifest(folder: Path) -> dict:
 
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Write it whole or not at all."""
-    partial = folder / "manifest.partial"
-    partial.write_text(json.dumps(manifest, indent=1))
-    partial.replace(folder / "manifest.json")
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def refuse_foreign(folder: Path, found: dict, asked: dict) -> None:
@@ -84,12 +83,6 @@ def check_shard(path: Path, shard: dict, verify: bool) -> None:
             tensors.get_slice("offsets")
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}); {again}") from error
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _brief(value) -> str:
