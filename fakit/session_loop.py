@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from fakit.checkpoints import add_file
 from fakit.probes import LayerProbe, SampleProbe
-from fakit.session_record import Record
+from fakit.session_record import FILE, Record
 from fakit.trainer import DistillationTrainer
 
 READY, RUNNING, PAUSED, FINISHED, STOPPED, FAILED = "ready", "running", "paused", "finished", "stopped", "failed"
@@ -146,7 +147,7 @@ class Loop(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """The trainer's own checkpoints carry the record, too."""
-        self.record.write(Path(args.output_dir) / f"checkpoint-{self.steps}")
+        self._write(Path(args.output_dir) / f"checkpoint-{self.steps}")
 
     # -- between two steps ----------------------------------------------------------------------------------------
 
@@ -174,12 +175,17 @@ class Loop(TrainerCallback):
         try:
             self.trainer._save_checkpoint(self.trainer.model, trial=None)
             self._note(f"checkpoint in {folder.name}")
-            self.record.write(folder)
+            self._write(folder)
         except Exception as error:  # a full disk is told to whoever asked, and ends no run
             self._note(f"no checkpoint: {type(error).__name__}: {error}")
             written.set_exception(error)
         else:
             written.set_result(folder)
+
+    def _write(self, checkpoint: Path) -> None:
+        """The record beside a checkpoint, and in the list of its files."""
+        self.record.write(checkpoint)
+        add_file(checkpoint, FILE)
 
     def _look(self) -> None:
         """Both probes, once a step."""

@@ -7,22 +7,39 @@ checkpointing, checkpoints, resume, callbacks, TensorBoard. The student exports 
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from fakit.breakdown import Breakdown
 from fakit.capture import capture, is_causal_lm
+from fakit.checkpoints import begin as begin_checkpoint
+from fakit.checkpoints import check as check_checkpoint
+from fakit.checkpoints import give_up as give_up_checkpoint
+from fakit.checkpoints import last_whole_checkpoint, versions
+from fakit.checkpoints import rotate as rotate_checkpoints
+from fakit.checkpoints import seal as seal_checkpoint
+from fakit.files import check_room
 from fakit.losses.task import task_loss
 from fakit.models.blocks import depth, find_blocks
 from fakit.models.load import is_quantized
 from fakit.models.preflight import preflight
 from fakit.objective import Needs, Objective
+from fakit.ownership import (
+    argument_facts,
+    bytes_of_checkpoint,
+    data_fingerprint,
+    objective_facts,
+    student_facts,
+)
 from fakit.sharding import check_sharding, load_whole_state, shards_on_cpus, whole_state
 from fakit.shares import counts, shares
 from fakit.teacher_cache import TeacherCache
+from fakit.teacher_cache.fingerprints import fingerprint
 from fakit.teacher_cache.training import ROW, CachedRowsCollator, CachedTeacher, recorded_teacher, with_rows
 from fakit.trace import Trace
 
@@ -183,6 +200,7 @@ class DistillationTrainer(Trainer):
             self.cached_teacher = CachedTeacher(teacher_cache, objective, teacher, teacher_tokenizer or tokenizer)
             if kwargs.get("train_dataset") is not None:
                 kwargs["train_dataset"] = with_rows(teacher_cache, kwargs["train_dataset"])
+        self._bare_rows = rows
         distiller = Distiller(teacher, student, objective)
         if (
             args.neftune_noise_alpha is not None
@@ -198,6 +216,10 @@ class DistillationTrainer(Trainer):
         # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for them
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._is_checkpoint = False
+        # settings that the steps follow from and that are not seen here, such as an experiment's: a checkpoint is bound to them, too
+        self.bound_to: dict[str, Any] = {}
+        self._objective_facts = objective_facts(objective)  # as it was made: weights may be set while training
+        self._fingerprints: dict[str, Any] | None = None
 
     @property
     def distiller(self) -> Distiller:
@@ -259,6 +281,66 @@ class DistillationTrainer(Trainer):
             self.model = model
 
     # -- checkpoints: the student as transformers writes it, the rest beside it ------------------------------------
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs):
+        """The Trainer's, from a checkpoint of this run alone: see `fakit.checkpoints`; True takes the newest that is whole.
+
+        Raises:
+            ValueError: before any step: a checkpoint that is damaged, or was written with other settings, models, data or versions (each
+                is named); a folder for checkpoints that cannot be written to or is too full.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.args.world_size)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds no whole checkpoint to resume from: train() without it, or name one."
+                )
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, self.whose())
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
+            one = bytes_of_checkpoint(self.student, self.objective, self.args.optim)
+            check_room(self.args.output_dir, (1 + (self.args.save_total_limit or 1)) * one, "checkpoints")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def whose(self) -> dict[str, Any]:
+        """What a checkpoint of this trainer is bound to; plain JSON."""
+        if self._fingerprints is None:  # of all bytes of the teacher and the data: only where there is a checkpoint
+            cache = self.cached_teacher and self.cached_teacher.cache
+            self._fingerprints = {
+                "teacher": fingerprint(self.teacher) if cache is None else cache.manifest["teacher"],
+                "teacher_cache": None if cache is None else cache.manifest["content"],
+                "data": data_fingerprint(self._bare_rows),
+            }
+        return {
+            **self.bound_to,
+            "versions": versions(),
+            "arguments": argument_facts(self.args),
+            "objective": self._objective_facts,
+            "student": student_facts(self.student),
+            **self._fingerprints,
+        }
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Whole, listed with checksums, and only then are older ones deleted: by step, never by the clock."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer would go by the clock
+        try:
+            if self.args.should_save:
+                begin_checkpoint(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal_checkpoint(folder, self.whose())
+                rotate_checkpoints(folder.parent, self.state.global_step, limit, self.state.best_model_checkpoint)
+        except Exception as error:
+            failure = give_up_checkpoint(folder, error)
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            self.args.save_total_limit = limit
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Export the student (and the tokenizer, if the trainer has one). Checkpoints also hold projections and weights."""

@@ -1,6 +1,7 @@
 """TrainSession: the run nobody touches is the trainer's to the last bit; what is asked happens between two steps and is written down."""
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -390,12 +391,13 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     record.note(1, "first")
     record.write(tmp_path)
 
-    def full(self, text):
-        with open(self, "w") as file:
-            file.write(text[:10])
+    write = os.write
+
+    def full(file, content):
+        write(file, bytes(content[:10]))
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_text", full)
+    monkeypatch.setattr("fakit.files.os.write", full)
     record.note(2, "second")
     with pytest.raises(OSError, match="no space"):
         record.write(tmp_path)

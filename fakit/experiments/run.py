@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
+from fakit.checkpoints import last_whole_checkpoint
 from fakit.experiments.build import (
     Prepared,
     TrainingRows,
@@ -25,7 +26,6 @@ from fakit.experiments.build import (
     prepare,
     student_tokenizer,
 )
-from fakit.experiments.checkpoints import last_whole_checkpoint
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.statistics import LOWER_IS_BETTER
 from fakit.experiments.store import RunStore

@@ -33,13 +33,18 @@ def fingerprint(model: nn.Module) -> str:
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    digest.update(json.dumps(_shaping(config_facts(model.config)), sort_keys=True).encode())
+    digest.update(json.dumps(shaping_facts(model.config), sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def config_facts(config) -> dict:
     """A transformers configuration as plain JSON."""
     return json.loads(config.to_json_string(use_diff=False))
+
+
+def shaping_facts(config) -> dict:
+    """What a transformers configuration says of what the forward pass computes, as plain JSON."""
+    return _shaping(config_facts(config))
 
 
 def _shaping(config: dict) -> dict:

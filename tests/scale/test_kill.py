@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from fakit.__main__ import main
+from fakit.checkpoints import last_whole_checkpoint
 from fakit.experiments import ExperimentConfig, RunStore
-from fakit.experiments.checkpoints import last_whole_checkpoint
 from tests.scale.conftest import ROOT, experiment
 
 STEPS, EVERY = 200, 20
@@ -51,16 +51,9 @@ def unbroken(world, tmp_path_factory) -> tuple[ExperimentConfig, Path]:
 
 
 def checkpoints(folder: Path) -> list[int]:
-    """The steps whose checkpoint was written to its end, which is the trainer's state: a file that is there before it is whole."""
-    states = folder.glob("student/checkpoints/checkpoint-*/trainer_state.json")
-    return sorted(int(path.parent.name.split("-")[1]) for path in states if is_json(path.read_text()))
-
-
-def is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
+    """The steps whose checkpoint was written to its end, which is the list of its files: it is there whole or not at all."""
+    lists = folder.glob("student/checkpoints/checkpoint-*/checkpoint.json")
+    return sorted(int(path.parent.name.split("-")[1]) for path in lists if json.loads(path.read_text())["files"])
 
 
 def test_killed_twice_and_resumed_it_ends_in_the_same_weights(unbroken, tmp_path, caplog):
@@ -85,9 +78,7 @@ def test_killed_twice_and_resumed_it_ends_in_the_same_weights(unbroken, tmp_path
     assert max(checkpoints(tmp_path)) == first + EVERY
 
     assert main(resume) == 0
-    (passed_over,) = [
-        record.getMessage() for record in caplog.records if record.name == "fakit.experiments.checkpoints"
-    ]
+    (passed_over,) = [record.getMessage() for record in caplog.records if record.name == "fakit.checkpoints"]
     assert (
         passed_over
         == f"{half} is not whole (trainer_state.json, which is written last, is missing) and is passed over."
