@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from fakit.losses.head import Head
 from fakit.models.blocks import encoder_depth, find_blocks, is_encoder_decoder, without_adapter
 from fakit.models.head import find_finish, find_head, without_logits
+from fakit.models.kinds import layerdrop
 from fakit.models.random_state import random_state_kept
 from fakit.recorder import Recorder
 from fakit.trace import Trace
@@ -54,6 +55,8 @@ def capture(
     """
     hidden_states, attentions = sorted(set(hidden_states)), sorted(set(attentions))
     blocks = find_blocks(model) if hidden_states or attentions else []
+    if blocks and model.training:
+        _check_every_layer_runs(model)
     _check_layers(model, hidden_states, attentions, blocks)
     inputs = _inputs(model, batch)
     trace = Trace(mask=_token_mask(inputs), causal=is_causal_lm(model), name=type(model).__name__)
@@ -103,6 +106,11 @@ def is_causal_lm(model: nn.Module) -> bool:
 # -- where attention can be seen --------------------------------------------------------------------------------------
 
 
+def check_attention(model: nn.Module) -> None:
+    """Raise ValueError when nothing of the model's attention can be had."""
+    _attention_source(model, find_blocks(model))
+
+
 def _attention_source(model: nn.Module, blocks: list[nn.Module]) -> str:
     """ "interface": transformers' attention functions; "sdpa": torch's, called by the model itself; "maps": the model's own eager maps."""
     implementation = model.config._attn_implementation
@@ -149,6 +157,15 @@ def _check_layers(model: nn.Module, hidden_states: list[int], attentions: list[i
                 f"{what} of layer {', '.join(map(str, wrong))} asked of a {len(blocks)}-layer model ({type(model).__name__}); "
                 f"it has layers {lowest}…{len(blocks)} (0 = embeddings, {len(blocks)} = last block)."
             )
+
+
+def _check_every_layer_runs(model: nn.Module) -> None:
+    if settings := layerdrop(model):
+        named = ", ".join(f"{name}={value}" for name, value in settings.items())
+        raise ValueError(
+            f"layers asked of {type(model).__name__} in training mode, whose {named} leaves out whole layers at random: a layer that is left out "
+            "has no hidden state and no attention. Turn it off: fakit.models.without_layerdrop(model) (shrink and DistillationTrainer do so)."
+        )
 
 
 def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict:
@@ -249,7 +266,7 @@ def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int]) -
         missing = [i for i in asked if i not in seen]
         if missing:
             raise ValueError(
-                f"{what} of layers {missing} asked of {trace.name}, and nothing was seen there: the blocks did not run (layerdrop, or "
+                f"{what} of layers {missing} asked of {trace.name}, and nothing was seen there: the blocks did not run (layers that this model leaves out, or "
                 "called around their hooks), or have no attention to show (state spaces and convolutions in a hybrid, windows of LongT5). Ask for other layers, or leave the term out."
             )
 
@@ -304,8 +321,13 @@ def _returned_maps(model: nn.Module, outputs, attentions: list[int], trace: Trac
         shape, mask = tuple(maps[i - 1].shape), trace.layer_mask(i)
         tokens = shape[-1] if mask is None else mask.shape[1]
         if len(shape) != 4 or shape[-2:] != (tokens, tokens):
+            reason = (
+                "it looks through a window or at pooled tokens"
+                if len(shape) == 4
+                else "what its blocks return as attentions are states of their own and no weights of a softmax over tokens (RWKV)"
+            )
             raise ValueError(
-                f"attention of layer {i} of {trace.name} has shape {shape}, which is no map (B, H, T, T) over {tokens} tokens: it looks "
-                "through a window or at pooled tokens. Leave the attention term out (attention=None), or use a model with full attention."
+                f"attention of layer {i} of {trace.name} has shape {shape}, which is no map (B, H, T, T) over {tokens} tokens: {reason}. "
+                "Leave the attention term out (attention=None), or use a model with full attention."
             )
     return {i: maps[i - 1] for i in attentions}

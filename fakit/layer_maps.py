@@ -5,12 +5,14 @@ Layers are numbered as everywhere in the kit: 0 is the output of the embeddings,
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from numbers import Integral
 
 import torch
 from torch import Tensor
+
+Depths = int | Sequence[int]  # of a model, or of an encoder-decoder's encoder and decoder
 
 
 class WeightMatrix(Tensor):
@@ -70,64 +72,78 @@ class LayerMap:
         self._redraw = None  # random(): depths and seed, so that every epoch can draw anew
 
     # -- strategies: S student layers, T teacher layers -----------------------------------------------------------
+    # Depths are numbers, or for encoder-decoders lists of two: encoder and decoder, [2, 2]. Layers are counted through both, and each
+    # stack is mapped by itself: an encoder's layers and a decoder's work on different tokens.
 
     @classmethod
-    def uniform(cls, student_layers: int, teacher_layers: int) -> "LayerMap":
-        """Evenly spaced, last on last: j ↦ round(j·T/S). The default; TinyBERT (Jiao et al. 2020)."""
-        S, T = _depths(student_layers, teacher_layers)
-        return cls([(j, _spaced(j, S, T)) for j in range(1, S + 1)], name="uniform")
+    def uniform(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
+        """Evenly spaced, last on last: j ↦ round(j·T/S). The default; TinyBERT (Jiao et al. 2020).
+
+        >>> LayerMap.uniform([2, 1], [12, 6]).pairs  # an encoder of 2 layers from 12, a decoder of 1 from 6
+        [(1, 6), (2, 12), (3, 18)]
+        """
+        stacks = _depths(student_layers, teacher_layers)
+        return cls(_stacked(stacks, lambda S, T: [_spaced(j, S, T) for j in range(1, S + 1)]), name="uniform")
 
     @classmethod
-    def last(cls, student_layers: int, teacher_layers: int) -> "LayerMap":
+    def last(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
         """The teacher's last layers: j ↦ T - S + j."""
-        S, T = _depths(student_layers, teacher_layers, name="last")
-        return cls([(j, T - S + j) for j in range(1, S + 1)], name="last")
+        stacks = _depths(student_layers, teacher_layers, name="last")
+        return cls(_stacked(stacks, lambda S, T: range(T - S + 1, T + 1)), name="last")
 
     @classmethod
-    def first(cls, student_layers: int, teacher_layers: int) -> "LayerMap":
+    def first(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
         """The teacher's first layers: j ↦ j."""
-        S, _ = _depths(student_layers, teacher_layers, name="first")
-        return cls([(j, j) for j in range(1, S + 1)], name="first")
+        stacks = _depths(student_layers, teacher_layers, name="first")
+        return cls(_stacked(stacks, lambda S, T: range(1, S + 1)), name="first")
 
     @classmethod
-    def skip(cls, student_layers: int, teacher_layers: int) -> "LayerMap":
+    def skip(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
         """PKD's skip: as uniform, the student's last layer left to the outputs. Patient KD (Sun et al. 2019)."""
-        S, T = _depths(student_layers, teacher_layers)
-        if S < 2:
+        pairs = cls.uniform(student_layers, teacher_layers).pairs[:-1]
+        if not pairs:
             raise ValueError(
-                f"skip leaves the last of {S} student layers out and nothing remains; use LayerMap.uniform."
+                f"skip leaves the last of {student_layers} student layers out and nothing remains; use LayerMap.uniform."
             )
-        return cls([(j, _spaced(j, S, T)) for j in range(1, S)], name="skip")
+        return cls(pairs, name="skip")
 
     @classmethod
-    def reverse(cls, student_layers: int, teacher_layers: int) -> "LayerMap":
+    def reverse(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
         """Uniform, upside down: j ↦ uniform(S + 1 - j). A control that should hurt if the order of layers matters."""
-        S, T = _depths(student_layers, teacher_layers)
-        return cls([(j, _spaced(S + 1 - j, S, T)) for j in range(1, S + 1)], name="reverse")
+        stacks = _depths(student_layers, teacher_layers)
+        return cls(_stacked(stacks, lambda S, T: [_spaced(j, S, T) for j in range(S, 0, -1)]), name="reverse")
 
     @classmethod
-    def all_to_one(cls, student_layers: int, teacher_layers: int, teacher_layer: int | None = None) -> "LayerMap":
-        """Every student layer on one teacher layer (the last unless given)."""
-        S, T = _depths(student_layers, teacher_layers)
-        target = T if teacher_layer is None else teacher_layer
-        if not 0 <= target <= T:
-            raise ValueError(f"teacher layer {target} asked of a {T}-layer teacher; it has 0 (embeddings) to {T}.")
-        return cls([(j, target) for j in range(1, S + 1)], name="all_to_one")
+    def all_to_one(cls, student_layers: Depths, teacher_layers: Depths, teacher_layer: int | None = None) -> "LayerMap":
+        """Every student layer on one teacher layer (the last unless given; of each stack its last)."""
+        stacks = _depths(student_layers, teacher_layers)
+        T = sum(theirs for _, theirs in stacks)
+        if teacher_layer is not None and len(stacks) > 1:
+            raise ValueError(
+                f"teacher layer {teacher_layer} is of one stack, and the models have {len(stacks)}, whose layers work on different tokens; "
+                "leave teacher_layer out, or give the pairs themselves."
+            )
+        if teacher_layer is not None and not 0 <= teacher_layer <= T:
+            raise ValueError(
+                f"teacher layer {teacher_layer} asked of a {T}-layer teacher; it has 0 (embeddings) to {T}."
+            )
+        pairs = _stacked(stacks, lambda S, T: [T if teacher_layer is None else teacher_layer] * S)
+        return cls(pairs, name="all_to_one")
 
     @classmethod
-    def random(cls, student_layers: int, teacher_layers: int, seed: int = 0) -> "LayerMap":
+    def random(cls, student_layers: Depths, teacher_layers: Depths, seed: int = 0) -> "LayerMap":
         """S teacher layers drawn without return, in rising order, anew each epoch. RAIL-KD (Haidar et al. 2022).
 
         `for_epoch(e)` gives epoch e's draw; the trainer asks for it at every epoch's start.
         """
-        S, T = _depths(student_layers, teacher_layers, name="random")
-        drawn = sorted(random.Random(f"fakit {seed}").sample(range(1, T + 1), S))
-        layer_map = cls(zip(range(1, S + 1), drawn, strict=True), name="random")
-        layer_map._redraw = (S, T, seed)
+        stacks = _depths(student_layers, teacher_layers, name="random")
+        draw = random.Random(f"fakit {seed}")
+        layer_map = cls(_stacked(stacks, lambda S, T: sorted(draw.sample(range(1, T + 1), S))), name="random")
+        layer_map._redraw = (student_layers, teacher_layers, seed)
         return layer_map
 
     @classmethod
-    def none(cls, student_layers: int | None = None, teacher_layers: int | None = None) -> "LayerMap":
+    def none(cls, student_layers: Depths | None = None, teacher_layers: Depths | None = None) -> "LayerMap":
         """No pairs: the control without any layer matching. Depths are accepted, so that it stands in for any strategy."""
         return cls([], name="none")
 
@@ -217,17 +233,30 @@ class LayerMap:
         """True when deeper student layers never learn from shallower teacher layers."""
         return all(t <= u for (_, t), (_, u) in pairwise(self.pairs))
 
-    def check(self, student_layers: int, teacher_layers: int) -> None:
-        """Raise ValueError when a pair names a layer that one of the models does not have."""
-        for (s, t), side, asked, depth in [
-            (pair, side, pair[k], depth)
-            for pair in self.pairs
-            for k, (side, depth) in enumerate((("student", student_layers), ("teacher", teacher_layers)))
-        ]:
-            if asked > depth:
+    def check(self, student_layers: Depths, teacher_layers: Depths) -> None:
+        """Raise ValueError when a pair names a layer that one of the models does not have, or an encoder's and a decoder's.
+
+        Args:
+            student_layers, teacher_layers: depths; of encoder-decoders those of encoder and decoder, [2, 2].
+        """
+        ours, theirs = _listed(student_layers), _listed(teacher_layers)
+        fits = f"LayerMap.uniform({_shown(ours)}, {_shown(theirs)}) fits."
+        for pair in self.pairs:
+            for side, asked, depths in (("student", pair[0], ours), ("teacher", pair[1], theirs)):
+                if asked > sum(depths):
+                    raise ValueError(
+                        f"layer {asked} asked of a {sum(depths)}-layer {side} (pair {pair} of {self!r}); the student has layers "
+                        f"0…{sum(ours)}, the teacher 0…{sum(theirs)}. {fits}"
+                    )
+            if len(ours) == len(theirs) == 2 and (pair[0] > ours[0]) != (pair[1] > theirs[0]):
+                stacks = [
+                    "decoder" if layer > encoder else "encoder"
+                    for layer, encoder in zip(pair, (ours[0], theirs[0]), strict=True)
+                ]
                 raise ValueError(
-                    f"layer {asked} asked of a {depth}-layer {side} (pair ({s}, {t}) of {self!r}); the student has layers "
-                    f"0…{student_layers}, the teacher 0…{teacher_layers}. LayerMap.uniform({student_layers}, {teacher_layers}) fits."
+                    f"pair {pair} of {self!r} matches the student's {stacks[0]} with the teacher's {stacks[1]}, which work on different tokens: "
+                    f"the student has {ours[0]} encoder and {ours[1]} decoder layers, the teacher {theirs[0]} and {theirs[1]}, counted through. "
+                    f"Map each stack by itself: {fits}"
                 )
 
     def for_epoch(self, epoch: int) -> "LayerMap":
@@ -248,8 +277,11 @@ class LayerMap:
         """Every pair of this map in any epoch: a random map's are all that it may draw."""
         if not self.is_random:
             return self.pairs
-        S, T, _ = self._redraw
-        return [(s, t) for s in range(1, S + 1) for t in range(s, T - S + s + 1)]
+        pairs, ours, theirs = [], 0, 0
+        for S, T in _depths(*self._redraw[:2]):
+            pairs += [(ours + s, theirs + t) for s in range(1, S + 1) for t in range(s, T - S + s + 1)]
+            ours, theirs = ours + S, theirs + T
+        return pairs
 
     def __iter__(self):
         return iter(self.pairs)
@@ -275,20 +307,42 @@ class LayerMap:
         return f"**{self.name}**: " + ", ".join(f"S{s} ← T{t}" for s, t in self.pairs)
 
 
-def _depths(student_layers: int, teacher_layers: int, name: str | None = None) -> tuple[int, int]:
-    if (
-        not (isinstance(student_layers, int) and isinstance(teacher_layers, int))
-        or min(student_layers, teacher_layers) < 1
-    ):
+def _listed(layers: Depths) -> list[int]:
+    return list(layers) if isinstance(layers, Sequence) else [layers]
+
+
+def _shown(depths: list[int]) -> str:
+    return str(depths if len(depths) > 1 else depths[0])
+
+
+def _depths(student_layers: Depths, teacher_layers: Depths, name: str | None = None) -> list[tuple[int, int]]:
+    """(student layers, teacher layers) of each stack. `name`: of a strategy that gives each student layer a teacher layer of its own."""
+    ours, theirs = _listed(student_layers), _listed(teacher_layers)
+    if not all(isinstance(depth, int) and depth >= 1 for depth in (*ours, *theirs)):
         raise ValueError(
             f"depths are whole numbers ≥ 1 (blocks, embeddings not counted); found student {student_layers!r}, teacher {teacher_layers!r}."
         )
-    if name is not None and student_layers > teacher_layers:
+    if len(ours) != len(theirs) or not ours:
         raise ValueError(
-            f"{name} gives each of {student_layers} student layers its own teacher layer, and the teacher has {teacher_layers}; "
-            "use LayerMap.uniform, which may use a layer twice."
+            f"the student has {len(ours)} stacks of layers ({_shown(ours)}), the teacher {len(theirs)} ({_shown(theirs)}), and each stack is mapped "
+            "by itself; give the depths of encoder and decoder of both."
         )
-    return student_layers, teacher_layers
+    for S, T in zip(ours, theirs, strict=True):
+        if name is not None and S > T:
+            raise ValueError(
+                f"{name} gives each of {S} student layers its own teacher layer, and the teacher has {T}; "
+                "use LayerMap.uniform, which may use a layer twice."
+            )
+    return list(zip(ours, theirs, strict=True))
+
+
+def _stacked(stacks: list[tuple[int, int]], teachers: Callable[[int, int], Iterable[int]]) -> list[tuple[int, int]]:
+    """Pairs of a strategy, stack by stack. `teachers(S, T)`: the teacher layers of student layers 1…S of one stack."""
+    pairs, ours, theirs = [], 0, 0
+    for S, T in stacks:
+        pairs += [(ours + j, theirs + t) for j, t in enumerate(teachers(S, T), 1)]
+        ours, theirs = ours + S, theirs + T
+    return pairs
 
 
 def _scores(matrix, asked_by: str) -> Tensor:

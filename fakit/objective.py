@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fakit.breakdown import Breakdown, Pair, Weights
-from fakit.layer_maps import LayerMap
+from fakit.layer_maps import Depths, LayerMap
 from fakit.losses import attention as attention_losses
 from fakit.losses import outputs as output_losses
 from fakit.losses import streamed
@@ -110,8 +110,12 @@ class Objective(nn.Module):
         needs = self.needs("teacher")
         return bool(needs.hidden_states or needs.attentions or needs.logits)
 
-    def check_layers(self, student_layers: int, teacher_layers: int) -> None:
-        """Raise ValueError when a map names a layer that one of the models does not have."""
+    def check_layers(self, student_layers: Depths, teacher_layers: Depths) -> None:
+        """Raise ValueError when a map names a layer that one of the models does not have, or pairs an encoder's layer with a decoder's.
+
+        Args:
+            student_layers, teacher_layers: depths; of encoder-decoders those of encoder and decoder (`fakit.models.stack_depths`).
+        """
         self.layer_map.check(student_layers, teacher_layers)
         for term in (self.features, self.attention):
             if term is not None and term.layer_map is not None:
@@ -377,6 +381,13 @@ def _with_logits(trace):
 
 
 def _common_mask(student, teacher, pair: Pair) -> Tensor | None:
+    """The tokens that count on both sides. bool (B, T)"""
+    ends = (student.encoder_layers, teacher.encoder_layers)
+    if None not in ends and (pair[0] > ends[0]) != (pair[1] > ends[1]):
+        raise ValueError(
+            f"pair S{pair[0]}←T{pair[1]} matches an encoder's layer with a decoder's, which work on different tokens: the student's encoder ends "
+            f"with layer {ends[0]}, the teacher's with {ends[1]}. Map each stack by itself: LayerMap.uniform([encoder, decoder], [encoder, decoder])."
+        )
     return _both(student.layer_mask(pair[0]), teacher.layer_mask(pair[1]))
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import SaveStrategy
 
 from fakit.breakdown import Breakdown
-from fakit.capture import capture, is_causal_lm
+from fakit.capture import capture, check_attention, is_causal_lm
 from fakit.checkpoints import begin as begin_checkpoint
 from fakit.checkpoints import check as check_checkpoint
 from fakit.checkpoints import give_up as give_up_checkpoint
@@ -25,7 +25,8 @@ from fakit.checkpoints import rotate as rotate_checkpoints
 from fakit.checkpoints import seal as seal_checkpoint
 from fakit.files import check_room
 from fakit.losses.task import task_loss
-from fakit.models.blocks import depth, find_blocks
+from fakit.models.blocks import find_blocks, stack_depths
+from fakit.models.kinds import ties, untie, without_layerdrop
 from fakit.models.load import is_quantized
 from fakit.models.preflight import preflight
 from fakit.objective import Needs, Objective
@@ -95,8 +96,9 @@ class Distiller(nn.Module):
         return sorted({type(block).__name__ for block in find_blocks(self.student)})
 
     def tie_weights(self) -> None:
-        """Tie the student's heads and embeddings again, after FSDP has put its parameters anew."""
-        self.student.tie_weights()
+        """Tie the student's heads and embeddings again, after FSDP has put its parameters anew: those that were tied, not those of a
+        configuration that ties what the weights do not (T5 v1.1)."""
+        self.student.tie_weights(recompute_mapping=False)
 
     def forward(
         self,
@@ -192,6 +194,12 @@ class DistillationTrainer(Trainer):
         described = recorded_teacher(teacher_cache) if teacher is None else teacher
         check_fit(described, student, objective, teacher_tokenizer, tokenizer)
         objective.prepare(*(m.config.get_text_config().hidden_size for m in (student, described)))
+        named = [name for name in ("features", "attention") if getattr(objective, name) is not None]
+        if any(objective.pairs(name) for name in named) and (off := without_layerdrop(student)):
+            logger.warning(
+                "The student's %s is set to 0: its layers are matched, and a layer that is left out has nothing to match.",
+                ", ".join(f"{name} ({value})" for name, value in off.items()),
+            )
         if teacher is not None:
             _refuse_shared(teacher, student)
             teacher.eval().requires_grad_(False)
@@ -358,6 +366,7 @@ class DistillationTrainer(Trainer):
         if not self.is_fsdp_enabled:
             return self.student
         student = type(self.student)._from_config(self.student.config)
+        untie(student, ties(student).keys() - ties(self.student).keys())
         student.load_state_dict(_part(whole_state(self.model), "student."))
         return student.to(self.args.device).eval()
 
@@ -426,7 +435,7 @@ def check_fit(
     student_tokenizer=None,
 ) -> None:
     """Raise ValueError when these three cannot train together: both sides and the fix, before any work."""
-    objective.check_layers(depth(student), depth(teacher))
+    objective.check_layers(stack_depths(student), stack_depths(teacher))
     both = teacher_tokenizer is not None and student_tokenizer is not None
     report = preflight(teacher, student, teacher_tokenizer if both else None, student_tokenizer if both else None)
     outputs = objective.outputs
@@ -443,7 +452,10 @@ def check_fit(
             f"the student is {s.hidden_size} wide, the teacher {t.hidden_size}, and Features(projection=None) allows no projection; "
             "use projection='linear', or a student of the teacher's width."
         )
-    heads = (s.num_attention_heads, t.num_attention_heads)
+    if "attention" in matched:
+        for model in (student, teacher):
+            check_attention(model)
+    heads = [getattr(config, "num_attention_heads", None) for config in (s, t)]  # none where nothing attends (Mamba)
     one_to_one = (
         "attention" in matched and objective.attention.loss != "relations" and objective.attention.heads == "one-to-one"
     )

@@ -248,3 +248,64 @@ def test_equality_hash_and_how_a_map_shows_itself():
 def test_docstring_examples_run():
     result = doctest.testmod(layer_maps)
     assert result.failed == 0 and result.attempted >= 1
+
+
+# -- encoder-decoders: each stack by itself ----------------------------------------------------------------------------
+
+STACKED = {  # two encoder layers and one decoder layer from 6 and 4; two of each from 12 and 2
+    "uniform": {((2, 1), (6, 4)): [3, 6, 10], ((2, 2), (12, 2)): [6, 12, 13, 14]},
+    "last": {((2, 1), (6, 4)): [5, 6, 10], ((2, 2), (12, 2)): [11, 12, 13, 14]},
+    "first": {((2, 1), (6, 4)): [1, 2, 7], ((2, 2), (12, 2)): [1, 2, 13, 14]},
+    "skip": {((2, 1), (6, 4)): [3, 6], ((2, 2), (12, 2)): [6, 12, 13]},
+    "reverse": {((2, 1), (6, 4)): [6, 3, 10], ((2, 2), (12, 2)): [12, 6, 14, 13]},
+    "all_to_one": {((2, 1), (6, 4)): [6, 6, 10], ((2, 2), (12, 2)): [12, 12, 14, 14]},
+}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "depths", "teachers"),
+    [(strategy, depths, teachers) for strategy, cases in STACKED.items() for depths, teachers in cases.items()],
+)
+def test_each_stack_is_mapped_by_itself(strategy, depths, teachers):
+    layer_map = getattr(LayerMap, strategy)(*map(list, depths))
+    assert layer_map.pairs == list(enumerate(teachers, 1))
+    layer_map.check(*depths)
+
+
+def test_a_list_of_one_depth_is_that_depth():
+    for strategy in TEACHERS:
+        assert getattr(LayerMap, strategy)([3], [6]) == getattr(LayerMap, strategy)(3, 6)
+    assert LayerMap.random([3], [9], seed=2) == LayerMap.random(3, 9, seed=2)
+
+
+def test_random_draws_within_each_stack():
+    layer_map = LayerMap.random([2, 1], [4, 3], seed=5)
+    possible = layer_map.possible_pairs()
+    assert possible == [(1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, 4), (3, 5), (3, 6), (3, 7)]
+    drawn = [layer_map.for_epoch(epoch) for epoch in range(60)]
+    assert {pair for each in drawn for pair in each} == set(possible)
+    for each in drawn:
+        each.check([2, 1], [4, 3])
+
+
+def test_pairs_of_an_encoders_and_a_decoders_layer_are_refused():
+    with pytest.raises(
+        ValueError, match=r"pair \(2, 7\) .*student's encoder with the teacher's decoder.*\[2, 2\], \[6, 6\]\) fits"
+    ):
+        LayerMap([(1, 3), (2, 7)]).check([2, 2], [6, 6])
+    LayerMap.uniform(4, 12).check([2, 2], [6, 6])  # where the stacks keep their proportion, it is the same map
+    with pytest.raises(ValueError, match="student's decoder with the teacher's encoder"):
+        LayerMap.uniform(3, 14).check([1, 2], [12, 2])
+    LayerMap([(0, 0), (0, 3)]).check([2, 2], [6, 6])
+    with pytest.raises(ValueError, match="decoder with the teacher's encoder"):
+        LayerMap([(3, 0)]).check([2, 2], [6, 6])
+    with pytest.raises(ValueError, match=r"the student has 1 stacks of layers .*the teacher 2"):
+        LayerMap.uniform(2, [6, 6])
+    with pytest.raises(
+        ValueError, match=r"layer 15 asked of a 14-layer teacher.*LayerMap.uniform\(\[2, 2\], \[12, 2\]\) fits"
+    ):
+        LayerMap([(4, 15)]).check([2, 2], [12, 2])
+    with pytest.raises(ValueError, match="4 student layers its own teacher layer, and the teacher has 2"):
+        LayerMap.last([2, 4], [12, 2])
+    with pytest.raises(ValueError, match="teacher layer 6 is of one stack"):
+        LayerMap.all_to_one([2, 2], [6, 6], teacher_layer=6)

@@ -16,7 +16,7 @@ import torch
 from fakit.experiments.batches import batch_plan
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.schema import did_you_mean
-from fakit.layer_maps import LayerMap
+from fakit.layer_maps import Depths, LayerMap
 from fakit.objective import Objective
 from fakit.terms import Attention, Features, Outputs, Task
 
@@ -192,8 +192,12 @@ def check_lengths(rows: Dataset, max_length: int, **models: PreTrainedModel) -> 
             )
 
 
-def build_layer_map(config: ExperimentConfig, student_layers: int, teacher_layers: int) -> LayerMap:
-    """The layer map of a strategy's name, or of explicit pairs (student layer, teacher layer)."""
+def build_layer_map(config: ExperimentConfig, student_layers: Depths, teacher_layers: Depths) -> LayerMap:
+    """The layer map of a strategy's name, or of explicit pairs (student layer, teacher layer).
+
+    Args:
+        student_layers, teacher_layers: depths; of encoder-decoders those of encoder and decoder, each mapped by itself.
+    """
     if not isinstance(config.layer_map, str):
         layer_map = LayerMap(config.layer_map)
     elif config.layer_map == "random":
@@ -206,17 +210,17 @@ def build_layer_map(config: ExperimentConfig, student_layers: int, teacher_layer
 
 def build_objective(config: ExperimentConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> Objective:
     """The objective of the configured terms, with projections where the widths differ."""
-    from fakit.models.blocks import depth
+    from fakit.models.blocks import stack_depths
 
     features, attention, outputs = config.features, config.attention, config.outputs
     objective = Objective(
-        build_layer_map(config, depth(student), depth(teacher)),
+        build_layer_map(config, stack_depths(student), stack_depths(teacher)),
         features=features and Features(features.loss, weight=features.weight),
         attention=attention and Attention(attention.loss, weight=attention.weight, heads=attention.heads),
         outputs=outputs and Outputs(outputs.loss, temperature=outputs.temperature, weight=outputs.weight),
         task=None if config.task_weight is None else Task(weight=config.task_weight),
     )
-    return objective.prepare(student.config.hidden_size, teacher.config.hidden_size)
+    return objective.prepare(*(model.config.get_text_config().hidden_size for model in (student, teacher)))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,11 @@ def depth(model: nn.Module) -> int:
     return len(find_blocks(model))
 
 
+def stack_depths(model: nn.Module) -> list[int]:
+    """Number of layers of each stack, as layer maps take them: [L]; of an encoder-decoder [encoder, decoder]."""
+    return [len(stack.blocks) for stack in find_stacks(model)]
+
+
 def encoder_depth(model: nn.Module) -> int | None:
     """Number of the encoder's layers in an encoder-decoder; None for a model of one stack."""
     return len(find_stacks(model)[0].blocks) if is_encoder_decoder(model) else None

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import Stack, find_stacks, without_adapter
+from fakit.models.kinds import ties, untie, without_layerdrop
 from fakit.models.load import full_precision_state
+
+logger = logging.getLogger(__name__)
 
 # Settings given once a block, in a list as long as the model is deep: those with one of these words in their name.
 _PER_BLOCK = ("layer", "attention_window", "indexer_types", "intermediate_size", "activation_sparsity_pattern")
@@ -71,6 +75,10 @@ def shrink(
             f"{type(teacher).__name__} cannot be cut by depth: asked were {[len(kept) for kept in sources]} layers, its configuration makes {made}. "
             "Make the student from a configuration of its own."
         )
+    _untie_as_in(teacher, student, stacks)
+    if off := without_layerdrop(student):
+        named = ", ".join(f"{name} ({value})" for name, value in off.items())
+        logger.warning("The student's %s is set to 0, so that every layer runs and can be matched.", named)
     if init == "copy":
         _copy_weights(teacher, student, stacks, sources)
     if teacher.can_generate():
@@ -160,6 +168,14 @@ def _smaller_config(
     if hidden_size is not None or heads is not None:
         _narrow(config, hidden_size, heads)
     return whole
+
+
+def _untie_as_in(teacher: PreTrainedModel, student: PreTrainedModel, stacks: list[Stack]) -> None:
+    """What the teacher does not tie, around its blocks, the student does not tie, whatever their configuration says of it."""
+    theirs, outside = ties(teacher), {name for name, _ in teacher.named_parameters(remove_duplicate=False)}
+    outside -= {name for name in outside for stack in stacks if name.startswith(f"{stack.name}.")}
+    tied = {name: first for name, first in ties(student).items() if {name, first} <= outside}
+    untie(student, [n for n, first in tied.items() if theirs.get(n, n) != theirs.get(first, first)])
 
 
 def _narrow(config: PreTrainedConfig, hidden_size: int | None, heads: int | None) -> None:

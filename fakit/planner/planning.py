@@ -15,10 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fakit.figures import Figure
 from fakit.figures.plan import memory_plan
 from fakit.layer_maps import LayerMap
+from fakit.models.kinds import untied
 from fakit.models.load import _CLASSES
 from fakit.planner.cards import CARDS, GB, Card, find_card
-from fakit.planner.presets import config_text, guess_task, read_config
-from fakit.planner.step import OPTIMIZERS, TERMS, Setup, Step, position_limit, simulate
+from fakit.planner.presets import PRESETS, config_text, guess_task, read_config
+from fakit.planner.step import OPTIMIZERS, TERMS, Setup, Step, built, position_limit, simulate
 
 Student = str | int | tuple[int, int | None] | Sequence[int]
 
@@ -313,6 +314,8 @@ def plan(
     pairs = None if layer_map is None else tuple(layer_map.pairs)
     how = (quantize, dtype, optimizer, checkpointing, used, pairs, device == "gpu")
     setup = Setup(config_text(config), task or guess_task(config), layers, width, batch, seq, *how)
+    source = config if name in PRESETS or isinstance(teacher, PreTrainedConfig) else teacher
+    setup = replace(setup, untied=untied(built(setup.config, setup.task), source))
     steps = None if tokens is None else math.ceil(tokens / (batch * seq))
     positions = position_limit(setup.config, setup.task)
     if positions is not None and seq > positions:

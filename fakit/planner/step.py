@@ -13,8 +13,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from fakit.capture import capture
 from fakit.layer_maps import LayerMap
-from fakit.models.blocks import find_blocks, find_stacks
+from fakit.models.blocks import find_blocks, stack_depths
 from fakit.models.head import _finishes
+from fakit.models.kinds import untie
 from fakit.models.positions import longest_row
 from fakit.models.shrink import shrink
 from fakit.objective import Objective
@@ -60,6 +61,7 @@ class Setup:
     terms: tuple[str, ...] = TERMS
     pairs: tuple[tuple[int, int], ...] | None = None
     accelerator: bool = True
+    untied: tuple[str, ...] = ()  # parameters that the configuration ties and the teacher's weights do not
 
     def teacher_config(self) -> PreTrainedConfig:
         """The configuration as an object."""
@@ -98,15 +100,14 @@ def simulate(setup: Setup) -> Step:
     mixed = setup.dtype == "bf16"
     config = setup.teacher_config()
     teacher = meta_model(config, setup.task, torch.bfloat16 if mixed else torch.float32)
+    untie(teacher, setup.untied)
     with torch.device("meta"):
         layers = setup.layers if isinstance(setup.layers, int) else list(setup.layers)
         student = shrink(teacher, layers, setup.width, init="random")
     if setup.accelerator:  # fused kernels drop attention themselves; torch's CPU kernel does not, and makes the maps
         _without_attention_dropout(student)
     logical = {"teacher": _numel(teacher), "student": _numel(student)}
-    depths = {
-        side: sum(len(s.blocks) for s in find_stacks(m)) for side, m in (("teacher", teacher), ("student", student))
-    }
+    depths = {side: sum(stack_depths(model)) for side, model in (("teacher", teacher), ("student", student))}
     objective = _objective(setup, teacher, student)
     if setup.quantize is not None:
         quantise(teacher, setup.quantize, setup.task, on_cpu=not setup.accelerator)
@@ -182,13 +183,19 @@ def _booked(ledger: Ledger, logical, depths, teacher, student, trainable) -> Ste
 
 
 @lru_cache(maxsize=64)
+def built(config: str, task: str) -> PreTrainedModel:
+    """A model of a configuration (as JSON) on the meta device, for looking at alone."""
+    return meta_model(_config(config), task, torch.float32)
+
+
+@lru_cache(maxsize=64)
 def position_limit(config: str, task: str) -> int | None:
     """`longest_row` of a configuration.
 
     Args:
         config: the configuration as JSON; task: as for `load_teacher`.
     """
-    return longest_row(meta_model(_config(config), task, torch.float32))
+    return longest_row(built(config, task))
 
 
 def optimizer_bytes(name: str, parameters: list[Tensor]) -> int:
@@ -215,27 +222,20 @@ def step_bytes(name: str, parameters: list[Tensor]) -> int:
 
 def _objective(setup: Setup, teacher: PreTrainedModel, student: PreTrainedModel) -> Objective:
     ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
-    heads = "one-to-one" if ours.num_attention_heads == theirs.num_attention_heads else "group-mean"
+    counts = [getattr(config, "num_attention_heads", None) for config in (ours, theirs)]
+    heads = "one-to-one" if counts[0] == counts[1] else "group-mean"
     terms = {
         "features": Features("mse"),
         "attention": Attention("kl", heads=heads),
         "outputs": Outputs("forward_kl", temperature=2.0),
         "task": Task(),
     }
-    pairs = _uniform(student, teacher) if setup.pairs is None else setup.pairs
-    objective = Objective(LayerMap(pairs), **{name: term for name, term in terms.items() if name in setup.terms})
+    depths = [stack_depths(model) for model in (student, teacher)]
+    layer_map = LayerMap.uniform(*depths) if setup.pairs is None else LayerMap(setup.pairs)
+    layer_map.check(*depths)
+    objective = Objective(layer_map, **{name: term for name, term in terms.items() if name in setup.terms})
     with torch.device("meta"):
         return objective.prepare(ours.hidden_size, theirs.hidden_size)
-
-
-def _uniform(student: PreTrainedModel, teacher: PreTrainedModel) -> list[tuple[int, int]]:
-    """Evenly spaced pairs in each stack."""
-    pairs, before = [], (0, 0)
-    for ours, theirs in zip(find_stacks(student), find_stacks(teacher), strict=True):
-        found = LayerMap.uniform(len(ours.blocks), len(theirs.blocks)).pairs
-        pairs += [(before[0] + s, before[1] + t) for s, t in found]
-        before = (before[0] + len(ours.blocks), before[1] + len(theirs.blocks))
-    return pairs
 
 
 def _batch(setup: Setup, teacher: PreTrainedModel) -> dict[str, Tensor]:

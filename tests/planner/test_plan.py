@@ -12,7 +12,11 @@ from transformers import (
     AutoModel,
     BertConfig,
     BertForSequenceClassification,
+    FNetConfig,
+    FNetForMaskedLM,
     LlamaConfig,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     XLNetConfig,
 )
 
@@ -279,3 +283,32 @@ def test_a_plan_needs_no_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     found = plan(tmp_path, "2x32", 2, 16)
     assert isinstance(found, Plan) and found.step.widths == {"teacher": 64, "student": 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocabulary", "parameters"),
+    [("t5", 32_128, 247_577_856), ("mt5", 250_112, 582_401_280)],  # flan-t5-base and t5-v1_1-base; mt5-base
+)
+def test_heads_of_their_own_are_counted_though_the_configuration_class_ties_them(
+    kind, vocabulary, parameters, tmp_path
+):
+    sizes = {"d_model": 768, "d_ff": 2048, "d_kv": 64, "num_heads": 12, "num_layers": 12, "num_decoder_layers": 12}
+    settings = sizes | {"model_type": kind, "vocab_size": vocabulary, "feed_forward_proj": "gated-gelu"}
+    settings |= {"tie_word_embeddings": False, "is_encoder_decoder": True, "decoder_start_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert plan(tmp_path, 2, batch=1, seq=8, task="seq2seq-lm").step.parameters["teacher"] == parameters
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "fnet"])
+def test_models_without_heads_are_planned_without_attention_and_refused_with_it_for_that_reason(kind):
+    config, model = {
+        "mamba2": (
+            Mamba2Config(vocab_size=50, hidden_size=16, num_hidden_layers=3, num_heads=4, head_dim=8, n_groups=1),
+            Mamba2ForCausalLM,
+        ),
+        "fnet": (FNetConfig(vocab_size=50, hidden_size=16, num_hidden_layers=3), FNetForMaskedLM),
+    }[kind]
+    found = plan(config, 2, batch=1, seq=8, terms=("features", "outputs", "task"))
+    assert found.step.parameters["teacher"] == sum(p.numel() for p in model(config).parameters())
+    with pytest.raises(ValueError, match=r"gives no attention maps.*Leave the attention term out"):
+        plan(config, 2, batch=1, seq=8)
