@@ -147,7 +147,12 @@ def _step(teacher, student, objective, batch, mixed: bool) -> None:
 def _models(case: Case, options: dict):
     config, task = case.config(), options["task"]
     dtype = torch.bfloat16 if options["dtype"] == "bf16" else torch.float32
-    teacher = AUTO[task].from_config(config, dtype=dtype, attn_implementation="sdpa").eval().requires_grad_(False)
+    teacher = (
+        AUTO[task]
+        .from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+        .eval()
+        .requires_grad_(False)
+    )
     layers, _, width = case.student.partition("x")
     student = shrink(teacher, int(layers), int(width) if width else None)
     if options.get("checkpointing"):

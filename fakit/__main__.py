@@ -18,12 +18,11 @@ def run(args: argparse.Namespace) -> int:
 
 def distill(args: argparse.Namespace) -> int:
     """`fakit distill`: one experiment, from its YAML file to an exported student and a record."""
+    from fakit.experiments import ExperimentConfig, run_experiment
     from fakit.launch import start_all_processes
 
+    config = ExperimentConfig.from_yaml(args.config)  # what is wrong in it is said once, not by every process
     start_all_processes()
-    from fakit.experiments import ExperimentConfig, run_experiment
-
-    config = ExperimentConfig.from_yaml(args.config)
     if config.out is None:  # the run id does not depend on `out`, so --resume finds the folder again
         config = config.replace(out=str(args.out / config.run_id))
     cached = {"teacher_cache": args.teacher_cache, "cache_dtype": args.cache_dtype}
@@ -63,7 +62,7 @@ def report(args: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """The commands and their options; each command's function is in `args.function`."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error (also FAKIT_TRACEBACK=1)")
     top = argparse.ArgumentParser(prog="fakit", description="Feature-alignment distillation of transformer models.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -112,20 +111,42 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 1 a notebook failed, 2 something asked for cannot be done."""
+    """Run one command.
+
+    Returns:
+        its exit status: 1 a notebook failed or a plan does not fit, 2 something asked for cannot be done, 130 stopped by Ctrl-C.
+
+    Raises:
+        Exception: what nobody foresaw, with its traceback: a bug. With --debug (or FAKIT_TRACEBACK=1) every error.
+    """
     args = parser().parse_args(argv)
+    shown = args.debug or os.environ.get("FAKIT_TRACEBACK", "") not in ("", "0")
     try:
         return args.function(args)
-    except ValueError as error:
-        if args.debug:
+    except BrokenPipeError:  # `fakit … | head`: whoever read has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        if shown:
             raise
-        print("\n".join([f"fakit: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return 2
-    except OSError as error:  # a folder that is a file, a disk that is full, a file that may not be read
-        if args.debug:
+        _say("stopped by Ctrl-C. What was recorded stays; a run with training.save_every goes on with --resume.")
+        return 130
+    except Exception as error:
+        from fakit.command_errors import in_a_sentence
+
+        said = None if shown else in_a_sentence(error)
+        if said is None:
+            if not shown:
+                error.add_note("fakit did not foresee this error: please report it, with the lines above.")
             raise
-        print(f"fakit: {error.strerror or error}: {error.filename or '?'}", file=sys.stderr)
+        _say(said)
         return 2
+
+
+def _say(sentence: str) -> None:
+    """One line on stderr; of several processes each says which it is."""
+    rank = os.environ.get("RANK", "0")
+    print(f"fakit: {sentence}" if rank == "0" else f"fakit (process {rank}): {sentence}", file=sys.stderr)
 
 
 if __name__ == "__main__":

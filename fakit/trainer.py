@@ -394,7 +394,9 @@ class DistillationTrainer(Trainer):
                 "trainer's output_dir; an exported student starts a new run instead."
             )
         distiller = self.distiller
-        student = type(distiller.student).from_pretrained(folder, dtype=torch.float32)
+        student = type(distiller.student).from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
         projections = load_file(folder / _PROJECTIONS)
         ours = distiller.objective.state_dict()
         if {k: v.shape for k, v in projections.items()} != {k: v.shape for k, v in ours.items()}:

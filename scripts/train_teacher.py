@@ -96,11 +96,12 @@ def train_adapter(task: TextTask, recipe: Recipe) -> None:
 
     base = resolve_model(MINILM)
     names = dict(enumerate(task.label_names))
+    ids = {v: k for k, v in names.items()}
     config = AutoConfig.from_pretrained(
-        base, num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()}
+        base, num_labels=len(names), id2label=names, label2id=ids, trust_remote_code=False
     )
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForSequenceClassification.from_pretrained(base, config=config)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    model = AutoModelForSequenceClassification.from_pretrained(base, config=config, trust_remote_code=False)
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=16,

@@ -29,6 +29,9 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 
+BYTES_A_ROW = 50
+"""Of the plan of a run: an index in it, one in the data set that is walked through, and a Python number in between."""
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
@@ -70,9 +73,7 @@ def build_teacher(
             )
         teacher, tokenizer = embedded_teacher(config.task.name, quantize=config.teacher.quantize, device=device)
     else:
-        from transformers import AutoTokenizer
-
-        from fakit.models.load import load_teacher, resolve_model
+        from fakit.models.load import load_teacher, load_tokenizer
 
         teacher = load_teacher(
             config.teacher.id,
@@ -81,7 +82,7 @@ def build_teacher(
             adapter=config.teacher.adapter,
             device=device,
         )
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.teacher.id))
+        tokenizer = load_tokenizer(config.teacher.id)
     if task.num_labels is not None and teacher.config.num_labels != task.num_labels:
         raise ValueError(
             f"the teacher {config.teacher.id} has {teacher.config.num_labels} outputs, the task {task.name} has "
@@ -152,30 +153,26 @@ def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: Text
         student.get_input_embeddings().requires_grad_(not asked.freeze_embeddings)
         return student
 
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from fakit.models.load import load_student
 
-    from fakit.models.load import resolve_model
-
-    auto, options = AutoModelForCausalLM, {}
-    if task.model_task == "sequence-classification":
-        auto, options = AutoModelForSequenceClassification, {"num_labels": task.num_labels}
-    model = auto.from_pretrained(resolve_model(config.student.path), dtype=torch.float32, **options)
+    classes = task.num_labels if task.model_task == "sequence-classification" else None
+    model = load_student(config.student.path, task.model_task, num_labels=classes, device=teacher.device)
+    if model.config.pad_token_id is None:  # a classifier of several texts at once needs to know where they end
+        model.config.pad_token_id = teacher.config.pad_token_id
     model.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
-    return model.to(teacher.device)
+    return model
 
 
 def student_tokenizer(config: ExperimentConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside the model at `student.path`; None where none does, or the student is cut from the teacher."""
     if config.student.path is None:
         return None
-    from transformers import AutoTokenizer
-
-    from fakit.models.load import resolve_model
+    from fakit.models.load import load_tokenizer, resolve_model
 
     folder = Path(resolve_model(config.student.path))
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(str(folder))
+    return load_tokenizer(folder)
 
 
 def check_lengths(rows: Dataset, max_length: int, **models: PreTrainedModel) -> None:
@@ -276,6 +273,21 @@ def build_training_rows(
     return TrainingRows(rows, dealt.reshape(-1, training.batch_size), labelled)
 
 
+def check_plan(config: ExperimentConfig, processes: int = 1) -> None:
+    """Raise ValueError where the order of all rows of all steps, which is laid out beforehand, does not fit into the free memory."""
+    import psutil
+
+    training = config.training
+    rows = training.steps * training.batch_size * training.accumulation * processes
+    needed, free = rows * BYTES_A_ROW, psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"training.steps {training.steps:,} × batch_size {training.batch_size:,} × accumulation {training.accumulation:,} are {rows:,.0f} "
+            f"rows, and their order alone takes {needed / 1e9:,.1f} GB; {free / 1e9:,.1f} GB are free. Lower training.steps: resume or start "
+            "another run from the student for more."
+        )
+
+
 def build_arguments(config: ExperimentConfig, folder: str | Path, progress: bool = True) -> TrainingArguments:
     """transformers' TrainingArguments of a configuration; checkpoints go to `folder`.
 
@@ -284,8 +296,11 @@ def build_arguments(config: ExperimentConfig, folder: str | Path, progress: bool
     from transformers import TrainingArguments
 
     training = config.training
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: {config.device!r} was asked and torch sees no GPU here; set device: cpu, or auto.")
+    check_plan(config)
+    if config.device != "auto":
+        from fakit.models.load import check_device
+
+        check_device(config.device, "device: ")
     if ":" in config.device:
         torch.cuda.set_device(config.device)
     return TrainingArguments(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -128,14 +129,54 @@ def from_file(path: str | Path, build):
     """`build(mapping)` of a YAML file; every ValueError gets the file's name in front."""
     path = Path(path)
     if not path.is_file():
-        beside = ", ".join(sorted(p.name for p in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
-        raise ValueError(f"{path}: no such file. YAML files in {path.parent}: {beside or 'none'}.")
-    text = path.read_text(encoding="utf-8")
+        folder = path if path.is_dir() else path.parent
+        beside = ", ".join(sorted(p.name for p in folder.glob("*.y*ml"))) if folder.is_dir() else ""
+        what = "is a folder, where a YAML file was expected" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {what}. YAML files in {folder}: {beside or 'none'}.")
     try:
-        _refuse_duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader))
-        return build(yaml.safe_load(text))
-    except (ValueError, yaml.YAMLError) as error:
+        return build(_read_yaml(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {_yaml_error(error)}") from error
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+LARGEST = 1_000_000
+"""Bytes, and values after anchors are filled in, of a configuration: what is larger is no configuration."""
+
+
+def _read_yaml(path: Path) -> Any:
+    """What a YAML file holds, read safely. Raises ValueError, or a YAMLError with its line."""
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(
+            f"{size:,} bytes are no configuration (at most {LARGEST:,}); give the YAML file, not its data."
+        )
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = (
+            "UTF-16"
+            if content[:2] in (b"\xff\xfe", b"\xfe\xff")
+            else f"byte {content[error.start]:#04x} at {error.start}"
+        )
+        raise ValueError(f"is no text in UTF-8 (found {found}); save it as UTF-8, or give the YAML file.") from error
+    try:
+        _check_nodes(yaml.compose(text, Loader=yaml.SafeLoader), {})
+    except RecursionError as error:
+        raise ValueError("is nested too deeply to be a configuration.") from error
+    return yaml.safe_load(text)
+
+
+def _yaml_error(error: yaml.YAMLError) -> str:
+    """YAML's complaint in one line: where, what, and for the usual slip its cure."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    cure = "; YAML is indented with spaces, not tabs" if "\\t" in problem else ""
+    context = f" {error.context}" if error.context else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: no valid YAML{context}: {problem}{cure}."
 
 
 def coerce(value: Any, hint: Any, path: str) -> Any:
@@ -217,6 +258,8 @@ def _check_rules(value: Any, rules: Mapping[str, Any], path: str) -> None:
         raise ValueError(f"{path}: {value!r} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
     if not isinstance(value, int | float):
         return
+    if abs(value) >= 2**63:
+        raise ValueError(f"{path}: found {value:.3g}, and nothing here counts that far.")
     bounds = {
         "at_least": (lambda bound: value >= bound, "at least"),
         "above": (lambda bound: value > bound, "above"),
@@ -228,19 +271,48 @@ def _check_rules(value: Any, rules: Mapping[str, Any], path: str) -> None:
             raise ValueError(f"{path}: found {value}, expected a value {words} {rules[name]}.")
 
 
-def _refuse_duplicate_keys(node: yaml.Node | None) -> None:
-    """YAML's safe_load keeps the last of two equal keys without a word; a study must not."""
+def _check_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+    """Refuse what YAML would take without a word, and what would fill the memory; the number of values below a node.
+
+    `safe_load` keeps the last of two equal keys, reads 010 as 8 and 1:30 as 90, and fills in an anchor as often as it is named: also inside
+    itself, and nine times nine times.
+
+    Args:
+        sizes: of the nodes seen so far, by id; 0 while a node is being looked at.
+    """
+    if node is None:
+        return 0
+    line = node.start_mark.line + 1
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise ValueError(
+                f"line {line}: this value holds itself, by an anchor (&) named again inside (*); write it out."
+            )
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    total = 1
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
-            line = key.start_mark.line + 1
+            place = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {place}: a key is a list or a mapping; keys are names.")
             if key.value in seen:
-                raise ValueError(f"{key.value}: given twice, in lines {seen[key.value]} and {line}; keep one.")
-            seen[key.value] = line
-            _refuse_duplicate_keys(value)
+                raise ValueError(f"{key.value}: given twice, in lines {seen[key.value]} and {place}; keep one.")
+            seen[key.value] = place
+            total += _check_nodes(value, sizes)
     elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_duplicate_keys(item)
+        total += sum(_check_nodes(item, sizes) for item in node.value)
+    elif node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and re.match(r"[-+]?0_*\d|.*:", node.value):
+        raise ValueError(
+            f"line {line}: YAML reads {node.value} as a number to base 8 or 60; write it plainly, or in quotes for text."
+        )
+    if total > LARGEST:
+        raise ValueError(
+            f"line {line}: with its anchors (&, *) filled in this is more than {LARGEST:,} values; write out what is meant."
+        )
+    sizes[id(node)] = total
+    return total
 
 
 def _is_required(field: dataclasses.Field) -> bool:

@@ -2,27 +2,19 @@
 
 import hashlib
 import importlib.util
-import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-_CLASSES = {
-    "causal-lm": "AutoModelForCausalLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "encoder": "AutoModel",
-}
+from fakit.models.adapter import merge_adapter
+from fakit.models.pretrained import CLASSES as _CLASSES
+from fakit.models.pretrained import check_nothing_random, read_config, read_model, read_tokenizer
+
 # Hub models that a pip package carries too: {hub id: (package, folder in it, sha256 of model.safetensors)}.
 _PACKAGED = {
     "sentence-transformers/all-MiniLM-L6-v2": (
@@ -64,21 +56,25 @@ def load_teacher(
         raise ValueError(f"task {task!r} is not known; choose one of {', '.join(map(repr, _CLASSES))}.")
     if quantize not in (None, "8bit", "4bit"):
         raise ValueError(f"quantize={quantize!r} is not known; choose None, '8bit' or '4bit'.")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     source = resolve_model(id_or_path)
 
     if adapter is None:
-        teacher, missing = _from_pretrained(source, task, quantize, dtype, device, **kwargs)
-        _check_nothing_random(teacher, task, source, missing)
+        if quantize is not None:
+            kwargs["quantization_config"] = _bitsandbytes_config(quantize, device, task)
+        teacher, missing = read_model(source, task, dtype, device, **kwargs)
+        check_nothing_random(teacher, "teacher", task, source, missing)
     elif quantize is None:
-        teacher = _merge(source, task, adapter, dtype, device, **kwargs)
+        teacher = merge_adapter(source, str(id_or_path), task, adapter, dtype, device, **kwargs)
     else:
         # bitsandbytes quantises while it loads, so the merged weights go through a folder that is gone afterwards
         with tempfile.TemporaryDirectory(prefix="fakit-merged-") as folder:
-            _merge(source, task, adapter, dtype, torch.device("cpu"), **kwargs).save_pretrained(folder)
+            on_cpu = torch.device("cpu")
+            merge_adapter(source, str(id_or_path), task, adapter, dtype, on_cpu, **kwargs).save_pretrained(folder)
             how = {name: kwargs[name] for name in ("attn_implementation", "trust_remote_code") if name in kwargs}
-            teacher, _ = _from_pretrained(folder, task, quantize, dtype, device, **how)
+            how["quantization_config"] = _bitsandbytes_config(quantize, device, task)
+            teacher, _ = read_model(folder, task, dtype, device, **how)
             teacher.config._name_or_path = teacher.name_or_path = str(id_or_path)
     for module in teacher.modules():
         if type(module).__name__ == "Linear8bitLt" and module.bias is not None:
@@ -101,13 +97,80 @@ def _restore_bias(module, args, output) -> None:
     del module.kept_bias
 
 
+def check_device(device: str | torch.device, said: str = "device ") -> torch.device:
+    """The device, if this machine has it.
+
+    Args:
+        said: what stands before its name in the message.
+
+    Raises:
+        ValueError: an unknown name, or a device that torch does not see here.
+    """
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{said}{device!r} is not known to torch; choose cpu, cuda, cuda:0 or mps.") from error
+    count = {"cuda": torch.cuda.device_count, "mps": lambda: int(torch.backends.mps.is_available())}.get(device.type)
+    if count is not None and not (device.index or 0) < count():
+        found = f"{count()} of that kind" if count() else "no GPU of that kind"
+        raise ValueError(f"{said}'{device}' was asked and torch sees {found} here; set device: cpu, or auto.")
+    return device
+
+
+def load_student(
+    id_or_path: str | Path, task: str, num_labels: int | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """A trainable student in float32 from a saved model, read with a teacher's care.
+
+    Of a classifier the head alone may be missing, as in a checkpoint that was never fine-tuned: it starts random, with a warning. Draws from
+    torch's generator then.
+
+    Args:
+        num_labels: classes of the task; one for a score; None for language models.
+
+    Raises:
+        ValueError: nothing to load, code or pickles in the folder, a quantised checkpoint, other classes than the task's, weights that do not
+            fit or are missing.
+    """
+    source = resolve_model(id_or_path)
+    config = read_config(source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"the student at {source} is quantised (quantization_config in its config.json), and weights of few bits cannot be trained; give "
+            "the checkpoint before quantisation."
+        )
+    has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if num_labels is not None and has_head and config.num_labels != num_labels:
+        raise ValueError(
+            f"the student at {source} has {config.num_labels} outputs, the task has {num_labels}; give a student of this task, or one without "
+            "a head (save its .base_model): a new head is put on it."
+        )
+    options = {} if num_labels is None else {"num_labels": num_labels}
+    student, missing = read_model(source, task, torch.float32, torch.device(device), **options)
+    body = f"{student.base_model_prefix}."
+    head = {name for name in missing if not name.startswith(body) or "pooler" in name}
+    if task != "sequence-classification" or has_head:
+        head = set()
+    check_nothing_random(student, "student", task, source, missing - head)
+    if head:
+        warnings.warn(
+            f"the student at {source} has no head for this task: {', '.join(sorted(head))} start random.", stacklevel=2
+        )
+    return student
+
+
+def load_tokenizer(id_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Raises ValueError where there is none that can be read, or one that needs code of its own."""
+    return read_tokenizer(resolve_model(id_or_path))
+
+
 def resolve_model(id_or_path: str | Path) -> str:
     """A directory for what lies on this machine (a path, or a hub id that a pip package carries), else the hub id itself.
 
     Raises:
         ValueError: a path that holds no model, or a packaged model whose weights are not the ones known under its name.
     """
-    name = str(id_or_path)
+    name = str(Path(id_or_path).expanduser()) if str(id_or_path).startswith("~") else str(id_or_path)
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             found = sorted(p.name for p in Path(name).iterdir())[:8]
@@ -162,47 +225,6 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
 
 
-def _from_pretrained(
-    source: str, task: str, quantize: str | None, dtype, device: torch.device, **kwargs
-) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and the names of its weights that the checkpoint does not have: they are random."""
-    auto = getattr(transformers, _CLASSES[task])
-    if "gguf_file" not in kwargs:
-        kwargs["use_safetensors"] = True  # never a pickle
-    if quantize is not None:
-        kwargs["quantization_config"] = _bitsandbytes_config(quantize, device, task)
-    where = (
-        {} if quantize is None else {"device_map": {"": device}}
-    )  # bitsandbytes quantises on the device, while it loads
-    try:
-        with _without_load_report():  # what is missing is refused below, in words of our own
-            model, report = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **where, **kwargs)
-        return (model.to(device) if quantize is None else model), set(report["missing_keys"])
-    except SafetensorError as error:
-        raise ValueError(
-            f"the weights at {source} are truncated or damaged ({error}); copy or download them again."
-        ) from error
-    except OSError as error:
-        raise ValueError(
-            f"{source!r} could not be loaded as a {task} model: {error} Without a network, use a folder, or a model "
-            f"that a pip package carries ({', '.join(_PACKAGED)})."
-        ) from error
-
-
-def _check_nothing_random(model: PreTrainedModel, task: str, source: str, missing: set[str]) -> None:
-    """Refuse a teacher that would teach noise. Tied weights are not missing; a bare encoder's pooler is not looked at."""
-    if task == "encoder" or not missing:
-        return
-    saved = model.config.architectures or ["an unnamed class"]
-    names = sorted(missing)
-    raise ValueError(
-        f"{source!r} was asked for as a {task} teacher ({type(model).__name__}); its checkpoint, saved from {', '.join(saved)}, has no weights for "
-        f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: they would be random, and so would what the teacher "
-        "says. Load it for the task it was trained for (task='encoder' for its hidden states and attention alone), fine-tune the head first, or give "
-        "the adapter=… that holds it."
-    )
-
-
 def _bitsandbytes_config(quantize: str, device: torch.device, task: str):
     from transformers import BitsAndBytesConfig
 
@@ -216,50 +238,3 @@ def _bitsandbytes_config(quantize: str, device: torch.device, task: str):
         bnb_4bit_compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         llm_int8_skip_modules=heads,
     )
-
-
-def _merge(source: str, task: str, adapter: str | Path, dtype, device: torch.device, **kwargs) -> PreTrainedModel:
-    folder = Path(adapter)
-    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
-    if missing:
-        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such directory"
-        raise ValueError(
-            f"no PEFT adapter at {folder}: {' and '.join(missing)} missing ({found}). Give the folder that PEFT saved; weights in a pickle "
-            "(adapter_model.bin) are not loaded."
-        )
-    from peft import PeftModel
-
-    if (
-        folder / "config.json"
-    ).is_file():  # the head's size and label names belong to the adapter, not to the base model
-        kwargs["config"] = AutoConfig.from_pretrained(folder)
-    with _without_load_report():
-        try:
-            base, missing = _from_pretrained(source, task, None, dtype, device, **kwargs)
-            with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
-                brought = {name.removeprefix("base_model.model.") for name in sorted(weights.keys())}
-            _check_nothing_random(base, task, source, missing - brought)
-            return PeftModel.from_pretrained(base, folder).merge_and_unload()
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the adapter at {folder} does not fit {source} loaded for {task}: {error}") from error
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """transformers' report of missing weights would alarm for nothing: what an adapter brings is not missing, and what is, is refused.
-
-    Lowering that logger makes transformers check its tensor-parallel plan aloud, and peft asks by a name that transformers has retired.
-    """
-    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-            )
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -37,11 +37,11 @@ def meta_model(config: PreTrainedConfig, task: str, dtype: torch.dtype) -> PreTr
     auto = getattr(transformers, _CLASSES[task])
     with torch.device("meta"):
         try:
-            return auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            return auto.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
         except ValueError as error:
             if "scaled_dot_product_attention" not in str(error):
                 raise
-            return auto.from_config(config, dtype=dtype, attn_implementation="eager")
+            return auto.from_config(config, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
 
 
 def give_fake_weights(model: nn.Module, mode: FakeTensorMode) -> None:

