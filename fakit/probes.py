@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from fakit.capture import capture, is_causal_lm
 from fakit.evaluation.batches import device_of, eval_mode, to_device
 from fakit.evaluation.generation import generate
-from fakit.models.blocks import depth, encoder_depth, is_encoder_decoder
+from fakit.models.blocks import depth, encoder_depth
 from fakit.models.random_state import random_state_kept
-from fakit.similarity import compare_layers
+from fakit.similarity import StreamingCKA
 
 Answer = tuple[str, float | None]  # label (or text) and its probability (a text has none)
 
@@ -31,54 +31,90 @@ def on_the_side(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-class LayerProbe:
-    """CKA of every student layer with every teacher layer on one held-out batch, which stays the same all along.
+Batch = Mapping[str, Tensor]
+Stack = tuple[list[Tensor], Tensor | None]
+"""Hidden states (B, T, d) of the layers that work on the same tokens, and which of these count, bool (B, T)."""
 
-    Each value is the debiased CKA over sequences (one token a sequence, the mean over `draws` draws): tokens of one sequence are no
-    independent rows. The teacher answers once; each call runs the student alone. Of an encoder-decoder it is the encoder's layers.
+
+class LayerSimilarity:
+    """CKA of every student layer with every teacher layer on held-out batches, which stay the same: what every live view of it asks.
+
+    Debiased and cluster-aware: one token a sequence (tokens of one sequence are no independent rows), averaged over all draws, exactly and
+    without random numbers. Both models are asked without dropout and gradients. The teacher is asked once, and its hidden states on these
+    batches are kept.
+
+    An encoder-decoder has two kinds of tokens: its encoder's layers are compared on the input, its decoder's on the target, each
+    with the mask of its own, and a pair of layers from different stacks is NaN.
 
     Args:
-        teacher, student: the models.
-        batch: input_ids and attention_mask (B, T), with B ≥ 4; labels are not looked at.
-        draws: tokens drawn of each sequence.
-        seed: of the draws; the same tokens at every call.
+        teacher: the frozen teacher.
+        batches: held-out sequences, as the models take them (input_ids, attention_mask, …; for an encoder-decoder also
+            decoder_input_ids, or labels to make them from): one batch or several; at least 4 sequences in all.
 
     Raises:
         ValueError: fewer than 4 sequences.
     """
 
-    def __init__(
-        self,
-        teacher: PreTrainedModel,
-        student: PreTrainedModel,
-        batch: Mapping[str, Tensor],
-        draws: int = 4,
-        seed: int = 0,
-    ) -> None:
-        rows = len(next(iter(batch.values())))
-        if rows < 4:
+    def __init__(self, teacher: PreTrainedModel, batches: Batch | Sequence[Batch]) -> None:
+        self.batches = [batches] if isinstance(batches, Mapping) else list(batches)
+        sequences = sum(len(next(iter(batch.values()))) for batch in self.batches)
+        if sequences < 4:
             raise ValueError(
-                f"the held-out batch has {rows} sequences; debiased CKA needs at least 4, and says little below 32"
+                f"the held-out batch has {sequences} sequences; debiased CKA needs at least 4, and says little below 32"
             )
-        self.student, self.batch, self.draws, self.seed = student, dict(batch), draws, seed
-        self._teacher, self._layers = teacher, None
+        self.teacher = teacher
+        self._theirs: list[list[Stack]] = []
+
+    def __call__(self, student: PreTrainedModel) -> Tensor:
+        """(S + 1, T + 1) float64: rows and columns by layer number, 0 the embeddings."""
+        if not self._theirs:
+            self._theirs = [_stacks(self.teacher, batch) for batch in self.batches]
+        streams: list[StreamingCKA] = []
+        for batch, theirs in zip(self.batches, self._theirs, strict=True):
+            ours = _stacks(student, batch)
+            # a model of one stack reads what the other's encoder reads
+            streams = streams or [StreamingCKA(clusters=True) for _ in zip(ours, theirs, strict=False)]
+            for stream, (x, _), (y, mask) in zip(streams, ours, theirs, strict=False):
+                stream.update(x, y, mask)
+        sizes = [sum(len(layers) for layers, _ in side) for side in (ours, theirs)]
+        values = torch.full(sizes, torch.nan, dtype=torch.float64)
+        s = t = 0
+        for stream in streams:
+            found = stream.matrix()
+            values[s : s + len(found), t : t + found.shape[1]] = found
+            s, t = s + len(found), t + found.shape[1]
+        return values
+
+
+def _stacks(model: PreTrainedModel, batch: Batch) -> list[Stack]:
+    """All layers by the tokens they work on, in order of their numbers: one stack, or of an encoder-decoder two."""
+    with on_the_side(model):
+        trace = capture(model, to_device(batch, device_of(model)), range(depth(model) + 1), logits=False)
+    layers = [trace.hidden_states[i].cpu() for i in sorted(trace.hidden_states)]
+    first = len(layers) if trace.encoder_layers is None else trace.encoder_layers + 1  # layers of the first stack
+    stacks = [(layers[:first], trace.mask), (layers[first:], trace.decoder_mask)]
+    return [(states, None if mask is None else mask.cpu()) for states, mask in stacks if states]
+
+
+class LayerProbe:
+    """`LayerSimilarity` of one student with its teacher, as an array. Of an encoder-decoder it is the encoder's layers.
+
+    Args:
+        teacher, student: the models.
+        batch: input_ids and attention_mask (B, T), with B ≥ 4.
+
+    Raises:
+        ValueError: fewer than 4 sequences.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch) -> None:
+        self.student, self._similarity = student, LayerSimilarity(teacher, batch)
 
     def __call__(self) -> np.ndarray:
         """(S + 1, T + 1) float64: rows and columns by layer number, 0 the embeddings."""
-        if self._layers is None:
-            self._layers, _ = self._run(self._teacher)
-        ours, mask = self._run(self.student)
-        theirs = [layer.to(ours[0].device) for layer in self._layers]
-        return compare_layers(ours, theirs, mask, draws=self.draws, permutations=0, bootstrap=0, seed=self.seed).values
-
-    def _run(self, model: PreTrainedModel) -> tuple[list[Tensor], Tensor]:
-        layers = range(1 + (encoder_depth(model) if is_encoder_decoder(model) else depth(model)))
-        with on_the_side(model):
-            trace = capture(model, to_device(self.batch, device_of(model)), layers, logits=is_encoder_decoder(model))
-        mask = trace.mask
-        if mask is None:  # no padding was marked: every position counts
-            mask = torch.ones(trace.hidden_states[0].shape[:2], dtype=torch.bool, device=trace.hidden_states[0].device)
-        return [trace.hidden_states[i].float() for i in layers], mask
+        layers = [encoder_depth(model) for model in (self.student, self._similarity.teacher)]
+        rows, columns = (None if count is None else count + 1 for count in layers)
+        return self._similarity(self.student)[:rows, :columns].numpy()
 
 
 @dataclass(frozen=True)

@@ -471,21 +471,30 @@ def test_the_looks_come_at_their_steps_and_at_both_ends(tmp_path):
     assert not np.array_equal(session.similarity[0], session.similarity[5])
 
 
-def test_the_similarity_is_that_of_compare_layers():
+def test_the_similarity_is_cluster_aware_cka_and_that_of_a_watch():
     from fakit import capture
-    from fakit.similarity import compare_layers
+    from fakit.similarity import cka
+    from fakit.watch import SimilarityWatch
 
     teacher = tiny("bert")
     copy = shrink(teacher, layers=3)
-    found = LayerProbe(teacher, copy, held_out(), draws=3, seed=5)()
+    found = LayerProbe(teacher, copy, held_out())()
     assert found.shape == (4, 4) and np.allclose(np.diag(found), 1.0)  # a copy resembles itself
     with torch.no_grad():
         trace = capture(teacher, held_out(), range(4))
-    layers = [trace.hidden_states[i] for i in range(4)]
-    expected = compare_layers(layers, layers, trace.mask, draws=3, permutations=0, bootstrap=0, seed=5).values
-    assert np.allclose(found, expected)
+    owner = torch.arange(len(trace.mask))[:, None].expand_as(trace.mask)[trace.mask]
+    one, two = (trace.hidden_states[i][trace.mask] for i in (1, 2))
+    assert found[1, 2] == pytest.approx(cka(one, two, clusters=owner), abs=1e-5)
     with pytest.raises(ValueError, match="has 3 sequences; debiased CKA needs at least 4"):
         LayerProbe(teacher, copy, batch(rows=3))
+
+    # one number for one thing: bit for bit, also with padding, in another family, and with a student in training mode
+    for teacher, student in ((tiny("gpt2"), tiny("gpt2", seed=1, n_layer=2).train()), (tiny("t5"), tiny("t5", seed=1))):
+        given = {name: value for name, value in batch(6, padding=2).items() if name != "labels"}
+        if "t5" in type(teacher).__name__.lower():
+            given["decoder_input_ids"] = given["input_ids"][:, :5]
+        ours, watched = LayerProbe(teacher, student, given)(), SimilarityWatch(teacher, given).measure(student, 0)
+        assert np.array_equal(ours, watched[: ours.shape[0], : ours.shape[1]].numpy()) and not np.isnan(ours).any()
 
 
 def test_samples_of_a_classifier_are_labels_with_probabilities():
