@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from pathlib import Path
 
@@ -15,6 +16,24 @@ from fakit.files import write_whole
 LINE = 17  # px a line of caption
 CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 PLOTLY = "application/vnd.plotly.v1+json"
+
+
+def check_path(path: str | Path) -> Path:
+    """The path, if a figure can be written there; asked before the work whose figure it is to hold.
+
+    Raises:
+        ValueError: another kind of file, a folder in its place, or no folder to write to.
+    """
+    path = Path(path)
+    if path.suffix not in (".svg", ".png", ".html"):
+        raise ValueError(f"cannot save a figure as {path.suffix or path.name!r}: use .svg, .png or .html")
+    if path.is_dir():
+        raise ValueError(f"cannot save a figure as {path}: that is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot save a figure as {path}: there is no folder {path.parent}; make it, or name another")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot save a figure as {path}: {path.parent} may not be written to; name another folder")
+    return path
 
 
 class Figure:
@@ -67,15 +86,13 @@ class Figure:
 
     def save(self, path: str | Path) -> Path:
         """Write `.svg` or `.png` (the static twin) or `.html` (interactive, plotly.js inside, no network)."""
-        path = Path(path)
+        path = check_path(path)
         if path.suffix == ".svg":
             write_whole(path, self.svg())
         elif path.suffix == ".png":
             write_whole(path, static.to_png(self.plotly))
-        elif path.suffix == ".html":
-            self.plotly.write_html(path, include_plotlyjs=True, full_html=True, config=CONFIG)
         else:
-            raise ValueError(f"cannot save a figure as {path.suffix or path.name!r}: use .svg, .png or .html")
+            self.plotly.write_html(path, include_plotlyjs=True, full_html=True, config=CONFIG)
         return path
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, object]:

@@ -34,6 +34,10 @@ def print_plan(args: argparse.Namespace) -> int:
     from fakit.planner.planning import plan
 
     transformers.logging.set_verbosity_error()
+    if args.figure is not None:
+        from fakit.figures.figure import check_path
+
+        check_path(args.figure)
     options = {name: value for name, value in vars(args).items() if name not in ("function", "debug", "figure")}
     options["terms"] = [term for term in options["terms"].split(",") if term]
     found = plan(options.pop("teacher"), options.pop("student"), **options)

@@ -380,6 +380,7 @@ class View {
     if (this.spec.no_rollout) notes.push(`No rollout: ${this.spec.no_rollout}.`);
     const rounded = model.get("rounded");  // of a file alone
     if (rounded) notes.push(`Values in this file are rounded to ±${rounded.toPrecision(2)}.`);
+    else notes.push(`Values come in ${LEVELS} steps up to each head's largest one, so each is within 1/${2 * LEVELS} of that.`);
     if (this.toggles.without_sinks.disabled) notes.push("This file has no room for maps with and without sinks: it holds what was shown when it was written.");
     this.note.textContent = notes.join(" ") + " Thumbnails show √ of attention on one scale, 0 to 1.";
   }
