@@ -20,6 +20,7 @@ from fakit.evaluation.generation import generate
 from fakit.models.blocks import depth, encoder_depth
 from fakit.models.random_state import random_state_kept
 from fakit.similarity import StreamingCKA
+from fakit.tasks.special_tokens import added_tokens
 
 Answer = tuple[str, float | None]  # label (or text) and its probability (a text has none)
 
@@ -194,7 +195,8 @@ class SampleProbe:
         return [(self.label_names[c], p) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 
     def _continued(self, model: PreTrainedModel) -> list[Answer]:
-        prompts = [self.tokenizer(text).input_ids for text in self.texts]
+        begin, _ = added_tokens(self.tokenizer)  # an end that the tokenizer adds would end the prompt
+        prompts = [begin + self.tokenizer(text, add_special_tokens=False).input_ids for text in self.texts]
         end = self.tokenizer.eos_token_id
         end = -1 if end is None else end  # none: every text runs to its full length
         pad = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fakit.evaluation import calibration, metrics
 from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of, to_device
 from fakit.evaluation.fidelity import Agreement
-from fakit.evaluation.generation import generation_metrics
+from fakit.evaluation.generation import SCORED, generation_metrics
 from fakit.evaluation.language_modeling import exponential, label_nll
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
@@ -25,7 +25,7 @@ def evaluate(
     tokenizer=None,
     batch_size: int = 64,
     teacher=None,
-    max_examples: int = 200,
+    max_examples: int = SCORED,
 ) -> dict[str, float]:
     """Evaluate a model on an encoded dataset, by the metrics of the task's kind.
 

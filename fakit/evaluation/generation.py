@@ -15,6 +15,8 @@ import torch
 from fakit.evaluation.batches import by_length, device_of, eval_mode, rows_of
 from fakit.evaluation.metrics import bleu, cer, rouge
 
+SCORED = 200  # rows that are generated for and scored, unless asked otherwise
+
 
 @dataclass(frozen=True)
 class Generations:
@@ -147,11 +149,22 @@ def split_prompts(rows: Sequence[dict], eos_token_id: int) -> tuple[list[list[in
     return prompts, targets
 
 
+def check_references(rows: Sequence[dict], eos_token_id: int) -> None:
+    """Raise ValueError where a target does not end: it was cut, and a whole text would be compared with a part of its reference."""
+    cut = [number for number, row in enumerate(rows) if row["labels"][-1] not in (-100, eos_token_id)]
+    if cut:
+        longest = max(len(row["input_ids"]) for row in rows)
+        raise ValueError(
+            f"{len(cut)} of {len(rows)} targets do not end with the eos token {eos_token_id} (row {cut[0]}, say): they were cut to fit {longest} tokens. "
+            "Generated texts cannot be scored against parts of their references; encode with a larger max_length, or leave these rows out."
+        )
+
+
 def generation_metrics(
     model,
     dataset,
     tokenizer,
-    max_examples: int = 200,
+    max_examples: int = SCORED,
     max_new_tokens: int | None = None,
     batch_size: int = 64,
     separator: str = "\n",
@@ -173,7 +186,9 @@ def generation_metrics(
         )
     if max_examples < 1:
         raise ValueError(f"generation_metrics: max_examples={max_examples} was asked; use at least 1")
-    prompts, targets = split_prompts(rows_of(dataset)[:max_examples], tokenizer.eos_token_id)
+    rows = rows_of(dataset)[:max_examples]
+    check_references(rows, tokenizer.eos_token_id)
+    prompts, targets = split_prompts(rows, tokenizer.eos_token_id)
     if max_new_tokens is None:
         max_new_tokens = max(len(target) for target in targets) + 16
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -136,9 +136,14 @@ class Prepared:
 
 def prepare(config: ExperimentConfig, device: str | torch.device = "cpu") -> Prepared:
     """Load a run's task and teacher and encode the splits that it is evaluated on."""
+    from fakit.evaluation.generation import SCORED, check_references
+
     task = build_task(config)
     teacher, tokenizer = build_teacher(config, task, device)
     splits = {name: task.encode(name, tokenizer, config.training.max_length) for name in ("validation", "test")}
+    if "target" in task.test.column_names:
+        for split in splits.values():
+            check_references(list(split)[:SCORED], tokenizer.eos_token_id)
     return Prepared(config, task, teacher, tokenizer, **splits)
 
 

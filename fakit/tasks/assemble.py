@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections import Counter
@@ -10,12 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fakit.tasks.splits import TEXT_COLUMNS, carve, distinct, labelled_subset, same_text
-from fakit.tasks.task import KINDS, TextTask, counted
+from fakit.tasks.task import KINDS, TextTask, counted, say
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-
-logger = logging.getLogger(__name__)
 
 # Names under which data sets of the hub keep these splits, the usual first.
 SPLIT_NAMES = {
@@ -110,7 +107,7 @@ def task_from(
     held_out |= carved
     pool_rows = _joined([carved_pool, *unlabelled], [*held_out.values(), train], dropped)
     if dropped:
-        logger.warning("%s: left out are %s.", name, counted(dropped))
+        say(f"{name}: left out are {counted(dropped)}.")
     return TextTask(
         name=name,
         kind=kind,
@@ -187,7 +184,7 @@ def _label_names(train: Dataset, label: str, name: str) -> list[str]:
     folded: dict[str, str] = {}
     for word in names:
         if (other := folded.setdefault(same_text(word), word)) != word:
-            logger.warning("%s: the labels %r and %r are two classes; they differ by case alone.", name, other, word)
+            say(f"{name}: the labels {other!r} and {word!r} are two classes; they differ by case alone.")
     if len(names) < 2:
         raise ValueError(
             f"{name}: column {label!r} has the labels {names}; a classification needs two or more. Say which column with label=…."

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fakit.tasks.scans import SEPARATOR
+from fakit.tasks.special_tokens import added_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
 SPLITS = ("train", "pool", "validation", "test", "teacher_train")
@@ -85,9 +90,15 @@ class TextTask:
     def encode(self, data: str | Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> Dataset:
         """Tokenise a split (by name) or a dataset with this task's columns.
 
+        A causal LM gets the special tokens that the tokenizer adds by itself (a BOS), and an end (eos) where a text ends, nowhere else.
+        A text longer than `max_length` becomes several rows: each begins as a text does, then with the last token of the row before, which
+        is context alone, so every token is labelled once. A source is cut where its target needs the room; a target that does not fit
+        beside one token of its source is cut, too, and has no end.
+
         Returns:
             A dataset with input_ids, attention_mask (, token_type_ids) and labels. Labels are the class, the score, or for a causal LM one
-            per token: -100 on the source and its separator, the token itself on the target and the closing eos. Unlabelled rows: -100.
+            per token: -100 on what is given (BOS, context, the source and its separator), the token itself on the text or the target and on
+            the closing eos. Unlabelled rows: -100. The log says what was cut.
 
         Raises:
             ValueError: unknown or empty split, missing columns, or a tokenizer without an eos token where one must close the target.
@@ -113,9 +124,12 @@ class TextTask:
             if self.kind == "causal-lm"
             else self._encode_texts
         )
+        cut = Cut()
         # not Dataset.map: it would hash this task with all its splits first
         chunks = [dataset[start : start + CHUNK] for start in range(0, len(dataset), CHUNK)]
-        return concatenate_datasets([Dataset.from_dict(encode(rows, tokenizer, max_length)) for rows in chunks])
+        encoded = [Dataset.from_dict(encode(rows, tokenizer, max_length, cut)) for rows in chunks]
+        cut.say(self.name if not isinstance(data, str) else f"{self.name}, {data}", len(dataset), max_length)
+        return concatenate_datasets(encoded)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
         """A function that pads encoded examples to their longest and stacks them, labels padded with -100.
@@ -141,32 +155,106 @@ class TextTask:
             raise ValueError(f"{self.name} has no split {data!r}; it has {', '.join(self.splits)}.")
         return self.splits[data]
 
-    def _encode_texts(self, rows: dict[str, list], tokenizer, max_length: int) -> dict[str, list]:
-        encoded = dict(tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length))
+    def _encode_texts(self, rows: dict[str, list], tokenizer, max_length: int, cut: Cut) -> dict[str, list]:
+        batch = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
+        for row in batch.encodings or ():  # none from a tokenizer that is not fast
+            if row.overflowing:
+                # of a pair the parts that were cut overlap: how many tokens that makes is not told
+                cut.rows, cut.tokens = cut.rows + 1, cut.tokens + (0 if "text_pair" in rows else _overflow(row))
+        encoded = dict(batch)
         missing = float(IGNORED) if self.kind == "regression" else IGNORED
         encoded["labels"] = rows.get("label", [missing] * len(rows["text"]))
         return encoded
 
-    def _encode_prose(self, rows: dict[str, list], tokenizer, max_length: int) -> dict[str, list]:
-        texts = tokenizer(rows["text"], truncation=True, max_length=max_length - 1, add_special_tokens=False).input_ids
-        texts = [[*ids, tokenizer.eos_token_id] for ids in texts]
-        return {"input_ids": texts, "attention_mask": [[1] * len(ids) for ids in texts], "labels": texts}
-
-    def _encode_pairs(self, rows: dict[str, list], tokenizer, max_length: int) -> dict[str, list]:
-        separator = tokenizer(SEPARATOR, add_special_tokens=False).input_ids
-        sources = tokenizer(rows["source"], add_special_tokens=False).input_ids
-        if "target" in rows:
-            targets = tokenizer(rows["target"], add_special_tokens=False).input_ids
-            targets = [[*ids[: max_length // 2 - 1], tokenizer.eos_token_id] for ids in targets]
-        else:
-            targets = [[] for _ in sources]
+    def _encode_prose(self, rows: dict[str, list], tokenizer, max_length: int, cut: Cut) -> dict[str, list]:
+        begin, end = added_tokens(tokenizer)
+        end = end or [tokenizer.eos_token_id]
+        if max_length < len(begin) + 2:
+            raise ValueError(
+                f"{self.name}: max_length={max_length} was requested; a row takes {len(begin) + 2} or more."
+            )
         encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for source, target in zip(sources, targets, strict=True):
-            prompt = source[: max_length - len(separator) - len(target)] + separator
-            encoded["input_ids"].append(prompt + target)
-            encoded["attention_mask"].append([1] * len(prompt + target))
-            encoded["labels"].append([IGNORED] * len(prompt) + target)
+        for ids in tokenizer(rows["text"], add_special_tokens=False, verbose=False).input_ids:
+            text, start = _with_end(_without_begin(ids, begin), end), 0
+            while start < len(text):
+                given = begin + text[start - 1 : start]  # nothing precedes the first token of a text
+                new = text[start : start + max_length - len(given)]
+                _append(encoded, given, new)
+                start += len(new)
         return encoded
+
+    def _encode_pairs(self, rows: dict[str, list], tokenizer, max_length: int, cut: Cut) -> dict[str, list]:
+        begin, end = added_tokens(tokenizer)
+        end = end or [tokenizer.eos_token_id]
+        separator = tokenizer(SEPARATOR, add_special_tokens=False).input_ids
+        if not separator:
+            raise ValueError(
+                f"{self.name}: a line break stands between source and target, and {type(tokenizer).__name__} makes no token of it; "
+                "source and target would run together. Use a tokenizer that keeps line breaks."
+            )
+        sources = tokenizer(rows["source"], add_special_tokens=False, verbose=False).input_ids
+        targets = [[]] * len(sources)  # of an unlabelled row: the prompt alone
+        if "target" in rows:
+            targets = tokenizer(rows["target"], add_special_tokens=False, verbose=False).input_ids
+            targets = [_with_end(target, end) for target in targets]
+        encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
+        room = max_length - len(begin) - len(separator)  # for source and target
+        if room < 2:
+            raise ValueError(
+                f"{self.name}: max_length={max_length} was requested; a row takes {max_length - room + 2} or more."
+            )
+        for source, target in zip(sources, targets, strict=True):
+            source = _without_begin(source, begin)
+            kept = min(len(source), room - len(target))
+            if kept < min(1, len(source)):  # no room for the whole target: a source keeps up to half of it
+                kept = min(len(source), room // 2)
+                cut.targets += 1
+            if (lost := len(source) + len(target) - kept - len(target[: room - kept])) > 0:
+                cut.rows, cut.tokens = cut.rows + 1, cut.tokens + lost
+            _append(encoded, begin + source[:kept] + separator, target[: room - kept])
+        return encoded
+
+
+@dataclass
+class Cut:
+    """Rows of which something was cut, how many of them lost the end of their target, and how many tokens went."""
+
+    rows: int = 0
+    targets: int = 0
+    tokens: int = 0
+
+    def say(self, what: str, rows: int, max_length: int) -> None:
+        """A line of the log, where anything was cut."""
+        if self.rows:
+            targets = f", {self.targets:,} of them in the target, which then has no end" if self.targets else ""
+            tokens = f"; {self.tokens:,} tokens are left out" if self.tokens else ""
+            say(f"{what}: {self.rows:,} of {rows:,} texts are cut to max_length={max_length}{targets}{tokens}.")
+
+
+@cache
+def say(message: str) -> None:
+    """Log a line, once: a study loads and encodes the same task for each of its runs."""
+    logger.warning(message)
+
+
+def _overflow(row) -> int:
+    """Tokens of an encoded text that truncation left out; special tokens are not counted."""
+    return sum(len(part.ids) - sum(part.special_tokens_mask) for part in row.overflowing)
+
+
+def _without_begin(ids: list[int], begin: list[int]) -> list[int]:
+    """A text that spells its BOS out gets no second one."""
+    return ids[len(begin) :] if begin and ids[: len(begin)] == begin else ids
+
+
+def _with_end(ids: list[int], end: list[int]) -> list[int]:
+    return ids if ids[-len(end) :] == end else ids + end
+
+
+def _append(encoded: dict[str, list], given: list[int], labelled: list[int]) -> None:
+    encoded["input_ids"].append(given + labelled)
+    encoded["attention_mask"].append([1] * len(given + labelled))
+    encoded["labels"].append([IGNORED] * len(given) + labelled)
 
 
 def counted(dropped: Mapping[str, int]) -> str:
@@ -189,6 +277,9 @@ class Collator:
         batch = {}
         for name in examples[0]:
             values = [example[name] for example in examples]
+            if name == "labels" and self.per_token and self.padding_side == "left":
+                # nothing precedes a row's first token; behind padding, a shift of the labels would have padding predict it
+                values = [[IGNORED, *row[1:]] for row in values]
             if name != "labels" or self.per_token:
                 values = [self._pad(list(row), longest, fill.get(name, 0)) for row in values]
             batch[name] = torch.tensor(values)

@@ -36,10 +36,28 @@ def test_an_unlabelled_pair_is_its_prompt(characters):
     assert row["labels"] == [-100] * 9
 
 
-def test_a_long_pair_is_cut_but_keeps_separator_and_eos(characters):
+def test_the_source_is_cut_first_and_a_cut_target_has_no_end(characters, caplog):
     task = load_task("scans", labels=10)
-    row = task.encode(Dataset.from_dict({"source": ["s" * 300], "target": ["t" * 300]}), characters, max_length=40)[0]
-    assert characters.decode(row["input_ids"]) == "s" * 19 + "\n" + "t" * 19 + "<eos>"
+
+    def encoded(source: int, target: int) -> str:
+        pair = Dataset.from_dict({"source": ["s" * source], "target": ["t" * target]})
+        row = task.encode(pair, characters, max_length=40)[0]
+        given = row["input_ids"].index(characters("\n").input_ids[0]) + 1
+        assert row["labels"] == [-100] * given + row["input_ids"][given:]
+        return characters.decode(row["input_ids"])
+
+    assert encoded(5, 33) == "s" * 5 + "\n" + "t" * 33 + "<eos>"
+    assert encoded(300, 33) == "s" * 5 + "\n" + "t" * 33 + "<eos>"
+    assert encoded(300, 37) == "s" + "\n" + "t" * 37 + "<eos>"
+    assert "1 of 1 texts are cut to max_length=40; 299 tokens are left out." in caplog.text
+    assert encoded(300, 300) == "s" * 19 + "\n" + "t" * 20
+    assert encoded(3, 300) == "s" * 3 + "\n" + "t" * 36
+    assert (
+        "1 of 1 texts are cut to max_length=40, 1 of them in the target, which then has no end; 265 tokens"
+        in caplog.text
+    )
+    with pytest.raises(ValueError, match="max_length=2 was requested; a row takes 3 or more"):
+        task.encode(PAIRS, characters, max_length=2)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
