@@ -134,6 +134,12 @@ def last_whole_checkpoint(folder: str | Path, processes: int = 1) -> Path | None
     return None
 
 
+def began_in_bf16(checkpoint: Path) -> bool | None:
+    """Whether a checkpoint's run computes in bf16; None where it does not say. A run goes on as it began, on whichever machine."""
+    whose = (_read_seal(checkpoint) or {}).get("whose", {})
+    return whose.get("arguments", {}).get("bf16")
+
+
 def was_finished(checkpoint: Path) -> bool:
     """Whether a checkpoint was once written to its end, whatever became of it since."""
     found = _read_seal(checkpoint)

@@ -97,6 +97,7 @@ def setup(
     torch.manual_seed(seed)  # the CPU and every GPU
 
     from fakit.figures import theme
+    from fakit.precision import use_bf16
 
     theme.use_template()
     _quiet()
@@ -115,6 +116,9 @@ def setup(
         "fakit": _version("fakit"),
         "device": where,
         "memory": memory,
+        "bf16": "faster than float32, used where it says autocast"
+        if use_bf16(device=device)
+        else "slower than float32, not used",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "seed": str(seed),
         "profile": profile,

@@ -37,6 +37,7 @@ from fakit.ownership import (
     objective_facts,
     student_facts,
 )
+from fakit.precision import precision_name, settle
 from fakit.sharding import check_sharding, load_whole_state, shards_on_cpus, whole_state
 from fakit.shares import counts, shares
 from fakit.teacher_cache import TeacherCache
@@ -149,7 +150,7 @@ class DistillationTrainer(Trainer):
         teacher: frozen here and put in eval mode; moved to the training device unless quantised. May be None where there is a cache.
         student: trained; `trainer.save_model(folder)` and `trainer.student.save_pretrained(folder)` export it alone.
         objective: its projections are made here and trained, and checkpointed beside the student.
-        args: `transformers.TrainingArguments`.
+        args: `transformers.TrainingArguments`; bf16 may be "auto", see `fakit.precision`.
         teacher_tokenizer: compared with `processing_class` before training, if both are given.
         teacher_cache: a `TeacherCache` of the training data, which is read in every step instead of running the teacher. The rows of
             train_dataset are found in it by their tokens, so that shuffling, subsets and padding do not matter; a row that it lacks, and
@@ -177,6 +178,7 @@ class DistillationTrainer(Trainer):
         if teacher is None and teacher_cache is None:
             raise ValueError("neither a teacher nor a cache of one was given; pass teacher=… or teacher_cache=….")
         args = TrainingArguments("tmp_trainer") if args is None else args
+        settle(args)
         if args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={args.label_smoothing_factor} smooths the Trainer's own loss, and here the objective makes the loss; "
@@ -233,6 +235,11 @@ class DistillationTrainer(Trainer):
     def distiller(self) -> Distiller:
         """Student and objective without what wraps them (DDP, FSDP, compile)."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def precision(self) -> str:
+        """What the forward passes compute in: "float32", or "bf16" (autocast)."""
+        return precision_name(self.accelerator.mixed_precision)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Set up Accelerate; `--use_fsdp` shards on CPUs, too."""

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from fakit.evaluation import evaluate
 from fakit.models.load import load_teacher, resolve_model
+from fakit.precision import autocast
 from fakit.tasks import MINILM, TextTask, load_task
 from fakit.tasks.scans import add_scan_noise, scan_tokenizer
 
@@ -54,7 +55,7 @@ def fit(
     loss_of: Callable[[nn.Module, dict[str, Tensor]], Tensor],
     validate: Callable[[nn.Module], dict[str, float]],
 ) -> None:
-    """AdamW with a warm-up, then a cosine; bf16 autocast; gradients clipped to norm 1. `epochs` yields encoded examples, epoch by epoch."""
+    """AdamW with a warm-up, then a cosine; bf16 autocast where it is the faster; gradients clipped to norm 1. `epochs` yields encoded examples, epoch by epoch."""
 
     def factor(step: int) -> float:
         if step < recipe.warmup:
@@ -73,7 +74,7 @@ def fit(
         order = torch.randperm(len(examples)).tolist()
         for first in range(0, len(order), recipe.batch):
             batch = collate([examples[i] for i in order[first : first + recipe.batch]])
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with autocast("cpu"):
                 loss = loss_of(model, batch)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)

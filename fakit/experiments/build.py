@@ -308,7 +308,7 @@ def build_arguments(config: ExperimentConfig, folder: str | Path, progress: bool
         check_device(config.device, "device: ")
     if ":" in config.device:
         torch.cuda.set_device(config.device)
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder),
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size,
@@ -318,7 +318,7 @@ def build_arguments(config: ExperimentConfig, folder: str | Path, progress: bool
         lr_scheduler_type=training.scheduler,
         warmup_steps=training.warmup,
         weight_decay=training.weight_decay,
-        bf16=training.bf16,
+        bf16=training.bf16 is True,
         # the Trainer takes bf16 on a CPU only where it is told that a CPU it is
         use_cpu=config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available()),
         seed=config.seed,
@@ -334,3 +334,5 @@ def build_arguments(config: ExperimentConfig, folder: str | Path, progress: bool
         disable_tqdm=not progress,
         dataloader_pin_memory=config.device not in ("cpu", "mps") and torch.cuda.is_available(),
     )
+    args.bf16 = training.bf16  # "auto" is decided by the DistillationTrainer, when all processes are there
+    return args

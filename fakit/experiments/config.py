@@ -108,7 +108,7 @@ class TrainingConfig(Section):
     scheduler: str = option("linear", choices=SCHEDULERS)
     warmup: int | float = option(0.1, at_least=0)  # steps when ≥ 1, else a share of all steps
     weight_decay: float = option(0.01, at_least=0.0)
-    bf16: bool = False
+    bf16: bool | str = option("auto", choices=("auto",))  # auto: where the device computes it faster than float32
     accumulation: int = option(1, at_least=1)
     max_length: int = option(128, at_least=2)  # tokens
     log_every: int = option(10, at_least=1)  # steps

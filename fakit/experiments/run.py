@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from fakit.checkpoints import last_whole_checkpoint
+from fakit.checkpoints import began_in_bf16, last_whole_checkpoint
 from fakit.experiments.build import (
     Prepared,
     TrainingRows,
@@ -29,6 +29,7 @@ from fakit.experiments.build import (
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.statistics import LOWER_IS_BETTER
 from fakit.experiments.store import RunStore
+from fakit.precision import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -48,6 +49,7 @@ class RunResult:
         flops_per_step, flops: of one optimiser step and of all, teacher included; None with a quantised teacher, whose
             kernels no counter sees, with a cache, whose teacher worked elsewhere, and in a study that does not count them.
         teacher_cache: the precision of the cache that stood for the teacher; None where the teacher itself answered in each step.
+        precision: what training computed in, "float32" or "bf16" (autocast): what `bf16: auto` came to. Evaluation is in float32.
         labelled, unlabelled: training rows.
         history: the logged steps. student: the trained model; None when the run was read from a store.
     """
@@ -73,6 +75,7 @@ class RunResult:
     finished: str
     kind: str = "run"
     teacher_cache: str | None = None
+    precision: str | None = None  # of records from before it was noted
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
     student: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 
@@ -91,7 +94,7 @@ class RunResult:
         agreement = f", agreement with the teacher {self.test['agreement']:.3f}" if "agreement" in self.test else ""
         return (
             f"{self.task}, {self.arm}, seed {self.seed}: test {self.metric} {self.score:.4f}{agreement} "
-            f"after {self.steps} steps in {self.seconds:.0f} s"
+            f"after {self.steps} steps in {self.seconds:.0f} s" + (f", {self.precision}" if self.precision else "")
         )
 
     def _repr_markdown_(self) -> str:
@@ -154,6 +157,10 @@ def run_experiment(
     folder = tempfile.TemporaryDirectory() if out is None else nullcontext(out / "checkpoints")
     with without_side_bars(), folder as folder:
         args = build_arguments(config, folder, progress)
+        checkpoint = last_whole_checkpoint(folder, args.world_size) if resume else None
+        if checkpoint is not None and config.training.bf16 == AUTO:
+            began = began_in_bf16(checkpoint)
+            args.bf16 = args.bf16 if began is None else began
         set_seed(config.seed)
         prepared = prepared or prepare(config, args.device)
         prepared.check(config)
@@ -182,7 +189,6 @@ def run_experiment(
         )
         trainer.remove_callback(PrinterCallback)  # what stands in for a progress bar that was switched off
         flops_per_step = step_flops(trainer, rows) if count_flops and cache is None else None
-        checkpoint = last_whole_checkpoint(folder, args.world_size) if resume else None
         trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         student = trainer.whole_student()
 
@@ -208,6 +214,7 @@ def run_experiment(
         config=config.to_dict(),
         finished=now(),
         teacher_cache=None if cache is None else cache.content.dtype,
+        precision=trainer.precision,
         history=_history(trainer.state.log_history),
         student=student,
     )

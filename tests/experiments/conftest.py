@@ -94,7 +94,8 @@ def config(world) -> ExperimentConfig:
             },
             "teacher": {"id": str(world / "teacher")},
             "student": {"layers": 2},
-            "training": {"steps": 6, "batch_size": 8, "log_every": 2, "max_length": 16, "learning_rate": 1e-3},
+            "training": {"steps": 6, "batch_size": 8, "log_every": 2, "max_length": 16, "learning_rate": 1e-3}
+            | {"bf16": False},  # the same on every processor
             "device": "cpu",
         }
     )

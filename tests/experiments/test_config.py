@@ -92,6 +92,7 @@ def test_full_config_differs_from_the_default_in_every_key():
         ({"training": {"steps": True}}, ["training.steps", "True (yes/no)"]),
         ({"training": {"steps": 0}}, ["training.steps", "found 0", "at least 1"]),
         ({"training": {"bf16": 1}}, ["training.bf16", "true or false"]),
+        ({"training": {"bf16": "fast"}}, ["training.bf16", "'fast'", "auto"]),
         ({"training": {"learning_rate": float("nan")}}, ["training.learning_rate", "a number"]),
         ({"training": {"labelled_fraction": 1.5}}, ["training.labelled_fraction", "at most 1.0"]),
         ({"training": {"warmup": 1.5}}, ["training.warmup", "1.5", "a share"]),
@@ -173,7 +174,8 @@ def test_run_id_is_stable_and_follows_the_content():
     others = {config.replace(seed=5).run_id, config.replace(**{"training.learning_rate": 1e-5}).run_id, config.run_id}
     assert len(others) == 3
     # pinned: a change of this hash makes every recorded run look as if it had not been run
-    assert ExperimentConfig().run_id == "glosses-all-s0-6cdbd107"
+    assert ExperimentConfig(training=TrainingConfig(bf16=False)).run_id == "glosses-all-s0-6cdbd107"
+    assert ExperimentConfig().run_id == "glosses-all-s0-a8714ea8"
 
 
 def test_arms_keep_their_terms_and_nothing_else():

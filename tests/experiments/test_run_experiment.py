@@ -296,3 +296,31 @@ def test_texts_longer_than_the_positions_are_refused_before_training(config, wor
         ValueError, match=r"has 64 tokens at training.max_length: 64, and the teacher .* has 32 positions"
     ):
         run_experiment(long, progress=False)
+
+
+def test_auto_is_one_run_id_and_the_record_says_what_it_came_to(config, tmp_path, monkeypatch):
+    config = config.replace(**{"training.bf16": "auto", "training.steps": 2})
+    for fast, name in ((True, "bf16"), (False, "float32")):
+        monkeypatch.setattr("fakit.precision.bf16_is_fast", lambda device, fast=fast: fast)
+        result = run_experiment(config, tmp_path / name, progress=False)
+        assert result.precision == name and str(result).endswith(f", {name}")
+        record = RunStore(tmp_path / name).record(config.run_id)
+        assert (record["precision"], record["config"]["training"]["bf16"]) == (name, "auto")
+    assert config.run_id != config.replace(**{"training.bf16": True}).run_id
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_in(config, tmp_path, monkeypatch):
+    """Begun where bf16 is fast, resumed where it is slow."""
+    whole, broken = (
+        config.replace(out=str(tmp_path / name), **{"training.save_every": 2, "training.bf16": "auto"}) for name in "ab"
+    )
+    monkeypatch.setattr("fakit.precision.bf16_is_fast", lambda device: True)
+    whole = run_experiment(whole, progress=False, count_flops=False)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(broken, callbacks=[_Stop()], progress=False, count_flops=False)
+    monkeypatch.setattr("fakit.precision.bf16_is_fast", lambda device: False)
+    with pytest.warns(UserWarning, match="bf16 was requested, and this cpu takes"):
+        resumed = run_experiment(broken, resume=True, progress=False, count_flops=False)
+    assert resumed.precision == "bf16" and resumed.test == whole.test
+    for ours, theirs in zip(resumed.student.parameters(), whole.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

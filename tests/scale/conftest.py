@@ -54,6 +54,7 @@ def experiment(world, path: Path, dropout: float = 0.0, **changes) -> Experiment
             "eval_every": 3,
             "max_length": 16,
             "learning_rate": 1e-3,
+            "bf16": False,  # the same on every processor
         },
         "device": "cpu",
     }
