@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from fakit.losses.head import Head
 from fakit.models.blocks import encoder_depth, find_blocks, is_encoder_decoder, without_adapter
 from fakit.models.head import find_finish, find_head, without_logits
+from fakit.models.heads import problem_type
 from fakit.models.kinds import layerdrop
 from fakit.models.random_state import random_state_kept
 from fakit.recorder import Recorder
@@ -59,7 +60,12 @@ def capture(
         _check_every_layer_runs(model)
     _check_layers(model, hidden_states, attentions, blocks)
     inputs = _inputs(model, batch)
-    trace = Trace(mask=_token_mask(inputs), causal=is_causal_lm(model), name=type(model).__name__)
+    trace = Trace(
+        mask=_token_mask(inputs),
+        causal=is_causal_lm(model),
+        problem_type=problem_type(model.config),
+        name=type(model).__name__,
+    )
     if is_encoder_decoder(model):
         trace.encoder_layers = encoder_depth(model)
         trace.decoder_mask = _decoder_mask(model, inputs, batch.get("labels"))
@@ -227,8 +233,13 @@ def _token_mask(inputs: dict) -> Tensor | None:
     tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
     if tokens is None:
         return None  # an image or a sound has no padding; its number of patches or frames is the model's business
-    if inputs.get("attention_mask") is not None and inputs["attention_mask"].dim() == 2:
-        return inputs["attention_mask"].bool()  # (B, T)
+    choices = tokens.dim() - (2 if inputs.get("input_ids") is not None else 3)
+    tokens = tokens.flatten(
+        0, choices
+    )  # multiple choice: (B, N, T), and every choice is a row of its own to the blocks
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2 + choices:
+        return mask.flatten(0, choices).bool()  # (B, T)
     return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
@@ -251,6 +262,11 @@ def _decoder_mask(model: nn.Module, inputs: dict, labels: Tensor | None) -> Tens
 
 def _logits(model: nn.Module, outputs) -> Tensor | None:
     logits = getattr(outputs, "logits", None)
+    if logits is not None and not isinstance(logits, Tensor):
+        raise ValueError(
+            f"{type(model).__name__} returned its logits as a {type(logits).__name__}, and not as one tensor (B, C) or (B, T, V): outputs and "
+            "task cannot be compared. capture(..., logits=False); outputs=None, task=None."
+        )
     if logits is None and not hasattr(outputs, "last_hidden_state"):
         raise ValueError(
             f"{type(model).__name__} returned no logits (it returned {sorted(outputs.keys())}); capture(..., logits=False)."

@@ -18,7 +18,7 @@ from fakit.losses import attention as attention_losses
 from fakit.losses import outputs as output_losses
 from fakit.losses import streamed
 from fakit.losses.chunked import fused_outputs
-from fakit.losses.task import task_loss
+from fakit.losses.task import REGRESSION, SEVERAL_LABELS, task_loss
 from fakit.terms import Attention, Features, Outputs, Task
 
 
@@ -207,7 +207,7 @@ class Objective(nn.Module):
             if self.active("outputs"):
                 terms["outputs"] = self._compare_outputs(student, _with_logits(teacher), labels)
             if self.active("task") and labels is not None:
-                terms["task"] = task_loss(student.logits, labels, student.causal)
+                terms["task"] = task_loss(student.logits, labels, student.causal, student.problem_type)
         if not terms:
             raise ValueError(
                 f"nothing to compute: weights {dict(self.weights)}, {len(self.layer_map)} layer pairs, "
@@ -310,12 +310,13 @@ class Objective(nn.Module):
                 f"If one head is only padded, Outputs(vocab_size={min(ours.shape[-1], theirs.shape[-1])}) cuts both to the shared true "
                 "vocabulary; if the tokenisers differ, outputs cannot be matched token by token."
             )
-        if ours.shape[-1] == 1 and self.outputs.function is not output_losses.logit_mse:
-            raise ValueError(
-                f"{self.outputs.loss} over a single output is 0 whatever the models say (softmax of one number is 1); "
-                "for regression use Outputs('logit_mse')."
-            )
-        mask = None
+        mask, named = None, not callable(self.outputs.loss)
+        problem = _problem_type(student, teacher, ours, labels)
+        if named and self.outputs.function is not output_losses.logit_mse:
+            if problem == SEVERAL_LABELS:
+                ours, theirs = output_losses.bernoulli(ours), output_losses.bernoulli(theirs)  # (B, C, 2)
+                return self.outputs.function(ours, theirs, None, temperature=self.outputs.temperature)
+            check_distribution(self.outputs.loss, problem, ours.shape[-1])
         if ours.dim() == 3:
             mask = _predicting_positions(student, teacher, labels, ours)
             if student.causal:
@@ -371,6 +372,37 @@ def predicting_positions(mask: Tensor, labels: Tensor | None, causal: bool) -> T
         # rows without any label are unlabelled text, whose every token counts; others count where they carry one
         mask = mask & (labelled | ~labelled.any(dim=1, keepdim=True))
     return mask
+
+
+def _problem_type(student, teacher, logits: Tensor, labels: Tensor | None) -> str | None:
+    """What logits mean: as the models' configurations say; where they do not, as their labels do (the rule of transformers)."""
+    if logits.dim() != 2:
+        return None
+    stated = {trace.problem_type for trace in (student, teacher)} - {None}
+    if len(stated) == 2:
+        raise ValueError(
+            f"the student's problem_type is {student.problem_type}, the teacher's {teacher.problem_type}: their logits mean different things "
+            "and cannot be compared. Give both configurations one problem_type, or leave the output term out (outputs=None)."
+        )
+    if stated:
+        return stated.pop()
+    several = labels is not None and labels.is_floating_point() and labels.shape == logits.shape and labels.shape[1] > 1
+    return SEVERAL_LABELS if several else None
+
+
+def check_distribution(loss: str, problem: str | None, classes: int) -> None:
+    """Raise ValueError where a divergence of distributions is asked of numbers that are none."""
+    if problem == SEVERAL_LABELS:
+        return
+    if classes == 1:
+        raise ValueError(
+            f"{loss} over a single output is 0 whatever the models say (softmax of one number is 1); "
+            "for regression use Outputs('logit_mse')."
+        )
+    if problem == REGRESSION:
+        raise ValueError(
+            f"{loss} compares distributions, and {classes} outputs of a regression (problem_type) are none; use Outputs('logit_mse')."
+        )
 
 
 def _with_logits(trace):

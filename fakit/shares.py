@@ -27,6 +27,8 @@ def counts(objective: Objective, batch: Batch, causal: bool, token_logits: bool)
         token_logits: the model's logits are (B, T, V), not (B, C).
     """
     mask, labels = _tokens(batch), batch.get("labels")
+    # labels of the tokens' shape are the tokens' (token classification); floats are several labels a text
+    token_logits |= labels is not None and labels.shape == mask.shape and not labels.is_floating_point()
     rows = mask.new_tensor(len(mask), dtype=torch.long)
     lengths = mask.sum(1)  # (B,)
     found = {"features": lengths.sum(), "attention": lengths.sum()}
@@ -61,11 +63,15 @@ def _nothing(part: dict[str, Tensor]) -> Tensor:
 def _tokens(batch: Batch) -> Tensor:
     """The tokens that count, bool (B, T); one a row where there is no padding to tell (an image)."""
     mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        return mask.bool()
+    if mask is not None and mask.dim() in (2, 3):  # (B, N, T): multiple choice, every choice a row
+        return mask.flatten(0, -2).bool()
     found = next(value for value in batch.values() if isinstance(value, Tensor))
     ids = batch.get("input_ids")
-    return torch.ones_like(ids, dtype=torch.bool) if ids is not None else found.new_ones(len(found), 1).bool()
+    return (
+        torch.ones_like(ids, dtype=torch.bool).flatten(0, -2)
+        if ids is not None
+        else found.new_ones(len(found), 1).bool()
+    )
 
 
 def _positions(mask: Tensor, batch: Batch, causal: bool) -> Tensor:

@@ -23,6 +23,7 @@ class Trace:
         decoder_mask: bool (B, T_dec), for an encoder-decoder: its decoder's tokens
         encoder_layers: for an encoder-decoder: layers 0…encoder_layers are the encoder's, the ones above the decoder's
         causal: True when logits at t predict the token at t + 1
+        problem_type: what logits (B, C) mean, as the model's configuration says it (`fakit.models.heads.problem_type`); None where it does not
         name: the model's class, for messages
     """
 
@@ -35,6 +36,7 @@ class Trace:
     decoder_mask: Tensor | None = None
     encoder_layers: int | None = None
     causal: bool = False
+    problem_type: str | None = None
     name: str = "model"
 
     @property

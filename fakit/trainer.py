@@ -25,11 +25,12 @@ from fakit.checkpoints import rotate as rotate_checkpoints
 from fakit.checkpoints import seal as seal_checkpoint
 from fakit.files import check_room
 from fakit.losses.task import task_loss
-from fakit.models.blocks import find_blocks, stack_depths
+from fakit.models.blocks import find_blocks, stack_depths, without_adapter
+from fakit.models.heads import problem_type, without_logits
 from fakit.models.kinds import ties, untie, without_layerdrop
 from fakit.models.load import is_quantized
 from fakit.models.preflight import preflight
-from fakit.objective import Needs, Objective
+from fakit.objective import Needs, Objective, check_distribution
 from fakit.ownership import (
     argument_facts,
     bytes_of_checkpoint,
@@ -115,7 +116,7 @@ class Distiller(nn.Module):
         """
         if not self.training:
             logits = capture(self.student, inputs | {"labels": labels}).logits
-            loss = {} if labels is None else {"loss": task_loss(logits, labels, is_causal_lm(self.student))}
+            loss = {} if labels is None else {"loss": self._task_loss(logits, labels)}
             return loss | {"logits": logits}
         asked = inputs | {"labels": labels}  # an encoder-decoder makes its decoder's inputs of them
         if theirs is None and self.objective.needs_teacher():
@@ -129,6 +130,9 @@ class Distiller(nn.Module):
         breakdown = self.objective(ours, theirs, labels, shares)
         self.breakdown = breakdown.detach()
         return {"loss": breakdown.total}
+
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return task_loss(logits, labels, is_causal_lm(self.student), problem_type(self.student.config))
 
 
 def _trace(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
@@ -449,8 +453,9 @@ def check_fit(
     report = preflight(teacher, student, teacher_tokenizer if both else None, student_tokenizer if both else None)
     outputs = objective.outputs
     if outputs is None or outputs.vocab_size is not None:  # logits are not compared, or cut to what is shared
-        report.rows = [row for row in report.rows if row.name not in ("labels", "vocabulary (logits)")]
+        report.rows = [row for row in report.rows if row.name not in ("labels", "vocabulary (logits)", "problem type")]
     report.raise_if_error()
+    _check_heads(teacher, student, objective)
 
     s, t = student.config.get_text_config(), teacher.config.get_text_config()
     matched = {
@@ -473,6 +478,23 @@ def check_fit(
             f"one-to-one attention alignment: the student has {heads[0]} heads, the teacher {heads[1]}. "
             f"Use Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), or shrink(teacher, heads={heads[1]})."
         )
+
+
+def _check_heads(teacher: PreTrainedModel, student: PreTrainedModel, objective: Objective) -> None:
+    outputs, asking = objective.outputs, [n for n in ("outputs", "task") if getattr(objective, n) is not None]
+    for side, model in (("student", student), ("teacher", teacher)):
+        asked = asking if side == "student" else asking[: outputs is not None]
+        instead = without_logits(model) if asked else None
+        if instead is not None:
+            raise ValueError(
+                f"the {' and '.join(asked)} term{'s compare' if asked[1:] else ' compares'} logits, and the {side}, {type(without_adapter(model)).__name__}, returns "
+                f"{instead} in their place. Train it with features and attention alone ({', '.join(f'{name}=None' for name in asking)}), "
+                "or take models whose head returns logits."
+            )
+    problem = problem_type(student.config) or problem_type(teacher.config)
+    pools = without_adapter(student).get_output_embeddings() is None and hasattr(without_adapter(student), "num_labels")
+    if pools and outputs is not None and not callable(outputs.loss) and outputs.loss != "logit_mse":
+        check_distribution(outputs.loss, problem, student.config.num_labels)
 
 
 class _EpochCallback(TrainerCallback):

@@ -12,6 +12,8 @@ from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches
 from fakit.evaluation.fidelity import Agreement
 from fakit.evaluation.generation import SCORED, generation_metrics
 from fakit.evaluation.language_modeling import exponential, label_nll
+from fakit.losses.task import REGRESSION, SEVERAL_LABELS
+from fakit.models.heads import problem_type
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
 UNLABELLED = -100
@@ -65,6 +67,12 @@ def evaluate(
             results |= {name: generated.metrics[name] for name in ("cer", "cer_copy")}
         return results
 
+    problem = problem_type(model.config) if hasattr(model, "config") else None
+    if (problem is not None and (problem == REGRESSION) != (task.kind == "regression")) or problem == SEVERAL_LABELS:
+        raise ValueError(
+            f"evaluate: the task's kind is {task.kind!r}, and the model's problem_type is {problem!r}: its logits are not what these metrics "
+            "measure. Evaluate a model of the task's kind; for several labels a text take `predictions` and a metric of your own."
+        )
     logits, labels = _predict(model, dataset, collator, batch_size)  # (N, C), (N,)
     teacher_logits = (
         teacher

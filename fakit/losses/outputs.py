@@ -190,6 +190,21 @@ def logit_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temp
     return temperature**2 * masked_mean(_logit_mse(student, teacher), mask)
 
 
+def bernoulli(logits: Tensor) -> Tensor:
+    """Logits of C independent labels as C distributions over (yes, no): sigmoid(z) = softmax((z, 0))[0]. (..., C) -> (..., C, 2)
+
+    Several labels a text are no distribution over the C classes: a softmax sees no difference between "all three" and "none". The functions
+    above, given both sides so, are means over the labels, as the binary cross-entropy of the task is; with teacher P and student Q,
+    forward_kl = τ² mean_c [p log(p/q) + (1 - p) log((1 - p)/(1 - q))] with p = sigmoid(z_T/τ), q = sigmoid(z_S/τ).
+
+    >>> import torch
+    >>> everything, nothing = torch.full((1, 3), 4.0), torch.full((1, 3), -4.0)
+    >>> forward_kl(nothing, everything).item(), round(forward_kl(bernoulli(nothing), bernoulli(everything)).item(), 3)
+    (0.0, 3.856)
+    """
+    return torch.stack([logits, torch.zeros_like(logits)], -1)
+
+
 LOSSES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "logit_mse": logit_mse}
 
 # (student logits / τ, teacher logits / τ), (..., V) each, without -inf -> (...); τ² and the mean over positions are the caller's

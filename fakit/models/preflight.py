@@ -6,6 +6,7 @@ from html import escape
 from torch import nn
 
 from fakit.models.blocks import depth, find_stacks, without_adapter
+from fakit.models.heads import problem_type
 from fakit.models.load import is_quantized
 
 
@@ -147,6 +148,14 @@ def _task_rows(row, teacher, student, t, s) -> None:
             *(_short(x) for x in labels),
             "Load both with the same labels in the same order (num_labels, id2label).",
         )
+        problems = [problem_type(m.config) for m in (teacher, student)]
+        if any(problems):
+            row(
+                "problem type",
+                "error" if None not in problems and problems[0] != problems[1] else "ok",
+                *(problem or "not stated" for problem in problems),
+                "Their logits mean different things: give both configurations one problem_type, or leave the output term out (outputs=None).",
+            )
     elif hasattr(t, "vocab_size") and hasattr(s, "vocab_size"):  # images have none
         same = t.vocab_size == s.vocab_size
         row(

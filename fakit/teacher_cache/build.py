@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fakit.capture import capture, is_causal_lm
 from fakit.losses.attention_inputs import AttentionInputs
+from fakit.losses.task import REGRESSION, SEVERAL_LABELS
 from fakit.models.blocks import is_encoder_decoder, without_adapter
 from fakit.teacher_cache.content import CacheContent
 from fakit.teacher_cache.fingerprints import MODEL_INPUTS, config_facts
@@ -55,6 +56,11 @@ def describe(teacher: nn.Module, rows: Sequence[Mapping], content: CacheContent)
         classes = trace.logits.shape[-1]
         if content.top_k is not None and content.top_k > classes:
             raise ValueError(f"top_k={content.top_k} of {name}, which has {classes} classes; keep at most {classes}.")
+        if content.top_k is not None and trace.logits.dim() == 2 and trace.problem_type in (REGRESSION, SEVERAL_LABELS):
+            raise ValueError(
+                f"top_k={content.top_k} of {name}, whose problem_type is {trace.problem_type}: its {classes} outputs are no distribution, whose rest "
+                "is known by its mass. Keep all (top_k=None)."
+            )
     attention = {str(layer): _settings(name, layer, inputs) for layer, inputs in trace.attention.items()}
     config = config_facts(teacher.config)
     config.pop("quantization_config", None)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from filelock import FileLock
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from fakit.files import sha256, sync
 from fakit.losses.attention_inputs import AttentionInputs
+from fakit.models.heads import problem_type
 from fakit.objective import Needs, Objective
 from fakit.teacher_cache.build import PER_ROW, describe, make_shard
 from fakit.teacher_cache.content import CacheContent
@@ -251,7 +253,12 @@ class TeacherCache:
             stored = packed(key)
             return unpack(stored) if self.content.top_k is None else unpack_top_k(stored, self.manifest["classes"])
 
-        trace = Trace(mask=mask.to(device), causal=self.manifest["causal"], name=self.manifest["name"])
+        trace = Trace(
+            mask=mask.to(device),
+            causal=self.manifest["causal"],
+            problem_type=_problem_type(self.manifest["config"]),
+            name=self.manifest["name"],
+        )
         hidden, attentions = self.content.hidden_states, self.content.attentions
         if needs is not None:
             hidden, attentions = needs.hidden_states & {*hidden}, needs.attentions & {*attentions}
@@ -343,3 +350,9 @@ def _other_files(folder: Path) -> list[str]:
 def _check_shards(folder: Path, manifest: dict, verify: bool = True) -> None:
     for shard in manifest["shards"]:
         check_shard(folder / shard["file"], shard, verify)
+
+
+def _problem_type(config: dict) -> str | None:
+    return problem_type(
+        SimpleNamespace(problem_type=config.get("problem_type"), num_labels=len(config.get("id2label") or ()))
+    )
