@@ -6,6 +6,8 @@ checkpointing, checkpoints, resume, callbacks, TensorBoard. The student exports 
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from fakit.models.heads import problem_type, without_logits
 from fakit.models.kinds import ties, untie, without_layerdrop
 from fakit.models.load import is_quantized
 from fakit.models.preflight import preflight
+from fakit.models.tables import CheckedCollator, Tables, check_data, tables
 from fakit.objective import Needs, Objective, check_distribution
 from fakit.ownership import (
     argument_facts,
@@ -308,6 +311,7 @@ class DistillationTrainer(Trainer):
             ValueError: before any step: a checkpoint that is damaged, or was written with other settings, models, data or versions (each
                 is named); a folder for checkpoints that cannot be written to or is too full.
         """
+        self._check_data()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.args.world_size)
             if resume_from_checkpoint is None:
@@ -321,6 +325,39 @@ class DistillationTrainer(Trainer):
             one = bytes_of_checkpoint(self.student, self.objective, self.args.optim)
             check_room(self.args.output_dir, (1 + (self.args.save_total_limit or 1)) * one, "checkpoints")
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _sides(self) -> dict[str, Tables]:
+        """The models that read the training data. A cached teacher has read it already."""
+        compared = any(getattr(self.objective, name) is not None for name in ("features", "attention", "outputs"))
+        runs = {"teacher": self.teacher} if compared and self.cached_teacher is None else {}
+        return {side: tables(model) for side, model in (runs | {"student": self.student}).items()}
+
+    def _check_data(self) -> None:
+        sides, task = self._sides(), self.objective.task is not None
+        check_data(self._bare_rows, self.data_collator, sides, "train_dataset", task)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for name, rows in evaluated.items():
+            what = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+            check_data(rows, self.data_collator, {"student": sides["student"]}, what, task=True)
+
+    def get_train_dataloader(self):
+        """The Trainer's, whose batches are looked at before the models read them."""
+        with self._looking_at_batches(self._sides(), self.objective.task is not None):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """The Trainer's, whose batches are looked at before the student reads them."""
+        with self._looking_at_batches({"student": tables(self.student)}, task=True):
+            return super().get_eval_dataloader(eval_dataset)
+
+    @contextmanager
+    def _looking_at_batches(self, sides: dict[str, Tables], task: bool) -> Iterator[None]:
+        collator = self.data_collator
+        self.data_collator = CheckedCollator(collator, sides, task)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     def whose(self) -> dict[str, Any]:
         """What a checkpoint of this trainer is bound to; plain JSON."""

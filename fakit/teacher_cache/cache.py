@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from fakit.files import sha256, sync
 from fakit.losses.attention_inputs import AttentionInputs
 from fakit.models.heads import problem_type
+from fakit.models.tables import check_data, tables
 from fakit.objective import Needs, Objective
 from fakit.teacher_cache.build import PER_ROW, describe, make_shard
 from fakit.teacher_cache.content import CacheContent
@@ -119,6 +120,7 @@ class TeacherCache:
                 f"{folder} holds {', '.join(others[:3])}{' …' if others[3:] else ''}, and no cache; give a new cache a folder of its own."
             )
         started = (folder / "manifest.json").is_file()
+        check_data(dataset, TeacherCache, {"teacher": tables(teacher)}, "the data set", task=False)
         described = {} if started else describe(teacher, dataset, content)  # refuses before anything is written
         work = (folder, teacher, dataset, content, described, tokenizer, batch_size, padding_side, shard_rows)
         if started and not os.access(folder, os.W_OK):  # nothing to add to a finished one
