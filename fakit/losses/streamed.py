@@ -148,9 +148,11 @@ class _Side:
     """One side's log-maps over blocks of queries, and the way from their scores' gradient to what the layer computed."""
 
     def __init__(self, inputs: AttentionInputs, mask: Tensor | None, loss: str):
-        self.inputs, self.masked = inputs, mask is not None
         B, _, T, _ = inputs.query.shape
-        self.valid = mask.bool() if self.masked else torch.ones(B, T, dtype=torch.bool, device=inputs.query.device)
+        self.inputs = inputs
+        self.valid = torch.ones(B, T, dtype=torch.bool, device=inputs.query.device) if mask is None else mask.bool()
+        # a mask that hides nothing would cost a pass over every block
+        self.masked = mask is not None and not (_may_ask(self.valid) and self.valid.all())
         # models hand over views of (B, T, H, d); laid out by head once, no block's product has to copy them again
         self.query, key = (at_least_float32(x).contiguous() for x in (inputs.query, inputs.key))
         if self.masked:  # NaN in padding must not reach the products
@@ -160,7 +162,8 @@ class _Side:
         self.key = key.repeat_interleave(self.groups, dim=1) if self.groups > 1 else key  # (B, H, T, d)
         self.biases = [at_least_float32(bias) for bias in inputs.biases()]
         self.sinks = at_least_float32(inputs.sinks) if _learns_sinks(loss, inputs) else None
-        self.hidden = self._slope = None  # of the block at hand: masked pairs, and the slope of the soft cap
+        # of the block at hand: masked pairs, whether the teacher may see some of them, and the slope of the soft cap
+        self.hidden, self.hides_more, self._slope = None, False, None
 
     def log_maps(self, start: int, end: int, keys: int) -> Tensor:
         """log softmax of one block of rows, over the keys that count. (B, H, rows, keys)"""
@@ -177,7 +180,11 @@ class _Side:
             allowed = seen if allowed is None else allowed & seen
         if allowed is not None:
             self.hidden = ~allowed
-            scores = scores.masked_fill_(self.hidden, torch.finfo(scores.dtype).min)
+            # added, since filling takes a CPU thrice as long: the lowest float swallows whatever score it is added to
+            lowest = torch.zeros(self.hidden.shape, dtype=scores.dtype, device=scores.device)
+            scores = scores.add_(lowest.masked_fill_(self.hidden, torch.finfo(scores.dtype).min))
+            if self.biases:  # which may hold the lowest float themselves: a row that is masked whole must not become -inf
+                scores = scores.clamp_min_(torch.finfo(scores.dtype).min)
         if self.sinks is None:
             log_maps = scores.log_softmax(-1)
         else:
@@ -233,6 +240,7 @@ class _Streamed(torch.autograd.Function):
             for start, end, keys in _blocks(student, teacher):
                 counts = valid[:, None, start:end, None]  # (B, 1, rows, 1): padded queries take no part
                 log_s, log_t = (side.log_maps(start, end, keys) for side in (ours, theirs))
+                ours.hides_more = ours.hidden is not None and not _same(ours.hidden, theirs.hidden)
                 value, grad = compare(log_s, log_t, ours, counts, heads, needs_grad)
                 total += value
                 if loss == "mse":
@@ -264,7 +272,7 @@ def _kl(log_s: Tensor, log_t: Tensor, ours: _Side, counts: Tensor, heads: int | 
         if not needs_grad:
             return value, None
         q = log_s.exp_()
-        if ours.hidden is None:
+        if not ours.hides_more:
             return value, q.sub_(p)
         # what the teacher gives to a key that the student masks is a constant: it pulls at no score, and the rest of p sums to less than 1
         p = p.masked_fill_(ours.hidden, 0.0)
@@ -300,6 +308,16 @@ def _through_softmax(q: Tensor, grad: Tensor, ours: _Side, counts: Tensor) -> Te
 
 def _grouped(maps: Tensor, heads: int | None) -> Tensor:
     return maps if heads in (None, maps.shape[1]) else maps.unflatten(1, (heads, -1)).mean(2)
+
+
+def _may_ask(x: Tensor) -> bool:
+    """Whether a tensor's numbers may be looked at: an accelerator would stop for it, a compiled graph would break."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _same(hidden: Tensor, other: Tensor | None) -> bool:
+    """Whether both sides are known to mask the same pairs."""
+    return other is not None and _may_ask(hidden) and torch.equal(hidden, other)
 
 
 def _learns_sinks(loss: str, side: AttentionInputs) -> bool:

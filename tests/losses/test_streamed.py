@@ -270,3 +270,20 @@ def test_relations_are_minilmv2s_over_heads_split_anew(which, causal):
 def test_relation_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"5 relation heads asked of queries that are 24 wide \(4 heads × 6\)"):
         streamed.relation_inputs(layer(4, d=6), "queries", 5)
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -torch.inf], ids=["lowest float", "-inf"])
+def test_a_query_that_an_additive_mask_shuts_out_of_everything(lowest):
+    """Left padding under an additive mask: the padded queries see no key at all, and are no part of the loss."""
+    sq, sk, tq, tk = inputs(dtype=torch.float32)
+    seen = MASK[:, None, None, :] & torch.ones(13, 13, dtype=torch.bool).tril()  # (B, 1, T, T)
+    additive = torch.zeros(seen.shape).masked_fill(~seen, lowest)
+    q = sq.clone().requires_grad_()
+    ours, theirs = (
+        AttentionInputs(q, sk, None, additive, 0.4, False),
+        AttentionInputs(tq, tk, None, additive, 0.3, False),
+    )
+    loss = streamed_loss("kl", ours, theirs, MASK)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), plain(sq, sk, tq, tk, MASK, 0.4, 0.3, True), rtol=1e-5, atol=0)
+    assert q.grad.isfinite().all()
