@@ -32,11 +32,14 @@ def folder(tmp_path):
 
 
 def make(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """Run make with the stand-in; returns the result and the calls of Python, without the checks of its version."""
+    """Run make with the stand-in; returns the result and the calls of Python, without the checks of its version.
+
+    These tests run under make themselves, which hands its variables (`make test JOBS=4 ARGS=-x`) on to every make below it, by
+    MAKEFLAGS and by name: nothing of the outer environment but PATH reaches the inner one.
+    """
     log = folder.parent / "log"
     log.unlink(missing_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON")}
-    environment |= {"PYTHON": str(folder.parent / "python-3")}
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(folder.parent / "python-3")}
     done = subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, env=environment)
     calls = log.read_text().splitlines() if log.exists() else []
     return done, [call for call in calls if not call.startswith("-c ")]
@@ -63,6 +66,20 @@ def test_each_command_sets_itself_up_once(folder, target, commands):
         done, calls = make(folder, target)
         assert done.returncode == 0, done.stderr
         assert [call.rstrip() for call in calls] == expected
+
+
+def test_variables_of_an_outer_make_do_not_reach_these_tests(folder, monkeypatch):
+    given = {"JOBS": "7", "ARGS": "-x", "PROFILE": "full", "PYTHON": "python-of-the-outer-make"}
+    flags = " ".join(f"{name}={value}" for name, value in given.items())
+    for name, value in (given | {"MAKEFLAGS": f" -- {flags}", "MAKEOVERRIDES": flags, "MAKELEVEL": "1"}).items():
+        monkeypatch.setenv(name, value)
+    _, calls = make(folder, "run")
+    assert [call.rstrip() for call in calls] == [*SET_UP, "-m fakit run --profile quick --jobs 2 --out reports"]
+
+
+def test_jobs_are_handed_on(folder):
+    for target, expected in (("run", "--jobs 3"), ("test", "-n 3")):
+        assert expected in make(folder, target, "JOBS=3")[1][-1]
 
 
 def test_lab_opens_the_notebooks_folder(folder):
