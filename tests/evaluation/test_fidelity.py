@@ -137,3 +137,17 @@ def test_attention_errors():
 def test_a_teacher_that_says_nan_does_not_agree():
     found = Agreement(k=None).update(torch.randn(4, 3), torch.full((4, 3), torch.nan)).compute()
     assert math.isnan(found["kl"])
+
+
+@pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3])
+def test_the_kl_of_models_that_hardly_differ_keeps_its_digits(apart):
+    """½ Var_p(d) + O(d³) of logits that are d apart, however small that is; more rows than are taken at once."""
+    teacher = torch.randn(300, 40).double()
+    d = apart * torch.randn(300, 40).double()
+    student, teacher = (teacher + d).float(), teacher.float()
+    p = teacher.double().softmax(-1)
+    d = student.double() - teacher.double()
+    # log E_p exp(d) - E_p d, with the mean taken out first: no small difference of large numbers
+    d = d - (p * d).sum(-1, keepdim=True)
+    exact = torch.log1p((p * torch.expm1(d)).sum(-1)).mean().item()
+    assert Agreement(k=None).update(student, teacher).compute()["kl"] == pytest.approx(exact, rel=1e-7)
