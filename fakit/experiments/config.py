@@ -43,6 +43,11 @@ class TaskConfig(Section):
     seed: int | None = option(None, at_least=0)  # of the labelled subset; null: see build_task
     options: dict[str, Any] = field(default_factory=dict)  # further keywords of load_task
 
+    def _check(self) -> None:
+        _check_filled("task.name", self.name)
+        if twice := sorted({"name", "labels", "seed"} & set(self.options)):
+            raise ValueError(f"task.options.{twice[0]}: is a key of task itself; write task.{twice[0]}.")
+
 
 @dataclass(frozen=True)
 class TeacherConfig(Section):
@@ -52,6 +57,10 @@ class TeacherConfig(Section):
     id: str = "embedded"
     adapter: str | None = None
     quantize: str | None = option(None, choices=("8bit", "4bit"))
+
+    def _check(self) -> None:
+        _check_filled("teacher.id", self.id)
+        _check_filled("teacher.adapter", self.adapter)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,9 @@ class StudentConfig(Section):
     init: str = option("copy", choices=("copy", "random"))
     path: str | None = None  # a saved model instead of a shrunken teacher
     freeze_embeddings: bool = False  # keep the copied word embeddings: less to train and, with few labels, to forget
+
+    def _check(self) -> None:
+        _check_filled("student.path", self.path)
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,10 @@ class OutputsConfig(Section):
     temperature: float = option(2.0, above=0.0)
     weight: float = option(1.0, at_least=0.0)
 
+    def _check(self) -> None:
+        if self.temperature < 1e-3:  # logits over it leave float32
+            raise ValueError(f"outputs.temperature: found {self.temperature:g}, expected a value of 0.001 at least.")
+
 
 @dataclass(frozen=True)
 class TrainingConfig(Section):
@@ -116,6 +132,11 @@ class TrainingConfig(Section):
     save_every: int | None = option(None, at_least=1)  # steps; null: no checkpoint
 
     def _check(self) -> None:
+        if self.warmup > max(1, self.steps):
+            raise ValueError(
+                f"training.warmup: found {self.warmup} steps of training.steps: {self.steps}, so the learning rate would never be reached; give "
+                "fewer, or a share of all steps (below 1)."
+            )
         if isinstance(self.warmup, float) and self.warmup >= 1 and not self.warmup.is_integer():
             raise ValueError(
                 f"training.warmup: found {self.warmup}, expected whole steps (≥ 1) or a share of all steps (below 1)."
@@ -191,6 +212,12 @@ class ExperimentConfig(Section):
                 f"{', '.join(self.terms) or 'none'}. Give {lacking[0]} a mapping with a weight above 0."
             )
         return self.replace(**{term: None for term in self.terms if term not in ARMS[arm]})
+
+
+def _check_filled(path: str, value: str | None) -> None:
+    """An empty text would be taken for the folder that the command runs in."""
+    if value is not None and (not value.strip() or "\0" in value):
+        raise ValueError(f"{path}: found {describe(value)}, expected a name or a path.")
 
 
 def _slug(text: str) -> str:

@@ -33,6 +33,7 @@ def study_table(store: RunStore, level: float = 0.95) -> pd.DataFrame:
     Raises:
         ValueError: the store holds no finished run.
     """
+    _check_records(store)
     runs = store.runs()
     if runs.empty:
         raise ValueError(f"{store.path} holds no finished run yet; `fakit distill CONFIG.yaml` or run_study adds some.")
@@ -47,6 +48,27 @@ def study_table(store: RunStore, level: float = 0.95) -> pd.DataFrame:
             parts.append(_task_table(trained, teacher.iloc[0] if len(teacher) else None, level))
         parts.append(_baseline_rows(beside))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def _check_records(store: RunStore) -> None:
+    """Raise ValueError where a record lacks what a comparison needs, as of another program or a hand."""
+    kinds = {
+        "task": str,
+        "arm": str,
+        "kind": str,
+        "metric": str,
+        "seed": int,
+        "score": int | float | None,
+        "higher_is_better": bool,
+    }
+    for record in store.records():
+        for name, kind in kinds.items():
+            if not isinstance(record.get(name), kind):
+                found = repr(record[name])[:60] if name in record else "nothing"
+                raise ValueError(
+                    f"{store.path / 'runs.jsonl'}: the run {record['run_id']} has {found} as its {name}, so it cannot be compared with others; "
+                    "take its line out (keep a copy), or record the run again."
+                )
 
 
 def distinct_arms(runs: pd.DataFrame) -> pd.Series:

@@ -40,7 +40,7 @@ def read_config(source: str, **kwargs) -> PreTrainedConfig:
     kwargs.setdefault("trust_remote_code", False)
     if Path(source).is_dir():
         _check_code(Path(source), kwargs["trust_remote_code"])
-    with _in_one_sentence(source, "as a configuration"):
+    with in_one_sentence(source, "as a configuration"):
         return AutoConfig.from_pretrained(source, **kwargs)
 
 
@@ -52,7 +52,7 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     if Path(source).is_dir():
         _check_code(Path(source), trusted=False)
-    with _in_one_sentence(source, "as a tokenizer"):
+    with in_one_sentence(source, "as a tokenizer"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
@@ -78,7 +78,7 @@ def read_model(source: str, task: str, dtype, device: torch.device, **kwargs) ->
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype}
     if kwargs.get("quantization_config") is not None:
         kwargs["device_map"] = {"": device}  # bitsandbytes quantises on the device, while it loads
-    with _in_one_sentence(source, f"as a {task} model"), without_load_report():
+    with in_one_sentence(source, f"as a {task} model"), without_load_report():
         model, report = getattr(transformers, CLASSES[task]).from_pretrained(source, **kwargs)
     _check_shapes(source, model, report["mismatched_keys"])
     _check_unused(source, model, report["unexpected_keys"])
@@ -154,7 +154,7 @@ def _check_code(folder: Path, trusted: bool) -> None:
         if named:
             own[name] = named
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    known = config.get("model_type") in transformers.CONFIG_MAPPING
+    known = str(config.get("model_type")) in transformers.CONFIG_MAPPING
     if "config.json" in own and not known:
         raise ValueError(
             f"{folder} brings Python code of its own (auto_map in config.json: {_classes(own['config.json'])}), and transformers has no model "
@@ -260,7 +260,7 @@ def _some(names: list[str], shown: int = 4) -> str:
 
 
 @contextmanager
-def _in_one_sentence(source: str, what: str) -> Iterator[None]:
+def in_one_sentence(source: str, what: str) -> Iterator[None]:
     """A model folder is somebody's input, so whatever transformers raises while it reads one becomes a ValueError that names it.
 
     Messages are cut to their first sentence: what follows there is advice, some of it unsafe (run the folder's code, load its pickle).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -61,13 +62,14 @@ def find_card(memory: str | float) -> tuple[str, float, Card | None]:
     Raises:
         ValueError: neither.
     """
-    if isinstance(memory, int | float) and not isinstance(memory, bool) and memory > 0:
+    if isinstance(memory, int | float) and not isinstance(memory, bool) and 0 < memory < math.inf:
         return f"{memory / GB:.3g} GB", float(memory), None
     said = re.sub(r"[\s_-]", "", str(memory)).lower()
     for card in CARDS.values():
         if said == card.name.replace(" ", "").lower():
             return card.name, card.memory, card
-    if (found := re.fullmatch(r"(\d+(?:\.\d+)?)(gb|g|gib|mb)", said)) and float(found[1]) > 0:
+    amount = re.sub(r"\s", "", str(memory)).lower()  # its sign stays
+    if (found := re.fullmatch(r"(\d+(?:\.\d+)?)(gb|g|gib|mb)", amount)) and float(found[1]) > 0:
         size = float(found[1]) * {"gb": GB, "g": GB, "gib": 2**30, "mb": 1e6}[found[2]]
         return f"{size / GB:.3g} GB", size, None
     raise ValueError(f"memory {memory!r} is neither an amount ('16GB') nor a card that is known: {', '.join(CARDS)}.")

@@ -17,6 +17,7 @@ from fakit.figures.plan import memory_plan
 from fakit.layer_maps import LayerMap
 from fakit.models.kinds import untied
 from fakit.models.load import _CLASSES
+from fakit.models.pretrained import in_one_sentence
 from fakit.planner.cards import CARDS, GB, Card, find_card
 from fakit.planner.presets import PRESETS, config_text, guess_task, read_config
 from fakit.planner.step import OPTIMIZERS, TERMS, Setup, Step, built, position_limit, simulate
@@ -315,7 +316,9 @@ def plan(
     how = (quantize, dtype, optimizer, checkpointing, used, pairs, device == "gpu")
     setup = Setup(config_text(config), task or guess_task(config), layers, width, batch, seq, *how)
     source = config if name in PRESETS or isinstance(teacher, PreTrainedConfig) else teacher
-    setup = replace(setup, untied=untied(built(setup.config, setup.task), source))
+    with in_one_sentence(name, f"as a {setup.task} model"):
+        made = built(setup.config, setup.task)
+    setup = replace(setup, untied=untied(made, source))
     steps = None if tokens is None else math.ceil(tokens / (batch * seq))
     positions = position_limit(setup.config, setup.task)
     if positions is not None and seq > positions:
@@ -331,9 +334,11 @@ def plan(
 
 
 def _whole(what: str, number: float) -> int:
-    """A whole number above 0, also where it came as a float or from NumPy."""
+    """A whole number from 1 to 10⁹, also where it came as a float or from NumPy: torch counts no larger tensors."""
     if isinstance(number, bool) or not isinstance(number, Real) or not float(number).is_integer() or number < 1:
         raise ValueError(f"{what} is {number!r}; it is a whole number above 0.")
+    if number > 10**9:
+        raise ValueError(f"{what} is {number:.3g}; a step has no more than 10⁹ of them.")
     return int(number)
 
 
