@@ -275,15 +275,19 @@ def _logits(model: nn.Module, outputs) -> Tensor | None:
 
 
 def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int]) -> None:
-    for what, asked, seen in (
-        ("hidden state", hidden_states, trace.hidden_states),
-        ("attention", attentions, trace.attention),
+    unseen = "the blocks did not run: this model leaves them out, or they are called around their hooks"
+    silent = (
+        "the blocks attend by code of their own and not through transformers' attention functions (Doge, BigBird-Pegasus), do not attend "
+        "(state spaces and convolutions in a hybrid, windows of LongT5), or did not run"
+    )
+    for what, asked, seen, why in (
+        ("hidden state", hidden_states, trace.hidden_states, unseen),
+        ("attention", attentions, trace.attention, silent),
     ):
         missing = [i for i in asked if i not in seen]
         if missing:
             raise ValueError(
-                f"{what} of layers {missing} asked of {trace.name}, and nothing was seen there: the blocks did not run (layers that this model leaves out, or "
-                "called around their hooks), or have no attention to show (state spaces and convolutions in a hybrid, windows of LongT5). Ask for other layers, or leave the term out."
+                f"{what} of layers {missing} asked of {trace.name}, and nothing was seen there: {why}. Ask for other layers, or leave the term out."
             )
 
 
@@ -306,6 +310,11 @@ def _batch_first(model: nn.Module, inputs: dict, blocks: list[nn.Module], trace:
             _tokens_first[kind] = _works_tokens_first(model, inputs, blocks)
         if _tokens_first[kind]:
             hidden = trace.hidden_states[i] = hidden.transpose(0, 1)
+        if hidden.dim() == 4:
+            raise ValueError(
+                f"layer {i} of {trace.name} carries {tuple(hidden.shape)}, {hidden.shape[0]} hidden states of each token side by side (AltUp in Gemma 3n), "
+                "and features compare one (B, T, d). Leave the features term out (features=None) and align outputs, or use another family."
+            )
         if hidden.shape[:-1] != mask.shape:
             raise ValueError(
                 f"layer {i} of {trace.name} works on {tuple(hidden.shape)}, and the batch is {tuple(mask.shape)} (B, T): its tokens cannot "
@@ -340,7 +349,7 @@ def _returned_maps(model: nn.Module, outputs, attentions: list[int], trace: Trac
             reason = (
                 "it looks through a window or at pooled tokens"
                 if len(shape) == 4
-                else "what its blocks return as attentions are states of their own and no weights of a softmax over tokens (RWKV)"
+                else "what its blocks return as attentions are states of their own and no weights of a softmax over tokens (RWKV, YOSO)"
             )
             raise ValueError(
                 f"attention of layer {i} of {trace.name} has shape {shape}, which is no map (B, H, T, T) over {tokens} tokens: {reason}. "

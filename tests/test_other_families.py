@@ -88,8 +88,18 @@ def jamba() -> hf.PreTrainedModel:
             {"hidden_states": [1]},
             r"works on \(2, 8, 32\), and the batch is \(2, 7\).*multiple of the window",
         ),
+        (
+            lambda: hf.DogeForCausalLM(hf.DogeConfig(**SIZES, num_key_value_heads=2)),
+            {"attentions": [1]},
+            r"nothing was seen there: the blocks attend by code of their own",
+        ),
+        (
+            lambda: hf.YosoForMaskedLM(hf.YosoConfig(**SIZES)),
+            {"attentions": [1]},
+            r"shape \(2, 7, 32\), which is no map .*states of their own",
+        ),
     ],
-    ids=["mamba", "fnet", "jamba", "longformer maps", "longformer hidden states"],
+    ids=["mamba", "fnet", "jamba", "longformer maps", "longformer hidden states", "doge", "yoso"],
 )
 def test_what_a_family_cannot_give_is_named_with_what_to_do_instead(model, asked, message):
     with pytest.raises(ValueError, match=message):

@@ -183,7 +183,9 @@ class _Side:
             # added, since filling takes a CPU thrice as long: the lowest float swallows whatever score it is added to
             lowest = torch.zeros(self.hidden.shape, dtype=scores.dtype, device=scores.device)
             scores = scores.add_(lowest.masked_fill_(self.hidden, torch.finfo(scores.dtype).min))
-            if self.biases:  # which may hold the lowest float themselves: a row that is masked whole must not become -inf
+            if (
+                self.biases
+            ):  # which may hold the lowest float themselves: a row that is masked whole must not become -inf
                 scores = scores.clamp_min_(torch.finfo(scores.dtype).min)
         if self.sinks is None:
             log_maps = scores.log_softmax(-1)

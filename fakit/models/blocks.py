@@ -25,7 +25,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
     The rule: a stack is the outermost `nn.ModuleList` with as many members as the configuration counts layers; lists whose members are of
     one class go before mixed ones, and transformers' checkpointed layers before other modules. In an encoder-decoder it is looked for inside `get_encoder()` and inside `get_decoder()`. Where the
-    configuration counts fewer `num_hidden_groups` than layers, the list is as long as those, and each member serves a run of layers.
+    configuration counts fewer `num_hidden_groups` than layers, the list is as long as those, and each member serves a run of layers. In a
+    decoder that also sees or hears, it is looked for inside the language model.
 
     Raises:
         ValueError: no such list (the message shows the lists there are), or several at the same depth of the module tree.
@@ -37,7 +38,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         ]
     # the configuration of a decoder alone (BartForCausalLM) may count its encoder's layers as num_hidden_layers
     alone = getattr(model.config, "is_decoder", False) or type(model).__name__.endswith("ForCausalLM")
-    return [_find_stack(model, model, _DECODER_DEPTHS if alone else ())]
+    return [_find_stack(model, _language_model(model), _DECODER_DEPTHS if alone else ())]
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -68,6 +69,18 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     encoder, decoder = model.get_encoder(), model.get_decoder()
     # transformers gives the model itself where it has no such part
     return encoder is not decoder and not any(part in (model, model.base_model) for part in (encoder, decoder))
+
+
+def _language_model(model: nn.Module) -> nn.Module:
+    """The part that the layers are looked for in: of a decoder that also sees or hears (LLaVA, InternVL) the language model.
+
+    All that it is given goes through that one; towers for images and sounds may be as deep. Any other model is looked through as a whole.
+    """
+    plain = without_adapter(model)
+    if plain.config.get_text_config() is plain.config or not plain.can_generate():  # CLIP's towers stand side by side
+        return model
+    decoder = plain.get_decoder()
+    return model if decoder is None or decoder in (plain, plain.base_model) else decoder
 
 
 def without_adapter(model: nn.Module) -> nn.Module:

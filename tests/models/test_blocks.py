@@ -1,9 +1,11 @@
 """The blocks of a model, found by one rule."""
 
 import pytest
+import torch
 import transformers as hf
 from torch import nn
 
+from fakit import capture, shrink
 from fakit.models import find_blocks
 from fakit.models.blocks import depth, encoder_depth, find_stacks
 from tests.families import EVERY, LAYERS, SEQ2SEQ, VOCAB, tiny
@@ -128,3 +130,47 @@ def test_a_model_without_layers_says_so():
     model.config = config
     with pytest.raises(ValueError, match=r"configuration \(SwinConfig\) names no num_hidden_layers"):
         depth(model)
+
+
+_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+_TEXT = _TOWER | {"vocab_size": VOCAB, "num_key_value_heads": 2, "pad_token_id": 0}
+_IMAGES = _TOWER | {"image_size": 8, "patch_size": 4}
+SEEING = {  # towers for images as deep as the language model
+    "llava": lambda: hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**_IMAGES), text_config=hf.LlamaConfig(**_TEXT))
+    ),
+    "internvl": lambda: hf.InternVLForConditionalGeneration(
+        hf.InternVLConfig(
+            vision_config=_IMAGES | {"image_size": [8, 8], "patch_size": [4, 4]},
+            text_config=_TEXT | {"model_type": "qwen2"},
+        )
+    ),
+    "qwen2-vl": lambda: hf.Qwen2VLForConditionalGeneration(
+        hf.Qwen2VLConfig(
+            text_config=_TEXT | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+            vision_config={"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4},
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_the_blocks_of_a_model_that_sees_are_its_language_models_whatever_the_towers_depth(family):
+    torch.manual_seed(0)
+    teacher = SEEING[family]().eval()
+    assert [stack.name for stack in find_stacks(teacher)] == ["model.language_model.layers"]
+    student = shrink(teacher, layers=[1, 3]).eval()
+    towers = [{n: p for n, p in m.named_parameters() if "language_model" not in n} for m in (student, teacher)]
+    assert towers[0].keys() == towers[1].keys() and all(torch.equal(p, towers[1][n]) for n, p in towers[0].items())
+    ids = {"input_ids": torch.arange(3, 10)[None]}
+    with torch.no_grad():
+        assert sorted(capture(student, ids, [0, 1, 2], [1, 2]).hidden_states) == [0, 1, 2]
+        whole = shrink(teacher, layers=3).eval()
+        assert torch.equal(capture(whole, ids).logits, capture(teacher, ids).logits)
+
+
+def test_two_towers_side_by_side_have_no_one_stack():
+    text = {k: v for k, v in _TEXT.items() if k != "num_key_value_heads"}
+    model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=_IMAGES))
+    with pytest.raises(ValueError, match="pass one tower of a model that joins several"):
+        find_stacks(model)
