@@ -13,6 +13,7 @@ from fakit.evaluation.fidelity import Agreement
 from fakit.evaluation.generation import SCORED, generation_metrics
 from fakit.evaluation.language_modeling import exponential, label_nll
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS
+from fakit.models.class_names import class_names, class_order
 from fakit.models.heads import problem_type
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
@@ -55,7 +56,8 @@ def evaluate(
         max_examples: generate for the first so many lines.
 
     Raises:
-        ValueError: unknown kind, an empty or unlabelled dataset, logits of another size than labels or teacher.
+        ValueError: unknown kind, an empty or unlabelled dataset, logits of another size than labels or teacher, a model whose class names are
+            the task's in another order.
     """
     if task.kind not in KINDS:
         raise ValueError(f"evaluate: the task's kind is {task.kind!r}; known are {', '.join(KINDS)}")
@@ -73,6 +75,8 @@ def evaluate(
             f"evaluate: the task's kind is {task.kind!r}, and the model's problem_type is {problem!r}: its logits are not what these metrics "
             "measure. Evaluate a model of the task's kind; for several labels a text take `predictions` and a metric of your own."
         )
+    for name, one in (("model", model), ("teacher", teacher)):
+        _check_classes(name, one, task)
     logits, labels = _predict(model, dataset, collator, batch_size)  # (N, C), (N,)
     teacher_logits = (
         teacher
@@ -115,6 +119,22 @@ def _predict(model, dataset, collator, batch_size) -> tuple[Tensor, Tensor | Non
             labels.append(batch_labels)
     found = torch.tensor(order).argsort()  # back to the order of the dataset
     return torch.cat(logits)[found], None if labels[0] is None else torch.cat(labels).cpu()[found]
+
+
+def _check_classes(who: str, model, task) -> None:
+    """Refuse a classifier whose own names say that its outputs stand in another order than the task's classes."""
+    config = getattr(model, "config", None)
+    if task.kind != "sequence-classification" or not task.label_names or not hasattr(config, "id2label"):
+        return
+    found = class_names(config)
+    if len(found) != len(task.label_names):
+        return  # refused where the logits are looked at
+    order, _ = class_order(found, task.label_names)
+    if order != sorted(order):
+        raise ValueError(
+            f"evaluate: the {who}'s classes are {', '.join(found)}, the task's {', '.join(task.label_names)}: the same ones in another order. "
+            "fakit.models.class_names.order_classes(model, task.label_names) puts the model's into the task's order."
+        )
 
 
 def _classification(logits, labels, labelled, teacher_logits, label_names) -> dict[str, float]:

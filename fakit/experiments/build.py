@@ -60,8 +60,10 @@ def build_teacher(
     """The frozen teacher and its tokenizer.
 
     Raises:
-        ValueError: "embedded" for a task without an embedded teacher, or a classifier of another number of classes.
+        ValueError: "embedded" for a task without an embedded teacher, or a classifier of other classes. The same classes in another order
+            are put into the task's.
     """
+    from fakit.models.class_names import class_names, order_classes
     from fakit.tasks.embedded import EMBEDDED, embedded_teacher
 
     if config.teacher.id == "embedded":
@@ -87,8 +89,10 @@ def build_teacher(
         raise ValueError(
             f"the teacher {config.teacher.id} has {teacher.config.num_labels} outputs, the task {task.name} has "
             f"{task.num_labels} ({', '.join(map(str, (task.label_names or ['one score'])[:4]))} …); "
-            "fine-tune the teacher on this task first, or give the adapter that does."
+            f"fine-tune the teacher on this task first, or give the adapter that does. The teacher's outputs are {', '.join(class_names(teacher.config)[:8])}."
         )
+    if task.label_names:
+        order_classes(teacher, task.label_names, f"the teacher {config.teacher.id}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and kin; masks and labels leave padding out either way
         teacher.config.pad_token_id = tokenizer.pad_token_id  # the student's, too: its configuration is a copy
@@ -148,7 +152,12 @@ def prepare(config: ExperimentConfig, device: str | torch.device = "cpu") -> Pre
 
 
 def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: TextTask) -> PreTrainedModel:
-    """The trainable student: the teacher shrunk, or the model saved at `student.path`. Draws from torch's generator."""
+    """The trainable student: the teacher shrunk, or the model saved at `student.path`. Draws from torch's generator.
+
+    Its configuration names the task's classes, so the exported student answers with them.
+    """
+    from fakit.models.class_names import adopt_classes
+
     if config.student.path is None:
         from fakit.models.shrink import shrink
 
@@ -156,6 +165,8 @@ def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: Text
         layers = asked.layers if isinstance(asked.layers, int) else list(asked.layers)
         student = shrink(teacher, layers, hidden_size=asked.hidden_size, heads=asked.heads, init=asked.init)
         student.get_input_embeddings().requires_grad_(not asked.freeze_embeddings)
+        if task.label_names:
+            adopt_classes(student, task.label_names)
         return student
 
     from fakit.models.load import load_student
@@ -165,6 +176,8 @@ def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: Text
     if model.config.pad_token_id is None:  # a classifier of several texts at once needs to know where they end
         model.config.pad_token_id = teacher.config.pad_token_id
     model.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
+    if task.label_names:
+        adopt_classes(model, task.label_names)
     return model
 
 

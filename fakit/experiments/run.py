@@ -51,6 +51,7 @@ class RunResult:
         teacher_cache: the precision of the cache that stood for the teacher; None where the teacher itself answered in each step.
         precision: what training computed in, "float32" or "bf16" (autocast): what `bf16: auto` came to. Evaluation is in float32.
         labelled, unlabelled: training rows.
+        dropped: rows of the task's data that are in no split, by reason.
         history: the logged steps. student: the trained model; None when the run was read from a store.
     """
 
@@ -76,6 +77,7 @@ class RunResult:
     kind: str = "run"
     teacher_cache: str | None = None
     precision: str | None = None  # of records from before it was noted
+    dropped: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
     student: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 
@@ -215,6 +217,7 @@ def run_experiment(
         finished=now(),
         teacher_cache=None if cache is None else cache.content.dtype,
         precision=trainer.precision,
+        dropped=task.dropped,
         history=_history(trainer.state.log_history),
         student=student,
     )

@@ -324,3 +324,43 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(config, tmp_path, monke
     assert resumed.precision == "bf16" and resumed.test == whole.test
     for ours, theirs in zip(resumed.student.parameters(), whole.student.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def _named_teacher(world, folder, names: list[str], order: list[int]):
+    """The toy teacher with its outputs in another order, named accordingly."""
+    from transformers import AutoTokenizer, BertForSequenceClassification
+
+    teacher = BertForSequenceClassification.from_pretrained(world / "teacher")
+    with torch.no_grad():
+        for tensor in (teacher.classifier.weight, teacher.classifier.bias):
+            tensor.copy_(tensor[order])
+    teacher.config.id2label = {i: names[number] for i, number in enumerate(order)}
+    teacher.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_teacher_whose_classes_stand_in_another_order_teaches_the_same_and_the_student_names_the_tasks(
+    config, world, tmp_path
+):
+    from transformers import AutoConfig
+
+    names = ["cat", "cow", "dog"]
+    in_order = _named_teacher(world, tmp_path / "in_order", names, [0, 1, 2])
+    turned = _named_teacher(world, tmp_path / "turned", [name.upper() for name in names], [2, 0, 1])
+    scores = []
+    for teacher in (in_order, turned):
+        out = tmp_path / f"out-{len(scores)}"
+        result = run_experiment(config.replace(**{"teacher.id": teacher, "out": str(out)}), progress=False)
+        scores.append(result.test | {"loss": result.history[-1]["loss"]})
+        assert AutoConfig.from_pretrained(out).id2label == dict(enumerate(names))
+    assert scores[1] == pytest.approx(scores[0], rel=1e-4)
+
+
+def test_rows_that_are_dropped_are_recorded(config, world, tmp_path):
+    rows = (world / "animals.jsonl").read_text()
+    (tmp_path / "twice.jsonl").write_text(rows + rows)
+    store = RunStore.open(tmp_path / "runs")
+    result = run_experiment(config.replace(**{"task.name": str(tmp_path / "twice.jsonl")}), store=store, progress=False)
+    assert result.dropped["train: repeats a text"] >= 360
+    assert store.record(result.run_id)["dropped"] == result.dropped
