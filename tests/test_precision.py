@@ -2,10 +2,12 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from fakit import precision
 from fakit.precision import autocast, bf16_cost, bf16_is_fast, settle, use_bf16
 from tests.training import arguments, make
 
-CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -172,3 +174,11 @@ def test_a_checkpoint_of_the_other_precision_is_refused(processor, tmp_path):
     message = r"belongs to another run(.|\n)*arguments.bf16: True in the checkpoint, False here"
     with pytest.raises(ValueError, match=message):
         make(tmp_path, bf16="auto", max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_no_notebook_script_or_configuration_decides_by_itself():
+    files = [path for folder in ("notebooks", "scripts", "configs") for path in sorted((ROOT / folder).iterdir())]
+    read = {path: path.read_text(encoding="utf-8") for path in files if path.suffix in (".ipynb", ".py", ".yaml")}
+    assert len(read) > 15
+    for path, text in read.items():
+        assert not re.search(r"torch\.autocast|bf16=True|bf16: (true|yes|on)\b", text), path
