@@ -85,8 +85,7 @@ def find_notebooks(folder: str | Path, only: Iterable[str] | str | None = None) 
         return found
     wanted = [part.strip() for part in (only.split(",") if isinstance(only, str) else only)]
     chosen = {
-        part: [path for path in found if part in (path.name[:2], path.name[:2].lstrip("0"), path.stem)]
-        for part in wanted
+        part: [path for path in found if part in (path.name[:2], str(int(path.name[:2])), path.stem)] for part in wanted
     }
     if missing := [part for part, paths in chosen.items() if not paths]:
         have = ", ".join(path.stem for path in found)

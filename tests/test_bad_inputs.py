@@ -8,6 +8,7 @@ from fakit.__main__ import main
 from fakit.experiments import ExperimentConfig
 from fakit.experiments.store import RunStore
 from fakit.models.load import check_device
+from fakit.notebooks import find_notebooks
 from fakit.planner import plan
 from fakit.planner.cards import find_card
 
@@ -118,3 +119,48 @@ def test_a_record_that_is_none_is_named(changes, tmp_path, capsys):
     assert f"the run a has {next(iter(changes.values()))!r} as its {next(iter(changes))}" in said
     (tmp_path / "runs/runs.jsonl").write_text('{"run_id": "a"}\n')
     assert main(["report", str(store.path)]) == 2 and "the run a has nothing as its task" in capsys.readouterr().err
+
+
+def notebooks(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / f"{name}.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("only", "found"),
+    [
+        ("0", ["00_a"]),
+        ("00,2", ["00_a", "02_b"]),
+        ("02_b", ["02_b"]),
+        (",", None),
+        ("2,", None),
+        ("02 ,07", None),
+        ("a", None),
+    ],
+)
+def test_only_names_notebooks_by_number_or_name_and_nothing_else(only, found, tmp_path):
+    folder = notebooks(tmp_path / "notebooks", "00_a", "02_b")
+    if found is None:
+        with pytest.raises(ValueError, match=r"no notebook .* it holds 00_a, 02_b: ask by number"):
+            find_notebooks(folder, only)
+    else:
+        assert [path.stem for path in find_notebooks(folder, only)] == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not a readable notebook"),
+        (b"[1]", "is not a readable notebook"),
+        (b"\xff\xfe", "is not a readable notebook"),
+        (b'{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}', "has no cell tagged 'parameters'"),
+    ],
+)
+def test_files_that_are_no_notebooks(content, message, tmp_path, capsys):
+    notebooks(tmp_path, "00_a")
+    (tmp_path / "00_a.ipynb").write_bytes(content)
+    assert main(["run", "--notebooks", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "00_a.ipynb" in said and not (tmp_path / "out").exists()
