@@ -27,6 +27,7 @@ from fakit.checkpoints import rotate as rotate_checkpoints
 from fakit.checkpoints import seal as seal_checkpoint
 from fakit.files import check_room
 from fakit.losses.task import task_loss
+from fakit.models.adapters import ADAPTER, base_fingerprint, check_adapter, is_adapted, load_adapter
 from fakit.models.blocks import find_blocks, stack_depths, without_adapter
 from fakit.models.heads import problem_type, without_logits
 from fakit.models.kinds import ties, untie, without_layerdrop
@@ -209,6 +210,8 @@ class DistillationTrainer(Trainer):
                 "The student's %s is set to 0: its layers are matched, and a layer that is left out has nothing to match.",
                 ", ".join(f"{name} ({value})" for name, value in off.items()),
             )
+        if is_adapted(student):
+            check_adapter(student)
         if teacher is not None:
             _refuse_shared(teacher, student)
             teacher.eval().requires_grad_(False)
@@ -368,6 +371,8 @@ class DistillationTrainer(Trainer):
                 "teacher_cache": None if cache is None else cache.manifest["content"],
                 "data": data_fingerprint(self._bare_rows),
             }
+            if is_adapted(self.student):  # a checkpoint holds the adapter alone
+                self._fingerprints["student's base"] = base_fingerprint(self.student)
         return {
             **self.bound_to,
             "versions": versions(),
@@ -435,16 +440,15 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        missing = [name for name in ("config.json", _PROJECTIONS, _OBJECTIVE) if not (folder / name).is_file()]
+        adapted = is_adapted(self.distiller.student)
+        own = ADAPTER if adapted else "config.json"
+        missing = [name for name in (own, _PROJECTIONS, _OBJECTIVE) if not (folder / name).is_file()]
         if missing:
             raise ValueError(
                 f"{folder} is no checkpoint of a DistillationTrainer: {', '.join(missing)} missing. Give a checkpoint-N folder of this "
                 "trainer's output_dir; an exported student starts a new run instead."
             )
         distiller = self.distiller
-        student = type(distiller.student).from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
         projections = load_file(folder / _PROJECTIONS)
         ours = distiller.objective.state_dict()
         if {k: v.shape for k, v in projections.items()} != {k: v.shape for k, v in ours.items()}:
@@ -452,12 +456,18 @@ class DistillationTrainer(Trainer):
                 f"{folder} holds projections {sorted(projections)}, this objective has {sorted(ours)}: resume with the layer map and the "
                 "widths that the run was started with."
             )
-        state = {f"student.{name}": value for name, value in student.state_dict().items()}
-        state |= {f"objective.{name}": value for name, value in projections.items()}
+        state = {f"objective.{name}": value for name, value in projections.items()}
+        if adapted:
+            load_adapter(distiller.student, folder)
+        else:
+            student = type(distiller.student).from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+            state |= {f"student.{name}": value for name, value in student.state_dict().items()}
         if self.is_fsdp_enabled:
             load_whole_state(self.model, state)
         else:
-            distiller.load_state_dict(state)
+            distiller.load_state_dict(state, strict=not adapted)
         settings = json.loads((folder / _OBJECTIVE).read_text())
         distiller.objective.weights.update(settings["weights"])
         if settings["temperature"] is not None and distiller.objective.outputs is not None:

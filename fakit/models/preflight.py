@@ -5,6 +5,7 @@ from html import escape
 
 from torch import nn
 
+from fakit.models.adapters import is_adapted
 from fakit.models.blocks import depth, find_stacks, without_adapter
 from fakit.models.heads import problem_type
 from fakit.models.load import is_quantized
@@ -217,7 +218,7 @@ def _state_rows(row, teacher, student, t, s) -> None:
     ]
     row(
         "precision",
-        "error" if is_quantized(student) else "ok",
+        "error" if is_quantized(student) and not is_adapted(student) else "ok",
         *precision,
         "A quantised student cannot be trained in full: load it unquantised, or train an adapter.",
     )
