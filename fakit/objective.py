@@ -72,6 +72,27 @@ class Objective(nn.Module):
         self.projections = nn.ModuleDict()  # "S1_T2": Linear(d_S, d_T)
         self._matches: dict[Pair, Tensor] = {}  # of the call at hand
 
+    @property
+    def temperature(self) -> float | None:
+        """τ of the outputs term, which may be set at any time; None without that term."""
+        return None if self.outputs is None else self.outputs.temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        if self.outputs is None:
+            raise ValueError(
+                "this objective has no outputs term, and so no temperature; Objective(…, outputs=Outputs())."
+            )
+        self.outputs.temperature = temperature
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("features", "attention", "outputs", "task") and name in self.__dict__:
+            raise ValueError(
+                f"objective.{name} cannot be set once the objective is made: weights, projections and a cache follow from its terms. Make a new "
+                f"Objective(…, {name}=…); objective.weights[{name!r}] = 0 switches the term off."
+            )
+        super().__setattr__(name, value)
+
     # -- what it needs --------------------------------------------------------------------------------------------
 
     def active(self, name: str) -> bool:
@@ -124,9 +145,12 @@ class Objective(nn.Module):
     def set_epoch(self, epoch: int) -> None:
         """Draw random layer maps anew; other maps stay."""
         self.layer_map = self.layer_map.for_epoch(epoch)
-        for term in (self.features, self.attention):
-            if term is not None and term.layer_map is not None:
-                term.layer_map = term.layer_map.for_epoch(epoch)
+        for name in ("features", "attention"):
+            term = getattr(self, name)
+            if (
+                term is not None and term.layer_map is not None
+            ):  # a term like it: the one that was given stays as it was made
+                self.__dict__[name] = replace(term, layer_map=term.layer_map.for_epoch(epoch))
 
     # -- projections ----------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
-"""The four terms of the objective and their settings: what is compared, how, and with which weight."""
+"""The four terms of the objective and their settings: what is compared, how, and with which weight. They stay as they are made."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fakit.layer_maps import LayerMap
 from fakit.losses import attention as attention_losses
@@ -14,8 +15,34 @@ ATTENTION_LOSSES = attention_losses.LOSSES | {"relations": None}
 HEADS = ("one-to-one", "group-mean", "best-match")
 
 
+class FrozenTermError(ValueError, AttributeError):
+    """A setting of a term that was changed after the term was made."""
+
+
+class _Term:
+    """Settings that stay as they were made: the objective, its needs, the projections and a cache were made from them."""
+
+    _settable: ClassVar[frozenset[str]] = frozenset()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if getattr(self, "_made", False) and name not in self._settable:
+            kind = type(self).__name__
+            instead = (
+                f"objective.weights[{kind.lower()!r}] = {value!r} changes the weight"
+                if name == "weight"
+                else f"make a new one and a new Objective with it: Objective(…, {kind.lower()}={kind}(…, {name}=…))"
+            )
+            raise FrozenTermError(
+                f"{kind}.{name} is {getattr(self, name, None)!r} and cannot be set once the term is made; {instead}."
+            )
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise FrozenTermError(f"{type(self).__name__}.{name} cannot be deleted.")
+
+
 @dataclass
-class Features:
+class Features(_Term):
     """Feature matching over the mapped layers.
 
     Args:
@@ -35,10 +62,11 @@ class Features:
         self.function = _choose("Features", self.loss, feature_losses.LOSSES)
         if self.projection not in ("linear", None):
             raise ValueError(f"Features(projection={self.projection!r}) is not known; choose 'linear' or None.")
+        self._made = True
 
 
 @dataclass
-class Attention:
+class Attention(_Term):
     """Attention alignment over the mapped layers (layer 0 has none and is left out).
 
     Args:
@@ -72,20 +100,23 @@ class Attention:
             raise ValueError(
                 f"Attention(relations={self.relations!r}): relations are of 'queries', 'keys' and 'values', one or more of them."
             )
+        self._made = True
 
 
 @dataclass
-class Outputs:
+class Outputs(_Term):
     """Output-distribution matching.
 
     Args:
         loss: "forward_kl", "reverse_kl", "jsd", "logit_mse", or any function (student logits, teacher logits, mask, temperature).
-        temperature: τ > 0, may be set at any time.
+        temperature: τ > 0, may be set at any time, also as `objective.temperature`.
         weight: γ.
         vocab_size: cut both vocabularies to their first `vocab_size` entries, for families that pad the head differently.
         chunked: over a large vocabulary, make and compare logits a chunk of tokens at a time, where both models have a plain linear head
             and the loss is one of the named; the same number with a fraction of the memory. False always makes them whole.
     """
+
+    _settable: ClassVar[frozenset[str]] = frozenset({"temperature"})
 
     loss: str | Callable = "forward_kl"
     temperature: float = 2.0
@@ -95,12 +126,16 @@ class Outputs:
 
     def __post_init__(self):
         self.function = _choose("Outputs", self.loss, output_losses.LOSSES)
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"Outputs(temperature={self.temperature!r}): a temperature is finite and above 0.")
+        self._made = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "temperature" and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"Outputs(temperature={value!r}): a temperature is finite and above 0.")
+        super().__setattr__(name, value)
 
 
 @dataclass
-class Task:
+class Task(_Term):
     """The task's own loss on the labels: cross-entropy (labels of -100 are left out), or mean squared error for one regression output.
 
     Args:
@@ -108,6 +143,9 @@ class Task:
     """
 
     weight: float = 1.0
+
+    def __post_init__(self):
+        self._made = True
 
 
 def _choose(term: str, loss: str | Callable, known: dict[str, Callable]) -> Callable:

@@ -1,5 +1,6 @@
 """The objective: terms, weights, projections and masks, on traces made by hand and against computations by hand."""
 
+import copy
 import doctest
 import math
 import warnings
@@ -356,3 +357,65 @@ def test_a_breakdown_prints_itself_draws_itself_and_lets_go_of_the_graph():
 def test_docstring_examples_run():
     result = doctest.testmod(objective, extraglobs={"LayerMap": LayerMap})
     assert result.failed == 0 and result.attempted >= 2
+
+
+# -- one truth --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "instead"),
+    [
+        ("outputs", "loss", "reverse_kl", r"Objective\(…, outputs=Outputs\(…, loss=…\)\)"),
+        ("outputs", "function", None, "make a new one"),
+        ("outputs", "vocab_size", 5, "make a new one"),
+        ("outputs", "chunked", False, "make a new one"),
+        ("outputs", "weight", 0.5, r"objective\.weights\['outputs'\] = 0.5"),
+        ("features", "projection", None, "make a new one"),
+        ("features", "layer_map", LayerMap([(1, 1)]), "make a new one"),
+        ("attention", "heads", "best-match", "make a new one"),
+        ("attention", "relations", ("keys",), "make a new one"),
+        ("task", "weight", 2.0, r"objective\.weights\['task'\] = 2.0"),
+    ],
+)
+def test_a_term_stays_as_it_was_made(name, setting, value, instead):
+    objective = Objective(LayerMap.uniform(3, 3), **ALL)
+    before = objective(trace(), trace(seed=1), labels()).total.item()
+    with pytest.raises(ValueError, match=rf"{setting} .* cannot be set once the term is made.*{instead}"):
+        setattr(getattr(objective, name), setting, value)
+    with pytest.raises(AttributeError):
+        delattr(getattr(objective, name), setting)
+    assert objective(trace(), trace(seed=1), labels()).total.item() == before
+
+
+def test_terms_are_not_exchanged_under_an_objective():
+    objective = Objective(LayerMap.uniform(3, 3), features=Features())
+    with pytest.raises(ValueError, match=r"objective\.outputs cannot be set.*Make a new Objective\(…, outputs=…\)"):
+        objective.outputs = Outputs("reverse_kl")
+
+
+def test_the_temperature_is_one_number_wherever_it_is_set():
+    objective = Objective(None, outputs=Outputs("jsd", temperature=2.0))
+    expected = Objective(None, outputs=Outputs("jsd", temperature=5.0))(trace(), trace(seed=1)).total.item()
+    objective.temperature = 5.0
+    assert objective.outputs.temperature == 5.0 and objective(trace(), trace(seed=1)).total.item() == expected
+    objective.outputs.temperature = 3.0
+    assert objective.temperature == 3.0
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="a temperature is finite and above 0"):
+            objective.temperature = wrong
+    assert objective.temperature == 3.0
+    with pytest.raises(ValueError, match="no outputs term"):
+        Objective(None, task=Task()).temperature = 2.0
+    assert copy.deepcopy(objective).temperature == 3.0
+    with pytest.raises(ValueError, match="cannot be set"):
+        copy.deepcopy(objective).outputs.loss = "reverse_kl"
+
+
+def test_a_terms_own_random_map_is_drawn_by_the_objective_alone():
+    term = Features(layer_map=LayerMap.random(3, 6, seed=1))
+    objective = Objective(LayerMap.uniform(3, 6), features=term)
+    drawn = set()
+    for epoch in range(6):
+        objective.set_epoch(epoch)
+        drawn.add(tuple(objective.pairs("features")))
+    assert len(drawn) > 1 and term.layer_map == LayerMap.random(3, 6, seed=1)

@@ -1,5 +1,7 @@
 """Training from a cache of the teacher against training with the live one: the same losses, the same weights; what does not fit is refused."""
 
+from dataclasses import replace
+
 import datasets
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification
 from transformers.trainer_callback import PrinterCallback
 
-from fakit import DistillationTrainer, LayerMap, Task, TeacherCache
+from fakit import DistillationTrainer, LayerMap, Objective, Task, TeacherCache
 from fakit.teacher_cache.training import ROW, CachedRowsCollator, with_rows
 from tests.families import VOCAB, tiny, tokenizer
 from tests.training import At, arguments, logged, parts, weights
@@ -260,7 +262,9 @@ def test_neither_teacher_nor_cache_is_refused(tmp_path):
 def test_students_that_do_not_fit_the_recorded_teacher_are_refused(tmp_path):
     cache = build(tmp_path)
     _, student, objective = parts()
-    objective.attention.heads = "one-to-one"
+    objective = Objective(
+        objective.layer_map, objective.features, replace(objective.attention, heads="one-to-one"), objective.outputs
+    )
     student.config.num_attention_heads = 2
     with refused("the student has 2 heads, the teacher 4"):
         run(tmp_path, cache=cache, made=(None, student, objective))
@@ -284,8 +288,9 @@ def test_a_cache_that_lacks_something_is_refused_by_name(kept, message, tmp_path
 
 
 def test_relations_of_values_need_values(tmp_path):
-    made = parts()
-    made[2].attention.loss = "relations"
+    teacher, student, whole = parts()
+    relations = replace(whole.attention, loss="relations")
+    made = (teacher, student, Objective(whole.layer_map, whole.features, relations, whole.outputs, whole.task))
     with refused("the values of its attention layers"):
         run(tmp_path, cache=build(tmp_path), made=made)
 
