@@ -1,7 +1,7 @@
 """What one evaluation of the objective gives, and the weights it was made with."""
 
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from numbers import Real
 
@@ -61,17 +61,25 @@ class Breakdown:
     per_layer: dict[str, dict[Pair, Tensor]] = field(default_factory=dict)
     heads: dict[Pair, Tensor] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Raise ValueError naming the term and the layer where a loss is NaN or infinite. Waits for the device."""
+    def check(self, whose: Callable[[str, list[Pair]], str] = lambda name, pairs: "") -> None:
+        """Raise ValueError naming the term and the layer where a loss is NaN or infinite. Waits for the device.
+
+        `whose`: says by term and layer pairs whose numbers they come from, "" where it does not know.
+        """
         if torch.isfinite(self.total):
             return
         for name, value in self.terms.items():
-            layers = [f"S{s}←T{t}" for (s, t), v in self.per_layer.get(name, {}).items() if not torch.isfinite(v)]
+            pairs = [pair for pair, v in self.per_layer.get(name, {}).items() if not torch.isfinite(v)]
+            layers = [f"S{s}←T{t}" for s, t in pairs]
             if layers or not torch.isfinite(value):
                 where = f" at {', '.join(layers)}" if layers else ""
+                known = whose(name, pairs)
+                if known.startswith("the teacher"):
+                    raise ValueError(f"the {name} term is {value.item()}{where}: {known}")
                 raise ValueError(
                     f"the {name} term is {value.item()}{where}. If the student's weights are finite, look at the learning rate, at "
                     "half-precision overflow (use bf16), or at a batch without any valid position."
+                    + (f" Found: {known}" if known else "")
                 )
         raise ValueError(
             f"the total loss is {self.total.item()} while every term is finite; weights: {list(self.weighted)}."

@@ -247,7 +247,7 @@ class Objective(nn.Module):
         breakdown = Breakdown(total, terms, weighted, per_layer, self._matches)
         # looking at a number on an accelerator would stop its stream in every step; there the trainer looks when it logs
         if breakdown.total.device.type == "cpu" and not torch.compiler.is_compiling():
-            breakdown.check()
+            breakdown.check(lambda name, pairs: whose_numbers(name, pairs, student, teacher))
         return breakdown
 
     def _compare_features(self, student, teacher, pair: Pair) -> Tensor:
@@ -427,6 +427,47 @@ def check_distribution(loss: str, problem: str | None, classes: int) -> None:
         raise ValueError(
             f"{loss} compares distributions, and {classes} outputs of a regression (problem_type) are none; use Outputs('logit_mse')."
         )
+
+
+def whose_numbers(name: str, pairs: list[Pair], student, teacher) -> str:
+    """Which side's numbers a term that is NaN or infinite comes from; "" where both are finite, or not known (None)."""
+    for index, (side, trace) in ((1, ("teacher", teacher)), (0, ("student", student))):
+        if trace is None or (side == "teacher" and name == "task"):
+            continue
+        for layer in [pair[index] for pair in pairs] or [None]:
+            found = _not_finite(trace, name, layer)
+            if found:
+                fix = (
+                    " Look at its weights: damaged, or loaded in float16 where bfloat16 or float32 would hold them."
+                    * index
+                )
+                return f"the {side}'s ({trace.name}) {found} not finite.{fix}"
+    return ""
+
+
+def _not_finite(trace, name: str, layer: int | None) -> str | None:
+    if name == "features":
+        given, mask, what = (
+            [trace.hidden_states.get(layer)],
+            trace.layer_mask(layer),
+            f"hidden states of layer {layer} are",
+        )
+    elif name == "attention":
+        inputs, mask, what = trace.attention.get(layer), None, f"attention inputs of layer {layer} are"
+        given = [trace.maps.get(layer)] if inputs is None else [inputs.query, inputs.key, inputs.value]
+    else:
+        head, mask, what = trace.head, None, "logits are"
+        given = [trace.logits] if head is None else [head.hidden, head.weight, head.bias]
+        if all(x is None or x.dim() == 3 for x in given[:1]):
+            mask = trace.logits_mask
+    for number, x in enumerate(x for x in given if x is not None):
+        # a logit of -inf takes its class out of the vocabulary
+        wrong = (x.isnan() | (x == float("inf"))) if what == "logits are" else ~x.isfinite()
+        if mask is not None and number == 0 and wrong.shape[:2] == mask.shape:
+            wrong = wrong & mask.unsqueeze(-1)
+        if wrong.any():
+            return what
+    return None
 
 
 def _with_logits(trace):

@@ -34,7 +34,7 @@ from fakit.models.kinds import ties, untie, without_layerdrop
 from fakit.models.load import is_quantized
 from fakit.models.preflight import preflight
 from fakit.models.tables import CheckedCollator, Tables, check_data, tables
-from fakit.objective import Needs, Objective, check_distribution
+from fakit.objective import Needs, Objective, check_distribution, whose_numbers
 from fakit.ownership import (
     argument_facts,
     bytes_of_checkpoint,
@@ -282,15 +282,25 @@ class DistillationTrainer(Trainer):
         """The objective's total; the breakdown goes into the running means of the log."""
         outputs = model(**inputs)
         if model.training:
+            self._last_inputs = inputs
             for name, value in _flat(self.distiller.breakdown).items():
                 total, steps = self._sums.get(name, (0.0, 0))
                 self._sums[name] = total + value, steps + 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
+    def _whose_numbers(self, name: str, pairs: list) -> str:
+        """On an accelerator, which looks when it logs: the last batch's teacher once more. The student has stepped since."""
+        inputs = {key: x for key, x in self._last_inputs.items() if key not in ("shares", "theirs")}
+        theirs = self._last_inputs.get("theirs")
+        if theirs is None and self.teacher is not None and name != "task":
+            with torch.no_grad():
+                theirs = _trace(self.teacher, inputs, self.objective.needs("teacher"))
+        return whose_numbers(name, pairs, None, theirs)
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the terms' means since the last log; on an accelerator this is where a NaN is found and named."""
         if "loss" in logs and self._sums:
-            self.distiller.breakdown.check()
+            self.distiller.breakdown.check(self._whose_numbers)
             means = torch.stack([total / steps for total, steps in self._sums.values()])  # (terms and layer pairs,)
             means = self.accelerator.gather(means.unsqueeze(0)).mean(0)  # over the processes
             logs |= dict(zip(self._sums, means.tolist(), strict=True))
@@ -314,6 +324,9 @@ class DistillationTrainer(Trainer):
             ValueError: before any step: a checkpoint that is damaged, or was written with other settings, models, data or versions (each
                 is named); a folder for checkpoints that cannot be written to or is too full.
         """
+        _check_parameters("student", self.student)
+        if self.teacher is not None:
+            _check_parameters("teacher", self.teacher)
         self._check_data()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.args.world_size)
@@ -542,6 +555,21 @@ def _check_heads(teacher: PreTrainedModel, student: PreTrainedModel, objective: 
     pools = without_adapter(student).get_output_embeddings() is None and hasattr(without_adapter(student), "num_labels")
     if pools and outputs is not None and not callable(outputs.loss) and outputs.loss != "logit_mse":
         check_distribution(outputs.loss, problem, student.config.num_labels)
+
+
+def _check_parameters(side: str, model: nn.Module) -> None:
+    """Raise ValueError for NaN in the weights, before they are trained or taught from."""
+    given = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and p.device.type != "meta"]
+    flags: dict[torch.device, list[Tensor]] = {}
+    for _, p in given:
+        flags.setdefault(p.device, []).append(p.detach().isnan().any())
+    if not any(torch.stack(found).any() for found in flags.values()):  # waits for each device once
+        return
+    names = [name for name, p in given if p.detach().isnan().any()]
+    raise ValueError(
+        f"the {side} ({type(without_adapter(model)).__name__}) holds NaN in {len(names)} of its parameters before training: "
+        f"{', '.join(names[:3])}{' …' if names[3:] else ''}. Load it again, from whole files."
+    )
 
 
 class _EpochCallback(TrainerCallback):

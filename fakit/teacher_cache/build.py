@@ -121,7 +121,11 @@ def _pack(trace: Trace, b: int, tokens: Tensor, content: CacheContent) -> dict[s
             tensors[f"{name}.{layer}"] = x[b][:, tokens].transpose(0, 1)  # (n, H, d_head)
     packed = {}
     for key, values in tensors.items():
-        packed |= _named(key, pack(values.cpu(), content.dtype))
+        try:
+            packed |= _named(key, pack(values.cpu(), content.dtype))
+        except ValueError as error:
+            what, layer = key.split(".")
+            raise ValueError(f"{trace.name}, {what.replace('_', ' ')} of layer {layer}: {error}") from error
     if content.logits:
         per_token = trace.logits.dim() == 3
         logits = trace.logits[b][tokens] if per_token else trace.logits[b : b + 1]  # (n, V) or (1, C)
