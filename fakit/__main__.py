@@ -19,10 +19,12 @@ def run(args: argparse.Namespace) -> int:
 def distill(args: argparse.Namespace) -> int:
     """`fakit distill`: one experiment, from its YAML file to an exported student and a record."""
     from fakit.experiments import ExperimentConfig, run_experiment
-    from fakit.launch import start_all_processes
+    from fakit.launch import end_with_parent, start_all_processes
 
     config = ExperimentConfig.from_yaml(args.config)  # what is wrong in it is said once, not by every process
     start_all_processes()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # one of several: without their launcher nobody would end them
+        end_with_parent()
     if config.out is None:  # the run id does not depend on `out`, so --resume finds the folder again
         config = config.replace(out=str(args.out / config.run_id))
     cached = {"teacher_cache": args.teacher_cache, "cache_dtype": args.cache_dtype}

@@ -6,7 +6,7 @@
 
 `checkpoint.json` is begun without files and replaced when everything else is on the disk, so a folder whose list is not there was
 never finished. What may differ between a checkpoint and the run that goes on from it: the output folder, how often the run logs,
-evaluates and saves, and, with a trainer of one's own, the number of steps or epochs (the schedule is then that of the new number).
+evaluates and saves (the Trainer keeps the intervals of the checkpoint), and, with a trainer of one's own, the number of steps or epochs (the schedule is then that of the new number).
 """
 
 from __future__ import annotations

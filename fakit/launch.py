@@ -1,9 +1,13 @@
-"""`accelerate launch --cpu --num_processes N` as it reads: N processes."""
+"""Processes: `accelerate launch --cpu --num_processes N` as it reads, and workers that end with their parent."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
+import threading
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 
@@ -34,6 +38,24 @@ def start_all_processes() -> None:
     port = ["--standalone"] if asked.main_process_port is None else ["--master_port", str(asked.main_process_port)]
     command = [sys.executable, "-m", "torch.distributed.run", *port, "--nproc_per_node", str(asked.num_processes)]
     os.execv(sys.executable, [*command, "-m", "fakit", *sys.argv[1:]])
+
+
+def end_with_parent(every: float = 1.0) -> None:
+    """End this process, at once and without a word, when the one that started it ends: also where that is killed (-9).
+
+    A process of `multiprocessing` waits for its parent's end of a pipe; another (torchrun's) looks every so many seconds whose child it is.
+    """
+    parent = multiprocessing.parent_process()
+    known = os.getppid()
+
+    def watch() -> None:
+        if parent is not None:
+            wait([parent.sentinel])
+        while parent is None and os.getppid() == known:
+            time.sleep(every)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="fakit-parent", daemon=True).start()
 
 
 def _arguments_of_launcher() -> list[str] | None:

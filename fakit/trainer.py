@@ -232,7 +232,8 @@ class DistillationTrainer(Trainer):
         elif not is_quantized(teacher):
             teacher.to(self.args.device)
         self.teacher, self.student, self.objective = teacher, student, objective
-        self.add_callback(_EpochCallback(objective))
+        self.epochs = _EpochCallback(objective)
+        self.add_callback(self.epochs)
         # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for them
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._is_checkpoint = False
@@ -573,13 +574,19 @@ def _check_parameters(side: str, model: nn.Module) -> None:
 
 
 class _EpochCallback(TrainerCallback):
-    """A random layer map is drawn anew at every epoch's start."""
+    """A random layer map is drawn anew at every epoch's start, or every `steps` where the data are laid out in one epoch."""
 
     def __init__(self, objective: Objective):
         self.objective = objective
+        self.steps: int | None = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.objective.set_epoch(int(state.epoch or 0))
+        if self.steps is None:
+            self.objective.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.steps is not None:
+            self.objective.set_epoch(state.global_step // self.steps)
 
 
 def _flat(breakdown: Breakdown) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -43,7 +44,8 @@ def evaluate(
     mor@5 too; for regression teacher_pearson and teacher_mse.
 
     Batches go by length, dropout is off, and models keep their device and training mode. Rows with label -100 count for
-    the agreement with the teacher only; for causal-lm the labelled tokens alone count, everywhere.
+    the agreement with the teacher only; for causal-lm the labelled tokens alone count, everywhere. A model that gives NaN for
+    a row has no predictions: every number is NaN, not the share of class 0.
 
     Args:
         model: a transformers model. dataset: encoded examples (input_ids, attention_mask, labels).
@@ -65,6 +67,8 @@ def evaluate(
         shared_vocabulary = None if tokenizer is None else len(tokenizer)
         results = _language_modeling(model, dataset, collator, batch_size, teacher, shared_vocabulary)
         if tokenizer is not None and {"source", "target"} <= set(task.test.column_names):
+            if math.isnan(results["nll"]):  # greedy decoding would still pick tokens
+                return dict.fromkeys((*results, "cer", "cer_copy"), math.nan)
             generated = generation_metrics(model, dataset, tokenizer, max_examples, batch_size=batch_size)
             results |= {name: generated.metrics[name] for name in ("cer", "cer_copy")}
         return results
@@ -147,7 +151,11 @@ def _classification(logits, labels, labelled, teacher_logits, label_names) -> di
     results = {}
     if teacher_logits is not None:
         results = Agreement(k=None).update(logits, teacher_logits).compute()
+    has_nan = bool(logits.isnan().any())
     logits, labels = logits[labelled], labels[labelled]
+    if has_nan:  # argmax would call them class 0
+        names = ("accuracy", "f1", "matthews", "ece", "nll", "brier")
+        return dict.fromkeys((*names, *results), math.nan)
     predicted = logits.argmax(dim=-1)
     return {
         "accuracy": metrics.accuracy(predicted, labels),
@@ -161,6 +169,11 @@ def _classification(logits, labels, labelled, teacher_logits, label_names) -> di
 
 def _regression(logits, labels, labelled, teacher_logits) -> dict[str, float]:
     scores = _single_output(logits, "model")
+    if scores[labelled].isnan().any():
+        names = ("pearson", "spearman", "mse")
+        return dict.fromkeys(
+            (*names, *(("teacher_pearson", "teacher_mse") if teacher_logits is not None else ())), math.nan
+        )
     results = {
         "pearson": metrics.pearson(scores[labelled], labels[labelled]),
         "spearman": metrics.spearman(scores[labelled], labels[labelled]),
@@ -208,4 +221,5 @@ def _language_modeling(model, dataset, collator, batch_size, teacher, shared_voc
     if tokens == 0:
         raise ValueError("evaluate: no labelled token (all labels are -100); evaluate on a labelled split")
     results = {"perplexity": exponential(nll / tokens), "nll": nll / tokens}
-    return results if agreement is None else results | agreement.compute()
+    results |= {} if agreement is None else agreement.compute()
+    return dict.fromkeys(results, math.nan) if math.isnan(nll) else results

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -85,6 +86,7 @@ def build_teacher(
             device=device,
         )
         tokenizer = load_tokenizer(config.teacher.id)
+        check_tokenizer(tokenizer, config.teacher.id)
     if task.num_labels is not None and teacher.config.num_labels != task.num_labels:
         raise ValueError(
             f"the teacher {config.teacher.id} has {teacher.config.num_labels} outputs, the task {task.name} has "
@@ -97,6 +99,19 @@ def build_teacher(
         tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and kin; masks and labels leave padding out either way
         teacher.config.pad_token_id = tokenizer.pad_token_id  # the student's, too: its configuration is a copy
     return teacher, tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    """Raise ValueError for a tokenizer without a vocabulary, as transformers makes one for a folder that holds none.
+
+    It would turn every word into the unknown token.
+    """
+    special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    if not {token for token in tokenizer.get_vocab() if token.strip("▁Ġ ")} - special:
+        raise ValueError(
+            f"{whose} has no tokenizer: transformers made a {type(tokenizer).__name__} of {len(special)} special tokens and no words, to which "
+            "every text is the same. Save the teacher's tokenizer beside it (tokenizer.save_pretrained), or name a folder that has one."
+        )
 
 
 @dataclass
@@ -124,6 +139,13 @@ class Prepared:
 
             self._logits = predictions(self.teacher, self.test, self.task.collator(self.tokenizer))
         return self._logits
+
+    def fingerprint(self) -> str:
+        """Of the texts and labels that runs are evaluated on: scores on others are not scores of the same task."""
+        from fakit.ownership import data_fingerprint
+
+        both = "".join(data_fingerprint(split) for split in (self.task.validation, self.task.test))
+        return hashlib.sha256(both.encode()).hexdigest()[:16]
 
     def differs(self, config: ExperimentConfig) -> dict[str, tuple]:
         """Keys in which a run's configuration needs other parts than these: {key: (ours, the run's)}."""

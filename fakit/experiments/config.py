@@ -150,7 +150,8 @@ class ExperimentConfig(Section):
     task: TaskConfig = field(default_factory=TaskConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    layer_map: str | tuple[tuple[int, int], ...] = option("uniform", choices=LAYER_MAPS)  # or pairs [student, teacher]
+    # a strategy, or pairs [student, teacher]; "random" is drawn anew with every pass over the labelled texts
+    layer_map: str | tuple[tuple[int, int], ...] = option("uniform", choices=LAYER_MAPS)
     features: FeaturesConfig | None = field(default_factory=FeaturesConfig)
     attention: AttentionConfig | None = field(default_factory=AttentionConfig)
     outputs: OutputsConfig | None = field(default_factory=OutputsConfig)

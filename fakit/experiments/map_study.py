@@ -22,7 +22,15 @@ from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.run import RunResult, without_side_bars
 from fakit.experiments.schema import from_file, option
 from fakit.experiments.store import RunStore
-from fakit.experiments.study import Experiments, StudyConfig, check_pairing, run_missing, run_recorded, silent
+from fakit.experiments.study import (
+    Experiments,
+    StudyConfig,
+    check_pairing,
+    check_workers,
+    run_missing,
+    run_recorded,
+    silent,
+)
 from fakit.files import write_whole
 from fakit.layer_maps import LayerMap
 
@@ -113,6 +121,7 @@ def run_map_study(study: MapStudyConfig, out: str | Path, workers: int = 1, prog
     """
     from fakit.models.blocks import depth
 
+    check_workers(workers)
     store = RunStore.open(out, what=study.what)
     first = [experiment.replace(seed=study.seeds[0]) for experiment in study.experiments]
     with without_side_bars():
@@ -122,6 +131,12 @@ def run_map_study(study: MapStudyConfig, out: str | Path, workers: int = 1, prog
     if len(depths) > 1:
         raise ValueError(
             f"experiments: (student, teacher) depths are {sorted(depths)}; one study compares the same maps."
+        )
+    names = [p.task.name for p in prepared]
+    if len(set(names)) < len(names):
+        asked = ", ".join(experiment.task.name for experiment in study.experiments)
+        raise ValueError(
+            f"experiments: {asked} are all called {names[0]} in tables and figures; rename one of the files."
         )
     runs = study.runs(*depths.pop())
     found = {p.task.name: similarity(student, p, study.texts) for student, p in zip(students, prepared, strict=True)}
@@ -176,7 +191,7 @@ class UnfinishedSeed:
 
 
 def whole_seeds(path: str | Path) -> tuple[list[dict[str, Any]], list[UnfinishedSeed]]:
-    """The runs of a recorded map study whose seed has every map of the plan, and the seeds that have not.
+    """The runs of a recorded map study whose seed has every map of the plan with a score, and the seeds that have not.
 
     The plan is that of `MapStudyConfig.runs`: each increasing map and the controls, for every task and seed. Records of
     anything else in the folder (baselines, other arms) are no part of it.
@@ -199,6 +214,8 @@ def whole_seeds(path: str | Path) -> tuple[list[dict[str, Any]], list[Unfinished
             found: dict[str, dict[str, Any]] = {}
             for record in records:
                 if (record["task"], record["seed"]) != (task, seed) or record["arm"] not in planned:
+                    continue
+                if record["score"] is None:  # its student gave NaN
                     continue
                 if other := found.get(record["arm"]):
                     raise ValueError(

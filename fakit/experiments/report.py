@@ -15,7 +15,7 @@ from fakit.experiments.map_report import map_report
 from fakit.experiments.map_study import SIMILARITY
 from fakit.experiments.store import RunStore
 from fakit.experiments.table import scale, study_table, to_markdown
-from fakit.files import write_whole
+from fakit.files import check_room, write_whole
 
 if TYPE_CHECKING:
     from fakit.figures import Figure
@@ -53,13 +53,14 @@ def report(runs_dir: str | Path | RunStore, out: str | Path | None = None) -> Re
         ValueError: the folder holds no runs (says what was looked for and found), or none that is finished.
     """
     store = runs_dir if isinstance(runs_dir, RunStore) else RunStore(runs_dir)
+    folder = Path(out) if out is not None else store.path / "report"
+    check_room(folder, 2**20, "the report")
     if (store.path / SIMILARITY).is_file():
         table, text, figures = map_report(store)
     else:
         table = study_table(store)
         figures = study_figures(table)
         text = _text(store, table, figures)
-    folder = Path(out) if out is not None else store.path / "report"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.save(folder / "figures" / f"{name}.svg")
@@ -104,7 +105,8 @@ def study_figures(table: pd.DataFrame) -> dict[str, Figure]:
             for _, r in rows.iterrows()
         ]
         name = f"pareto_{re.sub(r'[^a-z0-9]+', '_', str(task).lower()).strip('_')[-40:]}"
-        figures[name] = pareto(
+        same = sum(other == name or other.startswith(f"{name}_") for other in figures)
+        figures[f"{name}_{same + 1}" if same else name] = pareto(
             points, "training compute (TFLOPs, teacher included)", label, title=f"{task}: what compute buys"
         )
     return figures
@@ -126,7 +128,8 @@ def _references(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     """The teacher, and the copied input where it is a baseline, for lines behind the scores."""
     names = {"teacher": "teacher", "copy": "input left as it is"}
     found: dict[str, dict[str, float]] = {}
-    for _, row in table[(table["kind"] == "baseline") & table["arm"].isin(names)].iterrows():
+    of_baselines = table[(table["kind"] == "baseline") & table["arm"].isin(names)]
+    for _, row in of_baselines.dropna(subset=["mean"]).iterrows():
         found.setdefault(row["task"], {})[names[row["arm"]]] = scale(row["metric"])[0] * row["mean"]
     return found
 
@@ -160,6 +163,9 @@ def _text(store: RunStore, table: pd.DataFrame, figures: dict[str, Figure]) -> s
         "TFLOPs: all of training, the teacher's forward passes included. In italics: baselines, one evaluation each.",
         "",
     ]
+    if (without := runs[runs.get("no_score", 0) > 0]) is not None and len(without):
+        said = "; ".join(f"{row['task']}, {row['arm']}: {row['no_score']:.0f}" for _, row in without.iterrows())
+        lines += [f"Without a score, since the student gave NaN, and left out of every mean: {said}.", ""]
     lines += [f"![{figure.summary}](figures/{name}.svg)\n" for name, figure in figures.items()]
     if not figures:
         lines.append("No figure: intervals need at least two seeds of an arm.\n")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import os
 import tempfile
-from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from fakit.checkpoints import began_in_bf16, last_whole_checkpoint
+from fakit.checkpoints import (
+    began_in_bf16,
+    checkpoints,
+    differences,
+    flaw,
+    last_whole_checkpoint,
+    versions,
+    was_finished,
+)
 from fakit.experiments.build import (
     Prepared,
     TrainingRows,
@@ -28,13 +39,17 @@ from fakit.experiments.build import (
 )
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.statistics import LOWER_IS_BETTER
-from fakit.experiments.store import RunStore
+from fakit.experiments.store import RunStore, strict_json
+from fakit.files import check_room, claimed, write_whole
 from fakit.precision import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
 
     from fakit.trainer import DistillationTrainer
+
+RUN = "run.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,6 +67,7 @@ class RunResult:
         precision: what training computed in, "float32" or "bf16" (autocast): what `bf16: auto` came to. Evaluation is in float32.
         labelled, unlabelled: training rows.
         dropped: rows of the task's data that are in no split, by reason.
+        versions, data: what the run was made with, and the fingerprint of the texts it was evaluated on; None in records of before.
         history: the logged steps. student: the trained model; None when the run was read from a store.
     """
 
@@ -78,6 +94,8 @@ class RunResult:
     teacher_cache: str | None = None
     precision: str | None = None  # of records from before it was noted
     dropped: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] | None = None
+    data: str | None = None
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
     student: PreTrainedModel | None = field(default=None, repr=False, compare=False)
 
@@ -90,7 +108,11 @@ class RunResult:
         """A recorded run again, without its model."""
         steps = store.steps(run_id).drop(columns="run_id")
         history = [{k: v for k, v in row.items() if not pd.isna(v)} for row in steps.to_dict("records")]
-        return cls(**store.record(run_id), history=history)
+        record = store.record(run_id)
+        for name in ("validation", "test"):  # JSON has no nan: a student that diverged has null for a score
+            record[name] = {metric: math.nan if value is None else value for metric, value in record[name].items()}
+        record["score"] = math.nan if record["score"] is None else record["score"]
+        return cls(**record, history=history)
 
     def __str__(self) -> str:
         agreement = f", agreement with the teacher {self.test['agreement']:.3f}" if "agreement" in self.test else ""
@@ -125,7 +147,10 @@ def run_experiment(
 
     Args:
         store: a `RunStore` or its folder (made when missing): the finished run is added to it. None records nothing.
-        resume: a run that is recorded is returned as recorded; one with checkpoints in `config.out` goes on from the last whole one.
+        resume: a run that is recorded is returned as recorded; one whose student is in `config.out` is evaluated and recorded; one with
+            checkpoints there goes on from the last whole one. All of it must be of this run: the same configuration but for `out` and how
+            often it logs, evaluates and saves; the same data, teacher and versions. More steps are another run, whose learning rate
+            falls otherwise from the first step on.
         callbacks: of transformers, passed to the trainer.
         progress: the trainer's progress bar.
         prepared: what `prepare` gave for a configuration of the same task, teacher, seed and length, so that many runs load it once.
@@ -135,13 +160,9 @@ def run_experiment(
         cache_dtype: how it is stored: "float32", "bfloat16", "float16" or "int8".
 
     Raises:
-        ValueError: before any training, for parts that do not fit, or a run that is recorded while `resume` is off.
+        ValueError: before any training, for parts that do not fit, a run that is recorded while `resume` is off, a folder that holds
+            another run's or a finished student, that another run writes to at this moment, or that has no room.
     """
-    from transformers import PrinterCallback, set_seed
-
-    from fakit.teacher_cache import TeacherCache
-    from fakit.trainer import DistillationTrainer, check_fit
-
     store = RunStore.open(store) if isinstance(store, str | Path) else store
     if store is not None and store.has(config.run_id):
         if resume:
@@ -155,11 +176,24 @@ def run_experiment(
             f"a teacher cache was asked for in {teacher_cache}, and the arm {config.arm!r} has no term that looks at a teacher (features, "
             "attention, outputs): leave the cache out, or turn one on."
         )
+    with _alone(config, store):
+        return _run(config, store, resume, callbacks, progress, prepared, count_flops, teacher_cache, cache_dtype)
+
+
+def _run(config, store, resume, callbacks, progress, prepared, count_flops, teacher_cache, cache_dtype) -> RunResult:
+    """`run_experiment`, alone in its folder."""
+    from transformers import PrinterCallback, set_seed
+
+    from fakit.ownership import bytes_of_checkpoint, data_fingerprint
+    from fakit.teacher_cache import TeacherCache
+    from fakit.trainer import DistillationTrainer, check_fit
+
     out = None if config.out is None else Path(config.out)
+    finished = None if out is None else _finished(config, out, resume)
     folder = tempfile.TemporaryDirectory() if out is None else nullcontext(out / "checkpoints")
     with without_side_bars(), folder as folder:
         args = build_arguments(config, folder, progress)
-        checkpoint = last_whole_checkpoint(folder, args.world_size) if resume else None
+        checkpoint = _checkpoint(Path(folder), args.world_size) if resume and finished is None else None
         if checkpoint is not None and config.training.bf16 == AUTO:
             began = began_in_bf16(checkpoint)
             args.bf16 = args.bf16 if began is None else began
@@ -172,7 +206,14 @@ def run_experiment(
         rows = build_training_rows(config, task, tokenizer, processes=args.world_size)
         objective = build_objective(config, student, teacher)
         check_fit(teacher, student, objective, tokenizer, student_tokenizer(config))
-        check_lengths(rows.rows, config.training.max_length, teacher=teacher, student=student)
+        for split in (rows.rows, prepared.validation, prepared.test):
+            check_lengths(split, config.training.max_length, teacher=teacher, student=student)
+        _rehearse(student, prepared, args.device)
+        facts = {"versions": versions(), "data": data_fingerprint(rows.rows)}
+        if finished is not None and (other := differences({key: finished[key] for key in facts}, facts)):
+            raise ValueError(_refusal(out, other))
+        if out is not None:
+            check_room(out, bytes_of_checkpoint(student, objective, "none"), "the student")
         cache = None
         if teacher_cache is not None:
             cache = TeacherCache.build(
@@ -190,9 +231,35 @@ def run_experiment(
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # what stands in for a progress bar that was switched off
-        flops_per_step = step_flops(trainer, rows) if count_flops and cache is None else None
-        trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        student = trainer.whole_student()
+        trainer.bound_to = {"config": _binding(config.to_dict())}
+        if objective.layer_map.is_random:
+            trainer.epochs.steps = _steps_a_pass(rows, args)
+        main = trainer.is_world_process_zero()
+        if finished is None:
+            flops_per_step = step_flops(trainer, rows) if count_flops and cache is None else None
+            begun = {"run_id": config.run_id, "config": config.to_dict(), **facts, "finished": None}
+            if out is not None and main:
+                write_whole(out / RUN, json.dumps(begun, indent=1, allow_nan=False))
+            trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            student = trainer.whole_student()
+            done = {
+                "steps": trainer.state.global_step,
+                "seconds": trained.metrics["train_runtime"],
+                "flops_per_step": flops_per_step,
+                "flops": None if flops_per_step is None else flops_per_step * trainer.state.global_step,
+                "teacher_cache": None if cache is None else cache.content.dtype,
+                "precision": trainer.precision,
+                "history": _history(trainer.state.log_history),
+            }
+            if out is not None and main:  # before anything else that may fail
+                student.save_pretrained(out)
+                tokenizer.save_pretrained(out)
+                config.to_yaml(out / "experiment.yaml")
+                write_whole(out / RUN, json.dumps(strict_json({**begun, "finished": done}), indent=1, allow_nan=False))
+        else:
+            done = finished["finished"]
+            done["history"] = [{k: v for k, v in row.items() if v is not None} for row in done["history"]]
+            student = type(student).from_pretrained(out, dtype=torch.float32).to(args.device)
 
     scores = _evaluate(student, prepared.test, task, tokenizer, prepared.reference())
     result = RunResult(
@@ -205,31 +272,148 @@ def run_experiment(
         higher_is_better=task.metric not in LOWER_IS_BETTER,
         validation=_evaluate(student, prepared.validation, task, tokenizer),
         test=scores,
-        steps=trainer.state.global_step,
-        seconds=trained.metrics["train_runtime"],
-        flops_per_step=flops_per_step,
-        flops=None if flops_per_step is None else flops_per_step * trainer.state.global_step,
         parameters=_parameters(student),
         teacher_parameters=_parameters(teacher),
         labelled=rows.labelled,
         unlabelled=len(rows.rows) - rows.labelled,
         config=config.to_dict(),
         finished=now(),
-        teacher_cache=None if cache is None else cache.content.dtype,
-        precision=trainer.precision,
+        versions=versions(),
+        data=prepared.fingerprint(),
         dropped=task.dropped,
-        history=_history(trainer.state.log_history),
         student=student,
+        **done,
     )
-    if trainer.is_world_process_zero():
-        if out is not None:
-            student.save_pretrained(out)
-            tokenizer.save_pretrained(out)
-            config.to_yaml(out / "experiment.yaml")
-        if store is not None:
-            store.append_steps(config.run_id, result.history)
-            store.append_run(result.record())
+    if main and store is not None:
+        store.append_steps(config.run_id, result.history)
+        store.append_run(result.record())
     return result
+
+
+# -- whose folder it is -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _alone(config: ExperimentConfig, store: RunStore | None) -> Iterator[None]:
+    """Hold the run's place in the store and its folder, so that a second run of them says so at once."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first holds them for all
+        yield
+        return
+    with ExitStack() as held:
+        if store is not None:
+            check_room(store.path, 2**20, "the record of the run")
+            held.enter_context(claimed(store.path / f".{config.run_id}.lock", f"{config.run_id} in {store.path}"))
+        if config.out is not None:
+            out = Path(config.out)
+            if not out.exists():
+                held.callback(_remove_if_empty, out)  # where the run was refused
+            check_room(out, 0, "the student")
+            held.enter_context(claimed(out / ".run.lock", str(out)))
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _finished(config: ExperimentConfig, out: Path, resume: bool) -> dict[str, Any] | None:
+    """What run.json says of a student that is trained and not recorded; None where there is training to do.
+
+    Raises:
+        ValueError: what lies in the folder is not this run's, or is and `resume` is off.
+    """
+    student = [p.name for pattern in ("*.safetensors", "*.bin", "config.json") for p in out.glob(pattern)]
+    saved = checkpoints(out / "checkpoints")
+    path = out / RUN
+    if not path.is_file():
+        if student:
+            raise ValueError(
+                f"{out} holds a model already ({', '.join(sorted(student)[:3])}), which the student would overwrite; choose another folder for it "
+                "(out), or remove that one."
+            )
+        if saved and not resume:
+            raise ValueError(
+                f"{out} holds checkpoints up to step {saved[-1][0]}; resume=True (--resume) goes on from them, or choose another `out`."
+            )
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        theirs, finished = found["config"], found["finished"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}); choose another folder (out), or remove {out} to train anew."
+        ) from error
+    if not (student or saved):
+        return None  # a run that ended before it had anything to lose
+    if other := differences({"config": _binding(theirs)}, {"config": _binding(config.to_dict())}):
+        raise ValueError(_refusal(out, other))
+    if not resume:
+        what = (
+            "a finished student" if finished else f"an unfinished run, saved up to step {saved[-1][0] if saved else 0},"
+        )
+        raise ValueError(
+            f"{out} holds {what} of this configuration already; resume=True (--resume) goes on with it. To train anew, choose another folder "
+            "(out), or remove that one."
+        )
+    return found if finished else None
+
+
+def _refusal(out: Path, other: dict[str, tuple]) -> str:
+    lines = "\n".join(f"  {key}: {theirs} there, {ours} here" for key, (theirs, ours) in other.items())
+    return f"{out} belongs to another run:\n{lines}\nChoose another folder (out), remove that one, or resume with what it was started with."
+
+
+def _binding(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration a run's numbers follow from: all but the folder and how often it logs, evaluates and saves."""
+    aside = ("log_every", "eval_every", "save_every")
+    training = {key: value for key, value in config["training"].items() if key not in aside}
+    return {key: value for key, value in config.items() if key != "out"} | {"training": training}
+
+
+def _checkpoint(folder: Path, processes: int) -> Path | None:
+    """Where a broken run goes on; None: at its start, with a warning where checkpoints were begun and none was finished.
+
+    Raises:
+        ValueError: there were finished checkpoints and none is whole: starting over would cost what may yet be restored.
+    """
+    found = last_whole_checkpoint(folder, processes)
+    if found is None and (all_ := checkpoints(folder)):
+        if lost := [path for _, path in all_ if was_finished(path)]:
+            reasons = "; ".join(f"{path.name}: {flaw(path)}" for path in lost)
+            raise ValueError(
+                f"{folder} holds no whole checkpoint to go on from ({reasons}). Restore one, or remove the folder to train from the start."
+            )
+        logger.warning("%s holds no finished checkpoint: the run starts at step 0.", folder)
+    return found
+
+
+# -- before the first step --------------------------------------------------------------------------------------------
+
+
+def _rehearse(student, prepared: Prepared, device) -> None:
+    """Evaluate the student on a few rows as it will be evaluated: what does not fit is said before training. Draws no random numbers."""
+    from fakit.models.random_state import random_state_kept
+
+    task, tokenizer = prepared.task, prepared.tokenizer
+    with random_state_kept(device):
+        for split, teacher in ((prepared.validation, None), (prepared.test, prepared.teacher)):
+            _evaluate(student, _few(split, 2 if task.kind == "causal-lm" else 16), task, tokenizer, teacher)
+
+
+def _few(split, rows: int):
+    """The rows with the most labels among the first thousand."""
+    labels = split[:1000]["labels"]
+    counts = [sum(x != -100 for x in row) if isinstance(row, list) else int(row != -100) for row in labels]
+    chosen = sorted(range(len(labels)), key=lambda i: -counts[i])[:rows]
+    return split.select(sorted(chosen))
+
+
+def _steps_a_pass(rows: TrainingRows, args) -> int:
+    """Steps in which each labelled text comes about once."""
+    batches = args.gradient_accumulation_steps * args.world_size
+    labelled = int((rows.plan[:batches] < rows.labelled).sum())
+    return max(1, round(rows.labelled / labelled))
 
 
 def evaluate_baselines(config: ExperimentConfig) -> list[dict[str, Any]]:
@@ -267,6 +451,8 @@ def evaluate_baselines(config: ExperimentConfig) -> list[dict[str, Any]]:
             "parameters": parameters.get(arm),
             "config": config.to_dict(),
             "finished": now(),
+            "versions": versions(),
+            "data": prepared.fingerprint(),
         }
         for arm, of_arm in scores.items()
     ]

@@ -17,6 +17,27 @@ from scipy import stats
 LOWER_IS_BETTER = frozenset({"cer", "wer", "perplexity", "bits_per_byte", "loss", "nll", "ece", "brier", "kl", "mse"})
 
 
+# What of a configuration may differ between seeds of one arm: no number follows from it, or it is the seed.
+ASIDE = frozenset(
+    f"config.{key}"
+    for key in ("seed", "out", "name", "device", "training.log_every", "training.eval_every", "training.save_every")
+)
+
+
+def differing_settings(runs: pd.DataFrame) -> list[str]:
+    """The columns of settings and versions in which runs differ that are taken for seeds of one arm.
+
+    "random" of a map study draws another map for every seed: that is the arm.
+    """
+    settings = [column for column in runs if column.startswith("config.") and column not in ASIDE]
+    if set(runs["arm"]) == {"random"}:
+        settings = [column for column in settings if column != "config.layer_map"]
+    made = [column for column in runs if column.startswith("versions.") or column == "precision"]
+    return [c for c in settings if runs[c].map(repr).nunique() > 1] + [
+        c for c in made if runs[c].dropna().nunique() > 1
+    ]
+
+
 @dataclass(frozen=True)
 class Interval:
     """An estimate over n seeds (or what `of` says) with its interval; `low` and `high` are nan where n = 1 gives none."""
@@ -262,7 +283,8 @@ def paired_table(runs: pd.DataFrame, metric: str, baseline_arm: str, level: floa
         p_holm over all comparisons of the task; pairs = seeds in common; unpaired = seeds that one of the two lacks.
 
     Raises:
-        ValueError: naming what is missing: a column, the baseline arm, or a run recorded twice for one task, arm, seed.
+        ValueError: naming what is missing: a column, the baseline arm; a run recorded twice for one task, arm, seed; or settings or versions
+            in which the seeds of an arm differ.
     """
     for column in ("task", "arm", "seed", metric):
         if column not in runs:
@@ -277,6 +299,13 @@ def paired_table(runs: pd.DataFrame, metric: str, baseline_arm: str, level: floa
             f"{first['task']}, arm {first['arm']}, seed {first['seed']} is there more than once, so seeds do not pair; "
             "choose the runs of one configuration first."
         )
+    for (task, arm), group in runs.groupby(["task", "arm"], sort=False):
+        if differing := differing_settings(group):
+            values = "; ".join(f"{key}: {', '.join(sorted({str(v) for v in group[key]}))}" for key in differing)
+            raise ValueError(
+                f"{task}, arm {arm}: the runs of its seeds differ in more than the seed ({values}), so they are not seeds of one arm; "
+                "choose the runs of one configuration first, or compare with study_table, which keeps them apart."
+            )
     rows = []
     for task, of_task in runs.groupby("task", sort=False):
         arms = {arm: group.set_index("seed")[metric].astype(float) for arm, group in of_task.groupby("arm", sort=False)}

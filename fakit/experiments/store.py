@@ -109,8 +109,13 @@ class RunStore:
         return records[run_id]
 
     def runs(self) -> pd.DataFrame:
-        """One row a finished run; nested keys are dotted columns: "test.accuracy", "config.training.steps"."""
-        return pd.json_normalize(self.records()) if self.records() else pd.DataFrame(columns=["run_id"])
+        """One row a finished run; nested keys are dotted columns: "test.accuracy", "config.training.steps".
+
+        Records of before, which do not say with which versions they were made, get those of the directory's manifest.
+        """
+        made = {name: self.manifest.get("versions", {}).get(name) for name in ("fakit", "torch", "transformers")}
+        records = [{**record, "versions": record.get("versions") or made} for record in self.records()]
+        return pd.json_normalize(records) if records else pd.DataFrame(columns=["run_id"])
 
     def steps(self, run_id: str | None = None) -> pd.DataFrame:
         """One row a logged step, of one run or of all; of a run begun twice, the later writing of a step holds."""
@@ -184,7 +189,9 @@ class RunStore:
             yield
 
     def _append(self, name: str, records: list[Mapping[str, Any]]) -> None:
-        lines = "".join(json.dumps(_json(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        lines = "".join(
+            json.dumps(strict_json(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records
+        )
         append_whole(self.path / name, lines)
 
     def _set_rest_aside(self, path: Path) -> None:
@@ -221,12 +228,12 @@ def _is_free(path: Path) -> bool:
     return path.is_dir() and {item.name for item in path.iterdir()} <= {"manifest.json.partial"}
 
 
-def _json(value: Any) -> Any:
+def strict_json(value: Any) -> Any:
     """Strict JSON has no nan or inf: null, so that every reader takes the line; numpy and torch scalars as numbers."""
     if isinstance(value, Mapping):
-        return {str(key): _json(item) for key, item in value.items()}
+        return {str(key): strict_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json(item) for item in value]
+        return [strict_json(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

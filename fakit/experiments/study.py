@@ -18,6 +18,7 @@ from fakit.experiments.config import ARMS, ExperimentConfig
 from fakit.experiments.run import RunResult, baseline_id, evaluate_baselines, run_experiment
 from fakit.experiments.schema import Section, describe, did_you_mean, from_file
 from fakit.experiments.store import RunStore
+from fakit.launch import end_with_parent
 
 EQUAL_COMPUTE = "{arm}, equal compute"
 REFERENCE = "all"  # whose compute the equal-compute arms are given
@@ -142,6 +143,7 @@ def run_study(study: StudyConfig, out: str | Path, workers: int = 1, progress: b
     Returns:
         The store, complete. An exception of a run (noted with its run id) ends the study; what finished is recorded.
     """
+    check_workers(workers)
     store = RunStore.open(out, what=study.what)
     say = print if progress else silent
     if study.baselines:
@@ -150,6 +152,12 @@ def run_study(study: StudyConfig, out: str | Path, workers: int = 1, progress: b
     run_missing(study.runs(), store, workers, say)
     run_missing(study.equal_compute_runs(store), store, workers, say)
     return store
+
+
+def check_workers(workers: int) -> None:
+    """Raise ValueError unless there is at least one; before any work."""
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers: found {workers!r}, expected a whole number of processes, at least 1.")
 
 
 def _record_baselines(config: ExperimentConfig, store: RunStore, say) -> None:
@@ -186,7 +194,7 @@ def _results(configs: list[ExperimentConfig], store: RunStore, workers: int, run
             yield run(config, store.path)
         return
     spawn = multiprocessing.get_context("spawn")  # forked children would share torch's thread pools
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker) as pool:
         futures = [pool.submit(run, config, store.path) for config in configs]
         try:
             for future in as_completed(futures):
@@ -207,9 +215,10 @@ def run_recorded(config: ExperimentConfig, path: Path, **options: Any) -> RunRes
     return result
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
     import torch
 
+    end_with_parent()
     torch.set_num_threads(1)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from fakit.experiments.statistics import Interval, gap_closed, paired_table
+from fakit.experiments.statistics import Interval, differing_settings, gap_closed, paired_table
 from fakit.experiments.store import RunStore
 
 SOFT_LABELS = "outputs"  # the arm that is plain soft-label distillation
@@ -28,7 +28,7 @@ def study_table(store: RunStore, level: float = 0.95) -> pd.DataFrame:
     Columns: task, arm, kind ("run" or "baseline"), metric, higher_is_better, n, seeds, scores, mean, low, high; for each
     X of none and outputs that the task was run with: gain_over_X, …_low, …_high, gains_over_X (one a pair),
     p_holm_over_X, pairs_with_X; gap_closed, …_low, …_high from none to the teacher (nan where not available); steps, flops (training, mean),
-    agreement (with the teacher, mean).
+    agreement (with the teacher, mean); no_score: seeds whose student gave NaN, which no mean counts.
 
     Raises:
         ValueError: the store holds no finished run.
@@ -37,6 +37,7 @@ def study_table(store: RunStore, level: float = 0.95) -> pd.DataFrame:
     runs = store.runs()
     if runs.empty:
         raise ValueError(f"{store.path} holds no finished run yet; `fakit distill CONFIG.yaml` or run_study adds some.")
+    runs = runs.assign(task=distinct_tasks(runs), score=runs["score"].astype(float))
     runs = runs.assign(arm=distinct_arms(runs))
     baselines = runs[runs["kind"] == "baseline"]
     parts = []
@@ -45,7 +46,8 @@ def study_table(store: RunStore, level: float = 0.95) -> pd.DataFrame:
         beside = baselines[baselines["task"] == task]
         if len(trained):
             teacher = beside.loc[beside["arm"] == "teacher", "score"]
-            parts.append(_task_table(trained, teacher.iloc[0] if len(teacher) else None, level))
+            known = len(teacher) and not math.isnan(teacher.iloc[0])
+            parts.append(_task_table(trained, teacher.iloc[0] if known else None, level))
         parts.append(_baseline_rows(beside))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
@@ -72,18 +74,33 @@ def _check_records(store: RunStore) -> None:
 
 
 def distinct_arms(runs: pd.DataFrame) -> pd.Series:
-    """Arm names that tell configurations apart: "all", or "all · layer_map=reverse" where one arm was run in several ways."""
+    """Arm names that tell configurations and versions apart: "all", or "all · layer_map=reverse" where one arm was run in several ways.
+
+    Runs that differ in more than the seed are never seeds of one arm.
+    """
     names = runs["arm"].copy()
-    ignored = ("config.seed", "config.out", "config.name", "config.device")
-    keys = [column for column in runs if column.startswith("config.") and column not in ignored]
     for _, group in runs.groupby(["task", "arm", "kind"], sort=False):
-        if not group["seed"].duplicated().any():
-            continue
-        varying = [key for key in keys if group[key].map(repr).nunique() > 1]
-        for index, row in group.iterrows():
-            changes = [f"{key.removeprefix('config.')}={row[key]}" for key in varying]
-            names[index] = " · ".join([row["arm"], *changes])
+        _tell_apart(names, group, differing_settings(group))
     return names
+
+
+def distinct_tasks(runs: pd.DataFrame) -> pd.Series:
+    """Task names that tell tasks apart: the name, with what differs where two files of one name, options or texts stand behind it."""
+    names = runs["task"].copy()
+    asked = [column for column in runs if column == "config.task.name" or column.startswith("config.task.options")]
+    for _, group in runs.groupby("task", sort=False):
+        varying = [key for key in asked if group[key].map(repr).nunique() > 1]
+        if not varying and "data" in group and group["data"].dropna().nunique() > 1:
+            varying = ["data"]
+        _tell_apart(names, group, varying)
+    return names
+
+
+def _tell_apart(names: pd.Series, group: pd.DataFrame, varying: list[str]) -> None:
+    """Put behind the names of a group what differs in it."""
+    for index, row in group.iterrows():
+        changes = [f"{key.removeprefix('config.')}={row[key]}" for key in varying]
+        names[index] = " · ".join([names[index], *changes])
 
 
 def scale(metric: str) -> tuple[float, str]:
@@ -112,6 +129,10 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def _task_table(trained: pd.DataFrame, teacher: float | None, level: float) -> pd.DataFrame:
+    everything, trained = trained, trained.dropna(subset=["score"])
+    lost = everything[everything["score"].isna()].groupby("arm", sort=False).size()
+    if trained.empty:
+        return _without_score(everything, lost)
     arms = trained["arm"].unique()
     own = paired_table(trained, "score", "none" if "none" in arms else arms[0], level)
     table = own[["task", "arm", "n", "seeds", "scores", "mean", "low", "high"]].copy()
@@ -133,7 +154,28 @@ def _task_table(trained: pd.DataFrame, teacher: float | None, level: float) -> p
             ("gap_closed", "gap_closed_low", "gap_closed_high"), zip(*closed, strict=True), strict=True
         ):
             table[column] = values
-    return table
+    table["no_score"] = table["arm"].map(lost).fillna(0).astype(int)
+    rest = [arm for arm in lost.index if arm not in set(arms)]
+    return pd.concat([table, _without_score(everything, lost[rest])]) if rest else table
+
+
+def _without_score(trained: pd.DataFrame, lost: pd.Series) -> pd.DataFrame:
+    """A row for each arm of which no run has a score: its students diverged."""
+    first = trained.iloc[0]
+    same = {
+        "task": first["task"],
+        "kind": "run",
+        "metric": first["metric"],
+        "higher_is_better": bool(first["higher_is_better"]),
+    }
+    rows = []
+    for arm, count in lost.items():
+        of_arm = trained[trained["arm"] == arm]
+        costs = {name: of_arm[name].astype(float).mean() for name in ("steps", "flops") if name in of_arm}
+        rows.append(
+            {**same, "arm": arm, "n": 0, "seeds": [], "scores": [], "no_score": count, "mean": math.nan, **costs}
+        )
+    return pd.DataFrame(rows)
 
 
 def _gap_closed(trained: pd.DataFrame, arm: str, teacher: float, level: float) -> tuple[float, float, float]:
@@ -162,7 +204,9 @@ def _cells(row: pd.Series, over: list[str]) -> list[str]:
     cells.append(_interval(row, "gap_closed", "gap_closed_low", "gap_closed_high").format(100, 0) + " %")
     cells.append(f"{100 * row.get('agreement', math.nan):.1f} %")
     is_run = row["kind"] == "run"
-    cells += [str(row["n"]) if is_run else "–", f"{row['steps']:.0f}" if is_run else "–"]
+    lost = row.get("no_score", 0)
+    seeds = f"{row['n']} (and {lost:.0f} without a score)" if is_run and lost > 0 else str(row["n"])
+    cells += [seeds if is_run else "–", f"{row['steps']:.0f}" if is_run else "–"]
     cells.append(f"{row.get('flops', math.nan) / 1e12:.1f}")
     return ["–" if "nan" in cell else cell for cell in cells]
 

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from fakit.experiments.report import report
+from fakit.experiments.statistics import paired_table
 from fakit.experiments.store import RunStore
 from fakit.experiments.table import study_table, to_markdown
 
@@ -154,3 +155,84 @@ def test_no_runs_no_report(tmp_path):
     with pytest.raises(ValueError, match="holds no finished run yet"):
         report(tmp_path / "empty")
     assert not (tmp_path / "empty" / "report").exists()
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_one_arm(tmp_path):
+    store = RunStore.open(tmp_path)
+    rates, scores = [1e-3, 1e-3, 2e-3], [0.7, 0.8, 0.9]
+    for seed, (rate, score) in enumerate(zip(rates, scores, strict=True)):
+        for arm, more in (("none", 0.0), ("all", 0.05)):
+            config = {"seed": seed, "training": {"learning_rate": rate, "log_every": seed + 1}}
+            store.append_run(_record("glosses", arm, seed, score + more, config=config))
+    table = study_table(store).set_index("arm")
+    assert {arm: (row["n"], row["mean"]) for arm, row in table.iterrows()} == {
+        "none · training.learning_rate=0.001": (2, pytest.approx(0.75)),
+        "none · training.learning_rate=0.002": (1, pytest.approx(0.9)),
+        "all · training.learning_rate=0.001": (2, pytest.approx(0.8)),
+        "all · training.learning_rate=0.002": (1, pytest.approx(0.95)),
+    }
+    with pytest.raises(ValueError, match=r"glosses, arm none: .* \(config\.training\.learning_rate: 0\.001, 0\.002\)"):
+        paired_table(store.runs(), "score", "none")
+
+
+def test_runs_of_other_versions_are_no_seeds_of_one_arm(tmp_path):
+    store = RunStore.open(tmp_path)
+    here = store.manifest["versions"]["torch"]
+    store.append_run(_record("glosses", "all", 0, 0.5))  # of before: the directory's versions
+    for seed, torch_version in ((1, here), (2, "9.9")):
+        versions = {name: store.manifest["versions"][name] for name in ("fakit", "transformers")}
+        store.append_run(_record("glosses", "all", seed, 0.7, versions={**versions, "torch": torch_version}))
+    table = study_table(store).set_index("arm")
+    assert table["n"].to_dict() == {f"all · versions.torch={here}": 2, "all · versions.torch=9.9": 1}
+
+
+def test_two_files_of_one_name_and_one_file_of_two_contents_are_two_tasks(tmp_path):
+    store = RunStore.open(tmp_path)
+    for number, name in enumerate(("a/animals.csv", "b/animals.csv")):
+        for seed in range(2):
+            config = {"seed": seed, "task": {"name": name}}
+            score = 0.5 + 0.3 * number + 0.01 * seed
+            store.append_run(_record("animals.csv", "all", seed, score, run_id=f"{name}{seed}", config=config))
+    for seed, data in enumerate(("aa", "aa", "bb")):
+        store.append_run(_record("films", "all", seed, 0.6 + 0.01 * seed, data=data))
+    made = report(store)
+    assert made.table.set_index("task")["mean"].to_dict() == {
+        "animals.csv · task.name=a/animals.csv": pytest.approx(0.505),
+        "animals.csv · task.name=b/animals.csv": pytest.approx(0.805),
+        "films · data=aa": pytest.approx(0.605),
+        "films · data=bb": pytest.approx(0.62),
+    }
+
+
+def test_figures_of_names_that_look_alike_do_not_overwrite_each_other(tmp_path):
+    store = RunStore.open(tmp_path)
+    for task, score in (("a b", 0.5), ("a-b", 0.6), ("A.b", 0.7)):
+        for seed in range(2):
+            store.append_run(_record(task, "all", seed, score + 0.01 * seed))
+    made = report(store)
+    files = sorted(path.stem for path in (made.path / "figures").iterdir() if path.stem.startswith("pareto"))
+    assert files == ["pareto_a_b", "pareto_a_b_2", "pareto_a_b_3"]
+    titles = {(made.path / "figures" / f"{name}.svg").read_text().count("A.b: what compute buys") > 0 for name in files}
+    assert titles == {True, False}
+
+
+def test_a_diverged_student_is_shown_without_a_score_and_averaged_nowhere(store):
+    for seed in range(2):
+        store.append_run(_record("glosses", "diverged", seed, None))
+    store.append_run(_record("glosses", "half", 0, 0.5))
+    store.append_run(_record("glosses", "half", 1, None))
+    made = report(store)
+    table = made.table.set_index(["task", "arm"])
+    assert (table.loc[("glosses", "diverged"), "n"], table.loc[("glosses", "diverged"), "no_score"]) == (0, 2)
+    assert np.isnan(table.loc[("glosses", "diverged"), "mean"])
+    assert (table.loc[("glosses", "half"), "mean"], table.loc[("glosses", "half"), "no_score"]) == (0.5, 1)
+    assert "| diverged | – |" in made.text and "| 0 (and 2 without a score) |" in made.text
+    assert "left out of every mean: glosses, half: 1; glosses, diverged: 2." in made.text
+    assert "nan" not in made.text and "diverged" not in made.figures["scores_by_arm"].summary
+
+
+def test_where_a_report_cannot_go_is_said_before_the_work(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("fakit.experiments.report.study_table", lambda _: pytest.fail("worked"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="where the report would go, cannot be written to"):
+        report(store, tmp_path / "file" / "report")

@@ -4,6 +4,7 @@ import pytest
 
 from fakit.experiments import study as study_module
 from fakit.experiments.config import ExperimentConfig, StudentConfig
+from fakit.experiments.map_study import MapStudyConfig, run_map_study
 from fakit.experiments.run import evaluate_baselines, run_experiment
 from fakit.experiments.store import RunStore
 from fakit.experiments.study import StudyConfig, equal_compute_steps, run_study
@@ -171,3 +172,14 @@ def test_the_kits_own_files_are_valid():
         config = ExperimentConfig.from_yaml(path)
         assert config.arm == "all"
         assert config in (*study.experiments, *more_labels.experiments)
+
+
+@pytest.mark.parametrize("workers", [0, -1, True])
+def test_a_number_of_workers_that_cannot_work_is_refused_before_the_baselines(small, tmp_path, monkeypatch, workers):
+    asked = _without_training(monkeypatch)
+    for run, study in ((run_study, small), (run_map_study, MapStudyConfig(small.experiments, seeds=(0,)))):
+        with pytest.raises(
+            ValueError, match=f"workers: found {workers}, expected a whole number of processes, at least 1"
+        ):
+            run(study, tmp_path / "runs", workers=workers)
+    assert asked == [] and not (tmp_path / "runs").exists()
