@@ -54,7 +54,8 @@ def report(runs_dir: str | Path | RunStore, out: str | Path | None = None) -> Re
     """
     store = runs_dir if isinstance(runs_dir, RunStore) else RunStore(runs_dir)
     folder = Path(out) if out is not None else store.path / "report"
-    check_room(folder, 2**20, "the report")
+    if len(store):
+        check_room(folder, 2**20, "the report")
     if (store.path / SIMILARITY).is_file():
         table, text, figures = map_report(store)
     else:

@@ -1,4 +1,5 @@
 import re
+import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -232,7 +233,7 @@ def test_a_diverged_student_is_shown_without_a_score_and_averaged_nowhere(store)
 
 
 def test_where_a_report_cannot_go_is_said_before_the_work(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("fakit.experiments.report.study_table", lambda _: pytest.fail("worked"))
+    monkeypatch.setattr(sys.modules["fakit.experiments.report"], "study_table", lambda _: pytest.fail("worked"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="where the report would go, cannot be written to"):
         report(store, tmp_path / "file" / "report")
