@@ -8,8 +8,9 @@ not use transformers' attention interface return maps of their own under eager a
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from fakit.losses.head import Head
 from fakit.models.blocks import encoder_depth, find_blocks, is_encoder_decoder, without_adapter
 from fakit.models.head import find_finish, find_head, without_logits
 from fakit.models.heads import problem_type
+from fakit.models.inputs import BORDERS, DECODER_INPUTS, at_places, has_decoder_inputs, prepare_inputs, token_mask
 from fakit.models.kinds import layerdrop
 from fakit.models.random_state import random_state_kept
 from fakit.recorder import Recorder
@@ -40,16 +42,18 @@ def capture(
 
     Args:
         model: a transformers model.
-        batch: its inputs, input_ids (B, T) and mostly attention_mask (B, T). `labels` are left out: losses are the objective's; of an
-            encoder-decoder that is given no decoder inputs they are shifted into decoder_input_ids, as the model would do.
+        batch: its inputs, input_ids (B, T) and mostly attention_mask (B, T); columns that its forward pass does not take are left out
+            (`fakit.models.inputs.prepare_inputs`), and so are `labels`: losses are the objective's; of an encoder-decoder that is given no decoder
+            inputs they are shifted into decoder_input_ids, as the model would do. Rows may be padded on either side, or pack several
+            documents (position_ids that start again), which then see nothing of each other.
         hidden_states: layer numbers 0…L; in an encoder-decoder 0…L_e are the encoder's, L_e + 1 … L_e + L_d the decoder's.
         attentions: layer numbers 1…L; a decoder layer's is its self-attention.
         logits: False ends the forward pass after the last layer asked for. "head" keeps the output head and its input in place of
             logits over a large vocabulary (`Trace.head`), where the model has such a head; the logits themselves where it has not.
 
     Raises:
-        ValueError: before the forward pass, for a layer the model does not have, a batch without inputs or a model whose attention
-            cannot be had; after it, for a layer whose hidden state or attention could not be seen.
+        ValueError: before the forward pass, for a layer the model does not have, a batch without inputs, packed rows for a model that
+            mixes their documents, or a model whose attention cannot be had; after it, for a layer whose hidden state or attention could not be seen.
 
     >>> trace = capture(model, batch, hidden_states=[0, 1, 3], attentions=[1, 3])  # doctest: +SKIP
     >>> trace.hidden_states[3].shape, trace.attention_maps(3).shape  # doctest: +SKIP
@@ -59,9 +63,11 @@ def capture(
     if blocks and model.training:
         _check_every_layer_runs(model)
     _check_layers(model, hidden_states, attentions, blocks)
-    inputs = _inputs(model, batch)
+    ready = prepare_inputs(model, batch)
+    inputs = ready.inputs
     trace = Trace(
-        mask=_token_mask(inputs),
+        mask=ready.mask,
+        documents=ready.documents,
         causal=is_causal_lm(model),
         problem_type=problem_type(model.config),
         name=type(model).__name__,
@@ -78,7 +84,7 @@ def capture(
     outputs = None
     recorder = Recorder(trace, set(hidden_states), watched, last)
     head = find_head(model) if logits == "head" else None
-    known, finish = find_finish(model, head, inputs) if head is not None else (False, None)
+    known, finish = find_finish(model, head, _without_borders(inputs)) if head is not None else (False, None)
     with (
         recorder.watching(blocks, source if watched else "none"),
         _naming_the_decoder(model, inputs),
@@ -94,7 +100,9 @@ def capture(
         trace.logits = _logits(model, outputs)
     if source == "maps":
         trace.maps = _returned_maps(model, outputs, attentions, trace)
-    return trace
+    if ready.documents is not None:
+        _keep_apart(trace)
+    return trace if ready.places is None else _put_back(trace, ready.places)
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -174,46 +182,6 @@ def _check_every_layer_runs(model: nn.Module) -> None:
         )
 
 
-def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict:
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    expected = dict.fromkeys(["input_ids", "inputs_embeds", "pixel_values", model.main_input_name])
-    if not any(name in inputs for name in expected):
-        raise ValueError(
-            f"a batch holds input_ids (B, T), inputs_embeds (B, T, d) or pixel_values; this one holds {sorted(batch)}, and "
-            f"{type(model).__name__} takes {model.main_input_name}. Pass what the tokenizer or the collator returns."
-        )
-    labels = batch.get("labels")
-    if (
-        is_encoder_decoder(model)
-        and not _has_decoder_inputs(inputs)
-        and isinstance(labels, Tensor)
-        and labels.dim() == 2
-    ):
-        inputs["decoder_input_ids"] = _shifted(model, labels)
-    device = next(model.parameters()).device
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-
-_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
-
-
-def _has_decoder_inputs(inputs: dict) -> bool:
-    return any(inputs.get(name) is not None for name in _DECODER_INPUTS)
-
-
-def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
-    """What the decoder reads to say `labels`: they themselves, one place to the right, as the model would make it. (B, T_dec)"""
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return model.prepare_decoder_input_ids_from_labels(labels=labels)
-    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
-    if start is None or padding is None:
-        raise ValueError(
-            f"decoder inputs of {type(model).__name__} cannot be made from labels: decoder_start_token_id is {start}, pad_token_id {padding} "
-            "in its configuration. Set both, or pass decoder_input_ids."
-        )
-    return nn.functional.pad(labels[:, :-1], (1, 0), value=start).masked_fill(labels == -100, padding)
-
-
 @contextmanager
 def _naming_the_decoder(model: nn.Module, inputs: dict) -> Iterator[None]:
     """Some encoder-decoders complain of other things when their decoder gets nothing."""
@@ -221,7 +189,7 @@ def _naming_the_decoder(model: nn.Module, inputs: dict) -> Iterator[None]:
         yield
     except ValueError as error:
         classifies = "Classification" in type(model).__name__  # shifts the encoder's own tokens into the decoder
-        if is_encoder_decoder(model) and not _has_decoder_inputs(inputs) and not classifies:
+        if is_encoder_decoder(model) and not has_decoder_inputs(inputs) and not classifies:
             raise ValueError(
                 f"{type(model).__name__} has a decoder, and the batch holds {sorted(inputs)}: no decoder_input_ids, and no labels (B, T_dec) to make "
                 f"them from. Pass one of them. (The model said: {error})"
@@ -229,27 +197,13 @@ def _naming_the_decoder(model: nn.Module, inputs: dict) -> Iterator[None]:
         raise
 
 
-def _token_mask(inputs: dict) -> Tensor | None:
-    tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
-    if tokens is None:
-        return None  # an image or a sound has no padding; its number of patches or frames is the model's business
-    choices = tokens.dim() - (2 if inputs.get("input_ids") is not None else 3)
-    tokens = tokens.flatten(
-        0, choices
-    )  # multiple choice: (B, N, T), and every choice is a row of its own to the blocks
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.dim() == 2 + choices:
-        return mask.flatten(0, choices).bool()  # (B, T)
-    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-
-
 def _decoder_mask(model: nn.Module, inputs: dict, labels: Tensor | None) -> Tensor | None:
     """The decoder's tokens, (B, T_dec): those of its attention mask; else those that carry a label; else those that are no padding."""
     if inputs.get("decoder_attention_mask") is not None:
         return inputs["decoder_attention_mask"].bool()
-    given = next((inputs[name] for name in _DECODER_INPUTS if inputs.get(name) is not None), None)
+    given = next((inputs[name] for name in DECODER_INPUTS if inputs.get(name) is not None), None)
     if given is None:  # models that classify shift the encoder's own tokens into the decoder
-        return _token_mask(inputs)
+        return token_mask(inputs)
     if isinstance(labels, Tensor) and labels.shape == given.shape[:2]:
         return labels.to(given.device) != -100
     padding = model.config.get_text_config().pad_token_id
@@ -291,6 +245,42 @@ def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int]) -
             )
 
 
+# -- packed rows, and rows that were moved ----------------------------------------------------------------------------
+
+
+def _without_borders(inputs: dict) -> dict:
+    """Inputs that can be cut: those that say at which token of all a document begins cannot."""
+    return {name: value for name, value in inputs.items() if name not in BORDERS}
+
+
+def _keep_apart(trace: Trace) -> None:
+    """Where an attention function was given no mask of pairs (flash attention), it kept documents apart by itself."""
+    for layer, inputs in trace.attention.items():
+        if inputs.mask is None or inputs.mask.dim() == 2:
+            trace.attention[layer] = replace(inputs, documents=trace.documents)
+
+
+def _put_back(trace: Trace, places: Tensor) -> Trace:
+    """The trace of rows that were moved to an edge, each token in the batch's own place again."""
+    first_only = trace.encoder_layers is not None  # it is the encoder that reads the batch's tokens
+    last = trace.encoder_layers if first_only else max([*trace.hidden_states, *trace.attention, *trace.maps], default=0)
+
+    def moved(kept: dict, move: Callable) -> dict:
+        return {i: move(x) if i <= last else x for i, x in kept.items()}
+
+    by_place = not first_only and trace.logits is not None and trace.logits.shape[:2] == places.shape
+    return replace(
+        trace,
+        hidden_states=moved(trace.hidden_states, lambda x: at_places(x, places, 1)),
+        attention=moved(trace.attention, lambda x: x.at_places(places)),
+        maps=moved(trace.maps, lambda x: at_places(at_places(x, places, 2), places, 3)),
+        logits=at_places(trace.logits, places, 1) if by_place and trace.logits.dim() == 3 else trace.logits,
+        head=trace.head
+        if first_only or trace.head is None
+        else replace(trace.head, hidden=at_places(trace.head.hidden, places, 1)),
+    )
+
+
 # -- (B, T, d) --------------------------------------------------------------------------------------------------------
 
 # By class, whether its blocks work on (T, B, d): seen in the first batch that is not square.
@@ -325,7 +315,7 @@ def _batch_first(model: nn.Module, inputs: dict, blocks: list[nn.Module], trace:
 
 def _works_tokens_first(model: nn.Module, inputs: dict, blocks: list[nn.Module]) -> bool:
     """What the model makes of fewer rows than tokens; runs it as far as its first block, without drawing from the random numbers."""
-    rows, tokens = _token_mask(inputs).shape
+    rows, tokens = token_mask(inputs).shape
     fewer = 1 if tokens > 1 else 2
     some = {k: v[:fewer] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
     probe = Recorder(Trace(), {0}, set(), last=0)

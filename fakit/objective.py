@@ -212,6 +212,7 @@ class Objective(nn.Module):
                 f"the objective {dict(self.weights)} compares with a teacher, and no teacher trace was given."
             )
         teacher = None if teacher is None else teacher.detach()
+        labels = student.own_labels(labels)
         self._matches = {}
         terms: dict[str, Tensor] = {}
         per_layer: dict[str, dict[Pair, Tensor]] = {}
@@ -290,6 +291,8 @@ class Objective(nn.Module):
             past = torch.ones(ours.shape[-2:], dtype=torch.bool, device=ours.device).tril()
             tokens = torch.ones(ours.shape[0::2], dtype=torch.bool, device=ours.device) if mask is None else mask
             mask = past & tokens[:, None, :, None] & tokens[:, None, None, :]  # (B, 1, T, T)
+            if student.documents is not None:
+                mask = mask & (student.documents[:, None, :, None] == student.documents[:, None, None, :])
         return self.attention.function(ours, theirs, mask)
 
     def _compare_relations(self, student, teacher, pair: Pair, mask: Tensor | None) -> Tensor:
@@ -383,18 +386,28 @@ def _predicting_positions(student, teacher, labels: Tensor | None, like: Tensor)
     """Which positions of (B, T, …) predict something: a valid next token in causal models (B, T - 1), any token otherwise (B, T)."""
     mask = _both(student.logits_mask, teacher.logits_mask)
     mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask
-    return predicting_positions(mask, labels, student.causal)
+    return predicting_positions(mask, labels, student.causal, student.documents)
 
 
-def predicting_positions(mask: Tensor, labels: Tensor | None, causal: bool) -> Tensor:
-    """Which tokens of a mask (B, T) predict something: all of them, or in causal models those before a valid one, (B, T - 1)."""
+def predicting_positions(mask: Tensor, labels: Tensor | None, causal: bool, documents: Tensor | None = None) -> Tensor:
+    """Which tokens of a mask (B, T) predict something: all of them, or in causal models those before a valid one, (B, T - 1).
+
+    `documents` (B, T) numbers those of packed rows: the last token of one does not predict the first of the next.
+    """
     if not causal:
         return mask
     mask = mask[:, :-1] & mask[:, 1:]
+    if documents is not None:
+        mask = mask & (documents[:, :-1] == documents[:, 1:])
     if labels is not None:
         labelled = labels[:, 1:].to(mask.device) != -100
-        # rows without any label are unlabelled text, whose every token counts; others count where they carry one
-        mask = mask & (labelled | ~labelled.any(dim=1, keepdim=True))
+        # texts without any label are unlabelled, and every token of theirs counts; others count where they carry one
+        if documents is None:
+            found = labelled.any(dim=1, keepdim=True)
+        else:
+            own = (labelled & mask).long()
+            found = torch.zeros_like(documents).scatter_add_(1, documents[:, 1:], own).gather(1, documents[:, 1:]) > 0
+        mask = mask & (labelled | ~found)
     return mask
 
 

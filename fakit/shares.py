@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fakit.models.inputs import find_documents
 from fakit.objective import Objective, predicting_positions
+from fakit.trace import Trace
 
 Batch = Mapping[str, Tensor]
 
@@ -29,13 +31,15 @@ def counts(objective: Objective, batch: Batch, causal: bool, token_logits: bool)
     mask, labels = _tokens(batch), batch.get("labels")
     # labels of the tokens' shape are the tokens' (token classification); floats are several labels a text
     token_logits |= labels is not None and labels.shape == mask.shape and not labels.is_floating_point()
+    documents = find_documents(batch)  # of packed rows, (B, T)
     rows = mask.new_tensor(len(mask), dtype=torch.long)
-    lengths = mask.sum(1)  # (B,)
+    lengths = mask.sum(1) if documents is None else _lengths(mask, documents)  # (B,), or of each document
     found = {"features": lengths.sum(), "attention": lengths.sum()}
     if objective.attention is not None and objective.attention.loss == "mse":  # a mean over pairs of tokens
         found["attention"] = (lengths * (lengths + 1) // 2 if causal else lengths**2).sum()
-    found["outputs"] = _positions(mask, batch, causal).sum() if token_logits else rows
+    found["outputs"] = _positions(mask, batch, causal, documents).sum() if token_logits else rows
     if labels is not None:
+        labels = Trace(documents=documents, causal=causal).own_labels(labels)
         labels = labels[:, 1:] if causal and labels.dim() == 2 else labels
         found["task"] = ((labels != -100) & ~labels.isnan()).sum()
     return {name: count for name, count in found.items() if name in objective.weights}
@@ -74,11 +78,16 @@ def _tokens(batch: Batch) -> Tensor:
     )
 
 
-def _positions(mask: Tensor, batch: Batch, causal: bool) -> Tensor:
+def _lengths(mask: Tensor, documents: Tensor) -> Tensor:
+    """Tokens of every document of packed rows. (B · T,), 0 where there are no more"""
+    return torch.zeros_like(documents).scatter_add_(1, documents, mask.long()).flatten()
+
+
+def _positions(mask: Tensor, batch: Batch, causal: bool, documents: Tensor | None) -> Tensor:
     """The positions that predict something, as the objective's outputs term sees them. bool (B, T') or (B, T' - 1)"""
     labels = batch.get("labels")
     if batch.get("decoder_attention_mask") is not None:
         return batch["decoder_attention_mask"].bool()
     if not causal and labels is not None and labels.shape != mask.shape:  # a decoder's
         return labels != -100
-    return predicting_positions(mask, labels, causal)
+    return predicting_positions(mask, labels, causal, documents)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fakit.losses.attention_inputs import AttentionInputs
 from fakit.losses.head import Head
@@ -20,6 +21,7 @@ class Trace:
         logits: (B, T, V), (B, C), or None
         head: in place of logits over a large vocabulary, where asked for: the output head and what it was given
         mask: bool (B, T), True = a token, False = padding
+        documents: int64 (B, T), the number of each token's document in its row, where rows pack several
         decoder_mask: bool (B, T_dec), for an encoder-decoder: its decoder's tokens
         encoder_layers: for an encoder-decoder: layers 0…encoder_layers are the encoder's, the ones above the decoder's
         causal: True when logits at t predict the token at t + 1
@@ -33,6 +35,7 @@ class Trace:
     logits: Tensor | None = None
     head: Head | None = None
     mask: Tensor | None = None
+    documents: Tensor | None = None
     decoder_mask: Tensor | None = None
     encoder_layers: int | None = None
     causal: bool = False
@@ -62,6 +65,13 @@ class Trace:
     def logits_mask(self) -> Tensor | None:
         """The tokens that logits (B, T, V) stand for. bool (B, T)"""
         return self.mask if self.encoder_layers is None else self.decoder_mask
+
+    def own_labels(self, labels: Tensor | None) -> Tensor | None:
+        """Labels (B, …) without those that a causal model would have to know from the document before: -100 where a packed one begins."""
+        if labels is None or self.documents is None or not self.causal or labels.shape != self.documents.shape:
+            return labels
+        begins = pad(self.documents.to(labels.device).diff(dim=1) != 0, (1, 0))
+        return labels.masked_fill(begins, -100)
 
     def attention_maps(self, layer: int) -> Tensor:
         """Attention maps of one layer, before dropout, in float32 or better. (B, H, T, T)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from fakit.breakdown import Breakdown
@@ -30,6 +30,7 @@ from fakit.losses.task import task_loss
 from fakit.models.adapters import ADAPTER, base_fingerprint, check_adapter, is_adapted, load_adapter
 from fakit.models.blocks import find_blocks, stack_depths, without_adapter
 from fakit.models.heads import problem_type, without_logits
+from fakit.models.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
 from fakit.models.kinds import ties, untie, without_layerdrop
 from fakit.models.load import is_quantized
 from fakit.models.preflight import preflight
@@ -119,9 +120,10 @@ class Distiller(nn.Module):
         `theirs`: the teacher's trace, where it comes from a cache.
         """
         if not self.training:
-            logits = capture(self.student, inputs | {"labels": labels}).logits
-            loss = {} if labels is None else {"loss": self._task_loss(logits, labels)}
-            return loss | {"logits": logits}
+            trace = capture(self.student, inputs | {"labels": labels})
+            if labels is None:
+                return {"logits": trace.logits}
+            return {"loss": self._task_loss(trace.logits, trace.own_labels(labels)), "logits": trace.logits}
         asked = inputs | {"labels": labels}  # an encoder-decoder makes its decoder's inputs of them
         if theirs is None and self.objective.needs_teacher():
             if (
@@ -231,6 +233,7 @@ class DistillationTrainer(Trainer):
             self.data_collator = CachedRowsCollator(self.data_collator)
         elif not is_quantized(teacher):
             teacher.to(self.args.device)
+        self._ask_beforehand([student] if self.cached_teacher is not None else [student, teacher], tokenizer)
         self.teacher, self.student, self.objective = teacher, student, objective
         self.epochs = _EpochCallback(objective)
         self.add_callback(self.epochs)
@@ -241,6 +244,15 @@ class DistillationTrainer(Trainer):
         self.bound_to: dict[str, Any] = {}
         self._objective_facts = objective_facts(objective)  # as it was made: weights may be set while training
         self._fingerprints: dict[str, Any] | None = None
+
+    def _ask_beforehand(self, models: list[PreTrainedModel], tokenizer) -> None:
+        """What capture would ask of the models at the first batch that wants it: now, while they are whole, and before any work."""
+        collator = getattr(self.data_collator, "collator", self.data_collator)
+        for model in models:
+            if isinstance(collator, DataCollatorWithFlattening):
+                refuse_mixing(model)
+            if getattr(tokenizer, "padding_side", "right") == "left":
+                left_padding(model)
 
     @property
     def distiller(self) -> Distiller:
@@ -309,12 +321,17 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
-        # the columns worth keeping are those that the student's forward pass takes, not the wrapper's
+        # the columns worth keeping are those that the student's or the teacher's forward pass takes, not the wrapper's
         if self._signature_columns is None:
             model, self.model = self.model, self.distiller.student
             super()._set_signature_columns_if_needed()
-            self._signature_columns.append(ROW)
             self.model = model
+            for side in (self.distiller.student, self.distiller.teacher):
+                taken = None if side is None else taken_columns(side)
+                self._signature_columns += sorted(
+                    (MODEL_INPUTS if taken is None else taken) - {*self._signature_columns}
+                )
+            self._signature_columns.append(ROW)
 
     # -- checkpoints: the student as transformers writes it, the rest beside it ------------------------------------
 

@@ -21,6 +21,7 @@ class AttentionInputs:
     softcap: float | None = None
     position_bias: Tensor | None = None  # (B or 1, H, T, T)
     sinks: Tensor | None = None  # (H,): a learned score that takes its share of every row (GPT-OSS)
+    documents: Tensor | None = None  # (B, T): tokens of different documents of a packed row do not see each other
 
     def maps(self) -> Tensor:
         """Attention maps before dropout. Rows sum to 1, or to less where a sink takes its share. (B, H, T, T)"""
@@ -66,7 +67,34 @@ class AttentionInputs:
         if self.causal:
             past = torch.ones(end - start, keys, dtype=torch.bool, device=self.query.device).tril(start)
             allowed = past[None, None] if allowed is None else allowed & past
+        if self.documents is not None:
+            same = (self.documents[:, start:end, None] == self.documents[:, None, :keys])[:, None]  # (B, 1, rows, keys)
+            allowed = same if allowed is None else allowed & same
         return allowed
+
+    def at_places(self, places: Tensor) -> "AttentionInputs":
+        """The same with tokens in the order that `places` (B, T) gives each row."""
+        rows = torch.arange(len(places), device=places.device)[:, None]
+
+        def tokens(x: Tensor | None) -> Tensor | None:  # (B, H, T, d)
+            return None if x is None else x[rows, :, places].transpose(1, 2)
+
+        def pairs(x: Tensor | None) -> Tensor | None:  # (B or 1, H or 1, T or 1, T)
+            if x is None:
+                return None
+            x = x.expand(len(places), *x.shape[1:])
+            queries = places if x.shape[2] > 1 else torch.zeros_like(places[:, :1])
+            return x[rows[..., None], :, queries[:, :, None], places[:, None, :]].permute(0, 3, 1, 2)
+
+        by_token = self.mask is not None and self.mask.dim() == 2
+        return replace(
+            self,
+            query=tokens(self.query),
+            key=tokens(self.key),
+            value=tokens(self.value),
+            mask=self.mask.gather(1, places) if by_token else pairs(self.mask),
+            position_bias=pairs(self.position_bias),
+        )
 
     def select_heads(self, heads: Tensor) -> "AttentionInputs":
         """The same with the heads named by `heads` (H',), each with a key of its own."""

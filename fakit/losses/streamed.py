@@ -125,9 +125,9 @@ def relation_inputs(side: AttentionInputs, which: str, heads: int) -> AttentionI
     x = x.transpose(1, 2).flatten(2).unflatten(2, (heads, width // heads)).transpose(1, 2)  # (B, R, T, d_r)
     allowed = None
     if side.mask is not None:
-        allowed = replace(side, causal=False).allowed()
+        allowed = replace(side, causal=False, documents=None).allowed()
         allowed = allowed if allowed.shape[1] == 1 else allowed.any(1, keepdim=True)  # heads are mixed
-    return AttentionInputs(x, x, None, allowed, (width // heads) ** -0.5, side.causal)
+    return AttentionInputs(x, x, None, allowed, (width // heads) ** -0.5, side.causal, documents=side.documents)
 
 
 def relation_heads(student: AttentionInputs, teacher: AttentionInputs, relations: Sequence[str]) -> int:

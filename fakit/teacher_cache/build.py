@@ -11,22 +11,27 @@ from fakit.capture import capture, is_causal_lm
 from fakit.losses.attention_inputs import AttentionInputs
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS
 from fakit.models.blocks import is_encoder_decoder, without_adapter
+from fakit.models.inputs import MODEL_INPUTS, find_documents, taken_columns
 from fakit.teacher_cache.content import CacheContent
-from fakit.teacher_cache.fingerprints import MODEL_INPUTS, config_facts
+from fakit.teacher_cache.fingerprints import config_facts, rows_of
 from fakit.teacher_cache.packing import pack, pack_top_k
 from fakit.trace import Trace
 
 _INSTEAD = "cache hidden states and logits alone (attentions=()), and align attention with the live teacher."
 # Tensors of a shard that are one a row, not one a token, begin so.
 PER_ROW = "row."
+# The tensor that numbers the documents of each row, where rows come with position_ids.
+DOCUMENTS = "documents"
 
 
-def describe(teacher: nn.Module, rows: Sequence[Mapping], content: CacheContent) -> dict:
+def describe(teacher: nn.Module, dataset: Sequence[Mapping], content: CacheContent) -> dict:
     """What the manifest says of the teacher and its tensors, seen in the longest of the rows; refuses what a cache cannot hold.
 
     Raises:
         ValueError: a teacher that is training, reads no tokens or has no logits to keep, an encoder-decoder, a k above the number of classes, attention
-            that queries and keys alone do not make: maps of the model's own, a position bias, patterns other than causal and windows.
+            that queries and keys alone do not make: maps of the model's own, a position bias, patterns other than causal and windows; a
+            teacher that looks at padding (FNet); a stream; rows that are not tokenized, have no tokens, differ
+            in their columns, or have one without an entry for each token.
     """
     name = type(without_adapter(teacher)).__name__
     if teacher.training:
@@ -41,10 +46,18 @@ def describe(teacher: nn.Module, rows: Sequence[Mapping], content: CacheContent)
         raise ValueError(
             f"{name} is an encoder-decoder, whose rows have tokens on two sides; a cache holds one. Distil from the live teacher."
         )
-    longest = rows[max(range(len(rows)), key=lambda i: int(_mask(rows[i]).sum()))]
+    taken = taken_columns(teacher)
+    if not is_causal_lm(teacher) and taken is not None and "attention_mask" not in taken:
+        raise ValueError(
+            f"{name} takes no attention_mask, so what it gives for a text depends on the padding that its batch happens to need, and no stored "
+            "answer would be the live teacher's. Distil from the live teacher."
+        )
+    columns = columns_of(teacher)
+    longest = dataset[_longest_row(name, dataset, columns)]
     tokens = _mask(longest).bool()
-    inputs = {name: torch.as_tensor(longest[name])[tokens] for name in MODEL_INPUTS if longest.get(name) is not None}
-    trace = _run(teacher, [inputs], content, "right")
+    inputs = {key: torch.as_tensor(longest[key])[tokens] for key in columns if _given(longest, key)}
+    document = _longest_document(inputs)
+    trace = _run(teacher, [document], columns, content, "right")
     if trace.maps:
         raise ValueError(
             f"{name} shows its attention only as maps (B, H, T, T), and a cache holds queries and keys; {_INSTEAD}"
@@ -70,6 +83,7 @@ def describe(teacher: nn.Module, rows: Sequence[Mapping], content: CacheContent)
         "config": config,
         "precision": str(teacher.dtype).removeprefix("torch."),
         "causal": is_causal_lm(teacher),
+        "columns": columns,
         "classes": classes,
         "attention": attention,
         "longest": int(tokens.sum()),
@@ -78,8 +92,66 @@ def describe(teacher: nn.Module, rows: Sequence[Mapping], content: CacheContent)
     }
 
 
+def columns_of(teacher: nn.Module) -> list[str]:
+    """The columns that the teacher's forward pass takes, without what losses are made of (labels, where an answer begins and ends)."""
+    taken = taken_columns(teacher)
+    taken = MODEL_INPUTS if taken is None else taken | {"attention_mask"}
+    return sorted(name for name in taken if "label" not in name and not name.endswith("_positions"))
+
+
+def _given(row: Mapping, name: str) -> bool:
+    return name != "attention_mask" and row.get(name) is not None
+
+
+def _longest_row(teacher: str, dataset, columns: list[str]) -> int:
+    """The number of the row with the most tokens, after a look at every row."""
+    first, longest = None, (0, 0)
+    for number, row in enumerate(rows_of(dataset)):
+        ids = row.get("input_ids") if isinstance(row, Mapping) else None
+        if ids is None:
+            raise ValueError(
+                f"row {number} of the data set holds {sorted(row) if isinstance(row, Mapping) else type(row).__name__}; a cache is made of "
+                "tokenised rows, with input_ids (T,): tokenise the data set first."
+            )
+        length = int(_mask(row).sum())
+        if length == 0:
+            raise ValueError(
+                f"row {number} of the data set has no tokens (of {len(ids)} input_ids none counts), so the teacher has nothing to say of it; "
+                "leave empty texts out."
+            )
+        longest = max(longest, (length, -number))
+        own = [name for name in columns if _given(row, name)]
+        first = own if first is None else first
+        if own != first:
+            raise ValueError(
+                f"rows of the data set differ in what the teacher is given: row 0 holds {', '.join(first)}, row {number} {', '.join(own)}. "
+                "Give every row the same columns."
+            )
+        for name in own:
+            if not hasattr(row[name], "__len__") or len(row[name]) != len(ids):
+                raise ValueError(
+                    f"{teacher} takes {name}, which in row {number} has no entry for each of its {len(ids)} tokens, and a cache holds rows of "
+                    "tokens. Leave the column out of the data set, or distil from the live teacher."
+                )
+    return -longest[1]
+
+
+def _longest_document(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a packed row the longest document alone; any other row as it is. Tensors (T, …)"""
+    documents = find_documents({name: x[None] for name, x in inputs.items()})
+    if documents is None:
+        return inputs
+    own = documents[0] == documents[0].bincount().argmax()
+    return {name: x[own] for name, x in inputs.items()}
+
+
 def make_shard(
-    teacher: nn.Module, rows: list[Mapping], content: CacheContent, batch_size: int, padding_side: str
+    teacher: nn.Module,
+    rows: list[Mapping],
+    content: CacheContent,
+    columns: Sequence[str],
+    batch_size: int,
+    padding_side: str,
 ) -> dict[str, Tensor]:
     """{name: (tokens of all rows, …) or (rows, …)}, rows one after another, and their offsets (rows + 1,)."""
     lengths = [int(_mask(row).sum()) for row in rows]
@@ -89,19 +161,29 @@ def make_shard(
     )  # neighbours of one length need little padding
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        trace = _run(teacher, [rows[i] for i in indices], content, padding_side)
+        trace = _run(teacher, [rows[i] for i in indices], columns, content, padding_side)
         for b, i in enumerate(indices):
             kept[i] = _pack(trace, b, trace.mask[b], content)
+            if _given(rows[i], "position_ids"):  # rows of it may be packed
+                kept[i][DOCUMENTS] = _documents(trace, b)
     shard = {key: torch.cat([tensors[key] for tensors in kept]).contiguous() for key in kept[0]}
     shard["offsets"] = torch.tensor([0, *accumulate(lengths)])
     return shard
 
 
-def _run(teacher: nn.Module, rows: list[Mapping], content: CacheContent, padding_side: str) -> Trace:
+def _documents(trace: Trace, b: int) -> Tensor:
+    """The number of each token's document, int32 (n,)"""
+    documents = torch.zeros_like(trace.mask, dtype=torch.int32) if trace.documents is None else trace.documents
+    return documents[b][trace.mask[b]].to("cpu", torch.int32)
+
+
+def _run(
+    teacher: nn.Module, rows: list[Mapping], columns: Sequence[str], content: CacheContent, padding_side: str
+) -> Trace:
     def padded(values: list[Tensor]) -> Tensor:
         return pad_sequence(values, batch_first=True, padding_side=padding_side)
 
-    names = [name for name in MODEL_INPUTS if name in rows[0] and name != "attention_mask"]
+    names = [name for name in columns if _given(rows[0], name)]
     batch = {name: padded([torch.as_tensor(row[name]) for row in rows]) for name in names}
     batch["attention_mask"] = padded([_mask(row) for row in rows])
     with torch.no_grad():

@@ -13,6 +13,7 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from fakit.files import sha256, sync
@@ -20,9 +21,9 @@ from fakit.losses.attention_inputs import AttentionInputs
 from fakit.models.heads import problem_type
 from fakit.models.tables import check_data, tables
 from fakit.objective import Needs, Objective
-from fakit.teacher_cache.build import PER_ROW, describe, make_shard
+from fakit.teacher_cache.build import DOCUMENTS, PER_ROW, describe, make_shard
 from fakit.teacher_cache.content import CacheContent
-from fakit.teacher_cache.fingerprints import combined, fingerprint, row_hashes, tokenizer_fingerprint
+from fakit.teacher_cache.fingerprints import MODEL_INPUTS, combined, fingerprint, row_hashes, tokenizer_fingerprint
 from fakit.teacher_cache.manifest import VERSION, check_shard, read_manifest, refuse_foreign, write_manifest
 from fakit.teacher_cache.packing import unpack, unpack_top_k
 from fakit.trace import Trace
@@ -84,25 +85,29 @@ class TeacherCache:
             folder: made if missing. A finished cache of the same teacher, data and content is opened and returned; one that another process
                 is building is waited for.
             teacher: frozen, in eval mode; it may be quantised.
-            dataset: rows with input_ids (T,) and optionally attention_mask, token_type_ids, position_ids; a `datasets.Dataset` or a list
-                of dicts. Padding that a row carries is not stored.
+            dataset: rows with input_ids (T,) and optionally what else the teacher's forward pass takes, an entry for each token
+                (attention_mask, token_type_ids, position_ids, …); a `datasets.Dataset` or a list of dicts. Padding that a row carries is not
+                stored. A row may pack several documents (position_ids that start again), if the teacher keeps them apart.
             objective: keep all that it may ask (`CacheContent.for_objective`), instead of naming layers.
             needs: the same for what an objective needs at this moment (`objective.needs("teacher")`).
             hidden_states, attentions, inputs, logits: what to keep where there is neither: see `CacheContent`.
             top_k, dtype: how to keep it: see `CacheContent`.
             tokenizer: recorded by its fingerprint, if given, and compared when the cache is opened with one.
-            padding_side: "left" for a classifier that looks at the last place of a batch (XLNet). A teacher of absolute positions (BERT,
-                GPT-2) must have its padding on the right, here as in training: without position_ids it reads left-padded rows elsewhere.
+            padding_side: "left" for a classifier that looks at the last place of a batch (XLNet); others say the same either way.
+            batch_size: rows that the teacher reads at once.
             shard_rows: rows a file; as many as make 256 MiB unless given.
 
         Raises:
-            ValueError: an empty data set, a teacher whose attention a cache cannot hold (named), a folder that holds the cache of something
+            ValueError: an empty data set, a stream, rows that are not tokenized, are empty or differ in their columns, a teacher whose attention a cache cannot hold (named), a folder that holds the cache of something
                 else, or whose finished shards are truncated or corrupt.
         """
-        if len(dataset) == 0:
+        if hasattr(type(dataset), "__len__") and len(dataset) == 0:
             raise ValueError("the data set has no rows; nothing to cache.")
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side={padding_side!r}: rows are padded on the 'left' or on the 'right'.")
+        for name, number in (("batch_size", batch_size), ("shard_rows", shard_rows)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}={number}: the teacher reads at least 1 row at a time.")
         if needs is not None:
             hidden_states, attentions, logits = needs.hidden_states, needs.attentions, needs.logits
         content = (
@@ -134,7 +139,9 @@ class TeacherCache:
         cls, folder: Path, teacher, dataset, content, described, tokenizer, batch_size, padding_side, shard_rows
     ):
         """The work of `build`, alone in the folder."""
-        hashes = row_hashes(dataset)
+        found = read_manifest(folder) if (folder / "manifest.json").is_file() else None
+        columns = _columns(described if found is None else found)
+        hashes = row_hashes(dataset, columns)
         manifest = {
             "version": VERSION,
             "teacher": fingerprint(teacher),
@@ -144,8 +151,7 @@ class TeacherCache:
             "rows": len(dataset),
             "padding_side": padding_side,
         }
-        if (folder / "manifest.json").is_file():
-            found = read_manifest(folder)
+        if found is not None:
             refuse_foreign(folder, found, manifest)
             manifest = found
             _check_shards(folder, manifest)
@@ -156,7 +162,7 @@ class TeacherCache:
         done = sum(shard["rows"] for shard in manifest["shards"])
         for start in tqdm(range(done, len(dataset), shard_rows), "teacher cache", unit="shard", disable=None):
             numbers = range(start, min(start + shard_rows, len(dataset)))
-            shard = make_shard(teacher, [dataset[i] for i in numbers], content, batch_size, padding_side)
+            shard = make_shard(teacher, [dataset[i] for i in numbers], content, columns, batch_size, padding_side)
             shard[f"{PER_ROW}hash"] = torch.tensor([hashes[i] for i in numbers])
             path = folder / f"shard-{len(manifest['shards']):05d}.safetensors"
             partial = path.with_suffix(".partial")
@@ -196,7 +202,7 @@ class TeacherCache:
         if tokenizer is not None:
             asked["tokenizer"] = tokenizer_fingerprint(tokenizer)
         if dataset is not None:
-            asked |= {"data": combined(row_hashes(dataset)), "rows": len(dataset)}
+            asked |= {"data": combined(row_hashes(dataset, _columns(manifest))), "rows": len(dataset)}
         refuse_foreign(folder, manifest, asked)
         done = sum(shard["rows"] for shard in manifest["shards"])
         if done != manifest["rows"]:
@@ -219,7 +225,8 @@ class TeacherCache:
         """The teacher's trace of these rows, padded as the batch is, in float32.
 
         Args:
-            rows: B row numbers of the data set the cache was built from, in the batch's order.
+            rows: B row numbers of the data set the cache was built from, in the batch's order; more than B where the batch packs several
+                of them into each of its rows, one after another.
             attention_mask: (B, T) of the batch, padded on either side. On a CPU, nothing waits for an accelerator.
             needs: read only this; all that the cache holds unless given.
             device: where the trace goes; the mask's unless given.
@@ -229,8 +236,9 @@ class TeacherCache:
         """
         device = attention_mask.device if device is None else device
         mask = attention_mask.cpu().bool()
-        places = [self._place(int(row)) for row in rows]
-        self._check_lengths(list(rows), places, mask)
+        rows = [int(row) for row in rows]
+        places = [self._place(row) for row in rows]
+        self._check_lengths(rows, places, mask)
         # the batch's places that the stored tokens go to, (n,); None where there is no padding
         where = None if mask.all() else mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
 
@@ -255,8 +263,10 @@ class TeacherCache:
             stored = packed(key)
             return unpack(stored) if self.content.top_k is None else unpack_top_k(stored, self.manifest["classes"])
 
+        documents = _documents(places, mask)
         trace = Trace(
             mask=mask.to(device),
+            documents=None if documents is None else documents.to(device),
             causal=self.manifest["causal"],
             problem_type=_problem_type(self.manifest["config"]),
             name=self.manifest["name"],
@@ -268,14 +278,16 @@ class TeacherCache:
             trace.hidden_states[layer] = padded(unpack(packed(f"hidden_states.{layer}")))
         for layer in sorted(attentions):
             kept = {i: padded(unpack(packed(f"{i}.{layer}"))).transpose(1, 2) for i in self.content.inputs}
-            trace.attention[layer] = self._attention(layer, kept, trace.mask)
+            trace.attention[layer] = self._attention(layer, kept, trace.mask, trace.documents)
         if self.content.logits and (needs is None or needs.logits):
             per_row = f"{PER_ROW}logits"
             trace.logits = logits(per_row) if per_row in places[0][0] else padded(logits("logits"))
         return trace
 
-    def _attention(self, layer: int, kept: dict[str, Tensor], mask: Tensor) -> AttentionInputs:
-        """Attention inputs of a layer: queries (B, H, T, d_head), keys and values (B, H_kv, T, d_head); mask (B, T)."""
+    def _attention(
+        self, layer: int, kept: dict[str, Tensor], mask: Tensor, documents: Tensor | None
+    ) -> AttentionInputs:
+        """Attention inputs of a layer: queries (B, H, T, d_head), keys and values (B, H_kv, T, d_head); mask, documents (B, T)."""
         settings = self.manifest["attention"][str(layer)]
         back, ahead = settings["back"], settings["ahead"]
         causal, allowed = ahead == 0, mask
@@ -294,15 +306,29 @@ class TeacherCache:
             causal=causal,
             softcap=settings["softcap"],
             sinks=None if sinks is None else torch.tensor(sinks, device=mask.device),
+            documents=documents,
         )
 
     def _check_lengths(self, rows: list[int], places: list[tuple], mask: Tensor) -> None:
+        lengths, wanted = [last - first for *_, first, last in places], mask.sum(1).tolist()
+        if rows and len(rows) > len(mask):  # packed: some of them after one another make a row of the batch
+            if PER_ROW + "logits" in places[0][0]:
+                raise ValueError(
+                    f"{len(rows)} rows of the cache asked for a batch of {len(mask)}: {self.manifest['name']} gives one prediction a row, so "
+                    "its rows cannot be packed."
+                )
+            if {*accumulate(wanted)} <= {0, *accumulate(lengths)} and sum(wanted) == sum(lengths):
+                return
+            raise ValueError(
+                f"{len(rows)} rows of the cache, of {lengths[:8]}{' …' if lengths[8:] else ''} tokens, asked for a batch whose rows have {wanted[:8]}: "
+                "they do not fill them one after another. Pack whole rows, or give one number a row."
+            )
         if len(rows) != len(mask) or not rows:
             raise ValueError(f"{len(rows)} rows of the cache asked for a batch of {len(mask)}; give one number a row.")
-        for row, (*_, first, last), length in zip(rows, places, mask.sum(1).tolist(), strict=True):
-            if last - first != length:
+        for row, found, length in zip(rows, lengths, wanted, strict=True):
+            if found != length:
                 raise ValueError(
-                    f"row {row} of the cache has {last - first} tokens, the batch has {length}: the batch was tokenised or truncated "
+                    f"row {row} of the cache has {found} tokens, the batch has {length}: the batch was tokenised or truncated "
                     "differently, or its rows are numbered differently, from the data set that the cache was built from."
                 )
 
@@ -333,7 +359,7 @@ class TeacherCache:
         """
         stored = torch.cat([self._shard(i)[f"{PER_ROW}hash"] for i in range(len(self.manifest["shards"]))])
         numbers = {number: row for row, number in enumerate(stored.tolist())}
-        found = [numbers.get(number) for number in row_hashes(dataset)]
+        found = [numbers.get(number) for number in row_hashes(dataset, _columns(self.manifest))]
         foreign = [i for i, row in enumerate(found) if row is None]
         if foreign:
             raise ValueError(
@@ -341,6 +367,28 @@ class TeacherCache:
                 f"cache at {self.folder}: another data set, tokeniser or truncation. TeacherCache.build(folder, teacher, dataset) caches this one."
             )
         return found
+
+
+def _documents(places: list[tuple], mask: Tensor) -> Tensor | None:
+    """The number of each token's document in its row of the batch, int64 (B, T), each place of padding one of its own; None for one a row."""
+    if len(places) == len(mask) and DOCUMENTS not in places[0][0]:
+        return None
+    numbers, after = [], 0
+    for shard, _, first, last in places:
+        own = shard[DOCUMENTS][first:last].long() if DOCUMENTS in shard else torch.zeros(last - first, dtype=torch.long)
+        numbers.append(own + after)
+        after = int(numbers[-1][-1]) + 1
+    table = torch.full(mask.shape, -1).masked_scatter_(mask, torch.cat(numbers))  # (B, T)
+    both = mask[:, 1:] & mask[:, :-1]
+    begins = table.diff(dim=1) != 0
+    if not (begins & both).any():
+        return None
+    return pad((begins | ~both).long().cumsum(1), (1, 0))
+
+
+def _columns(manifest: dict) -> list[str]:
+    """What the teacher is given of a row."""
+    return manifest.get("columns", MODEL_INPUTS)  # caches made before it was written down
 
 
 def _other_files(folder: Path) -> list[str]:

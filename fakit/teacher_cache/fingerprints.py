@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -59,12 +59,16 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()
 
 
-def row_hashes(dataset) -> list[int]:
+def row_hashes(dataset, columns: Sequence[str] = MODEL_INPUTS) -> list[int]:
     """A number of 63 bits for each row, of what the model is given: token ids, padding, token types, positions; not of labels or text.
 
-    A row without attention_mask is a row whose tokens all count.
+    A row without attention_mask is a row whose tokens all count. `columns`: what the model is given, where it is something else.
+
+    Raises:
+        ValueError: a row without input_ids.
     """
-    return [int.from_bytes(hashlib.sha256(_canonical(row)).digest()[:8]) >> 1 for row in _inputs_of(dataset)]
+    digests = (hashlib.sha256(_canonical(row, columns)).digest() for row in rows_of(dataset, columns))
+    return [int.from_bytes(digest[:8]) >> 1 for digest in digests]
 
 
 def data_fingerprint(dataset) -> str:
@@ -77,17 +81,27 @@ def combined(hashes: list[int]) -> str:
     return hashlib.sha256(np.asarray(hashes, dtype="<i8").tobytes()).hexdigest()
 
 
-def _inputs_of(dataset) -> Iterator[Mapping]:
+def rows_of(dataset, columns: Sequence[str] | None = None) -> Iterator[Mapping]:
+    """The rows of a data set, one after another; of a `datasets.Dataset` as they are stored, and only those of `columns`.
+
+    Raises:
+        ValueError: a stream, whose rows have no numbers.
+    """
     from datasets import Dataset
 
+    if not hasattr(type(dataset), "__len__"):
+        raise ValueError(
+            f"{type(dataset).__name__} is a stream: it has no length and its rows have no numbers, and a cache finds the teacher's answers "
+            "by them. Give a data set with rows (datasets.Dataset, a list), or train with the live teacher."
+        )
     if isinstance(dataset, Dataset):  # no text is decoded, no format (torch, numpy) applied
-        names = [name for name in MODEL_INPUTS if name in dataset.column_names]
+        names = [name for name in dataset.column_names if columns is None or name in columns]
         dataset = dataset.with_format(None).select_columns(names)
     return (dataset[i] for i in range(len(dataset)))
 
 
-def _canonical(row: Mapping) -> bytes:
-    values = {name: _list(row[name]) for name in MODEL_INPUTS if row.get(name) is not None}
+def _canonical(row: Mapping, columns: Sequence[str]) -> bytes:
+    values = {name: _list(row[name]) for name in columns if row.get(name) is not None}
     if "input_ids" not in values:
         raise ValueError(
             f"a row of the data set holds {sorted(row)}; a cache is made of tokenised rows, with input_ids (T,): tokenise the data set first."
@@ -96,5 +110,5 @@ def _canonical(row: Mapping) -> bytes:
     return json.dumps(values, sort_keys=True).encode()
 
 
-def _list(values) -> list[int]:
-    return values.tolist() if isinstance(values, Tensor | np.ndarray) else [int(value) for value in values]
+def _list(values) -> list:
+    return values.tolist() if isinstance(values, Tensor | np.ndarray) else np.asarray(values).tolist()

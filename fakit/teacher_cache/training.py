@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
+from fakit.models.inputs import find_documents
 from fakit.objective import Objective
 from fakit.teacher_cache.cache import TeacherCache
 from fakit.teacher_cache.fingerprints import fingerprint, tokenizer_fingerprint
@@ -44,11 +45,19 @@ class CachedRowsCollator:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()  # (B, T)
         given = torch.cat([_tokens(feature) for feature in features])  # (tokens of all rows,)
-        if len(ids) != len(features) or not torch.equal(ids[mask], given.to(ids.dtype)):
+        if not torch.equal(ids[mask], given.to(ids.dtype)):
             raise ValueError(
                 f"{type(self.collator).__name__} made a batch {tuple(ids.shape)} whose {int(mask.sum())} tokens are not the {len(given)} tokens of its "
-                f"{len(features)} rows: it masks, cuts, packs or reorders them, and the cached teacher read the rows as they are. Change the "
+                f"{len(features)} rows: it masks, cuts or reorders them, and the cached teacher read the rows as they are. Change the "
                 "tokens before the data set is cached, or train with the live teacher."
+            )
+        ours = _lengths(mask, find_documents(batch))
+        theirs = [length for feature in features for length in _lengths(*_one_row(feature))]
+        if ours != theirs:
+            raise ValueError(
+                f"{type(self.collator).__name__} made a batch {tuple(ids.shape)} of {len(features)} rows whose documents have {_brief(theirs)} tokens, and "
+                f"the batch's have {_brief(ours)}: it joins rows without position_ids that start again, or starts them elsewhere, and the "
+                "cached teacher read the rows as they are. Use DataCollatorWithFlattening, or one row a text."
             )
         batch[ROW] = CachedRows([int(feature[ROW]) for feature in features], mask)
         return batch
@@ -58,6 +67,25 @@ def _tokens(feature: Mapping) -> Tensor:
     ids = torch.as_tensor(feature["input_ids"])
     mask = feature.get("attention_mask")
     return ids if mask is None else ids[torch.as_tensor(mask).bool()]
+
+
+def _one_row(feature: Mapping) -> tuple[Tensor, Tensor | None]:
+    """The mask (1, T) of a row, and the numbers of its documents."""
+    names = ("input_ids", "attention_mask", "position_ids", "seq_idx")
+    row = {name: torch.as_tensor(feature[name])[None] for name in names if feature.get(name) is not None}
+    return row.get("attention_mask", torch.ones_like(row["input_ids"])).bool(), find_documents(row)
+
+
+def _lengths(mask: Tensor, documents: Tensor | None) -> list[int]:
+    """Tokens of every document of a batch, in order."""
+    if documents is None:
+        return mask.sum(1).tolist()
+    numbers = documents + torch.arange(len(mask), device=mask.device)[:, None] * mask.shape[1]
+    return numbers[mask].unique_consecutive(return_counts=True)[1].tolist()
+
+
+def _brief(lengths: list[int]) -> str:
+    return f"{lengths[:6]}{' …' if lengths[6:] else ''}"
 
 
 class _Numbered(Dataset):
