@@ -39,7 +39,7 @@ def counts(objective: Objective, batch: Batch, causal: bool, token_logits: bool)
         found["attention"] = (lengths * (lengths + 1) // 2 if causal else lengths**2).sum()
     found["outputs"] = _positions(mask, batch, causal, documents).sum() if token_logits else rows
     if labels is not None:
-        labels = Trace(documents=documents, causal=causal).own_labels(labels)
+        labels = Trace(mask=mask, documents=documents, causal=causal).own_labels(labels)
         labels = labels[:, 1:] if causal and labels.dim() == 2 else labels
         found["task"] = ((labels != -100) & ~labels.isnan()).sum()
     return {name: count for name, count in found.items() if name in objective.weights}

@@ -67,11 +67,13 @@ class Trace:
         return self.mask if self.encoder_layers is None else self.decoder_mask
 
     def own_labels(self, labels: Tensor | None) -> Tensor | None:
-        """Labels (B, …) without those that a causal model would have to know from the document before: -100 where a packed one begins."""
-        if labels is None or self.documents is None or not self.causal or labels.shape != self.documents.shape:
+        """Labels without those that a causal model has nothing to go by for: -100 where a text begins behind padding or another text."""
+        mask, documents = self.mask, self.documents
+        if labels is None or mask is None or not self.causal or labels.shape != mask.shape:
             return labels
-        begins = pad(self.documents.to(labels.device).diff(dim=1) != 0, (1, 0))
-        return labels.masked_fill(begins, -100)
+        begins = mask[:, 1:] & ~mask[:, :-1]  # (B, T - 1)
+        begins = begins if documents is None else begins | (documents.diff(dim=1) != 0)
+        return labels.masked_fill(pad(begins, (1, 0)).to(labels.device), -100)
 
     def attention_maps(self, layer: int) -> Tensor:
         """Attention maps of one layer, before dropout, in float32 or better. (B, H, T, T)

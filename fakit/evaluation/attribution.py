@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fakit.evaluation.batches import device_of, eval_mode, to_device
+from fakit.evaluation.batches import device_of, eval_mode, inputs_of, to_device
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def _attribute_batch(model, tokenizer, batch, targets, baseline_id: int, steps: 
     names = list(batch)
 
     def forward(input_ids: Tensor, *others: Tensor) -> Tensor:
-        return model(input_ids=input_ids, **dict(zip(names, others, strict=True))).logits.float()  # (B, C)
+        given = {"input_ids": input_ids, **dict(zip(names, others, strict=True))}
+        return model(**inputs_of(model, given)).logits.float()  # (B, C)
 
     others = tuple(batch.values())
     with torch.no_grad():
@@ -234,13 +235,16 @@ def _target_curve(model, ids: np.ndarray, target: int, batch_size: int) -> np.nd
     values = []
     for chunk in torch.as_tensor(ids).to(device).split(batch_size):
         # A row is one text; token types, where the model has them, are 0 throughout by the model's own default.
-        logits = model(input_ids=chunk, attention_mask=torch.ones_like(chunk)).logits.double()
+        logits = model(
+            **inputs_of(model, {"input_ids": chunk, "attention_mask": torch.ones_like(chunk)})
+        ).logits.double()
         values.append(logits[:, 0] if logits.shape[1] == 1 else logits.softmax(dim=-1)[:, target])
     return torch.cat(values).cpu().numpy()
 
 
 def _encode(tokenizer, texts: list[str], max_length: int, device) -> dict[str, Tensor]:
     options = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    options["padding_side"] = "right"  # scores are found where the embeddings are asked
     return to_device(tokenizer(texts, return_special_tokens_mask=True, **options), device)
 
 

@@ -28,7 +28,19 @@ def device_of(model: nn.Module) -> torch.device:
 
 def to_device(batch, device: torch.device) -> dict[str, Tensor]:
     """A collated batch as a plain dict of tensors on `device`."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+
+
+def inputs_of(model: nn.Module, batch) -> dict:
+    """What a forward pass of `model` is given of a batch: of a transformers model its own columns, without labels and cache."""
+    from transformers import PreTrainedModel
+
+    from fakit.models.blocks import without_adapter
+    from fakit.models.inputs import prepare_inputs
+
+    if isinstance(without_adapter(model), PreTrainedModel):
+        return prepare_inputs(model, batch).inputs
+    return to_device(batch, device_of(model))
 
 
 def rows_of(dataset) -> list[dict]:

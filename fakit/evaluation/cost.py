@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fakit.evaluation.batches import device_of, eval_mode, to_device
+from fakit.evaluation.batches import device_of, eval_mode, inputs_of, to_device
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -68,9 +68,9 @@ def count_flops(step: Callable[[], object]) -> int:
 def forward_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
     """FLOPs of one forward pass on `batch`; see `count_flops` for what counts."""
     _check_countable(model)
-    batch = to_device(batch, device_of(model))
+    inputs = inputs_of(model, batch)
     with torch.no_grad(), eval_mode(model):
-        return count_flops(lambda: model(**batch))
+        return count_flops(lambda: model(**inputs))
 
 
 def training_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
@@ -80,7 +80,9 @@ def training_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
     left behind. To count a step that runs a teacher too, give the whole step to `count_flops`.
     """
     _check_countable(model)
-    batch = to_device(batch, device_of(model))
+    inputs = inputs_of(model, batch) | to_device(
+        {name: x for name, x in batch.items() if name == "labels"}, device_of(model)
+    )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError(
@@ -88,8 +90,8 @@ def training_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
         )
 
     def step() -> None:
-        output = model(**batch)
-        loss = output.loss if "labels" in batch else output.logits.sum()
+        output = model(**inputs)
+        loss = output.loss if "labels" in inputs else output.logits.sum()
         torch.autograd.grad(loss, trainable, allow_unused=True)
 
     with torch.enable_grad(), eval_mode(model):
@@ -123,13 +125,13 @@ def latency(model: nn.Module, batch: dict[str, Tensor], runs: int = 30, warmup: 
             f"latency: runs={runs}, warmup={warmup} were asked; use at least 30 runs after at least 1 warm-up"
         )
     device = device_of(model)
-    batch = to_device(batch, device)
+    inputs = inputs_of(model, batch)
     seconds = []
     with torch.no_grad(), eval_mode(model):
         for _ in range(warmup + runs):
             _synchronize(device)
             start = time.perf_counter()
-            model(**batch)
+            model(**inputs)
             _synchronize(device)
             seconds.append(time.perf_counter() - start)
     lower, median, upper = np.percentile(seconds[warmup:], [25, 50, 75])
@@ -194,9 +196,9 @@ def costs(model: nn.Module, batch: dict[str, Tensor], runs: int = 30) -> dict[st
     if results["trainable"]:
         results["training_flops"] = math.nan if quantised else training_flops(model, batch)
     timing = latency(model, batch, runs)
-    batch = to_device(batch, device_of(model))
+    inputs = inputs_of(model, batch)
     with torch.no_grad(), eval_mode(model):
-        memory = peak_memory(lambda: model(**batch), device_of(model))
+        memory = peak_memory(lambda: model(**inputs), device_of(model))
     return results | {
         "latency": timing.median,
         "latency_lower_quartile": timing.lower_quartile,

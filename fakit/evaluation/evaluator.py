@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fakit.capture import capture
 from fakit.evaluation import calibration, metrics
-from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of, to_device
+from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of
 from fakit.evaluation.fidelity import Agreement
 from fakit.evaluation.generation import SCORED, generation_metrics
 from fakit.evaluation.language_modeling import exponential, label_nll
@@ -112,7 +113,7 @@ def _predict(model, dataset, collator, batch_size) -> tuple[Tensor, Tensor | Non
     with torch.no_grad(), eval_mode(model):
         for indices, batch in length_sorted_batches(rows, collator, batch_size, device_of(model)):
             batch_labels = batch.pop("labels", None)
-            output = model(**batch).logits.float().cpu()
+            output = capture(model, batch).logits.float().cpu()
             if output.ndim != 2:
                 raise ValueError(
                     f"predictions: the model gives logits of shape {tuple(output.shape)}, (B, C) was expected; "
@@ -204,16 +205,12 @@ def _language_modeling(model, dataset, collator, batch_size, teacher, shared_voc
                 raise ValueError(
                     f"evaluate: a batch has {sorted(batch)}, but no labels; encode the dataset with its targets"
                 )
-            if (batch["attention_mask"][:, 0] == 0).any():
-                # Padded on the left: without this, learned positions would count the padding.
-                batch["position_ids"] = (batch["attention_mask"].cumsum(dim=-1) - 1).clamp_min(0)
-            logits = model(**batch, use_cache=False).logits  # (B, T, V)
+            trace = capture(model, batch)
+            logits, labels = trace.logits, trace.own_labels(labels)  # (B, T, V), (B, T)
             batch_nll, batch_tokens = label_nll(logits, labels)
             nll, tokens = nll + batch_nll, tokens + batch_tokens
             if teacher is not None:
-                teacher_logits = teacher(**to_device(batch, device_of(teacher)), use_cache=False).logits.to(
-                    logits.device
-                )
+                teacher_logits = capture(teacher, batch).logits.to(logits.device)
                 sizes = {logits.shape[-1], teacher_logits.shape[-1]}
                 if len(sizes) == 2 and shared_vocabulary is not None and min(sizes) >= shared_vocabulary:
                     logits, teacher_logits = logits[..., :shared_vocabulary], teacher_logits[..., :shared_vocabulary]

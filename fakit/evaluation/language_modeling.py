@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fakit.capture import capture
 from fakit.evaluation.batches import device_of, eval_mode
 
 
@@ -150,7 +151,7 @@ def _summed_nll(model, spans: list[tuple[Tensor, Tensor]]) -> float:
     ids = pad([ids for ids, _ in spans], batch_first=True).to(device_of(model))  # (B, W), padded on the right
     labels = pad([labels for _, labels in spans], batch_first=True, padding_value=-100).to(ids.device)
     mask = pad([torch.ones_like(ids) for ids, _ in spans], batch_first=True).to(ids.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, W, V)
+    logits = capture(model, {"input_ids": ids, "attention_mask": mask}).logits  # (B, W, V)
     return label_nll(logits, labels)[0]
 
 

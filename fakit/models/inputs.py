@@ -115,7 +115,8 @@ def taken_columns(model: nn.Module) -> frozenset[str] | None:
         return named
     inside = [type(m) for m in model.modules() if isinstance(m, PreTrainedModel)]
     named = named.union(*(_named(kind)[0] for kind in inside))
-    return named | frozenset(TransformersKwargs.__annotations__) if named else None
+    # positions are taken by who names them: attention functions are handed them, and leave them unread
+    return named | (frozenset(TransformersKwargs.__annotations__) - {"position_ids"}) if named else None
 
 
 def _named(kind: type) -> tuple[frozenset[str], bool]:
