@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def capture(
     >>> trace = capture(model, batch, hidden_states=[0, 1, 3], attentions=[1, 3])  # doctest: +SKIP
     >>> trace.hidden_states[3].shape, trace.attention_maps(3).shape  # doctest: +SKIP
     """
-    hidden_states, attentions = sorted(set(hidden_states)), sorted(set(attentions))
+    hidden_states, attentions = _layer_numbers("hidden_states", hidden_states), _layer_numbers("attentions", attentions)
     blocks = find_blocks(model) if hidden_states or attentions else []
     if blocks and model.training:
         _check_every_layer_runs(model)
@@ -161,6 +162,19 @@ def _no_maps(model: nn.Module) -> str:
 
 
 # -- inputs and outputs -----------------------------------------------------------------------------------------------
+
+
+def _layer_numbers(name: str, asked: Iterable[int]) -> list[int]:
+    try:
+        numbers = list(asked)
+        if not any(isinstance(i, bool) for i in numbers):
+            return sorted({index(i) for i in numbers})
+    except TypeError:
+        pass
+    raise ValueError(
+        f"{name}={asked!r} was requested, and layers are whole numbers, 0 for the embeddings and i for the output of block i: "
+        f"{name}=[1, 2], or {name}=range(7)."
+    )
 
 
 def _check_layers(model: nn.Module, hidden_states: list[int], attentions: list[int], blocks: list[nn.Module]) -> None:

@@ -68,6 +68,12 @@ class Objective(nn.Module):
             raise ValueError(
                 "an objective needs at least one of features, attention, outputs and task; all four are None."
             )
+        for name, term in (("features", features), ("attention", attention)):
+            if term is not None and layer_map is None and term.layer_map is None:
+                raise ValueError(
+                    f"{name} was given and no layer map, so that the term would compare nothing: Objective(LayerMap.uniform(S, T), {name}=…) for a "
+                    "student of S and a teacher of T layers, or LayerMap.none() where that is meant."
+                )
         self.weights = Weights({name: term.weight for name, term in terms.items() if term is not None})
         self.projections = nn.ModuleDict()  # "S1_T2": Linear(d_S, d_T)
         self._matches: dict[Pair, Tensor] = {}  # of the call at hand

@@ -36,7 +36,14 @@ def check_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
             f"{name} wants a mask of shape {tuple(shape)}, one entry a position; the mask has {tuple(mask.shape)}. "
             "Pass the batch's attention_mask as bool (True = counts)."
         )
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not mask.any():
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"{name} wants a bool mask (True = counts), or one of 0 and 1; this one is {mask.dtype} and holds other numbers, such as "
+            f"{mask[(mask != 0) & (mask != 1)].flatten()[0].item():g}. An additive mask is turned by mask == 0, weights of tokens have no place here."
+        )
+    if not mask.any():
         raise ValueError(
             f"{name} has no valid position in the whole batch: all {mask.numel()} entries of the mask are False. "
             "True means 'counts': look at the collator, at truncation, or for an inverted mask."

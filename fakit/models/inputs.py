@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -68,6 +69,7 @@ def prepare_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> ModelInputs
             f"a batch holds input_ids (B, T), inputs_embeds (B, T, d) or pixel_values; this one holds {sorted(batch)}, and "
             f"{type(model).__name__} takes {model.main_input_name}. Pass what the tokenizer or the collator returns."
         )
+    _check_tokens(batch)
     labels = batch.get("labels")
     if (
         is_encoder_decoder(model)
@@ -96,6 +98,23 @@ def prepare_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> ModelInputs
         if name not in inputs and taken is not None and name in taken:
             inputs[name] = False
     return ModelInputs(inputs, mask, documents, places)
+
+
+def _check_tokens(batch: Mapping[str, Any]) -> None:
+    """Raise ValueError for token ids that are no integers (B, T), or none at all."""
+    ids = batch.get("input_ids")
+    if ids is None:
+        return
+    found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+    if not isinstance(ids, Tensor) or ids.dim() < 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"input_ids are integers (B, T), and this batch holds {found}. One row is input_ids[None]; a tokenizer gives tensors with "
+            "return_tensors='pt'."
+        )
+    if not ids.numel():
+        raise ValueError(
+            f"input_ids hold no token: they are {found}, (B, T). Leave empty rows out, and batches without rows."
+        )
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import copy
 import inspect
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -124,14 +124,15 @@ def _source_layers(stacks: list[Stack], layers: int | Sequence[int]) -> list[lis
                 f"a student of {layers} layers asked of a teacher of {have}; choose 1…{min(depths)}{each}."
             )
         return [[t for _, t in LayerMap.uniform(layers, stack_depth)] for stack_depth in depths]
-    numbers = list(layers)
+    numbers = list(layers) if isinstance(layers, Iterable) else [layers]
     if (
         not numbers
-        or any(not isinstance(i, int) or not 1 <= i <= total for i in numbers)
+        or any(not isinstance(i, int) or isinstance(i, bool) or not 1 <= i <= total for i in numbers)
+        or not isinstance(layers, Iterable)
         or numbers != sorted(set(numbers))
     ):
         raise ValueError(
-            f"layers {numbers} asked of a {total}-layer teacher; give its block numbers 1…{total} in rising order, each once."
+            f"layers {numbers} asked of a {total}-layer teacher; give a number of layers, or its block numbers 1…{total} in rising order, each once."
         )
     first = depths[0]
     sources = [[i for i in numbers if i <= first], [i - first for i in numbers if i > first]][: len(depths)]
