@@ -38,13 +38,22 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def config_facts(config) -> dict:
-    """A transformers configuration as plain JSON."""
+    """A transformers configuration as plain JSON, in which infinities and NaN are written as {"__float__": "Infinity"}."""
     return json.loads(config.to_json_string(use_diff=False))
 
 
 def shaping_facts(config) -> dict:
     """What a transformers configuration says of what the forward pass computes, as plain JSON."""
     return _shaping(config_facts(config))
+
+
+def config_values(facts: dict) -> dict:
+    """What a configuration held, from its `config_facts`: infinities and NaN are floats again."""
+    return json.loads(json.dumps(facts), object_hook=_float)
+
+
+def _float(found: dict) -> dict | float:
+    return float(found["__float__"]) if set(found) == {"__float__"} else found
 
 
 def _shaping(config: dict) -> dict:

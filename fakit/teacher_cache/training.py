@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 from fakit.models.inputs import find_documents
 from fakit.objective import Objective
 from fakit.teacher_cache.cache import TeacherCache
-from fakit.teacher_cache.fingerprints import fingerprint, tokenizer_fingerprint
+from fakit.teacher_cache.fingerprints import config_values, fingerprint, tokenizer_fingerprint
 from fakit.teacher_cache.manifest import refuse_foreign
 from fakit.trace import Trace
 
@@ -169,7 +169,8 @@ def recorded_teacher(cache: TeacherCache) -> nn.Module:
             f"the cache at {cache.folder} is of a {manifest['name']}, which is no class of transformers, so that nothing but its answers is "
             "known here; give the trainer the teacher, too: it will not be run."
         )
-    config = CONFIG_MAPPING[manifest["config"]["model_type"]].from_dict(manifest["config"])
+    values = config_values(manifest["config"])
+    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     with torch.device("meta"):
         teacher = getattr(transformers, manifest["name"])._from_config(config)
     return teacher.to(getattr(torch, manifest["precision"])).eval().requires_grad_(False)
