@@ -16,17 +16,13 @@ from operator import index
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from fakit.losses.head import Head
 from fakit.models.blocks import encoder_depth, find_blocks, is_encoder_decoder, without_adapter
 from fakit.models.head import find_finish, find_head, without_logits
 from fakit.models.heads import problem_type
 from fakit.models.inputs import BORDERS, DECODER_INPUTS, at_places, has_decoder_inputs, prepare_inputs, token_mask
-from fakit.models.kinds import layerdrop
+from fakit.models.kinds import is_causal_lm, layerdrop
 from fakit.models.random_state import random_state_kept
 from fakit.recorder import Recorder
 from fakit.trace import Trace
@@ -104,18 +100,6 @@ def capture(
     if ready.documents is not None:
         _keep_apart(trace)
     return trace if ready.places is None else _put_back(trace, ready.places)
-
-
-def is_causal_lm(model: nn.Module) -> bool:
-    """True for a model whose logits at t predict token t + 1: a causal language model of transformers, or a subclass of one.
-
-    transformers lists two under causal models whose logits at t stand for token t itself: XLM, which it lists under masked models too,
-    and XLNet, whose `attn_type` is "bi": it looks both ways.
-    """
-    model = without_adapter(model)
-    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-    both_ways = getattr(model.config, "attn_type", None) == "bi"
-    return any(kind.__name__ in names for kind in type(model).__mro__) and not both_ways
 
 
 # -- where attention can be seen --------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fakit.capture import capture, is_causal_lm
+from fakit.capture import capture
 from fakit.evaluation.batches import device_of, eval_mode, to_device
 from fakit.evaluation.generation import generate
 from fakit.models.blocks import depth, encoder_depth
+from fakit.models.kinds import is_causal_lm
 from fakit.models.random_state import random_state_kept
 from fakit.similarity import StreamingCKA
 from fakit.tasks.special_tokens import added_tokens

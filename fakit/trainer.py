@@ -18,7 +18,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedModel, Trainer, T
 from transformers.trainer_utils import SaveStrategy
 
 from fakit.breakdown import Breakdown
-from fakit.capture import capture, check_attention, is_causal_lm
+from fakit.capture import capture, check_attention
 from fakit.checkpoints import begin as begin_checkpoint
 from fakit.checkpoints import check as check_checkpoint
 from fakit.checkpoints import give_up as give_up_checkpoint
@@ -31,7 +31,7 @@ from fakit.models.adapters import ADAPTER, base_fingerprint, check_adapter, is_a
 from fakit.models.blocks import find_blocks, stack_depths, without_adapter
 from fakit.models.heads import problem_type, without_logits
 from fakit.models.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
-from fakit.models.kinds import ties, untie, without_layerdrop
+from fakit.models.kinds import is_causal_lm, ties, untie, without_layerdrop
 from fakit.models.load import is_quantized
 from fakit.models.preflight import preflight
 from fakit.models.tables import CheckedCollator, Tables, check_data, tables
@@ -70,6 +70,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
+        is_causal_lm(student)  # asked now: later it may be sharded, wrapped or compiled
         self._teacher = (teacher,)  # a tuple hides it from nn.Module's bookkeeping
         self.breakdown: Breakdown | None = None  # of the last training step, detached
 

@@ -173,3 +173,102 @@ def test_a_mask_of_pairs_is_cut_to_the_tokens_that_the_head_is_asked_with():
     assert trace.head is not None
     whole = net(input_ids=rows["input_ids"]).logits
     torch.testing.assert_close(trace.head.logits(), whole, rtol=1e-4, atol=1e-4)
+
+
+# -- what follows the head, at any size -----------------------------------------------------------------------------
+
+
+def sizes(config: type) -> dict:
+    known = config().to_dict()
+    return {
+        k: v
+        for k, v in tiny("llama").config.to_dict().items()
+        if k in known and k not in ("model_type", "architectures")
+    }
+
+
+def grown(net):
+    """Its head's output made 20,000 times as large, as training may."""
+    with torch.no_grad():
+        net.get_output_embeddings().weight.mul_(2e4)
+    return net
+
+
+FINISHES = {
+    "a soft cap": lambda: tiny("gemma2", attention="eager", final_logit_softcapping=3.0),
+    "a soft cap by another name": lambda: hf.RecurrentGemmaForCausalLM(
+        hf.RecurrentGemmaConfig(
+            **sizes(hf.RecurrentGemmaConfig), logits_soft_cap=5.0, block_types=["recurrent", "attention", "recurrent"]
+        )
+    ),
+    "a scale": lambda: hf.CohereForCausalLM(hf.CohereConfig(**sizes(hf.CohereConfig) | {"logit_scale": 0.0625})),
+    "a divisor": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**sizes(hf.GraniteConfig) | {"logits_scaling": 7.0})),
+    "nothing": lambda: tiny("llama"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FINISHES)
+def test_what_follows_the_head_is_known_from_the_smallest_logits(name, dtype):
+    net = FINISHES[name]().to(dtype).train()
+    with torch.no_grad():
+        net.get_output_embeddings().weight.mul_(1e-3)
+        assert capture(net, batch(), logits="head").head is not None
+        trace, whole = (
+            capture(grown(net) if first else net, batch(), logits=asked) for first, asked in ((1, "head"), (0, True))
+        )
+    rtol = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(trace.head.logits().float(), whole.logits.float(), rtol=rtol, atol=rtol)
+
+
+class Learned(hf.GPT2LMHeadModel):
+    """A scale that is trained, and does nothing at the start."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.temperature = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * self.temperature
+        return outputs
+
+
+class Forbidding(hf.GPT2LMHeadModel):
+    """One token is never said."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits.index_fill(-1, torch.tensor([5]), -1e4)
+        return outputs
+
+
+def shifting():
+    net = tiny("bart")
+    net.final_logits_bias[0, 7] = 1e-3
+    return net
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Learned(tiny("gpt2").config), lambda: Forbidding(tiny("gpt2").config), shifting]
+)
+def test_logits_are_made_whole_where_more_follows(make):
+    net = make().eval()
+    rows = inputs("t5") if net.config.is_encoder_decoder else batch()
+    trace = capture(net, rows, logits="head")
+    assert trace.head is None
+    torch.testing.assert_close(trace.logits, net(**rows).logits)
+
+
+def test_images_and_positions_of_three_axes_are_not_cut():
+    text = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    eye = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "temporal_patch_size": 1}
+    tokens = {"image_token_id": 49, "video_token_id": 48, "vision_start_token_id": 47}
+    net = hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(text_config=text, vision_config=eye, **tokens)).eval()
+    ids = torch.tensor([[3, 47, 49, 4, 5, 6], [7, 8, 9, 10, 11, 12]])
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(6).expand(3, 2, 6)}
+    rows |= {"pixel_values": torch.rand(4, 12), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    trace = capture(net, rows, logits="head")
+    torch.testing.assert_close(trace.head.logits(), net(**rows).logits, rtol=1e-5, atol=1e-5)

@@ -1,13 +1,19 @@
 """What kind of model is this? Asked of the model as it is, not of its class's name or of a setting that its class may overrule."""
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
+import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from fakit.models.blocks import is_encoder_decoder, without_adapter
+from fakit.models.random_state import random_state_kept
 
 
 def ties(model: nn.Module) -> dict[str, str]:
@@ -120,3 +126,137 @@ def _layerdrops(model: nn.Module) -> Iterator[tuple[object, str, float]]:
         value = vars(module).get("layerdrop")
         if isinstance(value, int | float) and value > 0:
             yield module, "layerdrop", value
+
+
+# -- causal or not ----------------------------------------------------------------------------------------------------
+
+_causal: WeakKeyDictionary = WeakKeyDictionary()  # model → its answer
+_TOKENS, _LABELED = 4, 2  # of the probe's one row: its length, and the place of its one label
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """True for a model whose logits at t predict token t + 1, so that labels, which stand with their own tokens, are shifted.
+
+    Asked of the model, once, with a row of four tokens: which of its logits does its own loss compare with the label of token t? Those at t - 1 in a causal language
+    model, a vision-language decoder or an audio decoder too. Where its loss takes labels as they stand, or it has none, its logits at t
+    predict the next token all the same if they do not depend on it (BartForCausalLM, XLNet with attn_type="uni"). An encoder-decoder
+    makes its decoder's inputs by shifting the labels, so they are not shifted again: False.
+    """
+    model = without_adapter(model)
+    if model not in _causal:
+        _causal[model] = _asked(model)
+    return _causal[model]
+
+
+def remember_causal(model: nn.Module, causal: bool) -> None:
+    """What is known of a model beforehand, so that it need not be asked (`is_causal_lm`)."""
+    _causal[model] = causal
+
+
+def _asked(model: nn.Module) -> bool:
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    if is_encoder_decoder(model) or all(part.get_output_embeddings() is None for part in parts):  # no head over tokens
+        return False
+    if model.main_input_name == "input_ids" and not any(parameter.is_meta for parameter in model.parameters()):
+        embedded, outputs = _run(double(model).eval())
+        if outputs is not None:
+            logits = getattr(outputs, "logits", None)
+            if not isinstance(logits, Tensor) or logits.shape[:2] != (1, _TOKENS):
+                return False
+            return _shifts(logits, getattr(outputs, "loss", None)) or not _looks_ahead(embedded, logits)
+    return _shifts(*_made_up_loss(model))  # it reads no text alone, or has no weights
+
+
+def _run(model: nn.Module) -> tuple[list[Tensor], object]:
+    """Embeddings (1, T, d) of a row of text with one label, and what the model gives for it, in one graph; None where it reads no text alone."""
+    row = short_row(model)
+    labels = torch.full_like(row["input_ids"], -100)
+    labels[0, _LABELED] = row["input_ids"][0, _LABELED]
+    seen: list[Tensor] = []
+
+    def leaf(module, args, output):
+        seen.append(output.detach().requires_grad_())
+        return seen[-1]
+
+    model.get_input_embeddings().register_forward_hook(leaf)
+    alone = torch.autocast(labels.device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), alone, random_state_kept(labels.device):
+        for asked in ({"labels": labels}, {}):  # a class of one's own may take no labels
+            seen.clear()
+            try:
+                return seen, model(**row, **asked)
+            except Exception:  # whatever a model says to a row of bare text
+                continue
+    return [], None
+
+
+def short_row(model: nn.Module) -> dict[str, Tensor]:
+    """Inputs to ask a model with: a row of text, (1, T), of different tokens that have no meaning of their own (image, audio, padding)."""
+    table = model.get_input_embeddings().weight
+    special = set(_token_numbers(model.config.to_dict()))
+    plain = [token for token in range(table.shape[0]) if token not in special][:_TOKENS]
+    ids = torch.tensor([(plain * _TOKENS)[:_TOKENS]], device=table.device)
+    row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return row | {"decoder_input_ids": ids} if is_encoder_decoder(model) else row
+
+
+def _token_numbers(config: dict) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _token_numbers(value)
+        elif "token" in str(name):
+            yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int))
+
+
+def _made_up_loss(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Logits out of the air, and what the model's loss function makes of them and one label."""
+    logits = torch.zeros(1, _TOKENS, 3, requires_grad=True, device="cpu")
+    labels = torch.full((1, _TOKENS), -100, device="cpu")
+    labels[0, _LABELED] = 1
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            return logits, model.loss_function(logits=logits, labels=labels, vocab_size=3, config=model.config)
+        except Exception:  # a loss of other things than tokens
+            return logits, None
+
+
+def _shifts(logits: Tensor, loss: Tensor | None) -> bool:
+    """The loss of the one label is of the logits before it."""
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    return gradient is not None and bool(gradient[0, _LABELED - 1].any()) and not gradient[0, _LABELED].any()
+
+
+def _looks_ahead(embedded: list[Tensor], logits: Tensor) -> bool:
+    """Logits depend on later tokens."""
+    before = torch.zeros_like(logits)
+    before[0, _LABELED - 1] = logits[0, _LABELED - 1].detach()
+    gradients = torch.autograd.grad(logits, embedded, before, allow_unused=True)
+    # by token, also where blocks work on (T, 1, d)
+    return any(g is not None and bool(g.reshape(_TOKENS, -1)[_LABELED:].any()) for g in gradients)
+
+
+def double(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model over the same weights, without hooks: running it leaves the first as it is, and nobody who watches that sees it.
+
+    A forward pass may change a model for good: BigBird exchanges its attention where a row is short.
+    """
+    return _double(model, {})
+
+
+def _double(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in made:
+        new = made[module] = object.__new__(type(module))
+        vars(new).update(vars(module))
+        for name, value in vars(module).items():
+            if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_always_called"):
+                vars(new)[name] = type(value)()
+            elif name in ("_parameters", "_buffers"):
+                vars(new)[name] = dict(value)
+        vars(new)["_modules"] = {
+            name: None if child is None else _double(child, made) for name, child in module._modules.items()
+        }
+        if isinstance(module, PreTrainedModel):
+            new.config = copy.deepcopy(module.config)
+    return made[module]

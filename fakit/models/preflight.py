@@ -8,6 +8,7 @@ from torch import nn
 from fakit.models.adapters import is_adapted
 from fakit.models.blocks import depth, find_stacks, without_adapter
 from fakit.models.heads import problem_type
+from fakit.models.kinds import is_causal_lm
 from fakit.models.load import is_quantized
 
 
@@ -127,8 +128,6 @@ def _headless(model) -> str:
 
 
 def _task_rows(row, teacher, student, t, s) -> None:
-    from fakit.capture import is_causal_lm  # which stands on this package
-
     names = [type(without_adapter(model)).__name__ for model in (teacher, student)]
     kinds = [
         "CausalLM" if is_causal_lm(model) else name.split("For")[-1] if "For" in name else _headless(model)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import Stack, find_stacks, is_encoder_decoder, without_adapter
-from fakit.models.kinds import ties, untie, without_layerdrop
+from fakit.models.kinds import is_causal_lm, remember_causal, ties, untie, without_layerdrop
 from fakit.models.load import full_precision_state, is_quantized
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ def shrink(
         _copy_weights(teacher, student, cut, stacks, sources)
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
+    remember_causal(student, is_causal_lm(teacher))
     return student.to(next(teacher.parameters()).device).train().requires_grad_(True)
 
 

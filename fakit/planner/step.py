@@ -15,7 +15,7 @@ from fakit.capture import capture
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import find_blocks, stack_depths
 from fakit.models.head import _finishes
-from fakit.models.kinds import untie
+from fakit.models.kinds import remember_causal, untie
 from fakit.models.positions import longest_row
 from fakit.models.shrink import shrink
 from fakit.objective import Objective
@@ -122,6 +122,7 @@ def simulate(setup: Setup) -> Step:
     for model in (teacher, student):  # known beforehand: asking it of the model would run it
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         _finishes[model] = (True, None if cap is None else lambda z, cap=cap: cap * torch.tanh(z / cap))
+        remember_causal(model, setup.task == "causal-lm")
     ledger, needs = Ledger(), objective.needs("teacher")
     # layer i is what block i gives and block i + 1 is given
     run_one_of_each(find_blocks(teacher), needs.attentions | needs.hidden_states, ledger)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fakit.capture import capture, is_causal_lm
+from fakit.capture import capture
 from fakit.losses.attention_inputs import AttentionInputs
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS
 from fakit.models.blocks import is_encoder_decoder, without_adapter
 from fakit.models.inputs import MODEL_INPUTS, find_documents, taken_columns
+from fakit.models.kinds import is_causal_lm
 from fakit.teacher_cache.content import CacheContent
 from fakit.teacher_cache.fingerprints import config_facts, rows_of
 from fakit.teacher_cache.packing import pack, pack_top_k

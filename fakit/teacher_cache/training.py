@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from fakit.models.inputs import find_documents
+from fakit.models.kinds import remember_causal
 from fakit.objective import Objective
 from fakit.teacher_cache.cache import TeacherCache
 from fakit.teacher_cache.fingerprints import config_values, fingerprint, tokenizer_fingerprint
@@ -173,4 +174,5 @@ def recorded_teacher(cache: TeacherCache) -> nn.Module:
     config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     with torch.device("meta"):
         teacher = getattr(transformers, manifest["name"])._from_config(config)
+    remember_causal(teacher, manifest["causal"])
     return teacher.to(getattr(torch, manifest["precision"])).eval().requires_grad_(False)
