@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fakit.models.blocks import is_encoder_decoder, without_adapter
 from fakit.models.random_state import random_state_kept
@@ -87,6 +88,22 @@ def _stored(folder: Path) -> set[str]:
         return set()
     with safe_open(single, "pt") as weights:
         return set(weights.keys())
+
+
+def head_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers that say something rather than carry it on: whatever comes after the base model (a classifier, a language model's
+    head and its transforms), the output embeddings, and layers that share their weights with an embedding.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    base = model.base_model
+    inside = set() if base is model else set(base.modules())
+    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    output = model.get_output_embeddings()
+    return [
+        name
+        for name, layer in layers.items()
+        if layer is output or id(layer.weight) in shared or (inside and layer not in inside)
+    ]
 
 
 _LAYERDROP = re.compile(r"(.*_)?layer_?drop")

@@ -2,18 +2,20 @@
 
 import hashlib
 import importlib.util
+import re
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fakit.models.adapter import merge_adapter
+from fakit.models.kinds import head_layers
 from fakit.models.pretrained import CLASSES as _CLASSES
-from fakit.models.pretrained import check_nothing_random, read_config, read_model, read_tokenizer
+from fakit.models.pretrained import check_nothing_random, empty_model, read_config, read_model, read_tokenizer
 
 # Hub models that a pip package carries too: {hub id: (package, folder in it, sha256 of model.safetensors)}.
 _PACKAGED = {
@@ -23,8 +25,6 @@ _PACKAGED = {
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     )
 }
-# Heads stay in full precision: they are small, and the loss looks straight at what they say.
-_HEADS = ["lm_head", "classifier", "score", "qa_outputs", "embed_out", "cls", "vocab_projector", "classification_head"]
 
 
 def load_teacher(
@@ -42,14 +42,14 @@ def load_teacher(
         id_or_path: a directory in transformers' format, or a hub id. A hub id that an installed pip package carries is taken from there.
         task: "causal-lm", "masked-lm", "sequence-classification", "seq2seq-lm" or "encoder".
         quantize: None, "8bit" (LLM.int8, Dettmers et al. 2022) or "4bit" (NF4, Dettmers et al. 2023), by bitsandbytes. Embeddings and heads stay
-            in full precision. Runs on a GPU and on a CPU.
+            in full precision. Runs on a GPU and on a CPU. A checkpoint that is quantised already is loaded as it is stored.
         adapter: directory of a PEFT adapter, merged into the weights before they are quantised.
         dtype: of what is not quantised; float32 on a CPU, as stored on an accelerator, unless given.
         device: "cuda" where there is one, else "cpu", unless given.
         kwargs: for `from_pretrained` (attn_implementation, revision, trust_remote_code, gguf_file …). Remote code is off unless asked for by name.
 
     Raises:
-        ValueError: unknown task or quantisation, nothing to load at `id_or_path` or `adapter`, a checkpoint without the task's head,
+        ValueError: unknown task or quantisation, one other than the checkpoint is stored in already, nothing to load at `id_or_path` or `adapter`, a checkpoint without the task's head,
             weights that are truncated or only there as a pickle, or a packaged model whose checksum differs.
     """
     if task not in _CLASSES:
@@ -59,10 +59,15 @@ def load_teacher(
     device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     source = resolve_model(id_or_path)
+    stored = stored_precision(read_config(source, f"as a {task} model", return_unused_kwargs=True, **kwargs)[0])
+    if stored is not None:
+        check_stored_precision(str(id_or_path), stored, quantize, adapter)
+        quantize, kwargs["device_map"] = None, {"": device}
 
     if adapter is None:
         if quantize is not None:
-            kwargs["quantization_config"] = _bitsandbytes_config(quantize, device, task)
+            heads = skip_patterns(empty_model(source, task, **kwargs))
+            kwargs["quantization_config"] = _bitsandbytes_config(quantize, device, heads)
         teacher, missing = read_model(source, task, dtype, device, **kwargs)
         check_nothing_random(teacher, "teacher", task, source, missing)
     elif quantize is None:
@@ -73,7 +78,8 @@ def load_teacher(
             on_cpu = torch.device("cpu")
             merge_adapter(source, str(id_or_path), task, adapter, dtype, on_cpu, **kwargs).save_pretrained(folder)
             how = {name: kwargs[name] for name in ("attn_implementation", "trust_remote_code") if name in kwargs}
-            how["quantization_config"] = _bitsandbytes_config(quantize, device, task)
+            heads = skip_patterns(empty_model(folder, task, **how))
+            how["quantization_config"] = _bitsandbytes_config(quantize, device, heads)
             teacher, _ = read_model(folder, task, dtype, device, **how)
             teacher.config._name_or_path = teacher.name_or_path = str(id_or_path)
     for module in teacher.modules():
@@ -225,11 +231,53 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
 
 
-def _bitsandbytes_config(quantize: str, device: torch.device, task: str):
+def stored_precision(config: PreTrainedConfig) -> str | None:
+    """How a checkpoint's weights are quantised by what its configuration says: "8bit" and "4bit" are bitsandbytes', others go by the name of their
+    method ("gptq", "fp8"); None in full precision.
+    """
+    text = config.get_text_config()
+    own = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if not own:
+        return None
+    own = own if isinstance(own, dict) else own.to_dict()
+    if own.get("load_in_8bit") or own.get("load_in_4bit"):
+        return "4bit" if own.get("load_in_4bit") else "8bit"
+    return str(getattr(own.get("quant_method"), "value", own.get("quant_method")))
+
+
+def check_stored_precision(name: str, stored: str, quantize: str | None, adapter: str | Path | None = None) -> None:
+    """Refuse to quantise anew, or to merge an adapter into, what is quantised already.
+
+    Raises:
+        ValueError: says what was asked and how the checkpoint is stored.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING  # takes a while
+
+    if stored not in ("8bit", "4bit") and stored not in AUTO_QUANTIZER_MAPPING:
+        raise ValueError(
+            f"{name} says in its quantization_config that its weights are stored by {stored!r}, which transformers cannot read; it knows "
+            f"{', '.join(sorted(AUTO_QUANTIZER_MAPPING))}. Give a checkpoint in full precision."
+        )
+    if quantize not in (None, stored):
+        raise ValueError(
+            f"quantize={quantize!r} was requested, and the checkpoint of {name} is stored in {stored!r} already (its quantization_config): "
+            "weights that were rounded once are not rounded anew. Leave quantize out, or give the checkpoint in full precision."
+        )
+    if adapter is not None:
+        raise ValueError(
+            f"an adapter was to be merged into {name}, whose checkpoint is stored in {stored!r} (its quantization_config): the sum would be "
+            "rounded to few bits. Give the base model in full precision; with quantize=… it is quantised after the merge."
+        )
+
+
+def skip_patterns(model: PreTrainedModel) -> list[str]:
+    """Which layers stay in full precision, as transformers' quantisers want to be told: heads, for they are small and the loss looks at what they say."""
+    return [f"^{re.escape(name)}$" for name in head_layers(model)]
+
+
+def _bitsandbytes_config(quantize: str, device: torch.device, heads: list[str]):
     from transformers import BitsAndBytesConfig
 
-    # for language models None lets transformers find tied and output embeddings by itself
-    heads = None if task in ("causal-lm", "seq2seq-lm") else _HEADS
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
     return BitsAndBytesConfig(

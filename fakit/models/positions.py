@@ -3,7 +3,7 @@
 import math
 import re
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # Names of tables with a row for each position, apart from those by distance or by place on a page.
@@ -16,10 +16,21 @@ def longest_row(model: PreTrainedModel) -> int | None:
     A table that is read with an offset has more rows than positions: BART and OPT name an `offset`; RoBERTa, MPNet, ESM and their like
     count from padding_idx + 1, as fairseq did, and theirs are the tables that have a padding_idx.
     """
-    limits = []
+    limits, aside = [], _not_of_text(model)
     for name, module in model.named_modules():
-        if _TABLES.fullmatch(name.rpartition(".")[2]) and isinstance(getattr(module, "weight", None), Tensor):
+        if (
+            module not in aside
+            and _TABLES.fullmatch(name.rpartition(".")[2])
+            and isinstance(getattr(module, "weight", None), Tensor)
+        ):
             padding = getattr(module, "padding_idx", None)
             limits.append(len(module.weight) - getattr(module, "offset", 0 if padding is None else padding + 1))
     declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min([*limits, declared or math.inf]) if limits else None
+
+
+def _not_of_text(model: PreTrainedModel) -> set[nn.Module]:
+    """Parts that see or hear: their tables are of patches and frames. They have configurations of their own kind."""
+    kinds = {type(model.config), type(model.config.get_text_config())}
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and type(part.config) not in kinds]
+    return {module for part in parts for module in part.modules()}

@@ -31,7 +31,7 @@ _NAMES_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", 
 _MASKS = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$|\.inv_freq$")
 
 
-def read_config(source: str, **kwargs) -> PreTrainedConfig:
+def read_config(source: str, what: str = "as a configuration", **kwargs) -> PreTrainedConfig:
     """The configuration of a model folder or hub id; transformers' own classes only, unless `trust_remote_code` is given.
 
     Raises:
@@ -40,7 +40,7 @@ def read_config(source: str, **kwargs) -> PreTrainedConfig:
     kwargs.setdefault("trust_remote_code", False)
     if Path(source).is_dir():
         _check_code(Path(source), kwargs["trust_remote_code"])
-    with in_one_sentence(source, "as a configuration"):
+    with in_one_sentence(source, what):
         return AutoConfig.from_pretrained(source, **kwargs)
 
 
@@ -83,6 +83,20 @@ def read_model(source: str, task: str, dtype, device: torch.device, **kwargs) ->
     _check_shapes(source, model, report["mismatched_keys"])
     _check_unused(source, model, report["unexpected_keys"])
     return model if "device_map" in kwargs else model.to(device), set(report["missing_keys"])
+
+
+def empty_model(source: str, task: str, **kwargs) -> PreTrainedModel:
+    """The model that `read_model` would load, on the meta device: modules, shapes and ties, no weights.
+
+    Raises:
+        ValueError: no readable configuration, or none that the task has a class for.
+    """
+    what = f"as a {task} model"
+    config, _ = read_config(source, what, return_unused_kwargs=True, **kwargs)
+    with in_one_sentence(source, what), torch.device("meta"):
+        return getattr(transformers, CLASSES[task]).from_config(
+            config, trust_remote_code=kwargs.get("trust_remote_code", False)
+        )
 
 
 def check_nothing_random(model: PreTrainedModel, side: str, task: str, source: str, missing: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fakit.losses import chunked, streamed
 from fakit.models.head import LARGE_VOCABULARY
-from fakit.models.load import _CLASSES, _HEADS
+from fakit.models.load import _CLASSES, skip_patterns
 from fakit.planner.ledger import Ledger
 
 capture = import_module("fakit.capture")  # the module: `fakit.capture` is its function
@@ -39,6 +39,11 @@ def meta_model(config: PreTrainedConfig, task: str, dtype: torch.dtype) -> PreTr
         try:
             return auto.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
         except ValueError as error:
+            if "Unrecognized configuration class" in str(error):
+                raise ValueError(
+                    f"transformers makes no {task} model ({_CLASSES[task]}) of a {type(config).__name__} ({config.model_type}). Give task=… "
+                    "another value; of a model with images or sounds plan its text model alone: its text_config."
+                ) from error
             if "scaled_dot_product_attention" not in str(error):
                 raise
             return auto.from_config(config, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
@@ -105,10 +110,9 @@ class Linear4bit(nn.Module):
         return F.linear(x, torch.empty(self.shape, dtype=x.dtype, device=x.device), self.bias)
 
 
-def quantise(model: PreTrainedModel, how: str, task: str, on_cpu: bool) -> None:
+def quantise(model: PreTrainedModel, how: str, on_cpu: bool) -> None:
     """Exchange the layers that `load_teacher(..., quantize=how)` would quantise, on the meta device."""
-    skipped = None if task in ("causal-lm", "seq2seq-lm") else _HEADS
-    kept = HfQuantizer.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules)
+    kept = HfQuantizer.get_modules_to_not_convert(model, skip_patterns(model), model._keep_in_fp32_modules)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and should_convert_module(name, kept):
             shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]

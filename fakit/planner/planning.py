@@ -10,17 +10,27 @@ from functools import cached_property
 from numbers import Real
 from pathlib import Path
 
+from torch._subclasses import fake_tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fakit.figures import Figure
 from fakit.figures.plan import memory_plan
 from fakit.layer_maps import LayerMap
 from fakit.models.kinds import untied
-from fakit.models.load import _CLASSES
+from fakit.models.load import _CLASSES, check_stored_precision, stored_precision
 from fakit.models.pretrained import in_one_sentence
 from fakit.planner.cards import CARDS, GB, Card, find_card
 from fakit.planner.presets import PRESETS, config_text, guess_task, read_config
 from fakit.planner.step import OPTIMIZERS, TERMS, Setup, Step, built, position_limit, simulate
+
+# What torch raises where a program asks for the values of tensors that have none.
+_NEEDS_DATA = (
+    NotImplementedError,
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+)
 
 Student = str | int | tuple[int, int | None] | Sequence[int]
 
@@ -205,6 +215,7 @@ class Plan:
             + (" under bf16 autocast" if setup.dtype == "bf16" else ""),
             f"step     {setup.batch} × {setup.seq} tokens, {', '.join(setup.terms)}, {setup.optimizer}"
             + (", gradient checkpointing" if setup.checkpointing else ""),
+            *self._unquantised(),
             "",
             "memory at the peak of a step",
         ]
@@ -224,6 +235,16 @@ class Plan:
                 f"Overhead ({CONTEXT / GB:.1g} GB context, {FRAGMENTS:.0%} fragments) and times are assumptions: no GPU has measured them here."
             )
         return "\n".join(lines)
+
+    def _unquantised(self) -> list[str]:
+        """Why few bits save little on a mixture of experts."""
+        share = self.step.stacked / self.step.parameters["teacher"]
+        if self.setup.quantize is None or share < 0.05:
+            return []
+        return [
+            f"note     {share:.0%} of the teacher's parameters are experts, all of a layer's in one tensor; bitsandbytes quantises linear layers "
+            f"alone, so they stay {_DTYPES[self.setup.dtype]}"
+        ]
 
     def _times(self) -> list[str]:
         cards = [self.card] if self.card is not None else [c for c in CARDS.values() if c.memory >= self.peak][:3]
@@ -272,7 +293,7 @@ def plan(
         student: layers, or layers and width: 4, "4", (4, 1024), "4x1024"; or the teacher's block numbers, [1, 8, 16].
         batch: rows of a batch, in one micro-step.
         seq: tokens of a row, padding included.
-        quantize: the teacher's: None, "8bit" or "4bit".
+        quantize: the teacher's: None, "8bit" or "4bit"; of a checkpoint that is quantised already, as it is stored.
         dtype: "bf16": the teacher in bf16, the student in float32 under bf16 autocast (fp16 takes as much); "fp32".
         memory: a card's name ("T4", "A100 40GB") or an amount ("16GB"), a GB being 10⁹ bytes.
         task: of both models, as for `load_teacher`; guessed from the configuration unless given.
@@ -311,6 +332,15 @@ def plan(
         if not 0 < number < math.inf or (what == "utilisation" and number > 1):
             raise ValueError(f"{what} is {number}; it is above 0 and {most}.")
     limit_name, limit, card = find_card(memory)
+    stored = stored_precision(config)
+    if stored is not None:
+        check_stored_precision(name, stored, quantize)
+        if stored not in ("8bit", "4bit"):
+            raise ValueError(
+                f"the checkpoint of {name} is stored in {stored!r} (its quantization_config), and what that takes is known of bitsandbytes' "
+                "8 and 4 bits alone. Plan with a configuration without quantization_config: full precision, or quantize=…."
+            )
+        quantize = stored
     used = tuple(term for term in TERMS if term in terms)
     pairs = None if layer_map is None else tuple(layer_map.pairs)
     how = (quantize, dtype, optimizer, checkpointing, used, pairs, device == "gpu")
@@ -318,7 +348,7 @@ def plan(
     source = config if name in PRESETS or isinstance(teacher, PreTrainedConfig) else teacher
     with in_one_sentence(name, f"as a {setup.task} model"):
         made = built(setup.config, setup.task)
-    setup = replace(setup, untied=untied(made, source))
+    setup = replace(setup, untied=untied(made, source), stored=stored is not None)
     steps = None if tokens is None else math.ceil(tokens / (batch * seq))
     positions = position_limit(setup.config, setup.task)
     if positions is not None and seq > positions:
@@ -326,9 +356,14 @@ def plan(
     try:
         step = simulate(setup)
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if isinstance(error, _NEEDS_DATA):
+            raise ValueError(
+                f"a step of {name} cannot be run without data: its code looks at values or makes tensors in ways that shapes alone do not answer "
+                f"({said}). Plan with a family of its size that can, such as BERT or Llama."
+            ) from error
         raise ValueError(
-            f"a step of {name} cannot be run without data: its code looks at values or makes tensors in ways that shapes alone do not answer "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Plan with a family of its size that can, such as BERT or Llama."
+            f"a step of {name} as a {setup.task} model does not run: {said}. Its configuration may lack a setting, or its sizes not fit each other."
         ) from error
     return Plan(name, setup, step, limit_name, limit, card, utilisation, steps)
 
@@ -389,7 +424,7 @@ def _changes(setup: Setup, largest_batch: int) -> Iterator[tuple[str, dict]]:
         yield "bf16", {"dtype": "bf16"}
     if setup.quantize is None:
         yield "8-bit teacher", {"quantize": "8bit"}
-    if setup.quantize != "4bit":
+    if setup.quantize != "4bit" and not setup.stored:
         yield "4-bit teacher", {"quantize": "4bit"}
     if setup.optimizer == "adamw":
         yield "8-bit AdamW", {"optimizer": "adamw-8bit"}

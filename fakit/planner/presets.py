@@ -105,14 +105,18 @@ def read_config(teacher: str | Path | PreTrainedConfig | PreTrainedModel) -> tup
 
 
 def guess_task(config: PreTrainedConfig) -> str:
-    """The task of the class that the configuration was saved from; else the one that its family is known for."""
+    """The task of the class that the configuration was saved from; else the one that its family is known for.
+
+    ForConditionalGeneration is the name of encoder-decoders and of decoders that also see or hear: the configuration says which.
+    """
     architectures = " ".join(config.architectures or [])
+    writes = "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"
     for words, task in (
         ("ForSequenceClassification", "sequence-classification"),
         ("ForCausalLM", "causal-lm"),
-        ("LMHead", "causal-lm"),
+        ("LMHead", writes),
         ("ForMaskedLM", "masked-lm"),
-        ("ForConditionalGeneration", "seq2seq-lm"),
+        ("ForConditionalGeneration", writes),
     ):
         if words in architectures:
             return task
@@ -121,7 +125,13 @@ def guess_task(config: PreTrainedConfig) -> str:
         "seq2seq-lm": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     }
-    return next((task for task, names in known.items() if config.model_type in names), "encoder")
+    found = [task for task, names in known.items() if config.model_type in names]
+    return "causal-lm" if "causal-lm" in found and _sees(config) else next(iter(found), "encoder")
+
+
+def _sees(config: PreTrainedConfig) -> bool:
+    """A decoder of text inside a larger configuration (with images, sounds)."""
+    return not config.is_encoder_decoder and config.get_text_config() is not config
 
 
 def config_text(config: PreTrainedConfig) -> str:

@@ -62,6 +62,7 @@ class Setup:
     pairs: tuple[tuple[int, int], ...] | None = None
     accelerator: bool = True
     untied: tuple[str, ...] = ()  # parameters that the configuration ties and the teacher's weights do not
+    stored: bool = False  # the checkpoint is quantised already
 
     def teacher_config(self) -> PreTrainedConfig:
         """The configuration as an object."""
@@ -81,6 +82,7 @@ class Step:
         trainable: number of entries that the optimiser has, projections included.
         weight_bytes: "teacher", "student" → bytes of weights as stored.
         depths: "teacher", "student" → layers; widths: the same → hidden size.
+        stacked: number of the teacher's weights that are experts of a mixture, all of a layer's in one tensor, which is never quantised.
     """
 
     memory: dict[str, int]
@@ -92,6 +94,7 @@ class Step:
     weight_bytes: dict[str, int]
     depths: dict[str, int]
     widths: dict[str, int]
+    stacked: int = 0
 
 
 @lru_cache(maxsize=256)
@@ -110,7 +113,7 @@ def simulate(setup: Setup) -> Step:
     depths = {side: sum(stack_depths(model)) for side, model in (("teacher", teacher), ("student", student))}
     objective = _objective(setup, teacher, student)
     if setup.quantize is not None:
-        quantise(teacher, setup.quantize, setup.task, on_cpu=not setup.accelerator)
+        quantise(teacher, setup.quantize, on_cpu=not setup.accelerator)
     teacher.eval().requires_grad_(False)
     if setup.checkpointing:
         student.config.use_cache = False
@@ -174,6 +177,7 @@ def _booked(ledger: Ledger, logical, depths, teacher, student, trainable) -> Ste
         written={name: float(ledger.written[phase]) for name, phase in phases.items()},
         parameters=logical,
         trainable=sum(p.numel() for p in trainable),
+        stacked=sum(p.numel() for p in teacher.parameters() if p.dim() == 3),
         weight_bytes={side: _bytes(model) for side, model in (("teacher", teacher), ("student", student))},
         depths=depths,
         widths={

@@ -96,6 +96,64 @@ def test_a_classifiers_head_stays_in_full_precision(quantize, tmp_path):
     assert type(teacher.bert.encoder.layer[0].attention.self.query) is not nn.Linear
 
 
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+HEADS = {  # task, class, configuration, layers that stay in full precision
+    "albert": ("masked-lm", "albert", {"embedding_size": 64}, {"predictions.dense", "predictions.decoder"}),
+    "mpnet": ("masked-lm", "mpnet", {}, {"lm_head.dense", "lm_head.decoder"}),
+    "electra": ("sequence-classification", "electra", {}, {"classifier.dense", "classifier.out_proj"}),
+    "deberta": ("sequence-classification", "deberta-v2", {"pooler_hidden_size": 64}, {"pooler.dense", "classifier"}),
+    "opt": ("causal-lm", "opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}, {"lm_head"}),
+    "mixtral": ("causal-lm", "mixtral", {}, {"lm_head"}),
+}
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_stay_in_full_precision_whatever_they_are_called(name, quantize, tmp_path):
+    task, family, changes, heads = HEADS[name]
+    full = tiny(family, **SMALL | changes)
+    full.save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path, task=task, quantize=quantize)
+    assert {n for n, module in teacher.named_modules() if type(module) is nn.Linear} == heads
+    output = teacher.get_output_embeddings()
+    if output is not None and full.config.tie_word_embeddings:
+        assert output.weight is teacher.get_input_embeddings().weight
+    with torch.no_grad():
+        found, expected = teacher(**batch()).logits, full(**batch()).logits
+    assert 0 < (found - expected).norm() / expected.norm() < (0.1 if quantize == "8bit" else 0.9)
+
+
+@pytest.mark.parametrize(("stored", "other"), [("8bit", "4bit"), ("4bit", "8bit")])
+def test_a_quantised_checkpoint_is_loaded_as_it_is_stored_or_refused(stored, other, folder, tmp_path):
+    first = load_teacher(folder, quantize=stored)
+    first.save_pretrained(tmp_path / stored)
+    for again in (load_teacher(tmp_path / stored), load_teacher(tmp_path / stored, quantize=stored)):
+        assert is_quantized(again) and fingerprint(again) == fingerprint(first)
+        assert not again.training and not any(p.requires_grad for p in again.parameters())
+        with torch.no_grad():
+            assert torch.equal(again(**batch()).logits, first(**batch()).logits)
+    with pytest.raises(ValueError, match=f"quantize='{other}' was requested.* is stored in '{stored}' already"):
+        load_teacher(tmp_path / stored, quantize=other)
+    with pytest.raises(ValueError, match=f"an adapter was to be merged into .*stored in '{stored}'"):
+        load_teacher(tmp_path / stored, adapter=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("method", "quantize", "said"),
+    [
+        ("gptq", None, "could not be loaded as a causal-lm model: .*GPTQ.* requires"),
+        ("awq", "4bit", "quantize='4bit' was requested, .* is stored in 'awq' already"),
+        ("nothing-known", None, "stored by 'nothing-known', which transformers cannot read"),
+    ],
+)
+def test_checkpoints_that_are_stored_in_other_ways_are_refused_for_their_reason(method, quantize, said, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=said):
+        load_teacher(folder, quantize=quantize)
+
+
 def test_keywords_reach_transformers(folder):
     teacher = load_teacher(folder, dtype=torch.bfloat16, attn_implementation="eager")
     assert teacher.dtype == torch.bfloat16 and teacher.config._attn_implementation == "eager"

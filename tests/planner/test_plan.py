@@ -10,20 +10,29 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     FNetConfig,
     FNetForMaskedLM,
+    Gemma3Config,
+    Gemma3TextConfig,
     LlamaConfig,
+    LlavaConfig,
     Mamba2Config,
     Mamba2ForCausalLM,
+    MBartConfig,
+    Mistral3Config,
+    MixtralConfig,
+    SiglipVisionConfig,
+    T5Config,
     XLNetConfig,
 )
 
 from fakit import LayerMap
 from fakit.__main__ import main
 from fakit.models.load import _CLASSES
-from fakit.planner import CARDS, PRESETS, Plan, find_card, plan, read_config
+from fakit.planner import CARDS, PRESETS, Plan, find_card, plan, planning, read_config
 from fakit.planner.planning import CONTEXT, FRAGMENTS
 from fakit.planner.presets import config_text, guess_task
 from fakit.planner.step import position_limit, simulate
@@ -312,3 +321,80 @@ def test_models_without_heads_are_planned_without_attention_and_refused_with_it_
     assert found.step.parameters["teacher"] == sum(p.numel() for p in model(config).parameters())
     with pytest.raises(ValueError, match=r"gives no attention maps.*Leave the attention term out"):
         plan(config, 2, batch=1, seq=8)
+
+
+# -- what kind of model it is -----------------------------------------------------------------------------------------
+
+TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
+EYE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+EYE |= {"image_size": 8, "patch_size": 4}
+
+
+def test_a_decoder_that_sees_is_planned_as_the_causal_model_it_is():
+    text = Gemma3TextConfig(**TEXT, num_key_value_heads=2, head_dim=16)
+    config = Gemma3Config(text_config=text, vision_config=SiglipVisionConfig(**EYE).to_dict())
+    assert guess_task(config) == "causal-lm"
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    assert guess_task(config) == "causal-lm"
+    found = plan(config, 2, 2, 16, device="cpu")  # four patches of an image are no limit of a text's length
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert found.step.parameters["teacher"] == sum(p.numel() for p in model.parameters())
+
+
+def test_conditional_generation_is_an_encoder_decoders_where_it_is_one():
+    names = {"architectures": ["MBartForConditionalGeneration"]}
+    assert guess_task(MBartConfig(**names)) == "seq2seq-lm"
+    assert guess_task(Mistral3Config(architectures=["Mistral3ForConditionalGeneration"])) == "causal-lm"
+    assert guess_task(T5Config(architectures=["T5WithLMHeadModel"])) == "seq2seq-lm"
+
+
+def test_what_no_class_is_made_of_is_refused_in_one_sentence():
+    with pytest.raises(
+        ValueError, match=r"makes no causal-lm model \(AutoModelForCausalLM\) of a LlavaConfig \(llava\)"
+    ):
+        plan(LlavaConfig(architectures=["LlavaForConditionalGeneration"]), 2, 2, 16)
+
+
+def test_a_setting_that_is_missing_is_not_said_to_be_a_question_of_data():
+    config = T5Config(vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    with pytest.raises(ValueError, match=r"a step of T5 as a seq2seq-lm model does not run: .*decoder_start_token_id"):
+        plan(config, 1, 2, 16)
+
+
+def test_few_bits_of_a_mixture_say_what_they_leave():
+    config = MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=4)
+    full, few = (plan(config, 2, 2, 16, device="cpu", quantize=bits) for bits in (None, "4bit"))
+    experts = 4 * 4 * 3 * 64 * 128  # layers × experts × projections × d × d_ff
+    assert few.step.stacked == experts
+    assert few.step.weight_bytes["teacher"] > 2 * experts > 0.8 * full.step.weight_bytes["teacher"]
+    assert (
+        f"{experts / full.step.parameters['teacher']:.0%} of the teacher's parameters are experts"
+        in few._unquantised()[0]
+    )
+    assert not full._unquantised()
+    dense = plan(LlamaConfig(**TEXT), 2, 2, 16, device="cpu", quantize="4bit")
+    assert dense.step.stacked == 0 and not dense._unquantised()
+
+
+@pytest.mark.parametrize(("stored", "other"), [("8bit", "4bit"), ("4bit", "8bit")])
+def test_a_checkpoint_that_is_quantised_already_is_planned_as_it_is_stored(stored, other):
+    own = {"quant_method": "bitsandbytes", f"load_in_{stored}": True}
+    config, plain = LlamaConfig(**TEXT, quantization_config=own), LlamaConfig(**TEXT)
+    found = plan(config, 2, 2, 16)
+    assert found.setup.quantize == stored
+    assert found.step.weight_bytes == plan(plain, 2, 2, 16, quantize=stored).step.weight_bytes
+    assert not any("bit teacher" in name for name, _ in planning._changes(found.setup, 2))
+    with pytest.raises(ValueError, match=f"quantize='{other}' was requested, .* is stored in '{stored}' already"):
+        plan(config, 2, 2, 16, quantize=other)
+
+
+def test_a_checkpoint_that_is_stored_in_another_way_is_refused_by_its_name():
+    with pytest.raises(ValueError, match=r"is stored in 'gptq' \(its quantization_config\)"):
+        plan(LlamaConfig(**TEXT, quantization_config={"quant_method": "gptq", "bits": 4}), 2, 2, 16)
