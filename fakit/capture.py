@@ -22,7 +22,7 @@ from fakit.models.blocks import encoder_depth, find_blocks, is_encoder_decoder, 
 from fakit.models.head import find_finish, find_head, without_logits
 from fakit.models.heads import problem_type
 from fakit.models.inputs import BORDERS, DECODER_INPUTS, at_places, has_decoder_inputs, prepare_inputs, token_mask
-from fakit.models.kinds import is_causal_lm, layerdrop
+from fakit.models.kinds import is_causal_lm, layerdrop, rescaled
 from fakit.models.random_state import random_state_kept
 from fakit.recorder import Recorder
 from fakit.trace import Trace
@@ -59,6 +59,12 @@ def capture(
     blocks = find_blocks(model) if hidden_states or attentions else []
     if blocks and model.training:
         _check_every_layer_runs(model)
+    elif hidden_states and rescaled(model):
+        raise ValueError(
+            f"hidden states were requested of {type(model).__name__} in evaluation mode, which halves them after every "
+            f"{model.config.rescale_every} blocks, and some weights with them (rescale_every): they are not those of a model in training. "
+            "Call fakit.models.without_rescaling(model) first; load_teacher, shrink and DistillationTrainer do."
+        )
     _check_layers(model, hidden_states, attentions, blocks)
     ready = prepare_inputs(model, batch)
     inputs = ready.inputs

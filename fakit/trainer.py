@@ -31,7 +31,7 @@ from fakit.models.adapters import ADAPTER, base_fingerprint, check_adapter, is_a
 from fakit.models.blocks import find_blocks, stack_depths, without_adapter
 from fakit.models.heads import problem_type, without_logits
 from fakit.models.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
-from fakit.models.kinds import is_causal_lm, ties, untie, without_layerdrop
+from fakit.models.kinds import is_causal_lm, ties, untie, without_layerdrop, without_rescaling
 from fakit.models.load import is_quantized
 from fakit.models.preflight import preflight
 from fakit.models.tables import CheckedCollator, Tables, check_data, tables
@@ -213,6 +213,9 @@ class DistillationTrainer(Trainer):
                 "The student's %s is set to 0: its layers are matched, and a layer that is left out has nothing to match.",
                 ", ".join(f"{name} ({value})" for name, value in off.items()),
             )
+        for model in (teacher, student):
+            if model is not None and without_rescaling(model):
+                logger.warning("%s no longer rescales its weights when it is evaluated.", type(model).__name__)
         if is_adapted(student):
             check_adapter(student)
         if teacher is not None:

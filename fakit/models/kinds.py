@@ -125,6 +125,27 @@ def without_layerdrop(model: nn.Module) -> dict[str, float]:
     return _named(found)
 
 
+def rescaled(model: nn.Module) -> list[nn.Module]:
+    """Modules that change their own weights when they are evaluated, and back when they are trained.
+
+    RWKV halves two matrices of a block, and the hidden states, after every `rescale_every` blocks, for fp16's sake: in evaluation its
+    weights are not those to save or to copy, and its hidden states not on the scale of a model in training.
+    """
+    return [m for m in model.modules() if "layers_are_rescaled" in vars(m) and m.config.rescale_every > 0]
+
+
+def without_rescaling(model: nn.Module) -> bool:
+    """Have the weights as they were trained, and stay so in evaluation; the outputs are the same. True where something was changed."""
+    found = rescaled(model)
+    for module in found:
+        if module.layers_are_rescaled:
+            training, module.training = module.training, True
+            module._rescale_layers()  # what its forward pass does on the way back to training
+            module.training = training
+        module.config.rescale_every = 0
+    return bool(found)
+
+
 def _named(found: list[tuple[object, str, float]]) -> dict[str, float]:
     """The configurations' names for them; a module's own where no configuration has one."""
     settings = {name: value for holder, name, value in found if isinstance(holder, PreTrainedConfig)}

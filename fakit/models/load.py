@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.pytorch_utils import Conv1D
 
 from fakit.models.adapter import merge_adapter
-from fakit.models.kinds import head_layers
+from fakit.models.kinds import head_layers, without_rescaling
 from fakit.models.pretrained import CLASSES as _CLASSES
 from fakit.models.pretrained import check_nothing_random, empty_model, read_config, read_model, read_tokenizer
 
@@ -90,6 +90,7 @@ def load_teacher(
             # bitsandbytes' CPU kernel would pack the weights anew in the first forward pass, and (0.50) not turn that back right when
             # they are saved or hashed: a teacher has to stay the same. Costs half of the speed of 4 bits on a CPU.
             module.support_avx512bf16_for_cpu = False
+    without_rescaling(teacher)
     return teacher.eval().requires_grad_(False)
 
 

@@ -80,3 +80,33 @@ def test_what_is_untied_is_read_off_the_weights_the_file_or_the_model(tmp_path):
     save_file({n: w for n, w in weights.items() if n != "lm_head.weight"}, folder / "model.safetensors")
     assert untied(built, folder) == ()  # the weights have the last word
     assert untied(built, built) == untied(built, built.config) == ()
+
+
+def test_a_model_that_rescales_its_weights_in_evaluation(tmp_path):
+    """RWKV halves weights and hidden states when it is evaluated: not what a student is copied from, matched with or saved as."""
+    torch.manual_seed(0)
+    config = hf.RwkvConfig(
+        vocab_size=50, hidden_size=16, attention_hidden_size=16, num_hidden_layers=5, context_length=16, rescale_every=2
+    )
+    model, batch = hf.RwkvForCausalLM(config).eval(), {"input_ids": torch.arange(16).view(2, 8)}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="halves them after every 2 blocks"):
+        capture(model, batch, hidden_states=[4])
+    before = model.train()(**batch).logits  # as it is trained; no dropout
+    model.eval()(**batch)
+    assert not torch.equal(
+        model.state_dict()["rwkv.blocks.4.feed_forward.value.weight"],
+        weights["rwkv.blocks.4.feed_forward.value.weight"],
+    )
+    student = shrink(model, layers=5)  # of a teacher that has run
+    for name, value in weights.items():
+        torch.testing.assert_close(student.state_dict()[name], value, rtol=0, atol=0)
+    torch.testing.assert_close(model(**batch).logits, before, rtol=1e-5, atol=1e-6)
+    training, evaluated = student.train(), model
+    states = [capture(m, batch, hidden_states=range(6)).hidden_states for m in (training, evaluated)]
+    for layer, theirs in states[1].items():
+        torch.testing.assert_close(states[0][layer], theirs, rtol=1e-5, atol=1e-6)
+    student.eval()(**batch)
+    student.save_pretrained(tmp_path)
+    again = hf.RwkvForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(**batch).logits, before, rtol=1e-5, atol=1e-6)
