@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification
 from transformers.trainer_callback import PrinterCallback
 
-from fakit import DistillationTrainer, LayerMap, Objective, Task, TeacherCache
+from fakit import DistillationTrainer, LayerMap, Objective, TeacherCache
 from fakit.teacher_cache.training import ROW, CachedRowsCollator, with_rows
 from tests.families import VOCAB, tiny, tokenizer
 from tests.training import At, arguments, logged, parts, weights
@@ -309,7 +309,6 @@ def test_a_weight_that_rises_in_training_and_asks_too_much_is_refused_then(tmp_p
 
 def test_a_random_map_finds_every_layer_that_it_may_draw(tmp_path):
     made = parts(layer_map=LayerMap.random(2, 3, seed=1))
-    made[2].task = Task()
     cache = TeacherCache.build(tmp_path / "cache", made[0], rows(), made[2], dtype="float32")
     assert cache.content.hidden_states == cache.content.attentions == (1, 2, 3)
     trainer = run(tmp_path, cache=cache, made=made, num_train_epochs=5)

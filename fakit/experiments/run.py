@@ -259,7 +259,8 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
         else:
             done = finished["finished"]
             done["history"] = [{k: v for k, v in row.items() if v is not None} for row in done["history"]]
-            student = type(student).from_pretrained(out, dtype=torch.float32).to(args.device)
+            student = type(student).from_pretrained(out, dtype=torch.float32, trust_remote_code=False)
+            student = student.to(args.device)
 
     scores = _evaluate(student, prepared.test, task, tokenizer, prepared.reference())
     result = RunResult(
