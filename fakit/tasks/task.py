@@ -156,6 +156,11 @@ class TextTask:
         return self.splits[data]
 
     def _encode_texts(self, rows: dict[str, list], tokenizer, max_length: int, cut: Cut) -> dict[str, list]:
+        added = tokenizer.num_special_tokens_to_add(pair="text_pair" in rows)
+        if max_length <= added:
+            raise ValueError(
+                f"{self.name}: max_length={max_length} was requested, and {added} special tokens take all of it; a row takes {added + 1} or more."
+            )
         batch = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
         for row in batch.encodings or ():  # none from a tokenizer that is not fast
             if row.overflowing:

@@ -163,3 +163,13 @@ def test_errors_say_what_is_there(words, characters):
     unpadded.pad_token = None
     with pytest.raises(ValueError, match=r"tokenizer.pad_token = tokenizer.eos_token"):
         task.collator(unpadded)
+
+
+def test_a_length_that_the_special_tokens_take_whole_is_refused(words):
+    labels = [0, 1] * 20
+    texts = task_from(rows(40, label=labels), name="toy")
+    pairs = task_from(rows(40, other=["b"] * 40, label=labels), name="toy", text_pair="other")
+    for task, special in ((texts, 2), (pairs, 3)):
+        with pytest.raises(ValueError, match=f"max_length={special} was requested, and {special} special tokens take"):
+            task.encode("test", words, max_length=special)
+        assert max(map(len, task.encode("test", words, max_length=special + 1)["input_ids"])) == special + 1
