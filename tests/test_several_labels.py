@@ -39,6 +39,7 @@ from fakit import (
 from fakit.evaluation import evaluate
 from fakit.losses.task import task_loss
 from fakit.shares import counts
+from fakit.trace import Trace
 from tests.families import batch, tiny
 from tests.training import arguments, data, make
 
@@ -93,11 +94,7 @@ def test_forward_kl_of_several_labels_is_their_cross_entropy_minus_the_teachers_
     student, teacher = (torch.randn(5, 3, generator=generator) for _ in range(2))
     p = torch.sigmoid(teacher)
     expected = F.binary_cross_entropy_with_logits(student, p) - F.binary_cross_entropy_with_logits(teacher, p)
-    traces = [
-        SimpleNamespace(logits=z, head=None, causal=False, problem_type="multi_label_classification", detach=None)
-        for z in (student, teacher)
-    ]
-    traces[1].detach = lambda: traces[1]
+    traces = [Trace(logits=z, problem_type="multi_label_classification") for z in (student, teacher)]
     found = Objective(None, outputs=Outputs(temperature=1.0))(*traces)
     assert found.terms["outputs"].item() == pytest.approx(expected.item(), rel=1e-5)
 

@@ -18,13 +18,15 @@ from tests.browser.pages import open_report, watched
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+# of the whole sequence, which a processor without bf16 arithmetic takes a quarter of an hour for beside other tests
+pytestmark = pytest.mark.timeout(2700)
 REPRESENTATIONS = {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"}
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sequence") / "reports"
-    command = [sys.executable, "-m", "fakit", "run", "--profile", "quick", "--jobs", "1", "--out", str(folder)]
+    command = [sys.executable, "-m", "fakit", "run", "--profile", "quick", "--jobs", "2", "--out", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder

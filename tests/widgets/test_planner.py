@@ -77,7 +77,7 @@ def test_a_failure_of_the_step_is_shown_not_swallowed(planner, monkeypatch):
 
     monkeypatch.setattr("fakit.planner.planning.simulate", broken)
     planner.batch.value = 4
-    assert planner.plan is None and "do not answer (RuntimeError: no meta kernel)" in planner.sentence
+    assert planner.plan is None and "does not run: RuntimeError: no meta kernel" in planner.sentence
 
 
 def test_a_configuration_of_ones_own():
