@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import os
 import platform
 import random
@@ -127,6 +128,13 @@ def setup(
     return Session(profile, seed, device, model, facts)
 
 
+class _Printed(logging.Handler):
+    """What the kit logs, printed: what it has to say of the data is no error, and a notebook shows the log in red."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record))
+
+
 def _quiet() -> None:
     """Leave the page to the notebook: no library reports, no bars for work of a second; errors still show."""
     import warnings
@@ -134,6 +142,9 @@ def _quiet() -> None:
     import datasets
     import transformers
 
+    log = logging.getLogger("fakit")
+    if not log.handlers:
+        log.addHandler(_Printed())
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
