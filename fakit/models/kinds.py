@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from fakit.models.blocks import is_encoder_decoder, without_adapter
@@ -195,14 +196,23 @@ def _asked(model: nn.Module) -> bool:
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     if is_encoder_decoder(model) or all(part.get_output_embeddings() is None for part in parts):  # no head over tokens
         return False
+    probe = _without_loss_warning(double(model).eval())
     if model.main_input_name == "input_ids" and not any(parameter.is_meta for parameter in model.parameters()):
-        embedded, outputs = _run(double(model).eval())
+        embedded, outputs = _run(probe)
         if outputs is not None:
             logits = getattr(outputs, "logits", None)
             if not isinstance(logits, Tensor) or logits.shape[:2] != (1, _TOKENS):
                 return False
             return _shifts(logits, getattr(outputs, "loss", None)) or not _looks_ahead(embedded, logits)
-    return _shifts(*_made_up_loss(model))  # it reads no text alone, or has no weights
+    return _shifts(*_made_up_loss(probe))  # it reads no text alone, or has no weights
+
+
+def _without_loss_warning(model: nn.Module) -> nn.Module:
+    """The loss that transformers takes where a class's name is that of no loss (GPT2LMHeadModel), without its warning about a setting nobody set."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and getattr(part, "loss_type", None) not in LOSS_MAPPING:
+            part.loss_type = "ForCausalLM"
+    return model
 
 
 def _run(model: nn.Module) -> tuple[list[Tensor], object]:

@@ -1,6 +1,7 @@
 """Causal or not is asked of the model: the task's loss is the model's own, whatever the class is called."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -139,6 +140,25 @@ def test_models_that_read_no_text_alone_are_asked_by_their_loss_function():
     with torch.device("meta"):
         llama, bert = hf.LlamaForCausalLM(tiny("llama").config), hf.BertForMaskedLM(tiny("bert").config)
         assert is_causal_lm(llama) and not is_causal_lm(bert)
+
+
+def test_the_question_warns_of_no_setting_that_nobody_set(caplog):
+    """transformers does where a class's name is that of no loss, once a process, and in red in a notebook."""
+    model = tiny("gpt2")
+    assert model.loss_type is None
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(caplog.handler)
+    level = logger.level
+    logger.setLevel("WARNING")
+    try:
+        logger.warning_once.__func__.cache_clear()
+        assert is_causal_lm(model)
+        with torch.device("meta"):
+            assert is_causal_lm(hf.GPT2LMHeadModel(model.config))
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records and model.loss_type is None
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "electra"])
