@@ -18,7 +18,7 @@ from benchmarks import hand_written
 from benchmarks.measure import Way, peak_mebibytes
 from benchmarks.models import FULL, QUICK, Batch, Size, models, random_batch
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture
-from fakit.losses.chunked import fused_outputs
+from fakit.losses.fused.chunked import fused_outputs
 
 
 def all_terms() -> Objective:

@@ -11,20 +11,19 @@ import importlib
 import logging
 import pkgutil
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fakit.capture import capture
     from fakit.layer_maps import LayerMap
     from fakit.models.load import load_teacher
     from fakit.models.preflight import preflight
     from fakit.models.shrink import shrink
-    from fakit.objective import Objective
-    from fakit.teacher_cache import TeacherCache
-    from fakit.terms import Attention, Features, Outputs, Task
-    from fakit.trace import Trace
-    from fakit.trainer import DistillationTrainer
+    from fakit.objective.objective import Objective
+    from fakit.objective.terms import Attention, Features, Outputs, Task
+    from fakit.tracing.capture import capture
+    from fakit.tracing.trace import Trace
+    from fakit.training.teacher_cache import TeacherCache
+    from fakit.training.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
 
@@ -33,34 +32,21 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Public name → the module that defines it; the block above says the same to type checkers.
 _EXPORTS = {
-    "Attention": "fakit.terms",
-    "DistillationTrainer": "fakit.trainer",
-    "Features": "fakit.terms",
+    "Attention": "fakit.objective.terms",
+    "DistillationTrainer": "fakit.training.trainer",
+    "Features": "fakit.objective.terms",
     "LayerMap": "fakit.layer_maps",
-    "Objective": "fakit.objective",
-    "Outputs": "fakit.terms",
-    "Task": "fakit.terms",
-    "TeacherCache": "fakit.teacher_cache",
-    "Trace": "fakit.trace",
-    "capture": "fakit.capture",
+    "Objective": "fakit.objective.objective",
+    "Outputs": "fakit.objective.terms",
+    "Task": "fakit.objective.terms",
+    "TeacherCache": "fakit.training.teacher_cache",
+    "Trace": "fakit.tracing.trace",
+    "capture": "fakit.tracing.capture",
     "load_teacher": "fakit.models.load",
     "preflight": "fakit.models.preflight",
     "shrink": "fakit.models.shrink",
 }
 __all__ = sorted(_EXPORTS)
-
-
-class _Package(ModuleType):
-    """The package object: keeps a function that has its module's name, as `capture`, when that module is imported.
-
-    The import system binds every submodule on its package; `from fakit import capture` would then give the module
-    or the function, depending on what was imported before.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _EXPORTS.get(name) == value.__name__:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
 
 
 def _parts() -> set[str]:
@@ -79,6 +65,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_EXPORTS, *_parts()})
-
-
-sys.modules[__name__].__class__ = _Package

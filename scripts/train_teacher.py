@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from fakit.evaluation import evaluate
 from fakit.models.load import load_teacher, resolve_model
-from fakit.precision import autocast
 from fakit.tasks import MINILM, TextTask, load_task
 from fakit.tasks.scans import add_scan_noise, scan_tokenizer
+from fakit.training.precision import autocast
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ planner
 CELLS["cockpit"] = """
 import tempfile
 from fakit import Attention, DistillationTrainer, Features, LayerMap, Objective, Outputs, Task, shrink
-from fakit.session import TrainSession
+from fakit.training.session import TrainSession
 from fakit.tasks import embedded_teacher, load_task
 from fakit.teaching import setup
 from fakit.widgets import cockpit

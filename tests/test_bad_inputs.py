@@ -8,9 +8,9 @@ from fakit.__main__ import main
 from fakit.experiments import ExperimentConfig
 from fakit.experiments.store import RunStore
 from fakit.models.load import check_device
-from fakit.notebooks import find_notebooks
 from fakit.planner import plan
 from fakit.planner.cards import find_card
+from fakit.teaching.runner import find_notebooks
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import transformers as hf
 from torch import Tensor
 
 from fakit import Trace, capture
-from fakit.capture import is_causal_lm
 from fakit.models import find_blocks
+from fakit.tracing.capture import is_causal_lm
 from tests.families import (
     DECODERS,
     EAGER_ONLY,

@@ -34,7 +34,7 @@ def experiment(config, tmp_path):
 @pytest.fixture
 def asked(monkeypatch):
     """Stands in for the notebooks: records what was asked, answers with the statuses it is given."""
-    from fakit import notebooks
+    from fakit.teaching import runner as notebooks
 
     class Asked(dict):
         statuses = ("ok",)

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from fakit import __main__ as command
-from fakit.command_errors import in_a_sentence
+from fakit.__main__ import in_a_sentence
 
 
 @pytest.mark.parametrize(

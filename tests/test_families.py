@@ -8,9 +8,9 @@ import torch
 import transformers as hf
 
 from fakit import capture, shrink
-from fakit.capture import is_causal_lm
 from fakit.models import find_blocks
 from fakit.models.blocks import depth
+from fakit.tracing.capture import is_causal_lm
 from tests.families import (
     DECODERS,
     EAGER_ONLY,

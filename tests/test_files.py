@@ -11,7 +11,7 @@ import pytest
 
 from fakit import files
 from fakit.experiments.store import RunStore
-from fakit.session_record import Record
+from fakit.training.session.record import Record
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fakit import Features, LayerMap, Objective, Task, capture
-from fakit.gradients import (
+from fakit.objective.gradients import (
     HEAD,
     TermGradients,
     balanced_weights,

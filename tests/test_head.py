@@ -5,8 +5,8 @@ import torch
 import transformers as hf
 
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture, shrink
-from fakit.losses import chunked
-from fakit.models import head as heads
+from fakit.losses.fused import chunked
+from fakit.tracing import head_finder as heads
 from tests.families import batch, tiny
 
 LARGE = ["bert", "gpt2", "llama", "gemma2", "t5", "roberta"]

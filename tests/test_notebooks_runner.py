@@ -9,8 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fakit.notebook_pages import formula
-from fakit.notebooks import NotebookResult, describe, exit_status, find_notebooks, read_notebook, run_notebooks
+from fakit.teaching.pages import formula
+from fakit.teaching.runner import NotebookResult, describe, exit_status, find_notebooks, read_notebook, run_notebooks
 
 DRAW = """
 from fakit.figures import gradient_bars
@@ -222,7 +222,7 @@ def test_figures_show_from_disk_in_a_browser_without_network(run):
 def test_the_cell_tagged_centrepiece_stands_for_the_notebook():
     from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-    from fakit.notebook_pages import centrepiece
+    from fakit.teaching.pages import centrepiece
 
     def drawn(svg, tags=()):
         output = new_output("display_data", {"image/svg+xml": svg})
@@ -237,7 +237,7 @@ def test_the_cell_tagged_centrepiece_stands_for_the_notebook():
 def test_a_cell_with_folded_source_is_folded_on_the_page():
     from nbformat.v4 import new_code_cell, new_notebook
 
-    from fakit.notebook_pages import notebook_page
+    from fakit.teaching.pages import notebook_page
 
     folded = new_code_cell("folded_source", metadata={"jupyter": {"source_hidden": True}})
     result = NotebookResult("00", "00_one", "One", "?")

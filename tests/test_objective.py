@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, Trace, capture, objective, shrink
+from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, Trace, capture, shrink
 from fakit.losses import attention, features, outputs
 from fakit.losses.task import task_loss
+from fakit.objective import objective
 from tests.families import batch, tiny
 
 B, T, V, H = 2, 5, 11, 4

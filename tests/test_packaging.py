@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import subprocess
 import sys
@@ -154,12 +155,11 @@ def test_type_checkers_see_the_same_names_from_the_same_modules():
     assert {alias.name: node.module for node in block.body for alias in node.names} == fakit._EXPORTS
 
 
-def test_a_function_keeps_its_name_when_its_module_is_imported_later():
-    """`fakit.capture` is a module and a function; the import system would put the module in the function's place."""
-    for first in ("import fakit.capture", "import fakit.trainer", "from fakit import capture"):
-        assert python(f"{first}; import fakit.trainer; from fakit import capture; print(type(capture).__name__)") == (
-            "function\n"
-        )
+def test_every_module_is_a_module_and_nothing_hides_it():
+    """`fakit.capture` is a function, its module `fakit.tracing.capture`: the import system cannot put one in the other's place."""
+    said = "from fakit import capture; print(type(fakit.tracing.capture).__name__, type(capture).__name__)"
+    for first in ("import fakit.tracing.capture", "import fakit.training.trainer", "from fakit import capture"):
+        assert python(f"{first}; import fakit.tracing.capture; {said}") == "module function\n"
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
@@ -211,47 +211,95 @@ def test_imported_sees_relative_nested_and_from_imports():
     }
 
 
-# A part of fakit → the parts of fakit and the packages that it imports; and those that a function of it may import when
-# called (numerics only: nothing here knows a model).
+# The floors of the house, from the ground up: an import points to a lower floor or stays in its room, type-only imports included.
+FLOORS = [
+    ["files", "losses", "layer_maps"],
+    ["similarity", "models", "figures"],
+    ["tracing", "tasks"],
+    ["objective", "evaluation"],
+    ["training", "planner"],
+    ["experiments", "teaching"],
+    ["widgets"],
+    ["__main__"],
+]
+FLOOR = {f"fakit.{room}": number for number, rooms in enumerate(FLOORS) for room in rooms}
+# A room → what it may import beside the standard library and the kit; and what a function of it may, when called (numerics only).
 NUMERICS = ["numpy", "scipy"]
-LAYERS = {
-    "products": (["torch"], []),
-    "losses": (["fakit.errors", "fakit.losses", "fakit.products", "torch"], []),
-    "layer_maps": (["fakit.errors", "fakit.layer_maps", "torch"], NUMERICS),
-    "similarity": (["fakit.errors", "fakit.products", "fakit.similarity", "torch"], NUMERICS),
-    "breakdown": (["torch"], []),
-    "terms": (["fakit.losses", "fakit.layer_maps", "torch"], []),
-    "trace": (["fakit.losses", "torch"], []),
-    "objective": (["fakit.breakdown", "fakit.layer_maps", "fakit.losses", "fakit.terms", "torch"], []),
-    "gradients": (["fakit.breakdown", "fakit.capture", "fakit.models", "fakit.objective", "torch"], []),
+PACKAGES = {
     "files": (["filelock"], []),
-    "figures": (["fakit.errors", "fakit.figures", "fakit.files", "plotly", "matplotlib", "numpy"], NUMERICS),
+    "losses": (["torch"], []),
+    "layer_maps": (["torch"], NUMERICS),
+    "similarity": (["torch"], NUMERICS),
+    "figures": (["plotly", "matplotlib", "numpy"], NUMERICS),
+    "objective": (["torch"], []),
+}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "fakit").rglob("*.py"))
 }
 
 
-def files(part: str) -> list[Path]:
-    found = [*(ROOT / "fakit" / part).rglob("*.py"), *(ROOT / "fakit").glob(f"{part}.py")]
-    assert found, f"fakit has no part {part}"
+def all_imports(path: Path) -> dict[str, str]:
+    """Every name of the kit that a file imports, for type checkers too → the module that it lies in."""
+    package, names = path.relative_to(ROOT).with_suffix("").parts[:-1], []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            names += [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
+    found = {}
+    for name in names:
+        module = name
+        while module and module not in MODULES:
+            module = module.rpartition(".")[0]
+        if name.startswith("fakit"):
+            found[name] = module
     return found
 
 
-@pytest.mark.parametrize("part", LAYERS)
-def test_imports_point_down_only(part):
-    always, when_called = LAYERS[part]
-    for path in files(part):
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def test_every_room_stands_on_a_floor_and_few_modules_stand_loose():
+    assert {room(module) for module in MODULES} - {"fakit"} == set(FLOOR)
+    assert {path.stem for path in (ROOT / "fakit").glob("*.py")} == {"__init__", "__main__", "layer_maps", "files"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "fakit"])
+def test_imports_point_down_only(module):
+    own = room(module)
+    for name, target in all_imports(MODULES[module]).items():
+        if target in ("fakit", own) or room(target) == own:
+            continue
+        assert FLOOR[room(target)] < FLOOR[own], f"{module} imports {name}, which stands no lower"
+
+
+def test_no_module_imports_in_a_circle():
+    graph = {m: set(all_imports(path).values()) - {m, "fakit"} for m, path in MODULES.items() if m != "fakit"}
+    # a package's __init__ gathers its modules, and they do not import it
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_private_names_stay_in_their_module():
+    for module, path in MODULES.items():
+        for name, target in all_imports(path).items():
+            last = name.rpartition(".")[2]
+            assert not last.startswith("_") or last.startswith("__"), f"{module} imports {name} of {target}"
+
+
+@pytest.mark.parametrize("part", PACKAGES)
+def test_rooms_import_few_packages(part):
+    always, when_called = PACKAGES[part]
+    paths = [*(ROOT / "fakit" / part).rglob("*.py"), *(ROOT / "fakit").glob(f"{part}.py")]
+    assert paths
+    for path in paths:
         for module, in_function in imported(path).items():
-            if module.split(".")[0] in sys.stdlib_module_names:
+            if module.split(".")[0] in (*sys.stdlib_module_names, "fakit"):
                 continue
             allowed = always + when_called if in_function else always
             assert under(module, *allowed), f"{path.relative_to(ROOT)} imports {module}; {part} may import {allowed}"
-
-
-@pytest.mark.parametrize("part", ["models", "capture"])
-def test_models_and_capture_stand_below_the_trainer_and_the_experiments(part):
-    above = ["trainer", "experiments", "evaluation", "tasks", "figures", "teaching", "notebooks"]
-    for path in files(part):
-        for module in imported(path):
-            assert not under(module, *(f"fakit.{name}" for name in above)), f"{path.relative_to(ROOT)} imports {module}"
 
 
 def test_only_widgets_import_widget_libraries_and_nobody_imports_widgets():

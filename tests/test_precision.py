@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fakit import precision
-from fakit.precision import autocast, bf16_cost, bf16_is_fast, settle, use_bf16
+from fakit.training import precision
+from fakit.training.precision import autocast, bf16_cost, bf16_is_fast, settle, use_bf16
 from tests.training import arguments, make
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def test_measuring_leaves_no_trace():
     assert torch.equal(state, torch.random.get_rng_state()) and torch.get_num_threads() == threads
 
 
-SAY = "from fakit.precision import *; print(use_bf16('auto', 'cpu'), bf16_cost())"
+SAY = "from fakit.training.precision import *; print(use_bf16('auto', 'cpu'), bf16_cost())"
 
 
 def test_a_limit_set_in_the_environment_counts():
@@ -120,7 +120,7 @@ def test_nothing_else_is_guessed_at(asked):
 
 RANK = """
 import sys, torch
-from fakit import precision
+from fakit.training import precision
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 for fast in ("00", "10", "11"):

@@ -10,9 +10,9 @@ import torch
 from transformers import TrainerCallback
 
 from fakit import shrink
-from fakit.probes import LayerProbe, SampleProbe
-from fakit.session import TrainSession
-from fakit.session_record import Record
+from fakit.training.probes import LayerProbe, SampleProbe
+from fakit.training.session.record import Record
+from fakit.training.session.session import TrainSession
 from tests.families import VOCAB, batch, tiny, tokenizer
 from tests.training import At, logged, make, parts, weights
 
@@ -474,7 +474,7 @@ def test_the_looks_come_at_their_steps_and_at_both_ends(tmp_path):
 def test_the_similarity_is_cluster_aware_cka_and_that_of_a_watch():
     from fakit import capture
     from fakit.similarity import cka
-    from fakit.watch import SimilarityWatch
+    from fakit.training.watch import SimilarityWatch
 
     teacher = tiny("bert")
     copy = shrink(teacher, layers=3)

@@ -38,8 +38,8 @@ from fakit import (
 )
 from fakit.evaluation import evaluate
 from fakit.losses.task import task_loss
-from fakit.shares import counts
-from fakit.trace import Trace
+from fakit.tracing.trace import Trace
+from fakit.training.token_counts import counts
 from tests.families import batch, tiny
 from tests.training import arguments, data, make
 

@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, TeacherCache, capture, shrink
-from fakit.teacher_cache import CacheContent, data_fingerprint, fingerprint
+from fakit.training.teacher_cache import CacheContent, data_fingerprint, fingerprint
 from tests.families import tokenizer
 
 KW = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, vocab_size=100)
@@ -108,7 +108,7 @@ def test_a_killed_build_goes_on_and_gives_the_same_files(dataset, tmp_path):
 _A_BUILD = """
     import sys
     from fakit import TeacherCache
-    from fakit.teacher_cache import cache
+    from fakit.training.teacher_cache import cache
     from tests.test_teacher_cache import bert, rows_of_lengths
 
     make = cache.make_shard
@@ -136,7 +136,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
 _HALF_A_BUILD = """
     import sys, time
     from fakit import TeacherCache
-    from fakit.teacher_cache import cache
+    from fakit.training.teacher_cache import cache
     from tests.test_teacher_cache import bert, rows_of_lengths
 
     write = cache.write_manifest

@@ -8,8 +8,8 @@ import transformers as hf
 from transformers import CONFIG_MAPPING
 
 from fakit import DistillationTrainer, Features, LayerMap, Objective, Outputs, TeacherCache, shrink
-from fakit.teacher_cache.fingerprints import config_facts, config_values
-from fakit.teacher_cache.training import recorded_teacher
+from fakit.training.teacher_cache.fingerprints import config_facts, config_values
+from fakit.training.teacher_cache.training import recorded_teacher
 from tests.training import arguments
 
 CONFIGURATIONS = {

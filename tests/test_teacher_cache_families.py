@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from fakit import TeacherCache, capture
-from fakit.losses.attention_inputs import AttentionInputs
-from fakit.teacher_cache import fingerprint
-from fakit.teacher_cache.build import _settings
+from fakit.losses.fused.attention_inputs import AttentionInputs
+from fakit.training.teacher_cache import fingerprint
+from fakit.training.teacher_cache.build import _settings
 from tests.families import EAGER_ONLY, FAMILIES, LAYERS, SEQ2SEQ, VOCAB, tiny, with_sinks
 
 ALL = range(LAYERS + 1)

@@ -11,7 +11,7 @@ import plotly.io as pio
 import pytest
 import torch
 
-import fakit.teaching
+import fakit.teaching.exercises
 from fakit.teaching import Exercise, Session, is_empty, predict, setup
 
 
@@ -189,5 +189,5 @@ def test_prediction_is_revealed_with_what_the_reader_said():
 
 
 def test_docstring_examples_run():
-    outcome = doctest.testmod(fakit.teaching)
+    outcome = doctest.testmod(fakit.teaching.exercises)
     assert outcome.failed == 0 and outcome.attempted >= 4

@@ -12,7 +12,7 @@ from transformers import BertForSequenceClassification
 from transformers.trainer_callback import PrinterCallback
 
 from fakit import DistillationTrainer, LayerMap, Objective, TeacherCache
-from fakit.teacher_cache.training import ROW, CachedRowsCollator, with_rows
+from fakit.training.teacher_cache.training import ROW, CachedRowsCollator, with_rows
 from tests.families import VOCAB, tiny, tokenizer
 from tests.training import At, arguments, logged, parts, weights
 

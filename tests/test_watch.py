@@ -5,7 +5,7 @@ import torch
 
 from fakit import DistillationTrainer, LayerMap, capture
 from fakit.similarity import cka
-from fakit.watch import SimilarityWatch
+from fakit.training.watch import SimilarityWatch
 from tests.families import VOCAB, batch, tiny
 from tests.training import arguments, data, parts
 

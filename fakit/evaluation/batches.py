@@ -36,7 +36,7 @@ def inputs_of(model: nn.Module, batch) -> dict:
     from transformers import PreTrainedModel
 
     from fakit.models.blocks import without_adapter
-    from fakit.models.inputs import prepare_inputs
+    from fakit.tracing.inputs import prepare_inputs
 
     if isinstance(without_adapter(model), PreTrainedModel):
         return prepare_inputs(model, batch).inputs

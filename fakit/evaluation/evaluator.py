@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fakit.capture import capture
 from fakit.evaluation import calibration, metrics
 from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of
 from fakit.evaluation.fidelity import Agreement
@@ -16,7 +15,8 @@ from fakit.evaluation.generation import SCORED, generation_metrics
 from fakit.evaluation.language_modeling import exponential, label_nll
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS
 from fakit.models.class_names import class_names, class_order
-from fakit.models.heads import problem_type
+from fakit.models.head_kinds import problem_type
+from fakit.tracing.capture import capture
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
 UNLABELLED = -100

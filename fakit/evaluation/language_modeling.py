@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fakit.capture import capture
 from fakit.evaluation.batches import device_of, eval_mode
+from fakit.tracing.capture import capture
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from fakit.capture import capture
 from fakit.evaluation.batches import eval_mode
 from fakit.evaluation.fidelity import Agreement, AttentionDivergence
 from fakit.models.blocks import depth, encoder_depth
-from fakit.trace import Trace
+from fakit.tracing.capture import capture
+from fakit.tracing.trace import Trace
 
 MIB = 2**20
 

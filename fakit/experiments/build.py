@@ -18,8 +18,8 @@ from fakit.experiments.batches import batch_plan
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.schema import did_you_mean
 from fakit.layer_maps import Depths, LayerMap
-from fakit.objective import Objective
-from fakit.terms import Attention, Features, Outputs, Task
+from fakit.objective.objective import Objective
+from fakit.objective.terms import Attention, Features, Outputs, Task
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -142,7 +142,7 @@ class Prepared:
 
     def fingerprint(self) -> str:
         """Of the texts and labels that runs are evaluated on: scores on others are not scores of the same task."""
-        from fakit.ownership import data_fingerprint
+        from fakit.training.ownership import data_fingerprint
 
         both = "".join(data_fingerprint(split) for split in (self.task.validation, self.task.test))
         return hashlib.sha256(both.encode()).hexdigest()[:16]

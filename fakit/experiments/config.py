@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from fakit.experiments.schema import Section, describe, did_you_mean, option
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
-from fakit.terms import ATTENTION_LOSSES, HEADS
+from fakit.objective.terms import ATTENTION_LOSSES, HEADS
 
 LAYER_MAPS = ("uniform", "last", "first", "skip", "reverse", "all_to_one", "random", "none")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")

@@ -150,7 +150,7 @@ def similarity(student: PreTrainedModel, prepared: Prepared, texts: int) -> dict
 
     Debiased, one token a sequence; (S + 1, T + 1) by layer number.
     """
-    from fakit.watch import SimilarityWatch
+    from fakit.training.watch import SimilarityWatch
 
     task, tokenizer = prepared.task, prepared.tokenizer
     rows = task.pool.select(range(min(texts, len(task.pool))))

@@ -17,15 +17,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
-from fakit.checkpoints import (
-    began_in_bf16,
-    checkpoints,
-    differences,
-    flaw,
-    last_whole_checkpoint,
-    versions,
-    was_finished,
-)
 from fakit.experiments.build import (
     Prepared,
     TrainingRows,
@@ -41,12 +32,21 @@ from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.statistics import LOWER_IS_BETTER
 from fakit.experiments.store import RunStore, strict_json
 from fakit.files import check_room, claimed, write_whole
-from fakit.precision import AUTO
+from fakit.training.checkpoints import (
+    began_in_bf16,
+    checkpoints,
+    differences,
+    flaw,
+    last_whole_checkpoint,
+    versions,
+    was_finished,
+)
+from fakit.training.precision import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
 
-    from fakit.trainer import DistillationTrainer
+    from fakit.training.trainer import DistillationTrainer
 
 RUN = "run.json"
 logger = logging.getLogger(__name__)
@@ -184,9 +184,9 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
     """`run_experiment`, alone in its folder."""
     from transformers import PrinterCallback, set_seed
 
-    from fakit.ownership import bytes_of_checkpoint, data_fingerprint
-    from fakit.teacher_cache import TeacherCache
-    from fakit.trainer import DistillationTrainer, check_fit
+    from fakit.training.ownership import bytes_of_checkpoint, data_fingerprint
+    from fakit.training.teacher_cache import TeacherCache
+    from fakit.training.trainer import DistillationTrainer, check_fit
 
     out = None if config.out is None else Path(config.out)
     finished = None if out is None else _finished(config, out, resume)

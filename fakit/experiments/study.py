@@ -18,7 +18,7 @@ from fakit.experiments.config import ARMS, ExperimentConfig
 from fakit.experiments.run import RunResult, baseline_id, evaluate_baselines, run_experiment
 from fakit.experiments.schema import Section, describe, did_you_mean, from_file
 from fakit.experiments.store import RunStore
-from fakit.launch import end_with_parent
+from fakit.training.distributed import end_with_parent
 
 EQUAL_COMPUTE = "{arm}, equal compute"
 REFERENCE = "all"  # whose compute the equal-compute arms are given

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from fakit.figures import static
+from fakit.figures.static import axes as static
 from fakit.figures.theme import SMALL, TEXT
 from fakit.files import write_whole
 

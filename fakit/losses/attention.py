@@ -8,8 +8,8 @@ models whose queries see no later keys. The mean is over queries that count (KL)
 import torch
 from torch import Tensor
 
+from fakit.losses.fused.streamed import streamed_map_kl
 from fakit.losses.reduce import at_least_float32, check_mask, check_same_shape, masked_mean
-from fakit.losses.streamed import streamed_map_kl
 
 __all__ = ["LOSSES", "group_mean", "head_costs", "map_kl", "map_mse", "streamed_map_kl"]
 

@@ -8,7 +8,7 @@ A logit of -inf takes its class out of the vocabulary (a head padded to a round 
 and gets no gradient. Out on one side alone, a divergence that is infinite there (forward KL where Q = 0 < P, reverse KL where P = 0 < Q, the
 squared difference) is huge or inf: about 1e37 times the mass in float32. The Jensen-Shannon divergence stays below ln 2.
 
-`PER_POSITION` holds each formula by itself, from logits that are already divided by τ to one number a position; `fakit.losses.chunked` uses
+`PER_POSITION` holds each formula by itself, from logits that are already divided by τ to one number a position; `fakit.losses.fused.chunked` uses
 the same ones.
 """
 

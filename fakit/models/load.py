@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from fakit.models.adapter import merge_adapter
 from fakit.models.kinds import head_layers, without_rescaling
-from fakit.models.pretrained import CLASSES as _CLASSES
-from fakit.models.pretrained import check_nothing_random, empty_model, read_config, read_model, read_tokenizer
+from fakit.models.merged_adapter import merge_adapter
+from fakit.models.pretrained import CLASSES, check_nothing_random, empty_model, read_config, read_model, read_tokenizer
 
 # Hub models that a pip package carries too: {hub id: (package, folder in it, sha256 of model.safetensors)}.
 _PACKAGED = {
@@ -52,8 +51,8 @@ def load_teacher(
         ValueError: unknown task or quantisation, one other than the checkpoint is stored in already, nothing to load at `id_or_path` or `adapter`, a checkpoint without the task's head,
             weights that are truncated or only there as a pickle, or a packaged model whose checksum differs.
     """
-    if task not in _CLASSES:
-        raise ValueError(f"task {task!r} is not known; choose one of {', '.join(map(repr, _CLASSES))}.")
+    if task not in CLASSES:
+        raise ValueError(f"task {task!r} is not known; choose one of {', '.join(map(repr, CLASSES))}.")
     if quantize not in (None, "8bit", "4bit"):
         raise ValueError(f"quantize={quantize!r} is not known; choose None, '8bit' or '4bit'.")
     device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -5,11 +5,11 @@ from html import escape
 
 from torch import nn
 
-from fakit.models.adapters import is_adapted
 from fakit.models.blocks import depth, find_stacks, without_adapter
-from fakit.models.heads import problem_type
+from fakit.models.head_kinds import problem_type
 from fakit.models.kinds import is_causal_lm
 from fakit.models.load import is_quantized
+from fakit.models.peft_students import is_adapted
 
 
 @dataclass

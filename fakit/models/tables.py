@@ -13,7 +13,7 @@ from torch import nn
 
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS
 from fakit.models.blocks import is_encoder_decoder, without_adapter
-from fakit.models.heads import problem_type
+from fakit.models.head_kinds import problem_type
 
 _LABELS = ("labels", "label", "label_ids")
 _COLUMNS = ("input_ids", "token_type_ids", "position_ids", "decoder_input_ids", *_LABELS)

@@ -22,26 +22,27 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from fakit.losses import chunked, streamed
-from fakit.models.head import LARGE_VOCABULARY
-from fakit.models.load import _CLASSES, skip_patterns
+from fakit.losses.fused import chunked, streamed
+from fakit.models.load import skip_patterns
+from fakit.models.pretrained import CLASSES
 from fakit.planner.ledger import Ledger
+from fakit.tracing.head_finder import LARGE_VOCABULARY
 
-capture = import_module("fakit.capture")  # the module: `fakit.capture` is its function
+capture = import_module("fakit.tracing.capture")  # the module: `fakit.tracing.capture` is its function
 
 NF4_BLOCK = 64  # weights that share a scale (bitsandbytes' default)
 
 
 def meta_model(config: PreTrainedConfig, task: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model of this configuration on the meta device: shapes alone."""
-    auto = getattr(transformers, _CLASSES[task])
+    auto = getattr(transformers, CLASSES[task])
     with torch.device("meta"):
         try:
             return auto.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
         except ValueError as error:
             if "Unrecognized configuration class" in str(error):
                 raise ValueError(
-                    f"transformers makes no {task} model ({_CLASSES[task]}) of a {type(config).__name__} ({config.model_type}). Give task=… "
+                    f"transformers makes no {task} model ({CLASSES[task]}) of a {type(config).__name__} ({config.model_type}). Give task=… "
                     "another value; of a model with images or sounds plan its text model alone: its text_config."
                 ) from error
             if "scaled_dot_product_attention" not in str(error):
@@ -212,6 +213,6 @@ def loops_of(accelerator: bool, ledger: Ledger) -> Iterator[None]:
 
 
 def _find_head(model: nn.Module) -> nn.Linear | None:
-    """`fakit.models.head.find_head`, which takes no subclass of a tensor for a plain weight, for fake weights."""
+    """`fakit.tracing.head_finder.find_head`, which takes no subclass of a tensor for a plain weight, for fake weights."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return head if type(head) is nn.Linear and head.weight.shape[0] >= LARGE_VOCABULARY else None

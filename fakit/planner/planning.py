@@ -17,8 +17,8 @@ from fakit.figures import Figure
 from fakit.figures.plan import memory_plan
 from fakit.layer_maps import LayerMap
 from fakit.models.kinds import untied
-from fakit.models.load import _CLASSES, check_stored_precision, stored_precision
-from fakit.models.pretrained import in_one_sentence
+from fakit.models.load import check_stored_precision, stored_precision
+from fakit.models.pretrained import CLASSES, in_one_sentence
 from fakit.planner.cards import CARDS, GB, Card, find_card
 from fakit.planner.presets import PRESETS, config_text, guess_task, read_config
 from fakit.planner.step import OPTIMIZERS, TERMS, Setup, Step, built, position_limit, simulate
@@ -318,7 +318,7 @@ def plan(
         "dtype": (dtype, tuple(_DTYPES)),
         "optimizer": (optimizer, OPTIMIZERS),
         "device": (device, ("gpu", "cpu")),
-        "task": (task, (None, *_CLASSES)),
+        "task": (task, (None, *CLASSES)),
         **{f"terms[{i}]": (term, TERMS) for i, term in enumerate(terms)},
     }
     for what, (value, known) in choices.items():

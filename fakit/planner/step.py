@@ -11,17 +11,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from fakit.capture import capture
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import find_blocks, stack_depths
-from fakit.models.head import _finishes
 from fakit.models.kinds import remember_causal, untie
 from fakit.models.positions import longest_row
 from fakit.models.shrink import shrink
-from fakit.objective import Objective
+from fakit.objective.objective import Objective
+from fakit.objective.terms import Attention, Features, Outputs, Task
 from fakit.planner.fake import give_fake_weights, loops_of, meta_model, quantise, run_one_of_each
 from fakit.planner.ledger import Ledger
-from fakit.terms import Attention, Features, Outputs, Task
+from fakit.tracing.capture import capture
+from fakit.tracing.head_finder import remember_finish
 
 TERMS = ("features", "attention", "outputs", "task")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor", "sgd")
@@ -124,7 +124,7 @@ def simulate(setup: Setup) -> Step:
         give_fake_weights(part, fakes)
     for model in (teacher, student):  # known beforehand: asking it of the model would run it
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        _finishes[model] = (True, None if cap is None else lambda z, cap=cap: cap * torch.tanh(z / cap))
+        remember_finish(model, None if cap is None else lambda z, cap=cap: cap * torch.tanh(z / cap))
         remember_causal(model, setup.task == "causal-lm")
     ledger, needs = Ledger(), objective.needs("teacher")
     # layer i is what block i gives and block i + 1 is given

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fakit.products import times_transposed
+from fakit.losses.fused.gemm import times_transposed
 
 BLOCK = 2048
 """Rows a product: its matrices stay below 32 MiB, above which every allocation is mapped (and cleared) anew."""

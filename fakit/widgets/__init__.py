@@ -4,13 +4,13 @@ The display of each also carries a picture (SVG) and a sentence, for pages witho
 ipywidgets and anywidget, and nothing in the kit imports this package.
 """
 
-from fakit.widgets.attention_viewer import AttentionViewer, attention_viewer
+from fakit.widgets.attention.viewer import AttentionViewer, attention_viewer
 from fakit.widgets.cockpit import Cockpit, cockpit
 from fakit.widgets.loss_laboratory import LossLaboratory, loss_laboratory
-from fakit.widgets.mapping_board import MappingBoard, mapping_board
+from fakit.widgets.mapping.board import MappingBoard, mapping_board
 from fakit.widgets.panel import Panel
 from fakit.widgets.planner import MemoryPlanner, memory_planner
-from fakit.widgets.run_browser import RunBrowser, run_browser
+from fakit.widgets.runs.browser import RunBrowser, run_browser
 from fakit.widgets.similarity import EstimatorSwitch, RogueScrubber, estimator_switch, rogue_scrubber
 from fakit.widgets.temperature import TemperatureExplorer, temperature_explorer
 from fakit.widgets.weights import LossWeights, loss_weights

@@ -10,7 +10,7 @@ from html import escape
 import ipywidgets as widgets
 
 from fakit.figures.live import training_now
-from fakit.session import EVERY, FAILED, PAUSED, READY, RUNNING, TEMPERATURE, TrainSession
+from fakit.training.session.session import EVERY, FAILED, PAUSED, READY, RUNNING, TEMPERATURE, TrainSession
 from fakit.widgets.panel import LABEL, WIDE, WIDGET, spoken
 from fakit.widgets.weights import weight_slider
 

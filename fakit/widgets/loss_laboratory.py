@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fakit.evaluation.batches import eval_mode
 from fakit.figures import Figure, term_pulls
-from fakit.gradients import (
+from fakit.objective.gradients import (
     ALL,
     TermGradients,
     balanced_weights,
@@ -20,7 +20,7 @@ from fakit.gradients import (
     part_name,
     term_gradients,
 )
-from fakit.objective import Objective
+from fakit.objective.objective import Objective
 from fakit.widgets.panel import LABEL, WIDE, Panel
 from fakit.widgets.weights import weight_slider
 
@@ -170,7 +170,7 @@ class LossLaboratory(Panel):
     # -- buttons ------------------------------------------------------------------------------------------------------
 
     def balanced(self) -> dict[str, float]:
-        """Weights under which every term that is on pulls as hard as the reference: `fakit.gradients.balanced_weights`."""
+        """Weights under which every term that is on pulls as hard as the reference: `fakit.objective.gradients.balanced_weights`."""
         return balanced_weights(self.gradients, self.weights, self._reference)
 
     def _balance(self) -> None:
@@ -303,7 +303,7 @@ def loss_laboratory(
         reference: the term that *balance* holds.
 
     Raises:
-        ValueError: a loss or gradient that is not finite (named by term and layer), and what `fakit.gradients.term_gradients` refuses.
+        ValueError: a loss or gradient that is not finite (named by term and layer), and what `fakit.objective.gradients.term_gradients` refuses.
 
     >>> lab = loss_laboratory(objective, teacher, student, batches)  # doctest: +SKIP
     >>> lab.sliders["features"].value = 0.3  # doctest: +SKIP

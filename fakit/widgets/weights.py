@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fakit.figures import Figure, loss_bars
-from fakit.objective import Objective
+from fakit.objective.objective import Objective
 from fakit.widgets.panel import LABEL, WIDE, Panel
 
 

@@ -6,7 +6,7 @@ import torch
 
 from fakit import LayerMap
 from fakit.figures.theme import STUDENT, TEACHER, ramp
-from fakit.widgets.attention_viewer import attention_viewer
+from fakit.widgets.attention.viewer import attention_viewer
 
 MAPS = """
 import torch
@@ -252,8 +252,8 @@ def test_a_file_of_sinks_alone_says_so_and_one_that_is_coarse_says_how_coarse(wa
 
 
 def test_grouped_heads_are_named_on_the_page(watch, tmp_path):
-    from fakit.losses.attention_inputs import AttentionInputs
-    from fakit.trace import Trace
+    from fakit.losses.fused.attention_inputs import AttentionInputs
+    from fakit.tracing.trace import Trace
 
     query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
     trace = Trace(attention={1: AttentionInputs(query, key, None, None, 0.3, causal=True)})

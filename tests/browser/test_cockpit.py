@@ -8,7 +8,7 @@ MODELS = """
 import tempfile, threading, time
 import torch, transformers as hf
 from fakit import DistillationTrainer, Features, LayerMap, Objective, Outputs, Task, shrink
-from fakit.session import TrainSession
+from fakit.training.session import TrainSession
 from fakit.widgets import cockpit
 
 hf.logging.set_verbosity_error()

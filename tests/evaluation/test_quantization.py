@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from fakit.capture import capture
 from fakit.evaluation import attention_jsd, quantization_fidelity, weight_bytes
 from fakit.models import load_teacher
+from fakit.tracing.capture import capture
 from tests.families import EAGER_ONLY, LAYERS, batch, batch_for, tiny
 
 

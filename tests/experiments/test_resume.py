@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
-from fakit import checkpoints as sealed
-from fakit.checkpoints import last_whole_checkpoint
 from fakit.experiments import run as run_module
 from fakit.experiments.build import check_tokenizer
 from fakit.experiments.run import RunResult, run_experiment
 from fakit.experiments.store import RunStore
+from fakit.training import checkpoints as sealed
+from fakit.training.checkpoints import last_whole_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(broken, name,
     else:
         path.unlink()
     assert last_whole_checkpoint(folder) == folder / "checkpoint-2"
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "fakit.checkpoints"]
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "fakit.training.checkpoints"]
     assert f"checkpoint-4 is not whole ({name}" in said and "passed over" in said
 
 
@@ -231,7 +231,9 @@ def test_a_failed_evaluation_costs_no_training(config, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         run_experiment(config, tmp_path / "runs", progress=False)
     weights = (tmp_path / "student/model.safetensors").read_bytes()
-    monkeypatch.setattr("fakit.trainer.DistillationTrainer.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        "fakit.training.trainer.DistillationTrainer.train", lambda *_, **__: pytest.fail("trained again")
+    )
     again = run_experiment(config, tmp_path / "runs", resume=True, progress=False)
     assert (tmp_path / "student/model.safetensors").read_bytes() == weights
     monkeypatch.undo()
@@ -314,7 +316,7 @@ def test_no_room_is_said_before_training(config, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("fakit.files.shutil.disk_usage", lambda _: usage(10**9, 10**9, 2**21))
     config = config.replace(out=str(tmp_path / "student"), **{"student.init": "random", "training.save_every": 2})
-    run_module_bytes = "fakit.trainer.bytes_of_checkpoint"
+    run_module_bytes = "fakit.training.trainer.bytes_of_checkpoint"
     monkeypatch.setattr(run_module_bytes, lambda *_: 10**8)
     with pytest.raises(
         ValueError, match=r"where checkpoints would go, has 2\.1 MB free on its disk, and about 300\.0 MB are needed"

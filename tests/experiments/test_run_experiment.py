@@ -16,7 +16,7 @@ from fakit.experiments.build import (
 )
 from fakit.experiments.run import RunResult, evaluate_baselines, run_experiment, step_flops
 from fakit.experiments.store import RunStore
-from fakit.trainer import DistillationTrainer
+from fakit.training.trainer import DistillationTrainer
 
 
 def _parts(config):
@@ -301,7 +301,7 @@ def test_texts_longer_than_the_positions_are_refused_before_training(config, wor
 def test_auto_is_one_run_id_and_the_record_says_what_it_came_to(config, tmp_path, monkeypatch):
     config = config.replace(**{"training.bf16": "auto", "training.steps": 2})
     for fast, name in ((True, "bf16"), (False, "float32")):
-        monkeypatch.setattr("fakit.precision.bf16_is_fast", lambda device, fast=fast: fast)
+        monkeypatch.setattr("fakit.training.precision.bf16_is_fast", lambda device, fast=fast: fast)
         result = run_experiment(config, tmp_path / name, progress=False)
         assert result.precision == name and str(result).endswith(f", {name}")
         record = RunStore(tmp_path / name).record(config.run_id)
@@ -314,11 +314,11 @@ def test_a_run_goes_on_in_the_precision_that_it_began_in(config, tmp_path, monke
     whole, broken = (
         config.replace(out=str(tmp_path / name), **{"training.save_every": 2, "training.bf16": "auto"}) for name in "ab"
     )
-    monkeypatch.setattr("fakit.precision.bf16_is_fast", lambda device: True)
+    monkeypatch.setattr("fakit.training.precision.bf16_is_fast", lambda device: True)
     whole = run_experiment(whole, progress=False, count_flops=False)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(broken, callbacks=[_Stop()], progress=False, count_flops=False)
-    monkeypatch.setattr("fakit.precision.bf16_is_fast", lambda device: False)
+    monkeypatch.setattr("fakit.training.precision.bf16_is_fast", lambda device: False)
     with pytest.warns(UserWarning, match="bf16 was requested, and this cpu takes"):
         resumed = run_experiment(broken, resume=True, progress=False, count_flops=False)
     assert resumed.precision == "bf16" and resumed.test == whole.test

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 from fakit import figures
-from fakit.figures import static
+from fakit.figures.static import axes as static
 from fakit.figures.theme import WIDE
 from tests.figures.gallery import examples
 

@@ -8,9 +8,10 @@ import plotly.graph_objects as go
 import pytest
 from matplotlib.colors import to_hex
 
-from fakit.figures import Figure, static
+from fakit.figures import Figure
 from fakit.figures.drawing import canvas, hatch
-from fakit.figures.static_traces import plain, rgba
+from fakit.figures.static import axes as static
+from fakit.figures.static.traces import plain, rgba
 
 
 def twin(*traces, **layout):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fakit.losses import chunked, liger, outputs
-from fakit.losses.chunked import fused_outputs
+from fakit.losses import outputs
+from fakit.losses.fused import chunked, liger
+from fakit.losses.fused.chunked import fused_outputs
 from fakit.losses.task import task_loss
 
 B, T, V = 3, 7, 11

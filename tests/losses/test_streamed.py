@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fakit.losses import streamed
 from fakit.losses.attention import group_mean, map_kl, map_mse
-from fakit.losses.attention_inputs import AttentionInputs
-from fakit.losses.streamed import streamed_loss, streamed_map_kl
+from fakit.losses.fused import streamed
+from fakit.losses.fused.attention_inputs import AttentionInputs
+from fakit.losses.fused.streamed import streamed_loss, streamed_map_kl
 
 
 def inputs(B=2, H=4, H_kv=4, T=13, d_student=5, d_teacher=7, dtype=torch.float64):

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, TeacherCache, capture, shrink
-from fakit.models.inputs import find_documents, left_padding, prepare_inputs, taken_columns
+from fakit.tracing.inputs import find_documents, left_padding, prepare_inputs, taken_columns
 from tests.families import LAYERS, SEQ2SEQ, SIZES, VOCAB, WIDTH, tiny
 
 ALL = range(LAYERS + 1)

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from fakit import load_teacher
 from fakit.models import load
 from fakit.models.load import is_quantized, resolve_model
-from fakit.teacher_cache import fingerprint
+from fakit.training.teacher_cache import fingerprint
 from tests.families import WIDTH, batch, tiny
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

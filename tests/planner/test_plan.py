@@ -31,7 +31,7 @@ from transformers import (
 
 from fakit import LayerMap
 from fakit.__main__ import main
-from fakit.models.load import _CLASSES
+from fakit.models.pretrained import CLASSES
 from fakit.planner import CARDS, PRESETS, Plan, find_card, plan, planning, read_config
 from fakit.planner.planning import CONTEXT, FRAGMENTS
 from fakit.planner.presets import config_text, guess_task
@@ -278,11 +278,11 @@ def test_command_refuses_in_one_line(capsys):
     said = capsys.readouterr().err
     assert said.startswith("fakit: ") and "12" in said and "Traceback" not in said
     assert main(["plan", "--teacher", "gpt2", "--student", "4", "--task", "translation"]) == 2
-    assert f"choose one of None, {', '.join(_CLASSES)}." in capsys.readouterr().err
+    assert f"choose one of None, {', '.join(CLASSES)}." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     said = "".join(capsys.readouterr().out.split())  # lines may end at a hyphen
-    assert all(task in said for task in _CLASSES)
+    assert all(task in said for task in CLASSES)
 
 
 def test_a_plan_needs_no_weights(tmp_path):

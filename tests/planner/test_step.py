@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture, load_teacher, shrink
 from fakit.evaluation.cost import count_flops, forward_flops, peak_memory
-from fakit.losses import chunked, streamed
+from fakit.losses.fused import chunked, streamed
 from fakit.planner import plan, step
 from tests.families import batch_for, objective_for, tiny
 

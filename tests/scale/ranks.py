@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fakit import DistillationTrainer
 from fakit.__main__ import main as fakit
-from fakit.sharding import whole_state
+from fakit.training.distributed import whole_state
 from tests.families import batch
 from tests.training import At, logged, make, parts
 

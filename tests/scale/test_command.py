@@ -8,8 +8,7 @@ import pytest
 
 from fakit.__main__ import main
 from fakit.experiments import RunStore
-from fakit.launch import start_all_processes
-from fakit.sharding import check_sharding
+from fakit.training.distributed import check_sharding, start_all_processes
 from tests.scale.conftest import experiment, launch
 from tests.scale.test_processes import assert_same_run
 from tests.training import arguments, make

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from fakit.__main__ import main
-from fakit.checkpoints import last_whole_checkpoint
 from fakit.experiments import ExperimentConfig, RunStore
+from fakit.training.checkpoints import last_whole_checkpoint
 from tests.scale.conftest import ROOT, experiment
 
 STEPS, EVERY = 200, 20
@@ -78,7 +78,7 @@ def test_killed_twice_and_resumed_it_ends_in_the_same_weights(unbroken, tmp_path
     assert max(checkpoints(tmp_path)) == first + EVERY
 
     assert main(resume) == 0
-    (passed_over,) = [record.getMessage() for record in caplog.records if record.name == "fakit.checkpoints"]
+    (passed_over,) = [record.getMessage() for record in caplog.records if record.name == "fakit.training.checkpoints"]
     assert (
         passed_over
         == f"{half} is not whole (trainer_state.json, which is written last, is missing) and is passed over."

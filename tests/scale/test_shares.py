@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture
-from fakit.shares import counts, shares
+from fakit.training.token_counts import counts, shares
 from tests.families import tiny
 from tests.scale.ranks import uneven
 

@@ -13,8 +13,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from fakit import LayerMap, Trace, capture
 from fakit.similarity import attention_rollout, head_distance, match_heads
-from fakit.widgets.attention_source import decode, encode
-from fakit.widgets.attention_viewer import attention_viewer
+from fakit.widgets.attention.source import decode, encode
+from fakit.widgets.attention.viewer import attention_viewer
 
 TOKENS = ["[CLS]", "the", "film", "was", "fine", "[SEP]", "[PAD]", "[PAD]", "[PAD]", "[PAD]"]
 MASK = torch.tensor([[True] * 6 + [False] * 4, [True] * 4 + [False] * 6])

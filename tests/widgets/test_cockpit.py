@@ -7,7 +7,7 @@ import threading
 import pytest
 from transformers import TrainerCallback
 
-from fakit.session import TrainSession
+from fakit.training.session.session import TrainSession
 from fakit.widgets import Cockpit, cockpit
 from tests.families import VOCAB, batch, tokenizer
 from tests.training import make

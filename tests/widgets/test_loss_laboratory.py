@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fakit import Objective, Task, capture
-from fakit.gradients import balanced_weights, term_gradients
+from fakit.objective.gradients import balanced_weights, term_gradients
 from fakit.widgets import loss_laboratory
 from fakit.widgets.panel import WIDGET
 from tests.training import data, parts

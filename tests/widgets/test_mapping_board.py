@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from fakit import LayerMap
-from fakit.widgets import mapping_board, mapping_cost, mapping_notes, strategies
-from fakit.widgets.mapping_notes import map_notes
+from fakit.widgets import mapping_board, strategies
+from fakit.widgets.mapping import cost as mapping_cost
+from fakit.widgets.mapping import notes as mapping_notes
+from fakit.widgets.mapping.notes import map_notes
 from fakit.widgets.panel import WIDGET
 
 # S1 is most like T2 and S2 like T1: the best assignment is not in the order of depth, the monotone map has to be
@@ -385,6 +387,6 @@ def test_the_page_has_its_own_files_and_imports_nothing():
 def test_the_examples_of_the_docstrings_run():
     import sys
 
-    board_module = sys.modules["fakit.widgets.mapping_board"]
+    board_module = sys.modules["fakit.widgets.mapping.board"]
     for module in (board_module, mapping_cost, mapping_notes, strategies):
         assert doctest.testmod(module).failed == 0 and doctest.testmod(module).attempted > 0

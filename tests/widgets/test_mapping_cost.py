@@ -6,7 +6,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from fakit import Attention, Features, LayerMap, Objective, capture
 from fakit.evaluation.cost import count_flops, forward_flops
-from fakit.widgets.mapping_cost import amount, map_cost
+from fakit.widgets.mapping.cost import amount, map_cost
 
 MAPS = [
     LayerMap.uniform(3, 6),

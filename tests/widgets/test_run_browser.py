@@ -6,7 +6,7 @@ import pytest
 from fakit.experiments.store import RunStore
 from fakit.tasks import data_dir
 from fakit.widgets import run_browser
-from fakit.widgets.run_browser import _ticks
+from fakit.widgets.runs.browser import _ticks
 
 # task, arm, seed, score, parameters, seconds: errors in "scans", where the cheapest is also the best
 RUNS = [

@@ -1,0 +1,1 @@
+"""Figures as SVG, drawn with matplotlib: what a page shows without a script."""

@@ -1,0 +1,330 @@
+"""Output matching and cross-entropy from hidden states: head, loss and gradient over chunks of tokens, in one pass.
+
+At a vocabulary of 150,000 the logits of 2,048 tokens take 1.2 GB a side, and the losses over them several times that. Here the two heads
+run on a few tokens at a time; their logits are compared, turned into a gradient of hidden states and head, and dropped.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fakit.losses import outputs
+from fakit.losses.fused import liger
+from fakit.losses.fused.output_head import ChunkedHead, view
+from fakit.losses.reduce import check_labels, check_mask
+
+# Tokens of one chunk. Its logits, in float32, should stay in a CPU's caches (16 MiB; a GPU wants larger matrices), but every chunk also reads
+# both heads and adds to one gradient of their size, so that below some 250 tokens the traffic costs more than the caches save.
+_ELEMENTS = {"cpu": 2**22}
+_ELEMENTS_ELSEWHERE = 2**25
+_FEWEST = 256
+
+
+def fused_outputs(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    mask: Tensor | None,
+    *,
+    divergence: str | Callable[[Tensor, Tensor], Tensor] = "forward_kl",
+    temperature: float = 1.0,
+    outputs_weight: float = 1.0,
+    task_labels: Tensor | None = None,
+    task_weight: float = 0.0,
+    vocab_size: int | None = None,
+    student_finish: Callable[[Tensor], Tensor] | None = None,
+    teacher_finish: Callable[[Tensor], Tensor] | None = None,
+    chunk: int | None = None,
+    shares: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output matching and the task's cross-entropy of logits = finish(hidden @ weightᵀ + bias), without storing the logits.
+
+    Equal to the functions of `fakit.losses.outputs` and to `fakit.losses.task.task_loss` over the whole logits. Under torch.autocast the
+    heads run in its dtype, else in the dtype of their weights; the losses in float32 or better. Where `liger.serves` the outputs term alone,
+    Liger computes it.
+
+    Args:
+        student_hidden: (N, d_S) or (B, T, d_S), what the head receives. Gets a gradient, as do the next two, where they require one.
+        student_weight, student_bias: (V_S, d_S) and (V_S,) or None.
+        teacher_hidden, teacher_weight, teacher_bias: (N, d_T) or (B, T, d_T), (V_T, d_T), (V_T,) or None; detached.
+        mask: bool (N,) or (B, T), True = counts in the outputs term; None counts all.
+        divergence: a name of `outputs.PER_POSITION`, or a function of that kind.
+        temperature: τ > 0 of the outputs term.
+        outputs_weight: γ of the outputs term in the total; 0 leaves the term out.
+        task_labels: integers (N,) or (B, T), -100 takes no part. A causal model's are shifted already: position t holds the label that it
+            predicts.
+        task_weight: δ of the cross-entropy in the total; 0 leaves the term out.
+        vocab_size: the outputs term compares the first `vocab_size` entries of both vocabularies; the cross-entropy keeps the student's whole.
+        student_finish, teacher_finish: elementwise functions of the logits, for models whose head does not end with the product: Gemma's
+            soft cap, Granite's scale.
+        chunk: tokens a chunk; chosen from the vocabulary unless given.
+        shares: further factors () of the two terms in the total, which may lie on any device; None for 1.
+
+    Returns:
+        total: γ·outputs + δ·task, each times its share. Its gradient is computed in this pass, so that backward only scales it.
+        outputs, task: the raw terms, None where left out. A gradient asked of one of them alone is right as well, but takes a second pass.
+
+    Raises:
+        ValueError: shapes that do not fit, vocabularies that differ, no valid position, a label that is no entry of the vocabulary and not
+            -100 (both looked for on the CPU alone), or no term at all.
+
+    >>> import torch
+    >>> hidden, weight = torch.ones(5, 2), torch.eye(3, 2)
+    >>> total, outputs, task = fused_outputs(hidden, weight, None, hidden, weight, None, None, temperature=2.0)
+    >>> total.item(), outputs.item(), task
+    (0.0, 0.0, None)
+    """
+    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1] or student_hidden.dim() not in (2, 3):
+        raise ValueError(
+            "fused_outputs compares hidden states of the same positions, (N, d) or (B, T, d) on both sides; the student has "
+            f"{tuple(student_hidden.shape)}, the teacher {tuple(teacher_hidden.shape)}. Feed both models the same batch."
+        )
+    sides = (
+        ("student", student_hidden, student_weight, student_bias),
+        ("teacher", teacher_hidden, teacher_weight, teacher_bias),
+    )
+    for side, hidden, weight, _ in sides:
+        if not weight.is_floating_point() or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+            raise ValueError(
+                f"fused_outputs wants the {side}'s head as a floating-point matrix (V, {hidden.shape[-1]}) for its hidden states "
+                f"{tuple(hidden.shape)}; it is {weight.dtype} {tuple(weight.shape)}. A quantised head gives its logits itself: compare those "
+                "with fakit.losses.outputs."
+            )
+    sizes = (student_weight.shape[0], teacher_weight.shape[0])
+    wants_outputs, wants_task = outputs_weight != 0, task_labels is not None and task_weight != 0
+    if not (wants_outputs or wants_task):
+        raise ValueError(
+            f"fused_outputs has nothing to compute: outputs_weight is {outputs_weight}, task_weight is {task_weight}, task_labels are "
+            f"{'not ' if task_labels is None else ''}given. Give one term a weight."
+        )
+    if wants_outputs and vocab_size is None and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"vocabulary sizes differ: the student's head has {sizes[0]} entries, the teacher's {sizes[1]}. If one head is only padded, "
+            f"vocab_size={min(sizes)} cuts both to the shared true vocabulary; if the tokenisers differ, outputs cannot be matched token by token."
+        )
+    if vocab_size is not None and not 1 <= vocab_size <= min(sizes):
+        raise ValueError(
+            f"vocab_size={vocab_size} entries are not in both vocabularies: the student has {sizes[0]}, the teacher {sizes[1]}."
+        )
+    for side, hidden, weight, bias in sides:
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"the {side}'s head has {weight.shape[0]} entries and a bias of {tuple(bias.shape)}; one number an entry."
+            )
+        kinds = {x.dtype for x in (hidden, weight, bias) if x is not None}
+        if len(kinds) > 1 and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(
+                f"the {side}'s hidden states, head and bias are {', '.join(sorted(map(str, kinds)))}: one dtype without torch.autocast; cast one."
+            )
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"fused_outputs wants a finite temperature above 0, not {temperature!r}; 1 leaves the distributions as they are."
+        )
+    if wants_task and task_labels.shape != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"labels {tuple(task_labels.shape)} do not fit hidden states {tuple(student_hidden.shape)}; one label a position."
+        )
+    if wants_task:
+        check_labels("fused_outputs", task_labels, sizes[0])
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}: a chunk has at least one token; None chooses.")
+    if isinstance(divergence, str) and divergence not in outputs.PER_POSITION:
+        raise ValueError(
+            f"divergence {divergence!r} is not known; choose one of {list(outputs.PER_POSITION)} or pass a function."
+        )
+    if wants_outputs:
+        check_mask("fused_outputs", mask, student_hidden.shape[:-1])
+
+    kind = student_hidden.device.type
+    plan = _Plan(
+        divergence=outputs.PER_POSITION.get(divergence, divergence) if isinstance(divergence, str) else divergence,
+        temperature=temperature,
+        outputs_weight=outputs_weight if wants_outputs else 0.0,
+        task_weight=task_weight if wants_task else 0.0,
+        vocab_size=vocab_size or sizes[0],
+        finish=(student_finish, teacher_finish),
+        chunk=chunk or max(_FEWEST, _ELEMENTS.get(kind, _ELEMENTS_ELSEWHERE) // max(sizes)),
+        dtype=torch.float64 if torch.float64 in (student_weight.dtype, teacher_weight.dtype) else torch.float32,
+        autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        gradients=torch.is_grad_enabled(),
+        # a device's number enters no comparison, so that nothing waits for it
+        shares=tuple(1.0 if share is None else share.detach().to(student_hidden.device) for share in shares),
+    )
+    tensors = (
+        student_hidden.flatten(0, -2),
+        student_weight,
+        student_bias,
+        teacher_hidden.detach().flatten(0, -2),
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        None if mask is None else mask.flatten(),
+    )
+    bare = not wants_task and vocab_size is None and student_finish is None and teacher_finish is None
+    if bare and liger.serves(divergence, student_hidden, student_weight, teacher_hidden, teacher_weight):
+        outputs_loss = liger.output_loss(*tensors, divergence, temperature)
+        return plan.factors[0] * outputs_loss, outputs_loss, None
+    labels = task_labels.flatten().to(student_hidden.device) if wants_task else None
+    # what a teacher made under torch.inference_mode, a backward pass may keep as a copy alone
+    tensors = [x.clone() if x is not None and x.is_inference() else x for x in (*tensors, labels)]
+    total, outputs_loss, task = _FusedOutputs.apply(*tensors, plan)
+    return total, outputs_loss if wants_outputs else None, task if wants_task else None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is no tensor: settings that forward and backward share."""
+
+    divergence: Callable
+    temperature: float
+    outputs_weight: float
+    task_weight: float
+    vocab_size: int
+    finish: tuple[Callable | None, Callable | None]
+    chunk: int
+    dtype: torch.dtype  # of logits and losses
+    autocast: torch.dtype | None
+    gradients: bool
+    shares: tuple[Tensor | float, Tensor | float]
+
+    @property
+    def factors(self) -> tuple[Tensor | float, Tensor | float]:
+        """What the two terms are multiplied with in the total."""
+        return self.outputs_weight * self.shares[0], self.task_weight * self.shares[1]
+
+
+class _FusedOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, labels, plan):
+        ctx.set_materialize_grads(False)
+        ctx.plan = plan
+        inputs = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, labels)
+        wanted = [plan.gradients and needed for needed in ctx.needs_input_grad[:3]]
+        factors = plan.factors
+        with torch.autocast(hidden.device.type, enabled=False):  # the plan says the dtype
+            (outputs_loss, task), grads = _sweep(*inputs, plan, factors, wanted)
+        ctx.save_for_backward(*inputs, *grads)
+        return factors[0] * outputs_loss + factors[1] * task, outputs_loss, task
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total, grad_outputs, grad_task):
+        *inputs, grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        grads = (grad_hidden, grad_weight, grad_bias)
+        if grad_outputs is None and grad_task is None:
+            grads = [None if grad is None or grad_total is None else grad_total * grad for grad in grads]
+        else:  # one of the terms by itself: the same pass again, with the factors that came in
+            plan = ctx.plan
+            factors = [
+                sum(part for part in (own, None if grad_total is None else grad_total * weight) if part is not None)
+                for own, weight in zip((grad_outputs, grad_task), plan.factors, strict=True)
+            ]
+            _, grads = _sweep(*inputs, plan, factors, [grad is not None for grad in grads])
+        grads = [None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, inputs[:3], strict=True)]
+        return *grads, None, None, None, None, None, None
+
+
+def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, labels, plan, factors, wanted):
+    """One pass over all chunks: the two terms, and the gradient of factors[0]·outputs + factors[1]·task.
+
+    Args:
+        factors: numbers, or scalars where backward asks.
+        wanted: whether hidden, weight and bias need a gradient.
+
+    Returns:
+        (outputs, task), and the gradients of hidden (N, d), weight (V, d) and bias (V,) in their own dtypes, None where not wanted.
+    """
+    N, device = hidden.shape[0], hidden.device
+    nowhere = torch.zeros(N, dtype=torch.bool, device=device)
+    compared = nowhere if not plan.outputs_weight else ~nowhere if mask is None else mask.bool()
+    labelled = nowhere if labels is None else labels != -100
+
+    # Rows with a label come first, rows that count nowhere are left out. An accelerator would have to stop and count them: it takes all.
+    rows, labelled_rows = None, 0 if labels is None else N
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        with_label = labelled.nonzero().squeeze(1)
+        rows = torch.cat([with_label, (compared & ~labelled).nonzero().squeeze(1)])
+        labelled_rows = with_label.shape[0]
+        if rows.shape[0] == N and labelled_rows in (0, N):
+            rows = None  # all of them, in their order
+    student = ChunkedHead(hidden, weight, bias, plan.finish[0], plan, compared | labelled, rows)
+    if plan.outputs_weight:
+        cut = slice(plan.vocab_size)
+        teacher_bias = None if teacher_bias is None else teacher_bias[cut]
+        teacher = ChunkedHead(teacher_hidden, teacher_weight[cut], teacher_bias, plan.finish[1], plan, compared, rows)
+    if rows is not None:
+        compared, labelled = compared[rows], labelled[rows]
+        labels = None if labels is None else labels[rows]
+    # every row's part of its term's mean, 0 where it does not count
+    outputs_share = compared.to(student.dtype) / compared.sum().clamp_min(1)
+    task_share = labelled.to(student.dtype) / labelled.sum().clamp_min(1)
+
+    sums = [torch.zeros((), dtype=student.dtype, device=device) for _ in range(2)]
+    grads = student.zero_grads(wanted)
+    by_hand = plan.divergence is outputs.PER_POSITION["forward_kl"]
+    step = _forward_kl_step if by_hand else partial(_any_step, plan.divergence)
+    work = [torch.empty(min(plan.chunk, N) * weight.shape[0], dtype=student.dtype, device=device) for _ in range(2)]
+    for start in range(0, compared.shape[0], plan.chunk):
+        chunk = slice(start, start + plan.chunk)
+        z, g = student.logits(chunk), None  # (n, V_S)
+        if plan.outputs_weight:
+            t = teacher.logits(chunk)  # (n, V)
+            values, g = step(z[:, : plan.vocab_size], t, plan.temperature, work)
+            sums[0] += torch.dot(values.masked_fill(~compared[chunk], 0.0), outputs_share[chunk])
+            g.mul_((outputs_share[chunk] * factors[0]).unsqueeze(-1))
+            g = F.pad(g, (0, z.shape[1] - g.shape[1])) if g.shape[1] < z.shape[1] else g
+        n = min(max(labelled_rows - start, 0), z.shape[0])
+        if n:
+            part = slice(start, start + n)
+            values, ce = _cross_entropy_step(z[:n], labels[part].long().masked_fill(~labelled[part], 0), work[0])
+            sums[1] += torch.dot(values.masked_fill(~labelled[part], 0.0), task_share[part])
+            share = (task_share[part] * factors[1]).unsqueeze(-1)
+            if g is None:
+                g = ce.mul_(share)
+            else:
+                g[:n].addcmul_(ce, share)
+        if any(wanted):
+            student.backward(chunk, g, grads)
+    return sums, student.finish_grads(grads, rows)
+
+
+def _forward_kl_step(z, t, temperature, work):
+    """τ² KL(P‖Q) of each row (n,), and its gradient for z, (n, V). By hand: `outputs` has the formula. Overwrites t and both of work.
+
+    With a = z/τ and b = t/τ, u = log Q - log P = a - b - LSE(a) + LSE(b), LSE(x) = max x - log max softmax(x), and the gradient is τ (Q - P).
+    """
+    a, p = (view(buffer, z.shape) for buffer in work)
+    torch.div(z, temperature, out=a)
+    b = t.div_(temperature)
+    top_a, top_b = a.amax(-1, keepdim=True), b.amax(-1, keepdim=True)
+    torch.softmax(b, -1, out=p)
+    u = torch.sub(a, b, out=b).sub_(top_a - top_b)
+    q = torch.softmax(a, -1, out=a)
+    u.add_(q.amax(-1, keepdim=True).log() - p.amax(-1, keepdim=True).log())
+    values = torch.linalg.vecdot(p, u).neg()
+    values = outputs.small_kl(values, p, u, lambda rows: q[rows])
+    return values.mul_(temperature**2), torch.sub(q, p, out=b).mul_(temperature)
+
+
+def _any_step(per_position, z, t, temperature, work):
+    """τ² times any divergence of each row, and its gradient for z, by autograd."""
+    b = t.div_(temperature)
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        values = temperature**2 * per_position(leaf / temperature, b)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), gradient
+
+
+def _cross_entropy_step(z, labels, work):
+    """-log softmax(z) at the labels (n,), and its gradient for z, softmax(z) - onehot(labels), (n, V)."""
+    r = torch.softmax(z, -1, out=view(work, z.shape))
+    labels = labels.unsqueeze(-1)
+    values = z.amax(-1) - r.amax(-1).log() - z.gather(-1, labels).squeeze(-1)
+    return values, r.scatter_add_(-1, labels, r.new_full(labels.shape, -1.0))

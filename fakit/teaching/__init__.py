@@ -1,0 +1,6 @@
+"""What the notebooks stand on: their set-up, their exercises, and what runs them and writes their pages."""
+
+from fakit.teaching.exercises import Exercise, Result, is_empty, predict
+from fakit.teaching.setup import Session, setup
+
+__all__ = ["Exercise", "Result", "Session", "is_empty", "predict", "setup"]

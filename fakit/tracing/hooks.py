@@ -1,0 +1,168 @@
+"""Watch a model while it runs: hooks on its blocks, and an ear at its attention functions. Nothing of the model is changed.
+
+Attention is taken where transformers hands it over, at the functions of `transformers.AttentionInterface`: there every implementation
+(eager, sdpa, flash) receives the same queries, keys and values, after rotary embedding, so the maps can be had although sdpa and flash
+never return them. Models that call torch's `scaled_dot_product_attention` themselves (Falcon) are watched there.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fakit.losses.fused.attention_inputs import AttentionInputs
+from fakit.tracing.trace import Trace
+
+
+class EnoughSeen(Exception):
+    """Ends a forward pass of which nobody asked for the rest."""
+
+
+class Recorder:
+    """Writes into a trace while the model runs. `layer` is the block the forward pass is in; one module may serve several layers.
+
+    Args:
+        trace: is written into.
+        hidden_states, attentions: layer numbers to keep.
+        last: the layer after which nothing more is asked for: its output, or its attention where its output is not asked for; None to
+            let the forward pass run to its end.
+    """
+
+    def __init__(self, trace: Trace, hidden_states: set[int], attentions: set[int], last: int | None):
+        self.trace, self.hidden_states, self.attentions, self.last = trace, hidden_states, attentions, last
+        self.layer = 0
+
+    @contextmanager
+    def watching(self, blocks: list[nn.Module], attention: str) -> Iterator[None]:
+        """While open, this thread's forward passes through `blocks` are recorded. Swallows the end that the recorder itself brings about.
+
+        Args:
+            blocks: one a layer.
+            attention: where attention is seen: "interface", "sdpa" (torch's function), or "none".
+        """
+        watch = {"interface": _watching_interface, "sdpa": _WatchingSdpa, "none": nullcontext}[attention]
+        handles = []
+        token = _recorder.set(self)
+        try:
+            for block in dict.fromkeys(blocks):  # each module once, though it may serve several layers
+                numbers = [i for i, other in enumerate(blocks, 1) if other is block]
+                handles.append(block.register_forward_pre_hook(self._entering(numbers), with_kwargs=True))
+                handles.append(block.register_forward_hook(self._leaving))
+            with watch():
+                yield
+        except EnoughSeen:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+            _recorder.reset(token)
+
+    def _entering(self, numbers: list[int]):
+        def pre_hook(block, args, kwargs=None):
+            if _recorder.get() is not self:  # another thread's forward pass through the same model
+                return
+            # a shared block serves its layers in turn; any other one has exactly one number
+            self.layer = next((i for i in numbers if i > self.layer), numbers[0])
+            if self.layer == 1 and 0 in self.hidden_states:
+                self.trace.hidden_states[0] = _hidden(args) if args else kwargs["hidden_states"]
+                if self.last == 0:
+                    raise EnoughSeen
+
+        return pre_hook
+
+    def _leaving(self, block, args, output):
+        if _recorder.get() is not self:
+            return
+        if self.layer in self.hidden_states:
+            self.trace.hidden_states[self.layer] = _hidden(output)
+        if self.layer == self.last:
+            raise EnoughSeen
+
+    def attention(self, module, query, key, value, attention_mask=None, *_, **options) -> None:
+        """One call of an attention function."""
+        # the first call of a block is its self-attention; a decoder's cross-attention comes second
+        if self.layer not in self.attentions or self.layer in self.trace.attention:
+            return
+        scaling, causal = options.get("scaling"), options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        self.trace.attention[self.layer] = AttentionInputs(
+            query,
+            key,
+            value,
+            mask=attention_mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            # sdpa masks the future by itself when no mask does; flash does whenever the module is causal
+            causal=bool(causal) and (attention_mask is None or attention_mask.dim() == 2) and query.shape[2] > 1,
+            softcap=options.get("softcap"),
+            position_bias=options.get("position_bias"),
+            sinks=options.get("s_aux"),
+        )
+        if self.layer == self.last and self.last not in self.hidden_states:
+            raise EnoughSeen
+
+
+def _hidden(output) -> Tensor:
+    """The hidden state in what a block takes or returns: the first tensor."""
+    return next(x for x in output if isinstance(x, Tensor)) if isinstance(output, (tuple, list)) else output
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("fakit_recorder", default=None)  # of this thread's capture
+_lock = threading.Lock()
+_watchers = 0  # captures under way in all threads: the first one in puts the watch up, the last one out takes it down
+
+
+@contextmanager
+def _watching_interface() -> Iterator[None]:
+    """While open, attention functions report their inputs to their thread's recorder, then do what they always do.
+
+    Watched is the question "which function?" that every attention module asks of transformers' table, not the table: no entry and no
+    configuration changes, so mask building, kernels and gradient checkpointing see what they always see. Forward passes of other
+    threads run through untouched.
+    """
+    global _watchers
+    with _lock:
+        if _watchers == 0:
+            ask = ALL_ATTENTION_FUNCTIONS.get_interface
+            ALL_ATTENTION_FUNCTIONS.get_interface = lambda *args, **kwargs: _reporting(ask(*args, **kwargs))
+        _watchers += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _watchers -= 1
+            if _watchers == 0:
+                del ALL_ATTENTION_FUNCTIONS.get_interface  # the class's own shows again
+
+
+def _reporting(function: Callable) -> Callable:
+    def attention(*args, **kwargs):
+        if (recorder := _recorder.get()) is not None:
+            recorder.attention(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return attention
+
+
+class _WatchingSdpa(TorchFunctionMode):
+    """While open, calls of torch's own attention function in this thread are reported too."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and (recorder := _recorder.get()) is not None:
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            recorder.attention(
+                None,
+                given["query"],
+                given["key"],
+                given["value"],
+                given.get("attn_mask"),
+                scaling=given.get("scale"),
+                is_causal=given.get("is_causal", False),
+            )
+        return function(*args, **kwargs)

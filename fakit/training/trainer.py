@@ -1,0 +1,624 @@
+"""Training for real: `DistillationTrainer` is a `transformers.Trainer` whose model is student + projections in one module.
+
+Everything that lives in the Trainer therefore works as documented there: Accelerate, mixed precision, accumulation, gradient
+checkpointing, checkpoints, resume, callbacks, TensorBoard. The student exports without projections, as a plain transformers model.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import DataCollatorWithFlattening, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from fakit.files import check_room
+from fakit.losses.task import task_loss
+from fakit.models.blocks import find_blocks, stack_depths, without_adapter
+from fakit.models.head_kinds import problem_type, without_logits
+from fakit.models.kinds import is_causal_lm, ties, untie, without_layerdrop, without_rescaling
+from fakit.models.load import is_quantized
+from fakit.models.peft_students import ADAPTER, base_fingerprint, check_adapter, is_adapted, load_adapter
+from fakit.models.preflight import preflight
+from fakit.models.tables import CheckedCollator, Tables, check_data, tables
+from fakit.objective.breakdown import Breakdown
+from fakit.objective.objective import Needs, Objective, check_distribution, whose_numbers
+from fakit.tracing.capture import capture, check_attention
+from fakit.tracing.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
+from fakit.tracing.trace import Trace
+from fakit.training.checkpoints import begin as begin_checkpoint
+from fakit.training.checkpoints import check as check_checkpoint
+from fakit.training.checkpoints import give_up as give_up_checkpoint
+from fakit.training.checkpoints import last_whole_checkpoint, versions
+from fakit.training.checkpoints import rotate as rotate_checkpoints
+from fakit.training.checkpoints import seal as seal_checkpoint
+from fakit.training.distributed import check_sharding, load_whole_state, shards_on_cpus, whole_state
+from fakit.training.ownership import (
+    argument_facts,
+    bytes_of_checkpoint,
+    data_fingerprint,
+    objective_facts,
+    student_facts,
+)
+from fakit.training.precision import precision_name, settle
+from fakit.training.teacher_cache import TeacherCache
+from fakit.training.teacher_cache.fingerprints import fingerprint
+from fakit.training.teacher_cache.training import ROW, CachedRowsCollator, CachedTeacher, recorded_teacher, with_rows
+from fakit.training.token_counts import counts, shares
+
+_PROJECTIONS, _OBJECTIVE = "projections.safetensors", "objective.json"
+logger = logging.getLogger(__name__)
+
+
+class Distiller(nn.Module):
+    """Student, projections and the way from a batch to a loss, in one trainable module.
+
+    The teacher is held but not registered: it is not trained, saved, counted or wrapped. All of the work happens in `forward`, so whatever
+    wraps the module (DDP, autocast, compile) sees it.
+    """
+
+    # The objective's total is a mean over its own batch: the Trainer has to divide it by the accumulation steps. It would think
+    # otherwise, because `forward` takes **inputs.
+    accepts_loss_kwargs = False
+
+    def __init__(self, teacher: PreTrainedModel | None, student: PreTrainedModel, objective: Objective):
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        is_causal_lm(student)  # asked now: later it may be sharded, wrapped or compiled
+        self._teacher = (teacher,)  # a tuple hides it from nn.Module's bookkeeping
+        self.breakdown: Breakdown | None = None  # of the last training step, detached
+
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        """The frozen teacher; None where a cache stands for it."""
+        return self._teacher[0]
+
+    @property
+    def config(self):
+        """The student's, for whatever asks the model in training for its configuration."""
+        return self.student.config
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """Recompute the student's activations in the backward pass (gradient checkpointing)."""
+        _refuse_reentrant(activation_checkpointing_kwargs)
+        self.student.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep the student's activations again."""
+        self.student.activation_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """True while the student recomputes its activations."""
+        return self.student.is_activation_checkpointing
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of the student's blocks: FSDP's TRANSFORMER_BASED_WRAP shards each block by itself."""
+        return sorted({type(block).__name__ for block in find_blocks(self.student)})
+
+    def tie_weights(self) -> None:
+        """Tie the student's heads and embeddings again, after FSDP has put its parameters anew: those that were tied, not those of a
+        configuration that ties what the weights do not (T5 v1.1)."""
+        self.student.tie_weights(recompute_mapping=False)
+
+    def forward(
+        self,
+        labels: Tensor | None = None,
+        shares: dict[str, Tensor] | None = None,
+        theirs: Trace | None = None,
+        **inputs,
+    ) -> dict[str, Tensor]:
+        """Training: the objective's loss (). Eval: the student's logits and, where there are labels, the task's loss (), without teacher.
+
+        `shares`: what this batch counts for in the optimiser step, by term (see `fakit.training.token_counts`); None where it is all of the step.
+        `theirs`: the teacher's trace, where it comes from a cache.
+        """
+        if not self.training:
+            trace = capture(self.student, inputs | {"labels": labels})
+            if labels is None:
+                return {"logits": trace.logits}
+            return {"loss": self._task_loss(trace.logits, trace.own_labels(labels)), "logits": trace.logits}
+        asked = inputs | {"labels": labels}  # an encoder-decoder makes its decoder's inputs of them
+        if theirs is None and self.objective.needs_teacher():
+            if (
+                self.teacher.training
+            ):  # whoever looked at it in between; with dropout it would say something else each time
+                self.teacher.eval()
+            with torch.no_grad():
+                theirs = _trace(self.teacher, asked, self.objective.needs("teacher"))
+        ours = _trace(self.student, asked, self.objective.needs("student", labels is not None))
+        breakdown = self.objective(ours, theirs, labels, shares)
+        self.breakdown = breakdown.detach()
+        return {"loss": breakdown.total}
+
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return task_loss(logits, labels, is_causal_lm(self.student), problem_type(self.student.config))
+
+
+def _trace(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
+    return capture(model, inputs, needs.hidden_states, needs.attentions, needs.capture_logits)
+
+
+def _refuse_reentrant(activation_checkpointing_kwargs: dict | None) -> None:
+    if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "gradient checkpointing with use_reentrant=True runs the student's blocks without graph, so feature and attention terms "
+            "would train nothing; leave use_reentrant out (False)."
+        )
+
+
+class DistillationTrainer(Trainer):
+    """A `transformers.Trainer` for a teacher, a student and an objective.
+
+    Args:
+        teacher: frozen here and put in eval mode; moved to the training device unless quantised. May be None where there is a cache.
+        student: trained; `trainer.save_model(folder)` and `trainer.student.save_pretrained(folder)` export it alone.
+        objective: its projections are made here and trained, and checkpointed beside the student.
+        args: `transformers.TrainingArguments`; bf16 may be "auto", see `fakit.training.precision`.
+        teacher_tokenizer: compared with `processing_class` before training, if both are given.
+        teacher_cache: a `TeacherCache` of the training data, which is read in every step instead of running the teacher. The rows of
+            train_dataset are found in it by their tokens, so that shuffling, subsets and padding do not matter; a row that it lacks, and
+            a collator that changes tokens (masked language modelling), are refused.
+        kwargs: everything else of `transformers.Trainer` (train_dataset, eval_dataset, data_collator, processing_class, compute_metrics,
+            callbacks, optimizers …).
+
+    Logs, beside the Trainer's own: each term before weighting under its name, each layer pair as "features/S1_T2", averaged over the steps
+    since the last log that had it. `trainer.objective.weights` may be set while training.
+
+    Raises:
+        ValueError: before any work, when teacher, student and objective do not fit: what both sides have, and the fix.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel | None,
+        student: PreTrainedModel,
+        objective: Objective,
+        args=None,
+        teacher_tokenizer=None,
+        teacher_cache: TeacherCache | None = None,
+        **kwargs,
+    ):
+        if teacher is None and teacher_cache is None:
+            raise ValueError("neither a teacher nor a cache of one was given; pass teacher=… or teacher_cache=….")
+        args = TrainingArguments("tmp_trainer") if args is None else args
+        settle(args)
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor} smooths the Trainer's own loss, and here the objective makes the loss; "
+                "leave it 0 (the outputs term is soft labels already)."
+            )
+        rows = kwargs.get("train_dataset")
+        if hasattr(type(rows), "__len__") and len(rows) == 0:
+            raise ValueError("train_dataset has no rows: there is nothing to train on.")
+        if args.n_gpu > 1:
+            logger.warning("Training on one of %d GPUs; `accelerate launch` starts a process on each.", args.n_gpu)
+            args._n_gpu = 1  # not DataParallel, whose replicas lose their breakdown
+        if args.activation_checkpointing:
+            _refuse_reentrant(args.activation_checkpointing_kwargs)
+        tokenizer = kwargs.get("processing_class")
+        described = recorded_teacher(teacher_cache) if teacher is None else teacher
+        check_fit(described, student, objective, teacher_tokenizer, tokenizer)
+        objective.prepare(*(m.config.get_text_config().hidden_size for m in (student, described)))
+        named = [name for name in ("features", "attention") if getattr(objective, name) is not None]
+        if any(objective.pairs(name) for name in named) and (off := without_layerdrop(student)):
+            logger.warning(
+                "The student's %s is set to 0: its layers are matched, and a layer that is left out has nothing to match.",
+                ", ".join(f"{name} ({value})" for name, value in off.items()),
+            )
+        for model in (teacher, student):
+            if model is not None and without_rescaling(model):
+                logger.warning("%s no longer rescales its weights when it is evaluated.", type(model).__name__)
+        if is_adapted(student):
+            check_adapter(student)
+        if teacher is not None:
+            _refuse_shared(teacher, student)
+            teacher.eval().requires_grad_(False)
+        self.cached_teacher = None
+        if teacher_cache is not None:
+            self.cached_teacher = CachedTeacher(teacher_cache, objective, teacher, teacher_tokenizer or tokenizer)
+            if kwargs.get("train_dataset") is not None:
+                kwargs["train_dataset"] = with_rows(teacher_cache, kwargs["train_dataset"])
+        self._bare_rows = rows
+        distiller = Distiller(teacher, student, objective)
+        if (
+            args.neftune_noise_alpha is not None
+        ):  # its noise goes to the student's; a method of the class FSDP2 would shard by
+            distiller.get_input_embeddings = student.get_input_embeddings
+        super().__init__(model=distiller, args=args, **kwargs)
+        if self.cached_teacher is not None:
+            self.data_collator = CachedRowsCollator(self.data_collator)
+        elif not is_quantized(teacher):
+            teacher.to(self.args.device)
+        self._ask_beforehand([student] if self.cached_teacher is not None else [student, teacher], tokenizer)
+        self.teacher, self.student, self.objective = teacher, student, objective
+        self.epochs = _EpochCallback(objective)
+        self.add_callback(self.epochs)
+        # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for them
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._is_checkpoint = False
+        # settings that the steps follow from and that are not seen here, such as an experiment's: a checkpoint is bound to them, too
+        self.bound_to: dict[str, Any] = {}
+        self._objective_facts = objective_facts(objective)  # as it was made: weights may be set while training
+        self._fingerprints: dict[str, Any] | None = None
+
+    def _ask_beforehand(self, models: list[PreTrainedModel], tokenizer) -> None:
+        """What capture would ask of the models at the first batch that wants it: now, while they are whole, and before any work."""
+        collator = getattr(self.data_collator, "collator", self.data_collator)
+        for model in models:
+            if isinstance(collator, DataCollatorWithFlattening):
+                refuse_mixing(model)
+            if getattr(tokenizer, "padding_side", "right") == "left":
+                left_padding(model)
+
+    @property
+    def distiller(self) -> Distiller:
+        """Student and objective without what wraps them (DDP, FSDP, compile)."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def precision(self) -> str:
+        """What the forward passes compute in: "float32", or "bf16" (autocast)."""
+        return precision_name(self.accelerator.mixed_precision)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up Accelerate; `--use_fsdp` shards on CPUs, too."""
+        with shards_on_cpus():
+            super().create_accelerator_and_postprocess()
+        check_sharding(self.accelerator)
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, each with its shares where a step has more than one, here or in other processes."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and len(batches) * self.args.world_size > 1:
+            student = self.distiller.student
+            causal, tokens = is_causal_lm(student), student.get_output_embeddings() is not None
+            parts = [counts(self.objective, batch, causal, tokens) for batch in batches]
+            for batch, share in zip(batches, shares(parts, self.accelerator.gather), strict=True):
+                batch["shares"] = share
+        return batches, num_items
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        # a cached teacher is read here, outside of the module that DDP, FSDP or compile wraps
+        inputs = super()._prepare_inputs(inputs)
+        rows = inputs.pop(ROW, None)
+        if rows is not None and self.model.training:
+            inputs["theirs"] = self.cached_teacher.trace(rows, self.args.device)
+        return inputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective's total; the breakdown goes into the running means of the log."""
+        outputs = model(**inputs)
+        if model.training:
+            self._last_inputs = inputs
+            for name, value in _flat(self.distiller.breakdown).items():
+                total, steps = self._sums.get(name, (0.0, 0))
+                self._sums[name] = total + value, steps + 1
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _whose_numbers(self, name: str, pairs: list) -> str:
+        """On an accelerator, which looks when it logs: the last batch's teacher once more. The student has stepped since."""
+        inputs = {key: x for key, x in self._last_inputs.items() if key not in ("shares", "theirs")}
+        theirs = self._last_inputs.get("theirs")
+        if theirs is None and self.teacher is not None and name != "task":
+            with torch.no_grad():
+                theirs = _trace(self.teacher, inputs, self.objective.needs("teacher"))
+        return whose_numbers(name, pairs, None, theirs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the terms' means since the last log; on an accelerator this is where a NaN is found and named."""
+        if "loss" in logs and self._sums:
+            self.distiller.breakdown.check(self._whose_numbers)
+            means = torch.stack([total / steps for total, steps in self._sums.values()])  # (terms and layer pairs,)
+            means = self.accelerator.gather(means.unsqueeze(0)).mean(0)  # over the processes
+            logs |= dict(zip(self._sums, means.tolist(), strict=True))
+            self._sums = {}
+        super().log(logs, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self):
+        # the columns worth keeping are those that the student's or the teacher's forward pass takes, not the wrapper's
+        if self._signature_columns is None:
+            model, self.model = self.model, self.distiller.student
+            super()._set_signature_columns_if_needed()
+            self.model = model
+            for side in (self.distiller.student, self.distiller.teacher):
+                taken = None if side is None else taken_columns(side)
+                self._signature_columns += sorted(
+                    (MODEL_INPUTS if taken is None else taken) - {*self._signature_columns}
+                )
+            self._signature_columns.append(ROW)
+
+    # -- checkpoints: the student as transformers writes it, the rest beside it ------------------------------------
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs):
+        """The Trainer's, from a checkpoint of this run alone: see `fakit.training.checkpoints`; True takes the newest that is whole.
+
+        Raises:
+            ValueError: before any step: a checkpoint that is damaged, or was written with other settings, models, data or versions (each
+                is named); a folder for checkpoints that cannot be written to or is too full.
+        """
+        _check_parameters("student", self.student)
+        if self.teacher is not None:
+            _check_parameters("teacher", self.teacher)
+        self._check_data()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.args.world_size)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds no whole checkpoint to resume from: train() without it, or name one."
+                )
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, self.whose())
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
+            one = bytes_of_checkpoint(self.student, self.objective, self.args.optim)
+            check_room(self.args.output_dir, (1 + (self.args.save_total_limit or 1)) * one, "checkpoints")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _sides(self) -> dict[str, Tables]:
+        """The models that read the training data. A cached teacher has read it already."""
+        compared = any(getattr(self.objective, name) is not None for name in ("features", "attention", "outputs"))
+        runs = {"teacher": self.teacher} if compared and self.cached_teacher is None else {}
+        return {side: tables(model) for side, model in (runs | {"student": self.student}).items()}
+
+    def _check_data(self) -> None:
+        sides, task = self._sides(), self.objective.task is not None
+        check_data(self._bare_rows, self.data_collator, sides, "train_dataset", task)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for name, rows in evaluated.items():
+            what = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+            check_data(rows, self.data_collator, {"student": sides["student"]}, what, task=True)
+
+    def get_train_dataloader(self):
+        """The Trainer's, whose batches are looked at before the models read them."""
+        with self._looking_at_batches(self._sides(), self.objective.task is not None):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """The Trainer's, whose batches are looked at before the student reads them."""
+        with self._looking_at_batches({"student": tables(self.student)}, task=True):
+            return super().get_eval_dataloader(eval_dataset)
+
+    @contextmanager
+    def _looking_at_batches(self, sides: dict[str, Tables], task: bool) -> Iterator[None]:
+        collator = self.data_collator
+        self.data_collator = CheckedCollator(collator, sides, task)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def whose(self) -> dict[str, Any]:
+        """What a checkpoint of this trainer is bound to; plain JSON."""
+        if self._fingerprints is None:  # of all bytes of the teacher and the data: only where there is a checkpoint
+            cache = self.cached_teacher and self.cached_teacher.cache
+            self._fingerprints = {
+                "teacher": fingerprint(self.teacher) if cache is None else cache.manifest["teacher"],
+                "teacher_cache": None if cache is None else cache.manifest["content"],
+                "data": data_fingerprint(self._bare_rows),
+            }
+            if is_adapted(self.student):  # a checkpoint holds the adapter alone
+                self._fingerprints["student's base"] = base_fingerprint(self.student)
+        return {
+            **self.bound_to,
+            "versions": versions(),
+            "arguments": argument_facts(self.args),
+            "objective": self._objective_facts,
+            "student": student_facts(self.student),
+            **self._fingerprints,
+        }
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Whole, listed with checksums, and only then are older ones deleted: by step, never by the clock."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer would go by the clock
+        try:
+            if self.args.should_save:
+                begin_checkpoint(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal_checkpoint(folder, self.whose())
+                rotate_checkpoints(folder.parent, self.state.global_step, limit, self.state.best_model_checkpoint)
+        except Exception as error:
+            failure = give_up_checkpoint(folder, error)
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            self.args.save_total_limit = limit
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Export the student (and the tokenizer, if the trainer has one). Checkpoints also hold projections and weights."""
+        self._is_checkpoint = _internal_call
+        try:
+            if self.is_fsdp_enabled:  # the Trainer would leave it at shards
+                self._save(output_dir, self.accelerator.get_state_dict(self.model))
+            else:
+                super().save_model(output_dir, _internal_call=_internal_call)
+        finally:
+            self._is_checkpoint = False
+
+    def whole_student(self) -> PreTrainedModel:
+        """The trained student: `self.student`, or under FSDP a whole copy of it. Every process calls it."""
+        if not self.is_fsdp_enabled:
+            return self.student
+        student = type(self.student)._from_config(self.student.config)
+        untie(student, ties(student).keys() - ties(self.student).keys())
+        student.load_state_dict(_part(whole_state(self.model), "student."))
+        return student.to(self.args.device).eval()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        distiller = self.distiller
+        state = distiller.state_dict() if state_dict is None else state_dict
+        distiller.student.save_pretrained(folder, state_dict=_part(state, "student."))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self._is_checkpoint:
+            rest = {k: v.contiguous() for k, v in _part(state, "objective.").items()}
+            save_file(rest, folder / _PROJECTIONS)
+            (folder / _OBJECTIVE).write_text(json.dumps(_settings(distiller.objective), indent=2))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        adapted = is_adapted(self.distiller.student)
+        own = ADAPTER if adapted else "config.json"
+        missing = [name for name in (own, _PROJECTIONS, _OBJECTIVE) if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder} is no checkpoint of a DistillationTrainer: {', '.join(missing)} missing. Give a checkpoint-N folder of this "
+                "trainer's output_dir; an exported student starts a new run instead."
+            )
+        distiller = self.distiller
+        projections = load_file(folder / _PROJECTIONS)
+        ours = distiller.objective.state_dict()
+        if {k: v.shape for k, v in projections.items()} != {k: v.shape for k, v in ours.items()}:
+            raise ValueError(
+                f"{folder} holds projections {sorted(projections)}, this objective has {sorted(ours)}: resume with the layer map and the "
+                "widths that the run was started with."
+            )
+        state = {f"objective.{name}": value for name, value in projections.items()}
+        if adapted:
+            load_adapter(distiller.student, folder)
+        else:
+            student = type(distiller.student).from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+            state |= {f"student.{name}": value for name, value in student.state_dict().items()}
+        if self.is_fsdp_enabled:
+            load_whole_state(self.model, state)
+        else:
+            distiller.load_state_dict(state, strict=not adapted)
+        settings = json.loads((folder / _OBJECTIVE).read_text())
+        distiller.objective.weights.update(settings["weights"])
+        if settings["temperature"] is not None and distiller.objective.outputs is not None:
+            distiller.objective.outputs.temperature = settings["temperature"]
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
+    theirs = {id(parameter) for parameter in teacher.parameters()}
+    shared = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]
+    if shared:
+        raise ValueError(
+            f"student and teacher share {len(shared)} parameters ({', '.join(shared[:3])}{' …' if shared[3:] else ''}): the teacher is frozen, and they "
+            "with it. Give the student weights of its own: shrink(teacher, …) copies them, copy.deepcopy(teacher) too."
+        )
+
+
+def check_fit(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    objective: Objective,
+    teacher_tokenizer=None,
+    student_tokenizer=None,
+) -> None:
+    """Raise ValueError when these three cannot train together: both sides and the fix, before any work."""
+    objective.check_layers(stack_depths(student), stack_depths(teacher))
+    both = teacher_tokenizer is not None and student_tokenizer is not None
+    report = preflight(teacher, student, teacher_tokenizer if both else None, student_tokenizer if both else None)
+    outputs = objective.outputs
+    if outputs is None or outputs.vocab_size is not None:  # logits are not compared, or cut to what is shared
+        report.rows = [row for row in report.rows if row.name not in ("labels", "vocabulary (logits)", "problem type")]
+    report.raise_if_error()
+    _check_heads(teacher, student, objective)
+
+    s, t = student.config.get_text_config(), teacher.config.get_text_config()
+    matched = {
+        name for name in ("features", "attention") if getattr(objective, name) is not None and objective.pairs(name)
+    }
+    if "features" in matched and objective.features.projection is None and s.hidden_size != t.hidden_size:
+        raise ValueError(
+            f"the student is {s.hidden_size} wide, the teacher {t.hidden_size}, and Features(projection=None) allows no projection; "
+            "use projection='linear', or a student of the teacher's width."
+        )
+    if "attention" in matched:
+        for model in (student, teacher):
+            check_attention(model)
+    heads = [getattr(config, "num_attention_heads", None) for config in (s, t)]  # none where nothing attends (Mamba)
+    one_to_one = (
+        "attention" in matched and objective.attention.loss != "relations" and objective.attention.heads == "one-to-one"
+    )
+    if one_to_one and heads[0] != heads[1]:
+        raise ValueError(
+            f"one-to-one attention alignment: the student has {heads[0]} heads, the teacher {heads[1]}. "
+            f"Use Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), or shrink(teacher, heads={heads[1]})."
+        )
+
+
+def _check_heads(teacher: PreTrainedModel, student: PreTrainedModel, objective: Objective) -> None:
+    outputs, asking = objective.outputs, [n for n in ("outputs", "task") if getattr(objective, n) is not None]
+    for side, model in (("student", student), ("teacher", teacher)):
+        asked = asking if side == "student" else asking[: outputs is not None]
+        instead = without_logits(model) if asked else None
+        if instead is not None:
+            raise ValueError(
+                f"the {' and '.join(asked)} term{'s compare' if asked[1:] else ' compares'} logits, and the {side}, {type(without_adapter(model)).__name__}, returns "
+                f"{instead} in their place. Train it with features and attention alone ({', '.join(f'{name}=None' for name in asking)}), "
+                "or take models whose head returns logits."
+            )
+    problem = problem_type(student.config) or problem_type(teacher.config)
+    pools = without_adapter(student).get_output_embeddings() is None and hasattr(without_adapter(student), "num_labels")
+    if pools and outputs is not None and not callable(outputs.loss) and outputs.loss != "logit_mse":
+        check_distribution(outputs.loss, problem, student.config.num_labels)
+
+
+def _check_parameters(side: str, model: nn.Module) -> None:
+    """Raise ValueError for NaN in the weights, before they are trained or taught from."""
+    given = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and p.device.type != "meta"]
+    flags: dict[torch.device, list[Tensor]] = {}
+    for _, p in given:
+        flags.setdefault(p.device, []).append(p.detach().isnan().any())
+    if not any(torch.stack(found).any() for found in flags.values()):  # waits for each device once
+        return
+    names = [name for name, p in given if p.detach().isnan().any()]
+    raise ValueError(
+        f"the {side} ({type(without_adapter(model)).__name__}) holds NaN in {len(names)} of its parameters before training: "
+        f"{', '.join(names[:3])}{' …' if names[3:] else ''}. Load it again, from whole files."
+    )
+
+
+class _EpochCallback(TrainerCallback):
+    """A random layer map is drawn anew at every epoch's start, or every `steps` where the data are laid out in one epoch."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self.steps: int | None = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.steps is None:
+            self.objective.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.steps is not None:
+            self.objective.set_epoch(state.global_step // self.steps)
+
+
+def _flat(breakdown: Breakdown) -> dict[str, Tensor]:
+    layers = {f"{n}/S{s}_T{t}": v for n, pairs in breakdown.per_layer.items() for (s, t), v in pairs.items()}
+    return {**breakdown.terms, **layers}
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _settings(objective: Objective) -> dict:
+    temperature = None if objective.outputs is None else objective.outputs.temperature
+    return {"weights": dict(objective.weights), "temperature": temperature}
