@@ -19,6 +19,7 @@ from benchmarks.measure import Way, peak_mebibytes
 from benchmarks.models import FULL, QUICK, Batch, Size, models, random_batch
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture
 from fakit.losses.fused.chunked import fused_outputs
+from fakit.losses.fused.output_head import Head
 
 
 def all_terms() -> Objective:
@@ -81,7 +82,7 @@ def heads(whole: bool, size: Size) -> Way:
         if whole:
             return hand_written.output_loss(F.linear(ours, student), F.linear(theirs, teacher))
         tau = hand_written.TEMPERATURE
-        return fused_outputs(ours, student, None, theirs, teacher, None, None, temperature=tau)[0]
+        return fused_outputs(Head(ours, student), Head(theirs, teacher), temperature=tau)[0]
 
     return Way(loss, [student])
 

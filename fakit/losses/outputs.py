@@ -14,6 +14,8 @@ the same ones.
 
 import math
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -31,15 +33,39 @@ def _prepare(
             f"{name} compares logits of one shape, (B, T, V) or (B, C); student has {tuple(student.shape)}, teacher has {tuple(teacher.shape)}. {_FIX}"
         )
     check_mask(name, mask, student.shape[:-1])
-    if not isinstance(temperature, Tensor) and not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(
-            f"{name} wants a finite temperature above 0, not {temperature!r}; 1 leaves the distributions as they are."
-        )
+    check_temperature(name, temperature)
     if mask is not None:
         padding = ~mask.bool().unsqueeze(-1)
         student, teacher = student.masked_fill(padding, 0.0), teacher.masked_fill(padding, 0.0)
     student, teacher = at_least_float32(student) / temperature, at_least_float32(teacher) / temperature
     return student.clamp_min(lowest(student.dtype)), teacher.clamp_min(lowest(teacher.dtype))
+
+
+def check_temperature(name: str, temperature: float | Tensor) -> None:
+    """Raise ValueError unless the temperature is a tensor, or a finite number above 0."""
+    if not isinstance(temperature, Tensor) and not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(
+            f"{name} wants a finite temperature above 0, not {temperature!r}; 1 leaves the distributions as they are."
+        )
+
+
+def check_vocabularies(student: int, teacher: int, vocab_size: int | None) -> None:
+    """Raise ValueError unless `vocab_size` entries are in both vocabularies, or, where it is None, both have one size.
+
+    Args:
+        student, teacher: numbers of entries of the logits.
+    """
+    if vocab_size is None and student != teacher:
+        raise ValueError(
+            f"vocabulary sizes differ: the student's logits have {student} entries, the teacher's {teacher}. If one head "
+            f"is only padded, Outputs(vocab_size={min(student, teacher)}) cuts both to the shared true vocabulary; if the "
+            "tokenizers differ, outputs cannot be matched token by token."
+        )
+    if vocab_size is not None and not 1 <= vocab_size <= min(student, teacher):
+        raise ValueError(
+            f"vocab_size={vocab_size} entries are not in both vocabularies: the student has {student}, the teacher "
+            f"{teacher}."
+        )
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -140,6 +166,10 @@ def _reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"jsd mixes teacher and student with 0 < beta < 1, not {beta!r}; its limits are forward_kl and reverse_kl."
+        )
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
@@ -173,10 +203,6 @@ def jsd(
 
     0 < β < 1; divided by β its limit is forward KL (β → 0), divided by 1-β reverse KL (β → 1).
     """
-    if not 0 < beta < 1:
-        raise ValueError(
-            f"jsd mixes teacher and student with 0 < beta < 1, not {beta!r}; its limits are forward_kl and reverse_kl."
-        )
     student, teacher = _prepare("jsd", student, teacher, mask, temperature)
     return temperature**2 * masked_mean(_jsd(student, teacher, beta), mask)
 
@@ -209,3 +235,27 @@ LOSSES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "logit
 
 # (student logits / τ, teacher logits / τ), (..., V) each, without -inf -> (...); τ² and the mean over positions are the caller's
 PER_POSITION = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "logit_mse": _logit_mse}
+
+
+def per_position(name: str, **parameters: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """A formula of `PER_POSITION` with its own parameters set.
+
+    Raises:
+        ValueError: no such divergence, or a parameter or a value of one that it does not take.
+
+    >>> import torch
+    >>> per_position("jsd", beta=0.1)(torch.zeros(4, 3), torch.zeros(4, 3)).shape
+    torch.Size([4])
+    """
+    if name not in PER_POSITION:
+        raise ValueError(f"divergence {name!r} is not known; choose one of {list(PER_POSITION)} or pass a function.")
+    formula = PER_POSITION[name]
+    if not parameters:
+        return formula
+    known = dict(list(signature(formula).parameters.items())[2:])  # after student and teacher
+    if unknown := [key for key in parameters if key not in known]:
+        takes = ", ".join(map(str, known.values())) or "none"
+        raise ValueError(f"{name} has no parameter {', '.join(unknown)}; it takes {takes}.")
+    formula = partial(formula, **parameters)
+    formula(torch.zeros(1, 2), torch.zeros(1, 2))  # a value out of its range is refused here, before any work
+    return formula

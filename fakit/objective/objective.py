@@ -363,26 +363,18 @@ class Objective(nn.Module):
         mask, theirs = None, ours.detach()  # not looked at by the task alone
         if self.active("outputs"):
             mask, theirs = _predicting_positions(student, teacher, labels, ours.hidden), teacher.head
-        hidden = [ours.hidden, theirs.hidden]  # (B, T, d) each
         if student.causal:
-            hidden = [states[:, :-1] for states in hidden]
+            ours, theirs = (replace(head, hidden=head.hidden[:, :-1]) for head in (ours, theirs))  # (B, T - 1, d)
             labels = None if labels is None else labels[:, 1:]
         total, outputs, task = fused_outputs(
-            hidden[0],
-            ours.weight,
-            ours.bias,
-            hidden[1],
-            theirs.weight,
-            theirs.bias,
+            ours,
+            theirs,
             mask,
             divergence=settings.loss,
             temperature=settings.temperature,
-            outputs_weight=self.weights.get("outputs", 0.0),
-            task_labels=labels,
-            task_weight=self.weights.get("task", 0.0),
+            weights=(self.weights.get("outputs", 0.0), self.weights.get("task", 0.0)),
+            labels=labels,
             vocab_size=settings.vocab_size,
-            student_finish=ours.finish,
-            teacher_finish=theirs.finish,
             shares=tuple((shares or {}).get(name) for name in ("outputs", "task")),
         )
         return total, {n: v for n, v in (("outputs", outputs), ("task", task)) if v is not None}

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fakit.losses import outputs
 from fakit.losses.fused import chunked, liger
 from fakit.losses.fused.chunked import fused_outputs
+from fakit.losses.fused.output_head import Head
 from fakit.losses.task import task_loss
 
 B, T, V = 3, 7, 11
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3, [False, True, True, False, True, True, False]])
-NAMES = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
 divergences = pytest.mark.parametrize("divergence", outputs.LOSSES)
 
 
@@ -30,6 +30,11 @@ def make(dtype: torch.dtype = torch.float64, student: int = V, teacher: int = V,
     if not bias:
         draws[2] = draws[5] = None
     return [x if x is None else x.requires_grad_(i < 3) for i, x in enumerate(draws)]
+
+
+def heads(tensors, finish=(None, None)) -> tuple[Head, Head]:
+    """The student's head and the teacher's of the six tensors that `make` gives."""
+    return Head(*tensors[:3], finish[0]), Head(*tensors[3:], finish[1])
 
 
 def labels() -> Tensor:
@@ -71,13 +76,12 @@ def assert_equal(found, expected, leaves, tolerance: float) -> None:
 def test_equals_whole_logits(divergence, chunk, dtype, tolerance):
     tensors = make(dtype)
     found = fused_outputs(
-        *tensors,
+        *heads(tensors),
         MASK,
         divergence=divergence,
         temperature=2.5,
-        outputs_weight=0.7,
-        task_labels=labels(),
-        task_weight=0.4,
+        weights=(0.7, 0.4),
+        labels=labels(),
         chunk=chunk,
     )
     assert_equal(found, plain(tensors, MASK, divergence, 2.5, 0.7, labels(), 0.4), tensors[:3], tolerance)
@@ -89,42 +93,59 @@ def test_finishing_functions_and_a_cut_vocabulary(divergence, bias):
     finish = (lambda z: 2 * torch.tanh(z / 2), lambda z: z / 3)  # Gemma's soft cap, Granite's scale
     tensors = make(student=V, teacher=V + 3, bias=bias)
     found = fused_outputs(
-        *tensors,
+        *heads(tensors, finish),
         MASK,
         divergence=divergence,
         temperature=0.5,
-        task_labels=labels(),
-        task_weight=2.0,
+        weights=(1.0, 2.0),
+        labels=labels(),
         vocab_size=V - 2,
-        student_finish=finish[0],
-        teacher_finish=finish[1],
         chunk=5,
     )
     expected = plain(tensors, MASK, divergence, 0.5, 1.0, labels(), 2.0, cut=V - 2, finish=finish)
     assert_equal(found, expected, tensors[:3], 1e-9)
 
 
-def test_without_mask_and_with_a_beta():
+def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """β KL(P ‖ M) + (1 - β) KL(Q ‖ M), M = βP + (1 - β)Q, from its definition (arXiv 2306.13649), mean over all positions."""
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    m = beta * p + (1 - beta) * q
+    kl = [(x * (x / m).log()).sum(-1) for x in (p, q)]
+    return (beta * kl[0] + (1 - beta) * kl[1]).mean()
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_a_parameter_reaches_every_chunk(beta):
     tensors = make()
-    (found, *_) = fused_outputs(*tensors, None, divergence=partial(outputs.PER_POSITION["jsd"], beta=0.2), chunk=4)
-    whole = [torch.nn.functional.linear(*tensors[i : i + 3]) for i in (0, 3)]
-    assert_equal([found], [outputs.jsd(*whole, beta=0.2)], tensors[:3], 1e-9)
+    named, *_ = fused_outputs(*heads(tensors), divergence="jsd", parameters={"beta": beta}, chunk=4)
+    bound, *_ = fused_outputs(*heads(tensors), divergence=partial(outputs.PER_POSITION["jsd"], beta=beta), chunk=4)
+    whole = [head.logits() for head in heads(tensors)]
+    expected = [generalized_jsd(*whole, beta), outputs.jsd(*whole, beta=beta)]
+    assert_equal([named, bound], expected, tensors[:3], 1e-9)
+
+
+def test_gradients_with_a_parameter_are_those_of_finite_differences():
+    student, teacher = make()[:3], make()[3:]
+    options = {"divergence": "jsd", "parameters": {"beta": 0.1}, "temperature": 1.5, "chunk": 4}
+    assert torch.autograd.gradcheck(
+        lambda *leaves: fused_outputs(Head(*leaves), Head(*teacher), MASK, **options)[0], student
+    )
 
 
 @divergences
 def test_gradients_are_those_of_finite_differences(divergence):
     student, teacher = make()[:3], make()[3:]
-    options = {"divergence": divergence, "temperature": 1.5, "task_labels": labels(), "task_weight": 0.5, "chunk": 4}
+    options = {"divergence": divergence, "temperature": 1.5, "weights": (1.0, 0.5), "labels": labels(), "chunk": 4}
     for which in range(3):
         assert torch.autograd.gradcheck(
-            lambda *leaves, which=which: fused_outputs(*leaves, *teacher, MASK, **options)[which], student
+            lambda *leaves, which=which: fused_outputs(Head(*leaves), Head(*teacher), MASK, **options)[which], student
         )
 
 
 def test_a_term_beside_the_total_gets_its_own_gradient_too():
     tensors = make()
-    options = {"temperature": 2.0, "outputs_weight": 0.7, "task_labels": labels(), "task_weight": 0.4}
-    total, compared, task = fused_outputs(*tensors, MASK, **options, chunk=4)
+    options = {"temperature": 2.0, "weights": (0.7, 0.4), "labels": labels()}
+    total, compared, task = fused_outputs(*heads(tensors), MASK, **options, chunk=4)
     expected = plain(tensors, MASK, "forward_kl", 2.0, 0.7, labels(), 0.4)
     combined = (3 * total + 5 * task, 2 * total - compared + task)
     references = (3 * expected[0] + 5 * expected[2], 2 * expected[0] - expected[1] + expected[2])
@@ -157,15 +178,10 @@ def test_whole_logits_never_exist_and_backward_only_scales(divergence):
     given = torch.arange(N) % vocabulary
     with Watch() as watch:
         total, _, _ = fused_outputs(
-            leaf,
-            weight,
-            None,
-            *teacher,
-            None,
-            None,
+            Head(leaf, weight),
+            Head(*teacher),
             divergence=divergence,
-            task_labels=given,
-            task_weight=1.0,
+            labels=given,
             chunk=chunk,
         )
         assert watch.products == 4 * N // chunk  # two heads, two gradients
@@ -179,20 +195,20 @@ def test_a_term_of_weight_0_is_left_out(divergence):
     tensors = make()
     nan = [torch.full_like(x, math.nan) for x in tensors[3:]]
     total, compared, task = fused_outputs(
-        *tensors[:3], *nan, MASK, divergence=divergence, outputs_weight=0.0, task_labels=labels(), task_weight=0.5
+        *heads([*tensors[:3], *nan]), MASK, divergence=divergence, weights=(0.0, 0.5), labels=labels()
     )
     assert compared is None
     logits = torch.nn.functional.linear(*tensors[:3])
     assert_equal((total, task), (0.5 * task_loss(logits, labels()), task_loss(logits, labels())), tensors[:3], 1e-9)
-    assert fused_outputs(*tensors, MASK, task_labels=labels(), task_weight=0.0)[2] is None
+    assert fused_outputs(*heads(tensors), MASK, weights=(1.0, 0.0), labels=labels())[2] is None
 
 
 def test_labels_that_are_all_absent_cost_nothing():
     tensors = make()
     absent = torch.full((B, T), -100)
-    total, compared, task = fused_outputs(*tensors, MASK, task_labels=absent, task_weight=1.0)
+    total, compared, task = fused_outputs(*heads(tensors), MASK, labels=absent)
     assert task.item() == 0 and total.item() == compared.item() > 0
-    total, _, _ = fused_outputs(*tensors, MASK, outputs_weight=0.0, task_labels=absent, task_weight=1.0)
+    total, _, _ = fused_outputs(*heads(tensors), MASK, weights=(0.0, 1.0), labels=absent)
     total.backward()
     assert total.item() == 0 and all((x.grad == 0).all() for x in tensors[:3])
 
@@ -205,8 +221,7 @@ def test_padding_has_no_effect(divergence, number):
     spoilt[0].requires_grad_()
     within = labels().masked_fill(~MASK, -100)
     found, expected = (
-        fused_outputs(*x, MASK, divergence=divergence, task_labels=within, task_weight=1.0, chunk=4)
-        for x in (spoilt, tensors)
+        fused_outputs(*heads(x), MASK, divergence=divergence, labels=within, chunk=4) for x in (spoilt, tensors)
     )
     assert found[0].item() == expected[0].item()
     gradients = [torch.autograd.grad(f[0], x[:3]) for f, x in ((found, spoilt), (expected, tensors))]
@@ -219,7 +234,7 @@ def test_padding_has_no_effect(divergence, number):
 def test_0_at_equality(divergence, dtype):
     tensors = make(dtype)[:3]
     total, _, _ = fused_outputs(
-        *tensors, *(x.detach().clone() for x in tensors), MASK, divergence=divergence, temperature=2.5, chunk=4
+        Head(*tensors), Head(*tensors).detach(), MASK, divergence=divergence, temperature=2.5, chunk=4
     )
     total.backward()
     assert abs(total.item()) < 1e-7 and all(x.grad.norm() < 1e-6 for x in tensors)
@@ -234,7 +249,9 @@ def test_entries_out_of_both_vocabularies_count_0(divergence):
     without = [
         x.detach()[kept].requires_grad_(x.requires_grad) if i in (1, 2, 4, 5) else x for i, x in enumerate(tensors)
     ]
-    found, expected = (fused_outputs(*x, MASK, divergence=divergence, temperature=0.5)[0] for x in (tensors, without))
+    found, expected = (
+        fused_outputs(*heads(x), MASK, divergence=divergence, temperature=0.5)[0] for x in (tensors, without)
+    )
     classes = V / (V - 1) if divergence == "logit_mse" else 1.0  # a mean over classes counts the entry, as equal
     assert found.item() * classes == pytest.approx(expected.item(), rel=1e-12)
     found.backward()
@@ -246,17 +263,17 @@ def test_only_what_requires_a_gradient_gets_one():
     for x in tensors[1:3]:
         x.requires_grad_(False)
     with Watch() as watch:
-        fused_outputs(*tensors, MASK, chunk=B * T)[0].backward()
+        fused_outputs(*heads(tensors), MASK, chunk=B * T)[0].backward()
     assert watch.products == 3  # two heads, the gradient of the hidden states
     assert tensors[0].grad.abs().sum() > 0 and tensors[1].grad is None and tensors[2].grad is None
     with torch.no_grad(), Watch() as watch:
-        total, _, _ = fused_outputs(*make(), MASK, chunk=B * T)
+        total, _, _ = fused_outputs(*heads(make()), MASK, chunk=B * T)
     assert watch.products == 2 and not total.requires_grad
 
 
 def test_the_teacher_gets_no_gradient():
     tensors = [x.detach().requires_grad_() for x in make()]
-    fused_outputs(*tensors, MASK)[0].backward()
+    fused_outputs(*heads(tensors), MASK)[0].backward()
     assert [x.grad is None for x in tensors] == [False] * 3 + [True] * 3
 
 
@@ -264,10 +281,10 @@ def test_the_teacher_gets_no_gradient():
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 weights"])
 def test_heads_in_bf16_and_losses_in_float32(divergence, autocast):
     exact, rounded = make(torch.float32), make(torch.float32 if autocast else torch.bfloat16)
-    options = {"divergence": divergence, "temperature": 2.0, "task_labels": labels(), "task_weight": 1.0, "chunk": 4}
+    options = {"divergence": divergence, "temperature": 2.0, "labels": labels(), "chunk": 4}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        total, _, _ = fused_outputs(*rounded, MASK, **options)
-    reference, _, _ = fused_outputs(*exact, MASK, **options)
+        total, _, _ = fused_outputs(*heads(rounded), MASK, **options)
+    reference, _, _ = fused_outputs(*heads(exact), MASK, **options)
     total.backward(), reference.backward()
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(reference.item(), rel=0.02) and total.item() != reference.item()
@@ -278,40 +295,53 @@ def test_heads_in_bf16_and_losses_in_float32(divergence, autocast):
 def test_float16_gradients_wait_for_the_scale():
     tensors = make(torch.float16)
     small = 1e-9  # as one share among very many tokens: 0 in float16
-    total, _, _ = fused_outputs(*tensors, MASK, outputs_weight=small)
+    total, _, _ = fused_outputs(*heads(tensors), MASK, weights=(small, 0.0))
     (total / small).backward()
     reference = make(torch.float32)
-    fused_outputs(*reference, MASK)[0].backward()
+    fused_outputs(*heads(reference), MASK)[0].backward()
     for a, b in zip(tensors[:3], reference[:3], strict=True):
         assert a.grad.dtype == torch.float16 and (a.grad.float() - b.grad).norm() < 0.02 * b.grad.norm()
 
 
 def test_backward_twice_is_twice_the_gradient():
     tensors = make()
-    total, _, _ = fused_outputs(*tensors, MASK)
+    total, _, _ = fused_outputs(*heads(tensors), MASK)
     total.backward(retain_graph=True)
     once = [x.grad.clone() for x in tensors[:3]]
     total.backward()
     assert all(torch.equal(x.grad, 2 * g) for x, g in zip(tensors[:3], once, strict=True))
 
 
+NAMES = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"teacher_hidden": torch.zeros(B, 5, 6)}, r"the student has \(3, 7, 4\), the teacher \(3, 5, 6\)"),
-        ({"teacher_weight": torch.zeros(V + 1, 6)}, r"student's head has 11 entries, the teacher's 12.*vocab_size=11"),
+        (
+            {"teacher_weight": torch.zeros(V + 1, 6).double(), "teacher_bias": None},
+            r"student's logits have 11 entries, the teacher's 12.*vocab_size=11",
+        ),
         ({"student_weight": torch.zeros(V, 5)}, r"student's head.*\(V, 4\).*it is torch.float32 \(11, 5\)"),
-        ({"teacher_weight": torch.zeros(V, 6, dtype=torch.int8)}, r"teacher's head.*torch.int8.*A quantised head"),
+        ({"teacher_weight": torch.zeros(V, 6, dtype=torch.int8)}, r"teacher's head.*torch.int8.*A quantized head"),
         ({"vocab_size": 12}, r"vocab_size=12 .* the student has 11, the teacher 11"),
         ({"temperature": 0.0}, r"wants a finite temperature above 0, not 0.0"),
+        (
+            {"divergence": "jsd", "parameters": {"alpha": 0.1}},
+            r"jsd has no parameter alpha; it takes beta: float = 0.5",
+        ),
+        ({"divergence": "jsd", "parameters": {"beta": 1.0}}, r"0 < beta < 1, not 1.0.*forward_kl and reverse_kl"),
+        ({"parameters": {"beta": 0.1}}, r"forward_kl has no parameter beta; it takes none"),
+        ({"divergence": len, "parameters": {"beta": 0.1}}, r"for a divergence given by name, .*functools.partial"),
         ({"divergence": "kl"}, r"'kl' is not known; choose one of \['forward_kl'"),
         (
-            {"task_labels": torch.zeros(B, 6), "task_weight": 1.0},
+            {"labels": torch.zeros(B, 6)},
             r"labels \(3, 6\) do not fit hidden states \(3, 7, 4\)",
         ),
         (
-            {"outputs_weight": 0.0},
-            r"nothing to compute: outputs_weight is 0.0, task_weight is 0.0, task_labels are not given",
+            {"weights": (0.0, 1.0)},
+            r"nothing to compute: weights are \(0.0, 0.0\), labels are not given",
         ),
         ({"mask": torch.zeros(B, T, dtype=torch.bool)}, r"no valid position in the whole batch"),
         ({"teacher_bias": torch.zeros(V + 3)}, r"teacher's head has 11 entries and a bias of \(14,\)"),
@@ -322,7 +352,9 @@ def test_backward_twice_is_twice_the_gradient():
 )
 def test_wrong_inputs_name_both_sides_and_the_fix(change, message):
     with pytest.raises(ValueError, match=message):
-        fused_outputs(**dict(zip(NAMES, make(), strict=True)) | {"mask": MASK} | change)
+        change, given = dict(change), dict(zip(NAMES, make(), strict=True))
+        given |= {name: change.pop(name) for name in NAMES if name in change}
+        fused_outputs(*heads(list(given.values())), **{"mask": MASK} | change)
 
 
 @divergences
@@ -330,7 +362,7 @@ def test_wrong_inputs_name_both_sides_and_the_fix(change, message):
 def test_one_side_in_float64(which, divergence):
     tensors, wide = make(torch.float32), make(torch.float32)
     wide[which] = [x.detach().double().requires_grad_(x.requires_grad) for x in wide[which]]
-    found = fused_outputs(*wide, MASK, divergence=divergence, task_labels=labels(), task_weight=0.4, chunk=4)
+    found = fused_outputs(*heads(wide), MASK, divergence=divergence, weights=(1.0, 0.4), labels=labels(), chunk=4)
     expected = plain(tensors, MASK, divergence, 1.0, 1.0, labels(), 0.4)
     assert [x.item() for x in found] == pytest.approx([x.item() for x in expected], rel=1e-5)
     for ours, theirs in zip(
@@ -343,8 +375,8 @@ def test_a_teacher_of_inference_mode():
     tensors = make()
     with torch.inference_mode():
         theirs, mask, given = [x.clone() for x in tensors[3:]], MASK.clone(), labels().clone()
-    found = fused_outputs(*tensors[:3], *theirs, mask, task_labels=given, task_weight=0.4)
-    assert_equal(found, fused_outputs(*tensors, MASK, task_labels=labels(), task_weight=0.4), tensors[:3], 1e-12)
+    found = fused_outputs(Head(*tensors[:3]), Head(*theirs), mask, weights=(1.0, 0.4), labels=given)
+    assert_equal(found, fused_outputs(*heads(tensors), MASK, weights=(1.0, 0.4), labels=labels()), tensors[:3], 1e-12)
 
 
 @pytest.mark.parametrize("wrong", [-1, V, V + 30000])
@@ -356,7 +388,7 @@ def test_a_label_that_is_no_class_is_refused_and_never_trained_on(wrong, way):
         if way == "whole":
             task_loss(torch.nn.functional.linear(*tensors[:3]), odd)
         else:
-            fused_outputs(*tensors, MASK, outputs_weight=0.0, task_labels=odd, task_weight=1.0)
+            fused_outputs(*heads(tensors), MASK, weights=(0.0, 1.0), labels=odd)
 
 
 class LigersConvention:
@@ -380,19 +412,19 @@ class LigersConvention:
 @pytest.mark.parametrize("mask", [MASK, None], ids=["mask", "no mask"])
 def test_liger_is_asked_for_what_we_mean(monkeypatch, divergence, mask):
     tensors = make()
-    expected = fused_outputs(*tensors, mask, divergence=divergence, temperature=2.5, outputs_weight=0.7)
+    expected = fused_outputs(*heads(tensors), mask, divergence=divergence, temperature=2.5, weights=(0.7, 0.0))
     package = SimpleNamespace(LigerFusedLinearJSDLoss=LigersConvention)
     monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(chunked_loss=package))
     monkeypatch.setitem(sys.modules, "liger_kernel.chunked_loss", package)
     monkeypatch.setattr(liger, "serves", lambda *_: True)
     monkeypatch.setattr(chunked, "_FusedOutputs", None)  # so that nothing else can have answered
-    found = fused_outputs(*tensors, mask, divergence=divergence, temperature=2.5, outputs_weight=0.7)
+    found = fused_outputs(*heads(tensors), mask, divergence=divergence, temperature=2.5, weights=(0.7, 0.0))
     assert found[2] is None
     assert_equal(found[:2], expected[:2], tensors[:3], 1e-9)
 
 
 def test_liger_serves_no_cpu():
-    assert not liger.serves("forward_kl", *(x.float() for x in make()[:2]))
+    assert not liger.serves("forward_kl", *heads(make(torch.float32)))
 
 
 def test_docstring_examples_run():
@@ -406,9 +438,7 @@ def test_small_differences_survive_in_chunks(divergence, temperature):
     generator = torch.Generator().manual_seed(7)
     hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(9000, 8, generator=generator)
     moved = hidden + (0.02 if temperature == 1.0 else 0.5) * torch.randn(6, 8, generator=generator)
-    found = fused_outputs(
-        moved, weight, None, hidden, weight, None, None, divergence=divergence, temperature=temperature
-    )
+    found = fused_outputs(Head(moved, weight), Head(hidden, weight), divergence=divergence, temperature=temperature)
     student, teacher = moved.double() @ weight.double().T, hidden.double() @ weight.double().T
     expected = outputs.LOSSES[divergence](student, teacher, None, temperature).item()
     assert found[1].item() == pytest.approx(expected, rel=1e-4)

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture, load_teacher, shrink
 from fakit.evaluation.cost import count_flops, forward_flops, peak_memory
 from fakit.losses.fused import chunked, streamed
+from fakit.losses.fused.output_head import Head
 from fakit.planner import plan, step
 from tests.families import batch_for, objective_for, tiny
 
@@ -197,7 +198,7 @@ def test_another_thread_computes_its_losses_meanwhile(models):
     found = []
 
     def losses() -> None:
-        outputs = chunked.fused_outputs(hidden, weight, None, hidden.flip(0), weight, None, None)[1]
+        outputs = chunked.fused_outputs(Head(hidden, weight), Head(hidden.flip(0), weight))[1]
         found.append((outputs.item(), streamed.streamed_map_kl(query, key, key, query).item()))
 
     losses()

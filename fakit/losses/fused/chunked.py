@@ -4,7 +4,7 @@ At a vocabulary of 150,000 the logits of 2,048 tokens take 1.2 GB a side, and th
 run on a few tokens at a time; their logits are compared, turned into a gradient of hidden states and head, and dropped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from fakit.losses import outputs
 from fakit.losses.fused import liger
-from fakit.losses.fused.output_head import ChunkedHead, view
+from fakit.losses.fused.output_head import ChunkedHead, Head, view
+from fakit.losses.outputs import check_temperature, check_vocabularies
 from fakit.losses.reduce import check_labels, check_mask
 
 # Tokens of one chunk. Its logits, in float32, should stay in a CPU's caches (16 MiB; a GPU wants larger matrices), but every chunk also reads
@@ -25,156 +26,130 @@ _FEWEST = 256
 
 
 def fused_outputs(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    mask: Tensor | None,
+    student: Head,
+    teacher: Head,
+    mask: Tensor | None = None,
     *,
     divergence: str | Callable[[Tensor, Tensor], Tensor] = "forward_kl",
+    parameters: Mapping[str, float] | None = None,
     temperature: float = 1.0,
-    outputs_weight: float = 1.0,
-    task_labels: Tensor | None = None,
-    task_weight: float = 0.0,
+    weights: tuple[float, float] = (1.0, 1.0),
+    labels: Tensor | None = None,
     vocab_size: int | None = None,
-    student_finish: Callable[[Tensor], Tensor] | None = None,
-    teacher_finish: Callable[[Tensor], Tensor] | None = None,
     chunk: int | None = None,
     shares: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Output matching and the task's cross-entropy of logits = finish(hidden @ weightᵀ + bias), without storing the logits.
+    """Output matching and the task's cross-entropy of two heads' logits, without storing the logits.
 
-    Equal to the functions of `fakit.losses.outputs` and to `fakit.losses.task.task_loss` over the whole logits. Under torch.autocast the
-    heads run in its dtype, else in the dtype of their weights; the losses in float32 or better. Where `liger.serves` the outputs term alone,
-    Liger computes it.
+    Equal to the functions of `fakit.losses.outputs` and to `fakit.losses.task.task_loss` over `student.logits()` and
+    `teacher.logits()`. Under torch.autocast the heads run in its dtype, else in the dtype of their weights; the losses
+    in float32 or better. Where `liger.serves` the outputs term alone, Liger computes it.
 
     Args:
-        student_hidden: (N, d_S) or (B, T, d_S), what the head receives. Gets a gradient, as do the next two, where they require one.
-        student_weight, student_bias: (V_S, d_S) and (V_S,) or None.
-        teacher_hidden, teacher_weight, teacher_bias: (N, d_T) or (B, T, d_T), (V_T, d_T), (V_T,) or None; detached.
+        student: hidden states (N, d_S) or (B, T, d_S) and a head (V_S, d_S). They get a gradient, and so does a bias
+            (V_S,), where they require one.
+        teacher: the same positions, (N, d_T) or (B, T, d_T), and a head (V_T, d_T); detached.
         mask: bool (N,) or (B, T), True = counts in the outputs term; None counts all.
         divergence: a name of `outputs.PER_POSITION`, or a function of that kind.
+        parameters: the named divergence's own, by name: {"beta": 0.1} for "jsd".
         temperature: τ > 0 of the outputs term.
-        outputs_weight: γ of the outputs term in the total; 0 leaves the term out.
-        task_labels: integers (N,) or (B, T), -100 takes no part. A causal model's are shifted already: position t holds the label that it
-            predicts.
-        task_weight: δ of the cross-entropy in the total; 0 leaves the term out.
-        vocab_size: the outputs term compares the first `vocab_size` entries of both vocabularies; the cross-entropy keeps the student's whole.
-        student_finish, teacher_finish: elementwise functions of the logits, for models whose head does not end with the product: Gemma's
-            soft cap, Granite's scale.
+        weights: γ of the outputs term and δ of the cross-entropy in the total; 0 leaves a term out.
+        labels: integers (N,) or (B, T), -100 takes no part; without them there is no cross-entropy. A causal model's
+            are shifted already: position t holds the label that it predicts.
+        vocab_size: the outputs term compares the first `vocab_size` entries of both vocabularies; the cross-entropy
+            keeps the student's whole.
         chunk: tokens a chunk; chosen from the vocabulary unless given.
         shares: further factors () of the two terms in the total, which may lie on any device; None for 1.
 
     Returns:
-        total: γ·outputs + δ·task, each times its share. Its gradient is computed in this pass, so that backward only scales it.
-        outputs, task: the raw terms, None where left out. A gradient asked of one of them alone is right as well, but takes a second pass.
+        total: γ·outputs + δ·task, each times its share. Its gradient is computed in this pass, so that backward only
+            scales it.
+        outputs, task: the raw terms, None where left out. A gradient asked of one of them alone is right as well, but
+            takes a second pass.
 
     Raises:
-        ValueError: shapes that do not fit, vocabularies that differ, no valid position, a label that is no entry of the vocabulary and not
-            -100 (both looked for on the CPU alone), or no term at all.
+        ValueError: shapes that do not fit, vocabularies that differ, a parameter that the divergence does not have, no
+            valid position, a label that is no entry of the vocabulary and not -100 (the last two looked for on the CPU
+            alone), or no term at all.
 
     >>> import torch
-    >>> hidden, weight = torch.ones(5, 2), torch.eye(3, 2)
-    >>> total, outputs, task = fused_outputs(hidden, weight, None, hidden, weight, None, None, temperature=2.0)
+    >>> head = Head(hidden=torch.ones(5, 2), weight=torch.eye(3, 2))
+    >>> total, outputs, task = fused_outputs(head, head, temperature=2.0)
     >>> total.item(), outputs.item(), task
     (0.0, 0.0, None)
     """
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1] or student_hidden.dim() not in (2, 3):
-        raise ValueError(
-            "fused_outputs compares hidden states of the same positions, (N, d) or (B, T, d) on both sides; the student has "
-            f"{tuple(student_hidden.shape)}, the teacher {tuple(teacher_hidden.shape)}. Feed both models the same batch."
-        )
-    sides = (
-        ("student", student_hidden, student_weight, student_bias),
-        ("teacher", teacher_hidden, teacher_weight, teacher_bias),
-    )
-    for side, hidden, weight, _ in sides:
-        if not weight.is_floating_point() or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-            raise ValueError(
-                f"fused_outputs wants the {side}'s head as a floating-point matrix (V, {hidden.shape[-1]}) for its hidden states "
-                f"{tuple(hidden.shape)}; it is {weight.dtype} {tuple(weight.shape)}. A quantised head gives its logits itself: compare those "
-                "with fakit.losses.outputs."
-            )
-    sizes = (student_weight.shape[0], teacher_weight.shape[0])
-    wants_outputs, wants_task = outputs_weight != 0, task_labels is not None and task_weight != 0
-    if not (wants_outputs or wants_task):
-        raise ValueError(
-            f"fused_outputs has nothing to compute: outputs_weight is {outputs_weight}, task_weight is {task_weight}, task_labels are "
-            f"{'not ' if task_labels is None else ''}given. Give one term a weight."
-        )
-    if wants_outputs and vocab_size is None and sizes[0] != sizes[1]:
-        raise ValueError(
-            f"vocabulary sizes differ: the student's head has {sizes[0]} entries, the teacher's {sizes[1]}. If one head is only padded, "
-            f"vocab_size={min(sizes)} cuts both to the shared true vocabulary; if the tokenisers differ, outputs cannot be matched token by token."
-        )
-    if vocab_size is not None and not 1 <= vocab_size <= min(sizes):
-        raise ValueError(
-            f"vocab_size={vocab_size} entries are not in both vocabularies: the student has {sizes[0]}, the teacher {sizes[1]}."
-        )
-    for side, hidden, weight, bias in sides:
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"the {side}'s head has {weight.shape[0]} entries and a bias of {tuple(bias.shape)}; one number an entry."
-            )
-        kinds = {x.dtype for x in (hidden, weight, bias) if x is not None}
-        if len(kinds) > 1 and not torch.is_autocast_enabled(hidden.device.type):
-            raise ValueError(
-                f"the {side}'s hidden states, head and bias are {', '.join(sorted(map(str, kinds)))}: one dtype without torch.autocast; cast one."
-            )
-    if not 0 < temperature < float("inf"):
-        raise ValueError(
-            f"fused_outputs wants a finite temperature above 0, not {temperature!r}; 1 leaves the distributions as they are."
-        )
-    if wants_task and task_labels.shape != student_hidden.shape[:-1]:
-        raise ValueError(
-            f"labels {tuple(task_labels.shape)} do not fit hidden states {tuple(student_hidden.shape)}; one label a position."
-        )
-    if wants_task:
-        check_labels("fused_outputs", task_labels, sizes[0])
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}: a chunk has at least one token; None chooses.")
-    if isinstance(divergence, str) and divergence not in outputs.PER_POSITION:
-        raise ValueError(
-            f"divergence {divergence!r} is not known; choose one of {list(outputs.PER_POSITION)} or pass a function."
-        )
-    if wants_outputs:
-        check_mask("fused_outputs", mask, student_hidden.shape[:-1])
-
-    kind = student_hidden.device.type
+    weights = (weights[0], weights[1] if labels is not None else 0.0)
+    _check(student, teacher, mask, weights, labels, vocab_size, chunk)
+    check_temperature("fused_outputs", temperature)
+    sizes = (student.weight.shape[0], teacher.weight.shape[0])
+    kind = student.hidden.device.type
     plan = _Plan(
-        divergence=outputs.PER_POSITION.get(divergence, divergence) if isinstance(divergence, str) else divergence,
+        divergence=_formula(divergence, parameters or {}),
         temperature=temperature,
-        outputs_weight=outputs_weight if wants_outputs else 0.0,
-        task_weight=task_weight if wants_task else 0.0,
+        weights=weights,
         vocab_size=vocab_size or sizes[0],
-        finish=(student_finish, teacher_finish),
+        finish=(student.finish, teacher.finish),
         chunk=chunk or max(_FEWEST, _ELEMENTS.get(kind, _ELEMENTS_ELSEWHERE) // max(sizes)),
-        dtype=torch.float64 if torch.float64 in (student_weight.dtype, teacher_weight.dtype) else torch.float32,
+        dtype=torch.float64 if torch.float64 in (student.weight.dtype, teacher.weight.dtype) else torch.float32,
         autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         gradients=torch.is_grad_enabled(),
         # a device's number enters no comparison, so that nothing waits for it
-        shares=tuple(1.0 if share is None else share.detach().to(student_hidden.device) for share in shares),
+        shares=tuple(1.0 if share is None else share.detach().to(student.hidden.device) for share in shares),
     )
-    tensors = (
-        student_hidden.flatten(0, -2),
-        student_weight,
-        student_bias,
-        teacher_hidden.detach().flatten(0, -2),
-        teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        None if mask is None else mask.flatten(),
-    )
-    bare = not wants_task and vocab_size is None and student_finish is None and teacher_finish is None
-    if bare and liger.serves(divergence, student_hidden, student_weight, teacher_hidden, teacher_weight):
-        outputs_loss = liger.output_loss(*tensors, divergence, temperature)
+    student, teacher = student.flatten(), teacher.detach().flatten()
+    mask = None if mask is None else mask.flatten()
+    bare = not weights[1] and vocab_size is None and student.finish is None and teacher.finish is None
+    if bare and not parameters and liger.serves(divergence, student, teacher):
+        outputs_loss = liger.output_loss(student, teacher, mask, divergence, temperature)
         return plan.factors[0] * outputs_loss, outputs_loss, None
-    labels = task_labels.flatten().to(student_hidden.device) if wants_task else None
+    labels = labels.flatten().to(student.hidden.device) if weights[1] else None
     # what a teacher made under torch.inference_mode, a backward pass may keep as a copy alone
-    tensors = [x.clone() if x is not None and x.is_inference() else x for x in (*tensors, labels)]
+    tensors = [
+        x.clone() if x is not None and x.is_inference() else x
+        for x in (*student.tensors(), *teacher.tensors(), mask, labels)
+    ]
     total, outputs_loss, task = _FusedOutputs.apply(*tensors, plan)
-    return total, outputs_loss if wants_outputs else None, task if wants_task else None
+    return total, outputs_loss if weights[0] else None, task if weights[1] else None
+
+
+def _check(student, teacher, mask, weights, labels, vocab_size, chunk) -> None:
+    positions = student.hidden.shape[:-1]
+    if positions != teacher.hidden.shape[:-1] or student.hidden.dim() not in (2, 3):
+        raise ValueError(
+            "fused_outputs compares hidden states of the same positions, (N, d) or (B, T, d) on both sides; the student "
+            f"has {tuple(student.hidden.shape)}, the teacher {tuple(teacher.hidden.shape)}. Feed both models the same "
+            "batch."
+        )
+    student.check("student")
+    teacher.check("teacher")
+    if not any(weights):
+        raise ValueError(
+            f"fused_outputs has nothing to compute: weights are {weights}, labels are "
+            f"{'not ' if labels is None else ''}given. Give one term a weight."
+        )
+    if weights[0]:
+        check_vocabularies(student.weight.shape[0], teacher.weight.shape[0], vocab_size)
+        check_mask("fused_outputs", mask, positions)
+    if weights[1]:
+        if labels.shape != positions:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} do not fit hidden states {tuple(student.hidden.shape)}; one label a "
+                "position."
+            )
+        check_labels("fused_outputs", labels, student.weight.shape[0])
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}: a chunk has at least one token; None chooses.")
+
+
+def _formula(divergence: str | Callable, parameters: Mapping[str, float]) -> Callable:
+    if not callable(divergence):
+        return outputs.per_position(divergence, **parameters)
+    if parameters:
+        raise ValueError(
+            f"parameters {dict(parameters)} are for a divergence given by name, and {divergence!r} is a function; bind "
+            "them to it with functools.partial."
+        )
+    return divergence
 
 
 @dataclass(frozen=True)
@@ -183,8 +158,7 @@ class _Plan:
 
     divergence: Callable
     temperature: float
-    outputs_weight: float
-    task_weight: float
+    weights: tuple[float, float]
     vocab_size: int
     finish: tuple[Callable | None, Callable | None]
     chunk: int
@@ -196,7 +170,7 @@ class _Plan:
     @property
     def factors(self) -> tuple[Tensor | float, Tensor | float]:
         """What the two terms are multiplied with in the total."""
-        return self.outputs_weight * self.shares[0], self.task_weight * self.shares[1]
+        return self.weights[0] * self.shares[0], self.weights[1] * self.shares[1]
 
 
 class _FusedOutputs(torch.autograd.Function):
@@ -242,7 +216,7 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
     """
     N, device = hidden.shape[0], hidden.device
     nowhere = torch.zeros(N, dtype=torch.bool, device=device)
-    compared = nowhere if not plan.outputs_weight else ~nowhere if mask is None else mask.bool()
+    compared = nowhere if not plan.weights[0] else ~nowhere if mask is None else mask.bool()
     labelled = nowhere if labels is None else labels != -100
 
     # Rows with a label come first, rows that count nowhere are left out. An accelerator would have to stop and count them: it takes all.
@@ -253,11 +227,12 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
         labelled_rows = with_label.shape[0]
         if rows.shape[0] == N and labelled_rows in (0, N):
             rows = None  # all of them, in their order
-    student = ChunkedHead(hidden, weight, bias, plan.finish[0], plan, compared | labelled, rows)
-    if plan.outputs_weight:
+    student = ChunkedHead(Head(hidden, weight, bias, plan.finish[0]), plan, compared | labelled, rows)
+    if plan.weights[0]:
         cut = slice(plan.vocab_size)
         teacher_bias = None if teacher_bias is None else teacher_bias[cut]
-        teacher = ChunkedHead(teacher_hidden, teacher_weight[cut], teacher_bias, plan.finish[1], plan, compared, rows)
+        teacher = Head(teacher_hidden, teacher_weight[cut], teacher_bias, plan.finish[1])
+        teacher = ChunkedHead(teacher, plan, compared, rows)
     if rows is not None:
         compared, labelled = compared[rows], labelled[rows]
         labels = None if labels is None else labels[rows]
@@ -273,7 +248,7 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
     for start in range(0, compared.shape[0], plan.chunk):
         chunk = slice(start, start + plan.chunk)
         z, g = student.logits(chunk), None  # (n, V_S)
-        if plan.outputs_weight:
+        if plan.weights[0]:
             t = teacher.logits(chunk)  # (n, V)
             values, g = step(z[:, : plan.vocab_size], t, plan.temperature, work)
             sums[0] += torch.dot(values.masked_fill(~compared[chunk], 0.0), outputs_share[chunk])

@@ -16,7 +16,7 @@ class Head:
     """A linear output head with its input, in place of logits: logits = finish(hidden @ weightᵀ + bias).
 
     Attributes:
-        hidden: (B, T, d)
+        hidden: (B, T, d) or (N, d)
         weight: (V, d)
         bias: (V,) or None
         finish: elementwise, on the logits: a soft cap, a scale; None for nothing
@@ -37,12 +37,40 @@ class Head:
         bias = None if self.bias is None else self.bias.detach()
         return Head(self.hidden.detach(), self.weight.detach(), bias, self.finish)
 
+    def flatten(self) -> "Head":
+        """The same with hidden states (N, d)."""
+        return Head(self.hidden.flatten(0, -2), self.weight, self.bias, self.finish)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """hidden, weight and bias."""
+        return self.hidden, self.weight, self.bias
+
+    def check(self, side: str) -> None:
+        """Raise ValueError where hidden states, weight and bias of `side` ("student", "teacher") do not fit each other."""
+        hidden, weight, bias = self.tensors()
+        if not weight.is_floating_point() or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+            raise ValueError(
+                f"the {side}'s head must be a floating-point matrix (V, {hidden.shape[-1]}) for its hidden states "
+                f"{tuple(hidden.shape)}; it is {weight.dtype} {tuple(weight.shape)}. A quantized head makes its own "
+                "logits: compare those with fakit.losses.outputs."
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"the {side}'s head has {weight.shape[0]} entries and a bias of {tuple(bias.shape)}; one number an entry."
+            )
+        dtypes = {x.dtype for x in self.tensors() if x is not None}
+        if len(dtypes) > 1 and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(
+                f"the {side}'s hidden states, head and bias are {', '.join(sorted(map(str, dtypes)))}: one dtype without "
+                "torch.autocast; cast one."
+            )
+
 
 class ChunkedHead:
     """One side: hidden states of the rows that count, and how they become logits and gradients."""
 
-    def __init__(self, hidden, weight, bias, finish, plan, counts, rows):
-        self.parameters = (hidden, weight, bias)
+    def __init__(self, head: Head, plan, counts: Tensor, rows: Tensor | None):
+        self.parameters = hidden, weight, bias = head.tensors()
         hidden = hidden.masked_fill(~counts.unsqueeze(-1), 0.0)  # NaN in padding must not reach the products
         if rows is not None:
             hidden = hidden[rows]
@@ -52,7 +80,7 @@ class ChunkedHead:
             )
         if plan.dtype == torch.float64:  # also where it is the other side's alone
             hidden, weight, bias = (x if x is None else x.double() for x in (hidden, weight, bias))
-        self.hidden, self.weight, self.bias, self.finish, self.dtype = hidden, weight, bias, finish, plan.dtype
+        self.hidden, self.weight, self.bias, self.finish, self.dtype = hidden, weight, bias, head.finish, plan.dtype
         self.buffer: Tensor | None = None
         # -inf can come from a bias or a finishing function alone; it is replaced there, and not in a pass over all logits
         self.share_of_lowest = min(1.0, plan.temperature)
