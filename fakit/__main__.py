@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", metavar="02,05", help="these notebooks, by number or name; all by default")
     sub.add_argument("--out", type=Path, default=Path("reports"), help="where the pages go (%(default)s)")
     sub.add_argument("--jobs", type=int, default=2, help="notebooks side by side (%(default)s)")
-    sub.add_argument("--notebooks", type=Path, default=Path("notebooks"), help="where they are (%(default)s)")
+    sub.add_argument("--notebooks", type=Path, metavar="FOLDER", help="where they are; the kit's own by default")
 
     sub = command(distill, "Train, evaluate, export and record the student of one experiment.")
     sub.add_argument("config", type=Path, metavar="CONFIG.yaml")
@@ -191,6 +191,8 @@ def _said(error: BaseException) -> str | None:
         if error.strerror and error.filename:
             return f"{error.strerror}: {error.filename}"
         return _safe(error) if text else f"the system refused a file ({type(error).__name__})."
+    if isinstance(error, ImportError) and "pip install" in text:  # of an extra
+        return text
     if isinstance(error, ImportError) and error.name and not error.name.startswith("fakit"):
         return (
             f"the package {error.name!r} is needed for this and not installed: pip install {error.name.split('.')[0]}."

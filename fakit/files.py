@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever ends the process or fills the disk, and folders that one run has to itself."""
+"""Files: what ships with the kit, files that are whole or absent, and folders that one run has to itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+
+def shipped(name: str) -> Path:
+    """The folder `data`, `notebooks`, `configs` or `docs` of the kit: inside an installed wheel, or beside `fakit/` in a clone."""
+    package = Path(__file__).parent
+    inside = package / "_shipped" / name  # setup.py puts it there
+    return inside if inside.is_dir() else package.parent / name
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:

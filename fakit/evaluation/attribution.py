@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fakit import require
 from fakit.evaluation.batches import device_of, eval_mode, inputs_of, to_device
 
 
@@ -102,6 +103,7 @@ def attribute(
 
 
 def _attribute_batch(model, tokenizer, batch, targets, baseline_id: int, steps: int) -> dict[str, list]:
+    require("eval", "captum")
     from captum.attr import LayerIntegratedGradients
 
     special = batch.pop("special_tokens_mask").bool()  # (B, T), True on padding too

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fakit import require
+
 
 @dataclass(frozen=True)
 class Score:
@@ -50,6 +52,7 @@ def f1(predictions, labels, average: str = "binary") -> float:
     Raises:
         ValueError: unknown average; "binary" with classes other than 0 and 1.
     """
+    require("eval", "sklearn")
     from sklearn.metrics import f1_score
 
     predictions, labels = _paired(predictions, labels, "predictions", "labels")
@@ -63,6 +66,7 @@ def f1(predictions, labels, average: str = "binary") -> float:
 
 def matthews(predictions, labels) -> float:
     """Matthews correlation of two (N,) class vectors, −1…1 (GLUE's CoLA); 0 when either side is constant."""
+    require("eval", "sklearn")
     from sklearn.metrics import matthews_corrcoef
 
     return float(matthews_corrcoef(*_paired(predictions, labels, "predictions", "labels")[::-1]))
@@ -84,6 +88,7 @@ def spearman(predictions, targets) -> float:
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> Score:
     """Corpus BLEU by sacrebleu's defaults, 0–100, with the signature that makes it comparable (Post 2018)."""
+    require("eval", "sacrebleu")
     from sacrebleu.metrics import BLEU
 
     _check_texts(hypotheses, references)
@@ -98,6 +103,7 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, flo
     Returns:
         {"rouge1": …, "rouge2": …, "rougeL": …}
     """
+    require("eval", "rouge_score")
     from rouge_score.rouge_scorer import RougeScorer
 
     _check_texts(hypotheses, references)
@@ -112,6 +118,7 @@ def cer(hypotheses: Sequence[str], references: Sequence[str]) -> float:
 
     Every character counts, leading and trailing blanks too (jiwer's default would strip them). May exceed 1.
     """
+    require("eval", "jiwer")
     import jiwer
 
     _check_texts(hypotheses, references)

@@ -6,6 +6,11 @@ store = run_study(StudyConfig.from_yaml("configs/study.yaml"), out="runs/study")
 report("runs/study")
 """
 
+from fakit import require
+
+# what a run is scored and drawn with, too: asked before anything trains
+require("study", "pandas", "yaml", "plotly", "matplotlib", "sklearn", "sacrebleu", "rouge_score", "jiwer")
+
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.map_study import MapStudyConfig, map_scores, run_map_study, study_from_yaml
 from fakit.experiments.report import Report, report

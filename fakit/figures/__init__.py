@@ -1,5 +1,9 @@
 """Figures: plain results in, a `Figure` out (plotly, its static twin as SVG, and a sentence). They know no model."""
 
+from fakit import require
+
+require("study", "plotly", "matplotlib")
+
 from fakit.figures.attention import attention_pair, head_matching, head_profiles, rollout, token_attributions
 from fakit.figures.fidelity import memory_bars, reliability
 from fakit.figures.figure import Figure

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from fakit import require
 from fakit.models.kinds import head_layers, without_rescaling
 from fakit.models.merged_adapter import merge_adapter
 from fakit.models.pretrained import CLASSES, check_nothing_random, empty_model, read_config, read_model, read_tokenizer
@@ -50,6 +51,7 @@ def load_teacher(
     Raises:
         ValueError: unknown task or quantisation, one other than the checkpoint is stored in already, nothing to load at `id_or_path` or `adapter`, a checkpoint without the task's head,
             weights that are truncated or only there as a pickle, or a packaged model whose checksum differs.
+        ImportError: 8 or 4 bits without bitsandbytes.
     """
     if task not in CLASSES:
         raise ValueError(f"task {task!r} is not known; choose one of {', '.join(map(repr, CLASSES))}.")
@@ -62,6 +64,8 @@ def load_teacher(
     if stored is not None:
         check_stored_precision(str(id_or_path), stored, quantize, adapter)
         quantize, kwargs["device_map"] = None, {"": device}
+    if "8bit" in (quantize, stored) or "4bit" in (quantize, stored):
+        require("quantize", "bitsandbytes")
 
     if adapter is None:
         if quantize is not None:

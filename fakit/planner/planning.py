@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch._subclasses import fake_tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fakit.figures import Figure
-from fakit.figures.plan import memory_plan
 from fakit.layer_maps import LayerMap
 from fakit.models.kinds import untied
 from fakit.models.load import check_stored_precision, stored_precision
@@ -22,6 +21,9 @@ from fakit.models.pretrained import CLASSES, in_one_sentence
 from fakit.planner.cards import CARDS, GB, Card, find_card
 from fakit.planner.presets import PRESETS, config_text, guess_task, read_config
 from fakit.planner.step import OPTIMIZERS, TERMS, Setup, Step, built, position_limit, simulate
+
+if TYPE_CHECKING:
+    from fakit.figures import Figure
 
 # What torch raises where a program asks for the values of tensors that have none.
 _NEEDS_DATA = (
@@ -197,6 +199,8 @@ class Plan:
         Args:
             changes: with a bar for each change of `changes`; where the plan does not fit unless given.
         """
+        from fakit.figures.plan import memory_plan
+
         rows = {"as asked": self.memory}
         if changes if changes is not None else not self.fits:
             rows |= {name: plan.memory for name, plan in self.changes}

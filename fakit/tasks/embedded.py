@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fakit.files import shipped
 from fakit.tasks.scans import add_scan_noise
 from fakit.tasks.splits import labelled_subset
 from fakit.tasks.task import TextTask
@@ -57,16 +58,16 @@ EMBEDDED = {
 
 
 def data_dir() -> Path:
-    """The kit's `data/` directory: beside the package in a clone, or where the environment variable FAKIT_DATA points.
+    """The kit's `data/` directory, or where the environment variable FAKIT_DATA points.
 
     Raises:
         ValueError: there is none, or it has no manifest.
     """
-    folder = Path(os.environ.get("FAKIT_DATA", Path(__file__).resolve().parents[2] / "data"))
+    folder = Path(os.environ.get("FAKIT_DATA", shipped("data")))
     if not (folder / "manifest.json").is_file():
         raise ValueError(
-            f"{folder} is no data directory of fakit: it has no manifest.json. Run from a clone of the repository "
-            "(pip install -e .), or set FAKIT_DATA to the data/ directory of one."
+            f"{folder} is not a data directory of fakit: it has no manifest.json. Install fakit again, or set FAKIT_DATA "
+            "to the data/ directory of a clone of the repository."
         )
     return folder
 
@@ -82,7 +83,7 @@ def checked_file(name: str) -> Path:
     if name not in entries:
         raise ValueError(f"{name} is not in {data_dir() / 'manifest.json'}, which lists {', '.join(entries)}.")
     entry = entries[name]
-    rebuild = f"restore it (git checkout -- data/{name}) or rebuild it: {entry['script']}"
+    rebuild = f"restore it (git checkout -- data/{name}, or install fakit again) or rebuild it: {entry['script']}"
     if not path.is_file():
         raise ValueError(f"{path} is missing; {rebuild}")
     size, found = path.stat().st_size, _sha256(path, path.stat().st_mtime_ns)

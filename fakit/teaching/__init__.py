@@ -1,5 +1,9 @@
 """What the notebooks stand on: their set-up, their exercises, and what runs them and writes their pages."""
 
+from fakit import require
+
+require("lab", "nbclient", "nbconvert", "nbformat", "jinja2", "pygments", "plotly", "matplotlib")
+
 from fakit.teaching.exercises import Exercise, Result, is_empty, predict
 from fakit.teaching.setup import Session, setup
 

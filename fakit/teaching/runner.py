@@ -25,7 +25,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 
-from fakit.files import write_whole
+from fakit.files import shipped, write_whole
 from fakit.teaching.results import NotebookResult
 
 PROFILES = ("quick", "workshop", "full")
@@ -190,7 +190,7 @@ def machine() -> dict[str, str]:
 
 
 def run_notebooks(
-    notebooks_dir: str | Path = "notebooks",
+    notebooks_dir: str | Path | None = None,
     out: str | Path = "reports",
     profile: str = "quick",
     only: Iterable[str] | str | None = None,
@@ -200,7 +200,7 @@ def run_notebooks(
     """Execute the notebooks, `jobs` at a time, and write their pages and the index to `out`; with their outputs, to `out`/executed.
 
     Args:
-        notebooks_dir: the folder of `NN_name.ipynb`.
+        notebooks_dir: the folder of `NN_name.ipynb`; the kit's own by default.
         out: where pages go; made if missing. Pages of notebooks that are not run now stay.
         profile: "quick", "workshop" or "full".
         only: numbers or names, "02,05" or a list; all by default.
@@ -219,7 +219,7 @@ def run_notebooks(
         raise ValueError(f"profile {profile!r} is not known: use one of {', '.join(PROFILES)}")
     if jobs < 1:
         raise ValueError(f"jobs = {jobs}: at least one notebook has to run at a time")
-    folder, out = Path(notebooks_dir).resolve(), Path(out)
+    folder, out = Path(notebooks_dir or shipped("notebooks")).resolve(), Path(out)
     every, chosen = find_notebooks(folder), find_notebooks(folder, only)
     notebooks = {path.stem: read_notebook(path, profile) for path in chosen}
     recorded = _recorded(out)

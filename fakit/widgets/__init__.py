@@ -4,6 +4,10 @@ The display of each also carries a picture (SVG) and a sentence, for pages witho
 ipywidgets and anywidget, and nothing in the kit imports this package.
 """
 
+from fakit import require
+
+require("lab", "ipywidgets", "anywidget", "traitlets", "IPython", "plotly", "matplotlib", "pandas")
+
 from fakit.widgets.attention.viewer import AttentionViewer, attention_viewer
 from fakit.widgets.cockpit import Cockpit, cockpit
 from fakit.widgets.loss_laboratory import LossLaboratory, loss_laboratory
