@@ -198,6 +198,15 @@ def test_description_reads_title_and_question_from_the_header(tmp_path):
     assert (found.title, found.question) == ("CKA similarity", "what do teacher and student share?")
 
 
+def test_the_longest_starts_first_and_results_stay_in_order(tmp_path, capsys):
+    for name, told in (("00_a", ""), ("01_b", "about 80 s"), ("02_c", "about 2 minutes"), ("03_d", "about 90 seconds")):
+        write(tmp_path, name, name, f"Why?\n\n*Running:* {told}", "1")
+    results = run_notebooks(tmp_path, tmp_path / "out", jobs=1)
+    started = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" start")]
+    assert started == ["02_c", "03_d", "01_b", "00_a"]
+    assert [result.name for result in results] == ["00_a", "01_b", "02_c", "03_d"]
+
+
 def test_a_cell_that_takes_too_long_is_reported(tmp_path):
     write(tmp_path, "00_slow", "Slow", "How long?", "import time; time.sleep(60)")
     (result,) = run_notebooks(tmp_path, tmp_path / "out", timeout=1, jobs=1)

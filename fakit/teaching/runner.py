@@ -89,6 +89,13 @@ def describe(notebook: NotebookNode, path: Path, profile: str) -> NotebookResult
     return NotebookResult(path.name[:2], path.stem, title, question, profile=profile, page=f"{path.stem}.html")
 
 
+def told_seconds(notebook: NotebookNode) -> float:
+    """How long the header says that the notebook runs ("about 90 s", "about 2 minutes"); 0 where it does not say."""
+    text = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")
+    told = re.search(r"\babout (\d+) (s|seconds|min|minutes)\b", text)
+    return 0.0 if told is None else float(told[1]) * (1 if told[2].startswith("s") else 60)
+
+
 def _plain(text: str) -> str:
     """Markdown emphasis, code marks and links removed; one line."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
@@ -204,7 +211,8 @@ def run_notebooks(
         out: where pages go; made if missing. Pages of notebooks that are not run now stay.
         profile: "quick", "workshop" or "full".
         only: numbers or names, "02,05" or a list; all by default.
-        jobs: notebooks at a time; each gets cores / jobs threads.
+        jobs: notebooks at a time; each gets cores / jobs threads. Those start first whose header says that they run longest, so that
+            none runs on alone at the end.
         timeout: seconds a cell may take, None for no limit.
 
     Returns:
@@ -254,7 +262,8 @@ def run_notebooks(
         report(str(result))
 
     with ThreadPoolExecutor(max_workers=min(jobs, len(chosen))) as pool:
-        for done in [pool.submit(run, path) for path in chosen]:
+        longest_first = sorted(chosen, key=lambda path: -told_seconds(notebooks[path.stem]))
+        for done in [pool.submit(run, path) for path in longest_first]:
             done.result()
     thumbnails = {
         name: (assets / f"{name}.svg").read_text(encoding="utf-8")
