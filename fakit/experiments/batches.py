@@ -7,17 +7,32 @@ walks through it. Arms of one seed see the labelled texts in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+WINDOW = 8
+"""Batches between which rows are exchanged, so that those of a batch are of like length."""
 
 
 def batch_plan(
-    labelled: int, pool: int, batches: int, batch_size: int, labelled_fraction: float = 0.5, seed: int = 0
+    labelled: int,
+    pool: int,
+    batches: int,
+    batch_size: int,
+    labelled_fraction: float = 0.5,
+    seed: int = 0,
+    lengths: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Row numbers for every batch: 0 … labelled − 1 are labelled rows, labelled … labelled + pool − 1 the pool's.
 
     Each batch takes round(labelled_fraction · batch_size) labelled rows (at least one), the rest from the pool; either
     part is walked through in shuffled rounds, so that no row comes a second time before all of its part came once.
     Without a pool, all rows are labelled.
+
+    Args:
+        lengths: tokens of every row, labelled ones first. Batches then hold rows of like length, so that little of them is padding: each
+            `WINDOW` batches in turn exchange rows among themselves, and come in shuffled order.
 
     Returns:
         int64 (batches, batch_size); the labelled rows of a batch come first.
@@ -35,7 +50,23 @@ def batch_plan(
     plan[:, :each] = _rounds(labelled, batches * each, labelled_rng).reshape(batches, each)
     if each < batch_size:
         plan[:, each:] = labelled + _rounds(pool, batches * (batch_size - each), pool_rng).reshape(batches, -1)
+    if lengths is not None:
+        if len(lengths) != labelled + pool:
+            raise ValueError(
+                f"{len(lengths)} lengths were given for {labelled} labelled and {pool} unlabelled rows; give one for every row."
+            )
+        _group_by_length(plan, each, np.asarray(lengths), np.random.default_rng([seed, 2]))
     return plan
+
+
+def _group_by_length(plan: np.ndarray, each: int, lengths: np.ndarray, rng: np.random.Generator) -> None:
+    """Exchange rows between the batches of a window, in place: labelled rows (the first `each` columns) for labelled ones."""
+    for start in range(0, len(plan), WINDOW):
+        window = plan[start : start + WINDOW]
+        for part in (window[:, :each], window[:, each:]):
+            rows = part.ravel()
+            part[:] = rows[np.argsort(lengths[rows], kind="stable")].reshape(part.shape)
+        window[:] = rng.permutation(window)  # else every window would go from short to long
 
 
 def _rounds(rows: int, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -45,3 +45,21 @@ def test_arms_of_one_seed_see_the_labelled_rows_in_the_same_order():
 def test_no_labelled_row_is_an_error():
     with pytest.raises(ValueError, match="needs labelled rows; found 0 labelled and 5 unlabelled"):
         batch_plan(0, 5, 1, 1)
+
+
+def test_rows_of_like_length_share_a_batch():
+    lengths = np.random.default_rng(0).geometric(0.07, size=500)
+    mixed = batch_plan(100, 400, 32, 16, seed=3)
+    grouped = batch_plan(100, 400, 32, 16, seed=3, lengths=lengths.tolist())
+    assert (grouped[:, :8] < 100).all() and (grouped[:, 8:] >= 100).all()
+    for start in range(0, 32, 8):  # the same rows in the same eight batches
+        assert (np.sort(grouped[start : start + 8], axis=None) == np.sort(mixed[start : start + 8], axis=None)).all()
+    longest, shortest = (lengths[grouped].max(axis=1) for grouped in (mixed, grouped))
+    assert shortest.mean() < 0.6 * longest.mean()
+    steps = np.sign(np.diff(shortest.reshape(4, 8), axis=1))
+    assert (steps > 0).any() and (steps < 0).any()  # short and long batches in any order
+
+
+def test_lengths_of_other_rows_are_refused():
+    with pytest.raises(ValueError, match="3 lengths were given for 2 labelled and 5 unlabelled rows"):
+        batch_plan(2, 5, 1, 2, lengths=[1, 2, 3])
