@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fakit.losses.attention import over_valid_keys
+
 
 def ranking_agreement(student_logits: Tensor, teacher_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Per row: is the ordered top-k the same (CR@k), and which share of the top-k is common (MOR@k)?
@@ -136,7 +138,9 @@ class AttentionDivergence:
                 "give maps (B, H, T, T) and mask (B, T)"
             )
         mask = mask.to(student_maps.device)
-        student, teacher = (_over_valid_keys(maps.detach(), mask) for maps in (student_maps, teacher_maps))
+        student, teacher = (
+            over_valid_keys(maps.detach().double(), mask[:, None, None, :]) for maps in (student_maps, teacher_maps)
+        )
         middle = (student + teacher) / 2
         divergence = sum(0.5 * torch.xlogy(a, a / middle.where(middle > 0, 1.0)).sum(-1) for a in (student, teacher))
         # (B, H, T). A row whose keys are all masked may be NaN: filled, not multiplied. Rounding may give -1e-17.
@@ -152,14 +156,6 @@ class AttentionDivergence:
                 "attention JSD: no valid query was counted; call update with a mask that has True somewhere"
             )
         return self._total / self.queries
-
-
-def _over_valid_keys(maps: Tensor, mask: Tensor) -> Tensor:
-    """Maps (B, H, T, T) in float64, zero on keys that do not count, rows summing to 1 (or all 0 where no key
-    counts)."""
-    maps = maps.double().masked_fill(~mask[:, None, None, :], 0.0)
-    total = maps.sum(-1, keepdim=True)
-    return maps / total.where(total > 0, 1.0)
 
 
 def _check_same(student: Tensor, teacher: Tensor, what: str = "logits", shape: str = "(N, C) or (B, T, V)") -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fakit.losses.fused.streamed import streamed_map_kl
 from fakit.losses.reduce import at_least_float32, check_mask, check_same_shape, masked_mean
 
-__all__ = ["LOSSES", "group_mean", "head_costs", "map_kl", "map_mse", "streamed_map_kl"]
+__all__ = ["LOSSES", "group_mean", "head_costs", "map_kl", "map_mse", "over_valid_keys", "streamed_map_kl"]
 
 _FIX = "Head counts that differ need Attention(..., heads='group-mean')."
 
@@ -24,11 +24,20 @@ def _prepare(name: str, student: Tensor, teacher: Tensor, mask: Tensor | None) -
     if mask is None:
         return student, teacher, None
     pairs = mask.bool() if by_pair else mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]  # (B, 1, T, T)
-    return student.masked_fill(~pairs, 0.0), teacher.masked_fill(~pairs, 0.0), pairs
+    return student, teacher, pairs
 
 
-def _renormalised(maps: Tensor) -> Tensor:
-    """Rows that sum to 1 over the keys that are left, so that padding takes no part in the softmax either. (B, H, T, T)"""
+def over_valid_keys(maps: Tensor, valid: Tensor) -> Tensor:
+    """Maps whose rows sum to 1 over the valid keys, so that the others take no part in the softmax either.
+
+    Args:
+        maps: (…, T, T), rows are queries. What stands at a key that is not valid is replaced, not multiplied: it may be NaN.
+        valid: bool, True = counts; broadcast against `maps`, so (B, 1, 1, T) masks keys and (B, 1, T, T) pairs.
+
+    Returns:
+        (…, T, T): 0 where not valid; a row without any attention on valid keys is 0 throughout.
+    """
+    maps = maps.masked_fill(~valid, 0.0)
     total = maps.sum(-1, keepdim=True)
     return maps / torch.where(total > 0, total, 1.0)
 
@@ -40,7 +49,7 @@ def map_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tens
     """
     student, teacher, pairs = _prepare("map_kl", student, teacher, mask)
     if pairs is not None:
-        student, teacher = _renormalised(student), _renormalised(teacher)
+        student, teacher = over_valid_keys(student, pairs), over_valid_keys(teacher, pairs)
     tiny = torch.finfo(student.dtype).tiny
     log_ratio = teacher.clamp_min(tiny).log() - student.clamp_min(tiny).log()  # (B, H, T, T)
     queries = None if pairs is None else pairs.any(-1).expand(student.shape[:3])  # (B, H, T)
@@ -50,6 +59,8 @@ def map_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tens
 def map_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean of (a_S - a_T)² over batch, heads and valid (query, key) pairs: ‖A_S - A_T‖²_F of arXiv 2412.19449, as a mean."""
     student, teacher, pairs = _prepare("map_mse", student, teacher, mask)
+    if pairs is not None:  # before the square, whose gradient would carry a NaN of padding
+        student, teacher = student.masked_fill(~pairs, 0.0), teacher.masked_fill(~pairs, 0.0)
     return masked_mean((student - teacher).square(), None if pairs is None else pairs.expand_as(student))
 
 

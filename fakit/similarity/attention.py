@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fakit.losses.attention import over_valid_keys
+
 from .hsic import double
 
 
@@ -254,7 +256,7 @@ def _key_mask(maps: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
 
 
 def _visible(maps: Tensor, mask: Tensor | None, causal: bool, least: int) -> tuple[Tensor, Tensor]:
-    """Float64 maps over visible keys, rows renormalised, and the rows (B, T) that see at least ``least`` keys."""
+    """Float64 maps over visible keys, rows renormalized, and the rows (B, T) that see at least ``least`` keys."""
     if maps.dim() != 4 or maps.shape[-1] != maps.shape[-2]:
         raise ValueError(f"maps have shape {tuple(maps.shape)}: expected (B, H, T, T)")
     keys = _key_mask(maps, mask, causal)
@@ -263,15 +265,14 @@ def _visible(maps: Tensor, mask: Tensor | None, causal: bool, least: int) -> tup
         raise ValueError(
             f"no valid token sees {least} keys in maps {tuple(maps.shape)}: True in the mask must mark the tokens"
         )
-    maps = double(maps).masked_fill(~keys[:, None], 0.0)  # masked_fill: padded rows may hold NaN
-    if not maps.isfinite().all() or (maps < 0).any():
+    seen = double(maps).masked_fill(~keys[:, None], 0.0)  # masked_fill: padded rows may hold NaN
+    if not seen.isfinite().all() or (seen < 0).any():
         raise ValueError(
             "maps hold NaN, infinity or negative numbers at valid positions: give attention weights after the softmax"
         )
-    total = maps.sum(-1, keepdim=True)
-    if (total[..., 0].amin(1)[rows] == 0).any():
+    if (seen.sum(-1).amin(1)[rows] == 0).any():
         raise ValueError("a valid query attends to no valid key: maps and mask do not belong together")
-    return maps / torch.where(total > 0, total, 1.0), rows
+    return over_valid_keys(seen, keys[:, None]), rows
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -35,6 +35,13 @@ def test_map_kl_is_torchs_kl_over_the_valid_keys_of_valid_queries():
     assert attention.map_kl(student, teacher, MASK).item() == pytest.approx(sum(found) / len(found), rel=1e-12)
 
 
+def test_over_valid_keys_rows_sum_to_1_over_them_and_padding_may_hold_anything():
+    maps = torch.tensor([[0.2, 0.3, 0.5], [0.0, 0.0, 1.0], [torch.nan, torch.inf, -1.0]])
+    valid = torch.tensor([[True, True, False], [True, True, False], [False, False, False]])
+    found = attention.over_valid_keys(maps, valid)
+    torch.testing.assert_close(found, torch.tensor([[0.4, 0.6, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+
+
 def test_causal_map_kl_leaves_the_future_out():
     student, teacher = maps(causal=True)
     found = [

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fakit.figures.theme import Role
+from fakit.losses.attention import over_valid_keys
 from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.similarity import attention_rollout
 from fakit.tracing.trace import Trace
@@ -139,12 +140,11 @@ class Source:
 
 
 def without(maps: Tensor, visible: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps (H, T, T) over the keys that are no sinks (T,), rows renormalised; a row with nothing left is masked for all."""
+    """Maps (H, T, T) over the keys that are no sinks (T,), rows renormalized; a row with nothing left is masked for all."""
     visible = visible & ~sinks[None]
-    kept = torch.where(visible, maps, 0.0)
-    total = kept.sum(-1, keepdim=True)  # (H, T, 1)
-    visible = visible & (total.amin(0) > 0)
-    return torch.where(visible, kept / torch.where(total > 0, total, 1.0), 0.0), visible
+    kept = over_valid_keys(maps, visible)
+    visible = visible & (kept.sum(-1, keepdim=True).amin(0) > 0)
+    return kept.masked_fill(~visible, 0.0), visible
 
 
 def read(role: Role, attention: Any, mask: Any = None, causal: bool | None = None) -> Source:
