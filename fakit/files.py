@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,26 +21,33 @@ def shipped(name: str) -> Path:
     return inside if inside.is_dir() else package.parent / name
 
 
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """The name to write a file under: it is synced and renamed to `path` at the end, and removed after an error."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
 def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file under another name, sync it, and rename it: `path` holds all of `content`, or what it held before.
 
     Raises:
         OSError: it cannot be written, or only in part (a full disk); nothing is left behind.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with whole(path) as partial:
         file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            _write(file, _bytes(content), path)
-            os.fsync(file)
+            _write(file, _bytes(content), Path(path))
         finally:
             os.close(file)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 def append_whole(path: str | Path, content: str | bytes) -> None:
@@ -71,7 +78,7 @@ def sync(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir() and os.name != "posix":  # Windows opens no folders
         return
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(file)
     finally:
@@ -108,24 +115,42 @@ def check_room(folder: str | Path, needed: int, what: str) -> None:
 
 
 @contextmanager
-def claimed(path: str | Path, what: str) -> Iterator[None]:
+def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
     """Hold the lock file `path` while open. The lock ends with the process, however it ends; the file is removed.
+
+    Args:
+        timeout: seconds to wait for another process (or thread) that holds it; -1 waits until it is free.
+
+    Raises:
+        filelock.Timeout: it was not free in time.
+    """
+    lock = FileLock(path)
+    lock.acquire(timeout)
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # Windows removes it after the release
+            # while it is held: whoever waits sees that its file has no name any more, and makes a new one
+            Path(path).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def claimed(path: str | Path, what: str) -> Iterator[None]:
+    """`locked`, for what a second run must not wait for.
 
     Raises:
         ValueError: another process (or thread) holds it.
     """
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"{what} is being written by another run at this moment (it holds {path}); wait for its end, or choose another folder."
-        ) from None
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(path, timeout=0))
+        except Timeout:
+            raise ValueError(
+                f"{what} is being written by another run at this moment (it holds {path}); "
+                "wait until it has finished, or choose another folder."
+            ) from None
         yield
-    finally:
-        Path(path).unlink(missing_ok=True)  # while it is held: whoever takes it next makes a new one
-        lock.release()
 
 
 def _write(file: int, content: bytes, path: Path) -> None:

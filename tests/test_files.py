@@ -137,3 +137,37 @@ def test_a_claim_is_refused_while_it_is_held_and_ends_with_its_process(tmp_path)
     holder.stdout.close()
     with files.claimed(path, "the student"):
         assert path.exists()
+
+
+_COUNT = """
+import sys
+from pathlib import Path
+from fakit.files import locked
+count = Path(sys.argv[1])
+for _ in range(50):
+    with locked(count.with_suffix(".lock")):
+        count.write_text(str(int(count.read_text()) + 1))
+"""
+
+
+def test_locked_waits_for_its_turn_and_leaves_no_file(tmp_path):
+    count = tmp_path / "count.txt"
+    count.write_text("0")
+    command = [sys.executable, "-c", _COUNT, str(count)]
+    writers = [subprocess.Popen(command, cwd=Path(__file__).parents[1]) for _ in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert count.read_text() == "150"  # two at once would lose counts
+    assert [path.name for path in tmp_path.iterdir()] == ["count.txt"]
+
+
+def test_a_file_is_named_only_once_it_is_whole(tmp_path):
+    path = tmp_path / "weights.bin"
+    with files.whole(path) as partial:
+        partial.write_bytes(b"all of it")
+        assert not path.exists()
+    assert path.read_bytes() == b"all of it"
+    with pytest.raises(KeyError), files.whole(path) as partial:
+        partial.write_bytes(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"all of it"
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.bin"]

@@ -65,10 +65,9 @@ def report(runs_dir: str | Path | RunStore, out: str | Path | None = None) -> Re
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.save(folder / "figures" / f"{name}.svg")
-    table.drop(columns=[c for c in ("scores", "gains_over_none", "gains_over_outputs") if c in table]).to_csv(
-        folder / "table.csv", index=False
-    )
-    store.runs().to_csv(folder / "runs.csv", index=False)
+    lists = [column for column in ("scores", "gains_over_none", "gains_over_outputs") if column in table]
+    write_whole(folder / "table.csv", table.drop(columns=lists).to_csv(index=False))
+    write_whole(folder / "runs.csv", store.runs().to_csv(index=False))
     write_whole(folder / "report.md", text)
     write_whole(folder / "report.html", _page(text, figures))
     return Report(folder, table, text, figures)

@@ -26,15 +26,11 @@ from typing import Any
 
 import pandas as pd
 
-from fakit.files import append_whole, write_whole
-
-try:
-    import fcntl
-except ImportError:  # Windows has no advisory locks of this kind: one writer at a time there
-    fcntl = None
+from fakit.files import append_whole, locked, write_whole
 
 FORMAT = "fakit-runs"
 VERSION = 1
+LOCK = ".lock"  # there while a record is written
 
 
 class RunStore:
@@ -74,7 +70,7 @@ class RunStore:
         path = Path(path)
         if _is_free(path):
             path.mkdir(parents=True, exist_ok=True)
-            with _locked(path):
+            with locked(path / LOCK):
                 if _is_free(path):  # another process may have been first
                     write_whole(path / "manifest.json", json.dumps(_manifest(what), indent=2) + "\n")
         return cls(path)
@@ -183,7 +179,7 @@ class RunStore:
     @contextmanager
     def _writing(self):
         """Hold the directory for one write, as two studies may share it, and start from whole lines."""
-        with _locked(self.path):
+        with locked(self.path / LOCK):
             for name in ("runs.jsonl", "steps.jsonl"):
                 self._set_rest_aside(self.path / name)
             yield
@@ -207,25 +203,11 @@ class RunStore:
         )
 
 
-@contextmanager
-def _locked(path: Path):
-    """Hold a folder itself, so that no lock file lies about."""
-    if fcntl is None:
-        yield
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
 def _is_free(path: Path) -> bool:
     """Missing, or a folder with nothing in it but what an interrupted creation leaves."""
     if not path.exists():
         return True
-    return path.is_dir() and {item.name for item in path.iterdir()} <= {"manifest.json.partial"}
+    return path.is_dir() and {item.name for item in path.iterdir()} <= {"manifest.json.partial", LOCK}
 
 
 def strict_json(value: Any) -> Any:

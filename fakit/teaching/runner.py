@@ -255,10 +255,10 @@ def run_notebooks(
         thumbnail = pages.centrepiece(notebook)
         with lock:  # pages of two notebooks are not drawn at once: matplotlib's settings are global
             if thumbnail:
-                (assets / f"{path.stem}.svg").write_text(thumbnail, encoding="utf-8")
+                write_whole(assets / f"{path.stem}.svg", thumbnail)
             beside = Path(os.path.relpath(folder, out.resolve())).as_posix()
             page = pages.notebook_page(notebook, result, linked, beside)
-            (out / result.page).write_text(page, encoding="utf-8")
+            write_whole(out / result.page, page)
         report(str(result))
 
     with ThreadPoolExecutor(max_workers=min(jobs, len(chosen))) as pool:
@@ -271,7 +271,7 @@ def run_notebooks(
         if (assets / f"{name}.svg").exists()
     }
     index = pages.index_page(list(results.values()), thumbnails, profile, machine())
-    (out / "index.html").write_text(index, encoding="utf-8")
+    write_whole(out / "index.html", index)
     _record(out, results.values())
     finished = [results[path.stem] for path in chosen]
     failed = [result for result in finished if result.status != "ok"]
@@ -290,7 +290,7 @@ def _copy_plotly(target: Path) -> None:
 
     source = get_plotlyjs()
     if not target.exists() or target.stat().st_size != len(source.encode()):
-        target.write_text(source, encoding="utf-8")
+        write_whole(target, source)
 
 
 def _record(out: Path, results: Iterable[NotebookResult]) -> None:

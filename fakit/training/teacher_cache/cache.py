@@ -9,14 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from fakit.files import sha256, sync
+from fakit.files import locked, sha256, whole
 from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.models.head_kinds import problem_type
 from fakit.models.tables import check_data, tables
@@ -137,7 +136,7 @@ class TeacherCache:
         if started and not os.access(folder, os.W_OK):  # nothing to add to a finished one
             return cls._build(*work)
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "build.lock"):  # of several processes one builds, the others wait and open what it built
+        with locked(folder / "build.lock"):  # of several processes one builds, the others wait and open what it built
             return cls._build(*work)
 
     @classmethod
@@ -171,17 +170,11 @@ class TeacherCache:
             shard = make_shard(teacher, [dataset[i] for i in numbers], content, columns, batch_size, padding_side)
             shard[f"{PER_ROW}hash"] = torch.tensor([hashes[i] for i in numbers])
             path = folder / f"shard-{len(manifest['shards']):05d}.safetensors"
-            partial = path.with_suffix(".partial")
-            save_file(shard, partial)
-            facts = {
-                "file": path.name,
-                "rows": len(numbers),
-                "bytes": partial.stat().st_size,
-                "sha256": sha256(partial),
-            }
-            sync(partial)
-            partial.replace(path)
-            manifest["shards"].append(facts)
+            with whole(path) as partial:
+                save_file(shard, partial)
+            manifest["shards"].append(
+                {"file": path.name, "rows": len(numbers), "bytes": path.stat().st_size, "sha256": sha256(path)}
+            )
             write_manifest(folder, manifest)
         return cls(folder, read_manifest(folder))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fakit.files import write_whole
 from fakit.widgets.attention.source import LEVELS, encode
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def write_page(viewer: Viewer, path: Path, limit: int) -> Path:
         }
         html = _html(viewer, state | {"pages": pages, "rounded": 0 if fine else 0.5 / levels}).encode()
         if len(html) <= limit:
-            path.write_bytes(html)
+            write_whole(path, html)
             return path
         sizes.append(len(html))
     raise ValueError(
