@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-import torch
-import transformers
 from matplotlib.figure import Figure
 
 from benchmarks.table import Result
 from fakit.figures.theme import ALIGNED, STUDENT, TEXT
+from fakit.training.environment import environment
 
 
 def conditions(quick: bool, repeats: int) -> str:
@@ -21,10 +19,13 @@ def conditions(quick: bool, repeats: int) -> str:
     sizes = (
         "small models, which show nothing but that it runs" if quick else "BERT 6 × 384 → 3 × 384, 12 heads, V = 30,522"
     )
+    found = environment()
+    versions, machine = found["versions"], found["machine"]
     return (
-        f"{sizes}; random weights, dropout 0, float32, forward and backward, no optimiser step except in `trainer`. {platform.machine()} CPU, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}. Seconds: median of {repeats} "
-        "turns in one process. Memory: peak resident MiB of a step above models, gradients and batch, each way in a fresh process."
+        f"{sizes}; random weights, dropout 0, float32, forward and backward, no optimizer step except in `trainer`. "
+        f"{machine['processor']}, {machine['threads']} threads, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}. Seconds: median of {repeats} turns in one process. Memory: peak resident MiB of a "
+        "step above models, gradients and batch, each way in a fresh process."
     )
 
 

@@ -14,19 +14,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import subprocess
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from fakit.files import append_whole, locked, write_whole
+from fakit.training.environment import environment
 
 FORMAT = "fakit-runs"
 VERSION = 1
@@ -222,49 +220,12 @@ def strict_json(value: Any) -> Any:
 
 
 def _manifest(what: str) -> dict[str, Any]:
-    import torch
-
     return {
         "format": FORMAT,
         "version": VERSION,
         "what": what,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("fakit", "torch", "transformers", "datasets", "peft", "bitsandbytes")},
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "commit": _commit(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """The processor's name: Linux keeps it in /proc/cpuinfo, where platform.processor() is empty."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that fakit runs from; None for an installed package or where git is missing."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    } | environment()
 
 
 def _listing(path: Path) -> str:

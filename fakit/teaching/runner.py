@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -27,6 +25,7 @@ from nbformat import NotebookNode
 
 from fakit.files import shipped, write_whole
 from fakit.teaching.results import NotebookResult
+from fakit.training.environment import cores, environment
 
 PROFILES = ("quick", "workshop", "full")
 EVERY = 15.0  # seconds between two progress lines of one notebook
@@ -104,8 +103,7 @@ def _plain(text: str) -> str:
 
 def kernel_environment(jobs: int) -> dict[str, str]:
     """The kernel's environment: threads = cores / jobs, so that notebooks side by side do not fight for cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // jobs))
+    threads = str(max(1, cores() // jobs))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {**os.environ, **dict.fromkeys(names, threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
 
@@ -182,16 +180,12 @@ def _failing_cell(notebook: NotebookNode) -> int | None:
 
 def machine() -> dict[str, str]:
     """Versions and machine, for the report."""
-    found = {"Python": platform.python_version()}
-    for package in ("torch", "transformers", "fakit"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = environment()
+    versions, machine = found["versions"], found["machine"]
     return {
-        **found,
-        "machine": f"{platform.system()} {platform.machine()}, {cores} cores",
+        "Python": versions["python"],
+        **{name: versions[name] or "not installed" for name in ("torch", "transformers", "fakit")},
+        "machine": f"{machine['system']}, {machine['processor']}, {machine['cores']} cores",
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 

@@ -9,13 +9,9 @@ The session draws itself as plain HTML: no widget, so that it shows on GitHub an
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import random
-import re
 from dataclasses import dataclass, field
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 PROFILES = ("quick", "workshop", "full")
@@ -85,29 +81,23 @@ def setup(
     torch.manual_seed(seed)  # the CPU and every GPU
 
     from fakit.figures import theme
+    from fakit.training.environment import environment
     from fakit.training.precision import use_bf16
 
     theme.use_template()
     _quiet()
-    gpu = torch.device(device)
-    if gpu.type == "cuda":
-        memory = (
-            f"{torch.cuda.mem_get_info(gpu)[0] / 1e9:.1f} GB free of {torch.cuda.mem_get_info(gpu)[1] / 1e9:.1f} GB"
-        )
-        where = f"{device} ({torch.cuda.get_device_name(gpu)})"
-    else:
-        memory, where = _memory(), device
+    on_gpu = device.startswith("cuda")
+    found = environment(device if on_gpu else None)
+    versions, machine = found["versions"], found["machine"]
     facts = {
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "fakit": _version("fakit"),
-        "device": where,
-        "memory": memory,
+        "Python": versions["python"],
+        **{name: versions[name] or "not installed" for name in ("torch", "transformers", "fakit")},
+        "device": f"{device} ({machine['gpu' if on_gpu else 'processor']})",
+        "memory": _memory(device),
         "bf16": "faster than float32, used where it says autocast"
         if use_bf16(device=device)
         else "slower than float32, not used",
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "threads": f"{machine['threads']} of {machine['cores']} cores",
         "seed": str(seed),
         "profile": profile,
         "model": model or "embedded default",
@@ -157,22 +147,13 @@ def _device(asked: str | None) -> str:
     return asked
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def _memory(device: str) -> str:
+    """Free and total memory: of the GPU, or of the machine."""
+    import psutil
+    import torch
 
-
-def _memory() -> str:
-    """Free and total memory of the machine, where the system tells."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = dict(re.findall(r"^(\w+):\s+(\d+) kB", file.read(), re.MULTILINE))
-        return f"{int(found['MemAvailable']) / 1e6:.1f} GB free of {int(found['MemTotal']) / 1e6:.1f} GB"
-    except (OSError, KeyError):
-        pass
-    try:
-        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
-    except (AttributeError, OSError, ValueError):
-        return "unknown"
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    return f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"

@@ -19,13 +19,13 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from fakit.files import sha256, sync, write_whole
+from fakit.training.environment import installed
 
 SEAL = "checkpoint.json"
 VERSION = 1
@@ -33,9 +33,9 @@ OPTIONAL = {"session.json"}  # the curve before the checkpoint: who deletes it g
 logger = logging.getLogger(__name__)
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     """Of what a run's numbers depend on."""
-    return {package: version(package) for package in ("fakit", "torch", "transformers")}
+    return installed("fakit", "torch", "transformers")
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
