@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from fakit.figures.theme import LINES, SMALL, TEMPLATE, TEXT, Role
+from fakit.figures.ticks import logarithmic
 
 MARGIN = {"l": 70, "r": 24, "t": 76, "b": 56}
 HATCH_INK = "#9A9A9A"  # on the dark end of every scale, and on both pages
@@ -187,9 +188,7 @@ def log_axis(values: Iterable[float], air: float = 0.08) -> dict:
     kept = [value for value in values if np.isfinite(value) and value > 0]
     low, high = (np.log10(edge(kept)) if kept else default for edge, default in ((min, -1.0), (max, 1.0)))
     pad = max(0.1, air * (high - low))
-    steps = (1, 2, 5) if high - low < 2 else (1,)
-    ticks = [step * 10.0**e for e in range(int(np.floor(low)) - 1, int(np.ceil(high)) + 1) for step in steps]
-    ticks = [tick for tick in ticks if low - pad <= np.log10(tick) <= high + pad]
+    ticks = logarithmic(10 ** (low - pad), 10 ** (high + pad))
     labels = [f"{tick:g}" for tick in ticks]
     return {"type": "log", "range": (low - pad, high + pad), "tickvals": ticks, "ticktext": labels}
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from plotly.colors import sample_colorscale
 
-from fakit.figures.drawing import distinct
 from fakit.figures.theme import EXTRA, FONT, FONT_SIZE, GRID, ROLES, SIMILARITY, SMALL, TEXT, Role
+from fakit.figures.ticks import enclosing, linear, logarithmic
 from fakit.figures.training import term_style
 
 WIDTH, HEIGHT = 840, 340  # px: as wide as a notebook's cell beside the open side bar
@@ -110,7 +110,8 @@ def _chart(
     left, right = start + 62, start + width - 86
     top, bottom = _TOP, HEIGHT - _BOTTOM
     values = [value for points in lines.values() for _, value in points]
-    low, high, ticks = _log_ticks(values) if log else (0.0, 1.0, [0, 0.25, 0.5, 0.75, 1])
+    low, high = enclosing(min(values, default=0.1), max(values, default=1.0)) if log else (0.0, 1.0)
+    ticks = logarithmic(low, high) if log else (0.0, 0.25, 0.5, 0.75, 1.0)
     steps = _end(steps, max((step for points in lines.values() for step, _ in points), default=0))
     scale = math.log if log else float
 
@@ -127,7 +128,7 @@ def _chart(
     for tick in ticks:
         parts.append(f'<path d="M{left:.0f} {y(tick):.1f}H{right:.0f}" stroke="{GRID}" fill="none"/>')
         parts.append(_text(left - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
-    for tick in _step_ticks(steps, 5 if width > 300 else 3):
+    for tick in linear(0, steps, 5 if width > 300 else 3, whole=True):
         parts.append(f'<path d="M{x(tick):.1f} {bottom}v5" stroke="{TEXT}"/>')
         parts.append(_text(x(tick), bottom + 20, f"{tick:g}", anchor="middle"))
     parts.append(_text((left + right) / 2, bottom + 38, "step", anchor="middle"))
@@ -226,32 +227,8 @@ def _apart(heights: Mapping[str, float], top: float, bottom: float, gap: float =
 
 def _end(steps: int, last: float) -> int:
     """Right end of the axis: a round number well ahead of the last step, all of them at most, so that a long run is seen early."""
-    unit = 10 ** math.floor(math.log10(max(1, last)))
-    ahead = next(unit * m for m in (5, 10, 20, 50) if unit * m >= max(20, 2 * last))
+    _, ahead = enclosing(1, max(20, 2 * last))
     return int(ahead if steps < 1 else min(ahead, max(steps, last)))
-
-
-def _log_ticks(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """(low, high, ticks) of a logarithmic axis: at 1, 2 and 5 of each power of ten, or powers alone where these are many."""
-    low, high = (min(values), max(values)) if values else (0.1, 1.0)
-    marks = [
-        m * 10.0**p for p in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)
-    ]
-    below = max((m for m in marks if m <= low * 1.0001), default=marks[0])
-    above = min((m for m in marks if m >= high * 0.9999 and m > below), default=marks[-1])
-    ticks = [m for m in marks if below <= m <= above]
-    if len(ticks) > 8:
-        powers = [m for m in ticks if math.isclose(math.log10(m), round(math.log10(m)), abs_tol=1e-9)]
-        ticks = powers[:: max(1, len(powers) // 6)]
-    return below, above, [float(f"{tick:.3g}") for tick in ticks]
-
-
-def _step_ticks(steps: int, count: int) -> list[int]:
-    """0 … steps at round distances, `count` or so."""
-    rough = max(1, steps / count)
-    unit = 10 ** math.floor(math.log10(rough))
-    stride = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
-    return distinct([*range(0, steps + 1, int(stride))])
 
 
 def _net(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

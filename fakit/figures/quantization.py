@@ -10,6 +10,7 @@ import numpy as np
 from fakit.figures.drawing import axis_id, axis_key, canvas, check_keys, log_axis, panel_title, panels, records
 from fakit.figures.figure import Figure
 from fakit.figures.theme import BASELINE, PAIR, ROLES, STUDENT, TEACHER, Role
+from fakit.figures.ticks import thinned
 
 MEASURES = (  # column, panel heading, axis title, short name
     ("relative_error", "hidden states", "relative error ‖Ĥ − H‖ / ‖H‖", "relative error"),
@@ -61,7 +62,7 @@ def quantization_by_layer(
                 role = (BASELINE, STUDENT, TEACHER)[place % 3]
                 _line(figure, 0, name, list(by_layer), np.array(list(by_layer.values()), float), role, letter, short)
                 drawn += by_layer.values()
-        ticks = shown[:: int(np.ceil(len(shown) / 12))]
+        ticks = thinned(shown, 12)
         figure.update_layout(
             {
                 axis_key("x", number): {

@@ -291,7 +291,7 @@ def pareto(
             hovertemplate=f"{row['name']}<br>{cost_label}: %{{x:.4g}}<br>{quality_label}: %{{y:.4g}}<extra></extra>",
         )
     if log:
-        figure.update_xaxes(**_close_log_axis(cost))
+        figure.update_xaxes(**log_axis(cost, 0.12))
     else:
         pad = 0.12 * ((max(cost) - min(cost)) or 1)
         figure.update_xaxes(range=(min(cost) - pad, max(cost) + pad))
@@ -300,20 +300,6 @@ def pareto(
     return Figure(
         figure, f"{len(front)} of {len(rows)} are beaten by no other ({cost_label}, {quality_label}): {best}."
     )
-
-
-def _close_log_axis(values: Sequence[float]) -> dict:
-    """A logarithmic axis with at least three ticks, however near to each other the values lie."""
-    axis = log_axis(values, 0.12)
-    low, high = axis["range"]
-    for steps in ((1, 2, 3, 5), (1, 2, 3, 4, 5, 6, 8), [n / 10 for n in range(10, 100, 2)]):
-        if len(axis["tickvals"]) >= 3:
-            break
-        powers = range(int(np.floor(low)), int(np.ceil(high)) + 1)
-        ticks = [step * 10.0**power for power in powers for step in steps]
-        axis["tickvals"] = [tick for tick in ticks if low <= np.log10(tick) <= high]
-        axis["ticktext"] = [f"{tick:g}" for tick in axis["tickvals"]]
-    return axis
 
 
 def weight_sensitivity(

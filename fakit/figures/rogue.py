@@ -11,6 +11,7 @@ from fakit.figures.drawing import axis_id, canvas, check_keys, note, panel_title
 from fakit.figures.figure import Figure
 from fakit.figures.similarity_steps import pair_role
 from fakit.figures.theme import SMALL, TEXT, Role, model_role
+from fakit.figures.ticks import thinned
 
 
 def rogue_scrub(
@@ -78,7 +79,7 @@ def rogue_scrub(
         line = {"color": TEXT, "width": 2, "dash": "dot"}
         figure.add_shape(type="line", x0=k, x1=k, y0=0, y1=1, xref=x, yref=y, line=line)
         panel_title(figure, number, heading)
-    ticks = steps[:: max(1, len(steps) // 10)]
+    ticks = thinned(steps, 12)
     figure.update_xaxes(title=f"largest dimensions {done}", range=(-0.3, steps[-1] + 0.3))
     figure.update_xaxes(tickvals=ticks, ticktext=[str(k) for k in ticks])
     figure.update_layout(xaxis2={"range": (-0.3, 1.1 * steps[-1] + 0.3)})  # room for the names

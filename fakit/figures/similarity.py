@@ -24,6 +24,7 @@ from fakit.figures.drawing import (
 )
 from fakit.figures.figure import Figure
 from fakit.figures.theme import ALIGNED, BASELINE, EXTRA, HEATMAP, PAIR, SIMILARITY, SMALL, pattern
+from fakit.figures.ticks import thinned
 
 
 def similarity_heatmap(
@@ -271,8 +272,8 @@ def bias_curve(
         figure.add_scatter(
             x=n[[0, -1]], y=[truth, truth], mode="lines", name=name, line=BASELINE.line(2), hoverinfo="skip"
         )
-    shown = list(range(len(n))) if len(n) <= 10 else list(range(0, len(n), int(np.ceil(len(n) / 10))))
-    figure.update_xaxes(type="log", title="rows n", tickvals=n[shown], ticktext=[f"{v:.0f}" for v in n[shown]])
+    ticks = thinned(n, 10)
+    figure.update_xaxes(type="log", title="rows n", tickvals=ticks, ticktext=[f"{tick:.0f}" for tick in ticks])
     figure.update_yaxes(range=(min(-0.05, lowest * 1.1), 1.02), title="CKA")
     ends = ", ".join(
         f"{name} {value[0]:.2f} at n = {n[0]:.0f} and {value[-1]:.2f} at n = {n[-1]:.0f}"

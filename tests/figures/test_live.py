@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from fakit.figures.live import HEIGHT, POINTS, _apart, _end, _log_ticks, training_now
+from fakit.figures.live import HEIGHT, POINTS, _apart, _end, training_now
 
 TERMS = ["features", "task"]
 
@@ -80,13 +80,6 @@ def test_labels_keep_apart_and_inside():
     heights = sorted(placed.values())
     assert min(np.diff(heights)) >= 15 and heights[-1] <= 292 and placed["a"] == 100.0
     assert list(placed) == ["a", "b", "c", "d", "e"]
-
-
-@pytest.mark.parametrize("values", [[0.5], [1.0], [2e-4, 3.0], [1e-9, 1e6], [0.031, 0.033]])
-def test_ticks_enclose_the_values_and_are_few(values):
-    low, high, ticks = _log_ticks(values)
-    assert low <= min(values) * 1.001 and high >= max(values) * 0.999 and low < high
-    assert 2 <= len(ticks) <= 9 and ticks == sorted(set(ticks))
 
 
 def test_names_are_escaped():

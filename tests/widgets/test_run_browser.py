@@ -6,7 +6,6 @@ import pytest
 from fakit.experiments.store import RunStore
 from fakit.tasks import data_dir
 from fakit.widgets import run_browser
-from fakit.widgets.runs.browser import _ticks
 
 # task, arm, seed, score, parameters, seconds: errors in "scans", where the cheapest is also the best
 RUNS = [
@@ -114,16 +113,6 @@ def test_points_and_lines_lie_where_the_numbers_say(browser):
     browser.task = "scans"
     down = {point["id"]: point["y"] for point in browser.view["points"]["points"]}
     assert down["scans-all-0"] > down["scans-none-0"]  # up is better
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 1.0), (69.1, 79.5), (-3e-5, 2e-5), (6.0, 14.3), (0.93, 0.97), (1e6, 9e6)]
-)
-def test_ticks_are_a_few_round_numbers_inside(low, high):
-    ticks = np.array(_ticks(low, high))
-    assert 3 <= len(ticks) <= 8 and low <= ticks[0] and ticks[-1] <= high + 1e-12
-    step = float(np.diff(ticks).mean())
-    assert np.allclose(np.diff(ticks), step) and f"{step:.0e}"[0] in "125"
 
 
 def test_the_curve_is_one_of_the_terms(browser):

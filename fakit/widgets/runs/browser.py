@@ -18,6 +18,7 @@ from fakit.figures import Figure, runs_overview
 from fakit.figures.drawing import distinct, log_axis
 from fakit.figures.results import pareto_front
 from fakit.figures.runs import run_role
+from fakit.figures.ticks import linear
 from fakit.widgets.panel import with_still
 
 HERE = Path(__file__).parent
@@ -319,7 +320,7 @@ class _Axis:
         else:
             air = 0.08 * ((max(values) - min(values)) or abs(values[0]) or 1.0)
             self._low, self._high = min(values) - air, max(values) + air
-            self._ticks = [(tick, f"{tick:g}") for tick in _ticks(self._low, self._high)]
+            self._ticks = [(tick, f"{tick:g}") for tick in linear(self._low, self._high)]
 
     def __call__(self, value: float) -> float:
         place = ((math.log10(value) if self._log else value) - self._low) / (self._high - self._low)
@@ -327,14 +328,6 @@ class _Axis:
 
     def drawn(self) -> dict[str, Any]:
         return {"label": self.label, "ticks": [[self(tick), text] for tick, text in self._ticks]}
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers between low and high."""
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(s * power for s in (1, 2, 5, 10) if s * power >= 0.8 * raw)
-    return [round(k * step, 12) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _lines(curves: dict[str, tuple[Sequence[float], Sequence[float]]], label: str) -> dict[str, Any]:
