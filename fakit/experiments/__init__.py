@@ -9,7 +9,7 @@ report("runs/study")
 from fakit import require
 
 # what a run is scored and drawn with, too: asked before anything trains
-require("study", "pandas", "yaml", "plotly", "matplotlib", "sklearn", "sacrebleu", "rouge_score", "jiwer")
+require("study", "pandas", "yaml", "plotly", "matplotlib", "mistune", "sklearn", "sacrebleu", "rouge_score", "jiwer")
 
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.map_study import MapStudyConfig, map_scores, run_map_study, study_from_yaml

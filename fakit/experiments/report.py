@@ -182,34 +182,14 @@ figure { margin: 1.5rem 0 } svg { max-width: 100%; height: auto }
 
 def _page(text: str, figures: dict[str, Figure]) -> str:
     """The same report as one HTML file, pictures inside it."""
-    body = []
-    for block in text.split("\n\n"):
-        lines = block.strip().splitlines()
-        if not lines or lines[0].startswith("!["):
-            continue
-        if lines[0].startswith("# "):
-            body.append(f"<h1>{_inline(lines[0][2:])}</h1>")
-        elif lines[0].startswith("|"):
-            body.append(_html_table(lines))
-        else:
-            body.append(f"<p>{_inline(' '.join(lines))}</p>")
+    import mistune
+
+    written = "\n".join(line for line in text.splitlines() if not line.startswith("!["))
+    body = [mistune.create_markdown(plugins=["table"])(written)]
     for figure in figures.values():
         svg = figure.svg()
-        body.append(
-            f"<figure>{svg[svg.index('<svg') :]}<figcaption>{html.escape(figure.summary)}</figcaption></figure>"
-        )
+        caption = html.escape(figure.summary)
+        body.append(f"<figure>{svg[svg.index('<svg') :]}<figcaption>{caption}</figcaption></figure>")
     title = html.escape(text.splitlines()[0].removeprefix("# "))
     head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
-
-
-def _html_table(lines: list[str]) -> str:
-    rows = [[_inline(cell.strip()) for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
-    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _inline(text: str) -> str:
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
-    return re.sub(r"\*([^*]+)\*", r"<em>\1</em>", text)
