@@ -76,13 +76,11 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     n, mean = len(x), float(x.mean())
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1, level)
-    error = float(x.std(ddof=1)) / math.sqrt(n)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-    if error == 0:
-        p = 1.0 if mean == 0 else 0.0
-    else:
-        p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    return Interval(mean, mean - half, mean + half, n, level, p)
+    error = float(stats.sem(x))
+    if error == 0:  # no spread: t would be 0 / 0
+        return Interval(mean, mean, mean, n, level, 1.0 if mean == 0 else 0.0)
+    low, high = stats.t.interval(level, n - 1, mean, error)
+    return Interval(mean, float(low), float(high), n, level, float(2 * stats.t.sf(abs(mean) / error, n - 1)))
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float], level: float = 0.95) -> Interval:
@@ -102,18 +100,25 @@ def paired_bootstrap(
 
     For many pairs (predictions of two students on the same test rows). Over three to five seeds it is too narrow: there
     the t interval of `paired_difference` is the honest one.
+
+    Raises:
+        ValueError: when the two have different lengths, i.e. are not paired, or are fewer than two pairs.
     """
     a, b = _paired(values, baseline)
+    if len(a) < 2:
+        raise ValueError("a bootstrap interval needs at least two pairs, found 1: there is nothing to draw from.")
     difference = a - b
-    rng = np.random.default_rng(seed)
-    chunk = max(1, 4_000_000 // len(difference))  # at most 32 MB of indices at once
-    means = np.concatenate(
-        [
-            difference[rng.integers(0, len(difference), (min(chunk, resamples - start), len(difference)))].mean(axis=1)
-            for start in range(0, resamples, chunk)
-        ]
+    drawn = stats.bootstrap(
+        (difference,),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, 4_000_000 // len(difference)),  # at most 32 MB of indices at once
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
     )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = drawn.confidence_interval
+    means = drawn.bootstrap_distribution
     # twice the smaller tail, the observed difference counted as one of the draws (so never 0)
     tail = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
@@ -141,8 +146,9 @@ def paired_means(values: Sequence[Sequence[float]], level: float = 0.95) -> list
         )
     residuals = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
     freedom = (arms - 1) * (seeds - 1)
-    half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(float((residuals**2).sum()) / freedom / seeds)
-    return [Interval(float(mean), float(mean) - half, float(mean) + half, seeds, level) for mean in x.mean(1)]
+    error = math.sqrt(float((residuals**2).sum()) / freedom / seeds)
+    around = stats.t(freedom, scale=error).interval(level) if error else (0.0, 0.0)
+    return [Interval(float(m), float(m + around[0]), float(m + around[1]), seeds, level) for m in x.mean(1)]
 
 
 def spearman_interval(

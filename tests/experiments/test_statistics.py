@@ -72,19 +72,21 @@ def test_wrong_input_is_named():
         mean_interval([])
 
 
-def test_bootstrap_agrees_with_scipy_and_with_the_normal_law():
+def test_bootstrap_agrees_with_draws_by_hand_and_with_the_normal_law():
     rng = np.random.default_rng(0)
     b = rng.normal(size=400)
     a = b + rng.normal(0.1, 1.0, size=400)
     found = paired_bootstrap(a, b, resamples=20_000, seed=1)
-    reference = stats.bootstrap(((a - b),), np.mean, n_resamples=20_000, method="percentile", rng=2).confidence_interval
-    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.005)
+    drawn = (a - b)[np.random.default_rng(1).integers(0, 400, (20_000, 400))].mean(1)
+    assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), rel=1e-12)
     normal = stats.ttest_rel(a, b)
     assert found.p == pytest.approx(normal.pvalue, abs=0.015)
     assert paired_bootstrap(a, b, resamples=500, seed=3) == paired_bootstrap(a, b, resamples=500, seed=3)
     sure = paired_bootstrap(b + 1, b, resamples=999)
     assert sure.p == pytest.approx(2 / 1000)  # never 0: the data are one of the draws
     assert paired_bootstrap(b, b, resamples=99).p == 1
+    with pytest.raises(ValueError, match="at least two pairs, found 1"):
+        paired_bootstrap([1.0], [0.5])
 
 
 def test_gap_closed_by_hand():
