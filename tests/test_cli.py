@@ -75,8 +75,11 @@ def test_distill_exports_records_and_report_reads(experiment, tmp_path, capsys):
     assert record["steps"] == 4
     student = AutoModelForSequenceClassification.from_pretrained(runs / record["run_id"])
     assert student.config.num_hidden_layers == 2
-    said = capsys.readouterr().out
-    assert str(runs / record["run_id"]) in said and f"fakit report {runs}" in said
+    said = capsys.readouterr()
+    assert str(runs / record["run_id"]) in said.out and f"fakit report {runs}" in said.out
+    assert "step 4 of 4, 00:00 left, loss " in said.err
+    for noise in ("{'loss'", "Writing model shards", "Loading weights", "Map:"):
+        assert noise not in said.out + said.err
 
     assert main(["report", str(runs)]) == 0
     assert f"Written to {runs / 'report' / 'report.html'}" in capsys.readouterr().out

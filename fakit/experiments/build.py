@@ -328,7 +328,7 @@ def check_plan(config: ExperimentConfig, processes: int = 1) -> None:
         )
 
 
-def build_arguments(config: ExperimentConfig, folder: str | Path, progress: bool = True) -> TrainingArguments:
+def build_arguments(config: ExperimentConfig, folder: str | Path) -> TrainingArguments:
     """transformers' TrainingArguments of a configuration; checkpoints go to `folder`.
 
     Batches are taken in order (`train_sampling_strategy="sequential"`): the rows come in the planned order already.
@@ -366,7 +366,7 @@ def build_arguments(config: ExperimentConfig, folder: str | Path, progress: bool
         save_steps=training.save_every or 500,
         save_total_limit=2,
         report_to="none",
-        disable_tqdm=not progress,
+        disable_tqdm=True,  # it prints a dictionary at every log; run_experiment has a bar of its own
         dataloader_pin_memory=config.device not in ("cpu", "mps") and torch.cuda.is_available(),
     )
     args.bf16 = training.bf16  # "auto" is decided by the DistillationTrainer, when all processes are there

@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -152,7 +152,7 @@ def run_experiment(
             often it logs, evaluates and saves; the same data, teacher and versions. More steps are another run, whose learning rate
             falls otherwise from the first step on.
         callbacks: of transformers, passed to the trainer.
-        progress: the trainer's progress bar.
+        progress: say on standard error where the run stands: steps, loss by term, time left (`fakit.training.progress`).
         prepared: what `prepare` gave for a configuration of the same task, teacher, seed and length, so that many runs load it once.
         count_flops: count a step's FLOPs, which costs the time of some steps.
         teacher_cache: a folder. The teacher answers each training text once, into a `TeacherCache` there, and the steps read it; runs of
@@ -185,6 +185,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
     from transformers import PrinterCallback, set_seed
 
     from fakit.training.ownership import bytes_of_checkpoint, data_fingerprint
+    from fakit.training.progress import ProgressBar
     from fakit.training.teacher_cache import TeacherCache
     from fakit.training.trainer import DistillationTrainer, check_fit
 
@@ -192,7 +193,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
     finished = None if out is None else _finished(config, out, resume)
     folder = tempfile.TemporaryDirectory() if out is None else nullcontext(out / "checkpoints")
     with without_side_bars(), folder as folder:
-        args = build_arguments(config, folder, progress)
+        args = build_arguments(config, folder)
         checkpoint = _checkpoint(Path(folder), args.world_size) if resume and finished is None else None
         if checkpoint is not None and config.training.bf16 == AUTO:
             began = began_in_bf16(checkpoint)
@@ -231,6 +232,9 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # what stands in for a progress bar that was switched off
+        bar = ProgressBar(objective.weights)
+        if progress:
+            trainer.add_callback(bar)
         trainer.bound_to = {"config": _binding(config.to_dict())}
         if objective.layer_map.is_random:
             trainer.epochs.steps = _steps_a_pass(rows, args)
@@ -240,7 +244,8 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
             begun = {"run_id": config.run_id, "config": config.to_dict(), **facts, "finished": None}
             if out is not None and main:
                 write_whole(out / RUN, json.dumps(begun, indent=1, allow_nan=False))
-            trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with closing(bar):
+                trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             student = trainer.whole_student()
             done = {
                 "steps": trainer.state.global_step,
@@ -498,7 +503,7 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
 
 @contextmanager
 def without_side_bars():
-    """No progress bars of loading and tokenising, which take moments here; the trainer's own stays."""
+    """No progress bars of loading, tokenizing and writing, which take moments here and would run through the run's own."""
     import datasets
     from transformers.utils import logging
 
