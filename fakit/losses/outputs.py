@@ -38,6 +38,8 @@ def _prepare(
         padding = ~mask.bool().unsqueeze(-1)
         student, teacher = student.masked_fill(padding, 0.0), teacher.masked_fill(padding, 0.0)
     student, teacher = at_least_float32(student) / temperature, at_least_float32(teacher) / temperature
+    dtype = torch.promote_types(student.dtype, teacher.dtype)  # float64 where one side is
+    student, teacher = student.to(dtype), teacher.to(dtype)
     return student.clamp_min(lowest(student.dtype)), teacher.clamp_min(lowest(teacher.dtype))
 
 

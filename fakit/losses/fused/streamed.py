@@ -81,6 +81,8 @@ def head_costs(loss: str, student: AttentionInputs, teacher: AttentionInputs, ma
         costs = ours.query.new_zeros(ours.query.shape[1], theirs.query.shape[1])
         for start, end, keys in _blocks(student, teacher):
             log_s, log_t = (side.log_maps(start, end, keys) for side in (ours, theirs))
+            dtype = torch.promote_types(log_s.dtype, log_t.dtype)  # einsum wants one
+            log_s, log_t = log_s.to(dtype), log_t.to(dtype)
             counts = valid[:, None, start:end, None]
             if loss == "kl":
                 p = log_t.exp() * counts
