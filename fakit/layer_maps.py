@@ -12,6 +12,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+Pair = tuple[int, int]  # student layer, teacher layer
 Depths = int | Sequence[int]  # of a model, or of an encoder-decoder's encoder and decoder
 
 

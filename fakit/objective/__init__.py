@@ -1,7 +1,24 @@
 """The objective: terms, their weighted sum, and what one evaluation of it gives."""
 
-from fakit.objective.breakdown import Breakdown, Pair, Weights
-from fakit.objective.objective import Needs, Objective
+from fakit.layer_maps import Pair
+from fakit.objective.breakdown import Breakdown
+from fakit.objective.needs import CountedBatch, Needs
+from fakit.objective.objective import Objective
+from fakit.objective.term import FrozenTermError, Term
 from fakit.objective.terms import Attention, Features, Outputs, Task
+from fakit.objective.weights import Weights
 
-__all__ = ["Attention", "Breakdown", "Features", "Needs", "Objective", "Outputs", "Pair", "Task", "Weights"]
+__all__ = [
+    "Attention",
+    "Breakdown",
+    "CountedBatch",
+    "Features",
+    "FrozenTermError",
+    "Needs",
+    "Objective",
+    "Outputs",
+    "Pair",
+    "Task",
+    "Term",
+    "Weights",
+]

@@ -149,7 +149,7 @@ def gradients_by_temperature(
     Raises:
         ValueError: an objective without output term, a τ that is not above 0, and what `term_gradients` refuses.
     """
-    if objective.outputs is None:
+    if objective.temperature is None:
         raise ValueError(
             "a temperature is the output term's, and this objective has none; Objective(outputs=Outputs())."
         )
@@ -201,27 +201,28 @@ def _measure(objective, teacher, student, batches, terms, temperatures: list[flo
     parameters = parameters_by_part(student)
     if not parameters:
         raise ValueError(f"no parameter of {type(student).__name__} is trainable (requires_grad): it has no gradient.")
-    own = None if objective.outputs is None else objective.outputs.temperature
+    own = objective.temperature
+    softened = [name for name in names if hasattr(objective.terms[name], "temperature")]  # depend on τ
     measured = []
     with torch.enable_grad(), _set(objective, dict.fromkeys(names, 1.0), own):
         traces = [_traces(objective, teacher, student, batch) for batch in batches]
         fixed = _mean([objective(*trace) for trace in traces])
-        kept = {name: _gradient(loss, parameters) for name, loss in fixed.terms.items() if name != "outputs"}
+        kept = {name: _gradient(loss, parameters) for name, loss in fixed.terms.items() if name not in softened}
         known: dict[tuple[str, str], Tensor] = {}  # inner products of terms that do not depend on τ
         for tau in [own] if temperatures is None else temperatures:
             losses, gradients = dict(fixed.terms), kept
-            if "outputs" in names:
+            if softened:
                 if tau != own:
-                    with _set(objective, {"outputs": 1.0}, tau):
-                        losses["outputs"] = _mean([objective(*trace) for trace in traces]).terms["outputs"]
-                gradients = kept | {"outputs": _gradient(losses["outputs"], parameters)}
+                    with _set(objective, dict.fromkeys(softened, 1.0), tau):
+                        losses |= _mean([objective(*trace) for trace in traces]).terms
+                gradients = kept | {name: _gradient(losses[name], parameters) for name in softened}
             measured.append(
                 TermGradients(
                     {name: loss.item() for name, loss in losses.items()},
                     {name: {pair: v.item() for pair, v in by.items()} for name, by in fixed.per_layer.items()},
                     tuple(parameters),
-                    _gram({name: gradients[name] for name in losses}, parameters, known),
-                    tau if "outputs" in losses else None,
+                    _gram({name: gradients[name] for name in losses}, parameters, known, softened),
+                    tau if softened else None,
                 )
             )
     return measured
@@ -256,7 +257,7 @@ def parameters_by_part(student: nn.Module) -> dict[Part, list[nn.Parameter]]:
 
 def _chosen(objective: Objective, batches: list[Mapping], terms: Sequence[str] | None) -> list[str]:
     labelled = all(batch.get("labels") is not None for batch in batches)
-    has = [name for name in objective.weights if name != "task" or labelled]
+    has = [name for name, term in objective.terms.items() if labelled or not term.needs_labels]
     if terms is not None and (unknown := [name for name in terms if name not in has]):
         raise ValueError(f"no gradient of {unknown}: this objective has {has}{'' if labelled else ', and no labels'}.")
     names = has if terms is None else list(terms)
@@ -269,16 +270,16 @@ def _chosen(objective: Objective, batches: list[Mapping], terms: Sequence[str] |
 def _set(objective: Objective, weights: dict[str, float], temperature: float | None) -> Iterator[None]:
     """While open, these weights (others 0) and this τ; then the objective's own again."""
     before = dict(objective.weights)
-    own = None if objective.outputs is None else objective.outputs.temperature
+    own = objective.temperature
     try:
         objective.weights.update({name: weights.get(name, 0.0) for name in before})
         if own is not None:
-            objective.outputs.temperature = temperature
+            objective.temperature = temperature
         yield
     finally:
         objective.weights.update(before)
         if own is not None:
-            objective.outputs.temperature = own
+            objective.temperature = own
 
 
 def _traces(objective: Objective, teacher, student, batch: Mapping) -> tuple:
@@ -318,15 +319,20 @@ def _gradient(loss: Tensor, parameters: dict[Part, list[nn.Parameter]]) -> list[
     return list(torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True))
 
 
-def _gram(gradients: dict[str, list], parameters: dict[Part, list], known: dict[tuple[str, str], Tensor]) -> Tensor:
-    """Inner products by part, (P, k, k); those without the output term go into `known`, and are taken from there."""
+def _gram(
+    gradients: dict[str, list],
+    parameters: dict[Part, list],
+    known: dict[tuple[str, str], Tensor],
+    softened: Sequence[str],
+) -> Tensor:
+    """Inner products by part, (P, k, k); those of terms without τ alone go into `known`, and are taken from there."""
     gram = torch.zeros(len(parameters), len(gradients), len(gradients), dtype=torch.float64)
     for i, (one, left) in enumerate(gradients.items()):
         for j, (other, right) in enumerate(list(gradients.items())[: i + 1]):
             products = known.get((one, other))
             if products is None:
                 products = _inner(left, right, parameters)
-                if "outputs" not in (one, other):
+                if one not in softened and other not in softened:
                     known[one, other] = products
             gram[:, i, j] = gram[:, j, i] = products
         if not torch.isfinite(gram[:, i, i]).all():

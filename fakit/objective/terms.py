@@ -1,48 +1,68 @@
-"""The four terms of the objective and their settings: what is compared, how, and with which weight. They stay as they are made."""
+"""The four terms of arXiv 2412.19449: features, attention, outputs and task. They stay as they are made."""
 
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
 
-from fakit.layer_maps import LayerMap
+import torch
+from torch import Tensor, nn
+
+from fakit.layer_maps import LayerMap, Pair
 from fakit.losses import attention as attention_losses
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
+from fakit.losses.fused import streamed
+from fakit.losses.task import REGRESSION, SEVERAL_LABELS, task_loss
+from fakit.objective.needs import CountedBatch, Needs
+from fakit.objective.positions import common_mask, kept, predicting
+from fakit.objective.term import Term, choose, normalized
+from fakit.tracing.trace import Trace
 
-# Relations have no maps in the sense of the others: the objective compares them itself.
+# Relations have no maps in the sense of the others: the term compares them itself.
 ATTENTION_LOSSES = attention_losses.LOSSES | {"relations": None}
 HEADS = ("one-to-one", "group-mean", "best-match")
+# What the objective itself gives a loss; everything else in its signature may be set by keyword.
+GIVEN = ("student", "teacher", "mask", "temperature")
 
 
-class FrozenTermError(ValueError, AttributeError):
-    """A setting of a term that was changed after the term was made."""
+class _OverLayers(Term):
+    """A term over layer pairs: a weighted mean of the losses at each."""
+
+    embeddings: ClassVar[bool] = True  # layer 0 may be mapped
+
+    def shares(self) -> dict[Pair, float]:
+        return self._shares_of(self.place.layer_map)
+
+    def _shares_of(self, layer_map: LayerMap) -> dict[Pair, float]:
+        pairs = dict(zip(layer_map.pairs, layer_map.pair_weights, strict=True))
+        return normalized({pair: w for pair, w in pairs.items() if self.embeddings or min(pair) > 0})
+
+    def compare(self, student: Trace, teacher: Trace, labels: Tensor | None) -> dict[Pair, Tensor]:
+        self.place.matches.clear()
+        return {pair: self.compare_pair(student, teacher, pair) for pair in self.shares()}
+
+    def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
+        """The loss at one layer pair. ()"""
+        raise NotImplementedError(f"{type(self).__name__}.compare_pair(student, teacher, pair) is not written.")
+
+    def possible_pairs(self) -> list[Pair]:
+        """All pairs that a random map may draw; of another map its pairs."""
+        layer_map = self.place.layer_map
+        if not layer_map.is_random:
+            return list(self.shares())
+        return [pair for pair in layer_map.possible_pairs() if self.embeddings or min(pair) > 0]
+
+    def _layers(self, side: str, pairs) -> frozenset[int]:
+        index = {"student": 0, "teacher": 1}[side]
+        return frozenset(pair[index] for pair in pairs)
 
 
-class _Term:
-    """Settings that stay as they were made: the objective, its needs, the projections and a cache were made from them."""
-
-    _settable: ClassVar[frozenset[str]] = frozenset()
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if getattr(self, "_made", False) and name not in self._settable:
-            kind = type(self).__name__
-            instead = (
-                f"objective.weights[{kind.lower()!r}] = {value!r} changes the weight"
-                if name == "weight"
-                else f"make a new one and a new Objective with it: Objective(…, {kind.lower()}={kind}(…, {name}=…))"
-            )
-            raise FrozenTermError(
-                f"{kind}.{name} is {getattr(self, name, None)!r} and cannot be set once the term is made; {instead}."
-            )
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        raise FrozenTermError(f"{type(self).__name__}.{name} cannot be deleted.")
-
-
-@dataclass
-class Features(_Term):
+@dataclass(init=False)
+class Features(_OverLayers):
     """Feature matching over the mapped layers.
 
     Args:
@@ -51,22 +71,88 @@ class Features(_Term):
         projection: "linear" learns a linear map from the student's width to the teacher's for each mapped pair whose widths
             differ; None forbids it. Pairs of one width never have one.
         layer_map: for this term alone; the objective's unless given.
+        parameters: the loss's own, by name, as further keywords.
     """
 
     loss: str | Callable = "mse"
     weight: float = 1.0
     projection: str | None = "linear"
     layer_map: LayerMap | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
-        self.function = _choose("Features", self.loss, feature_losses.LOSSES)
-        if self.projection not in ("linear", None):
-            raise ValueError(f"Features(projection={self.projection!r}) is not known; choose 'linear' or None.")
+    def __init__(
+        self,
+        loss: str | Callable = "mse",
+        weight: float = 1.0,
+        projection: str | None = "linear",
+        layer_map: LayerMap | None = None,
+        parameters: Mapping[str, Any] | None = None,
+        **more: Any,
+    ):
+        self.loss, self.weight, self.projection, self.layer_map = loss, weight, projection, layer_map
+        self.parameters = dict(parameters or {}) | more
+        self.function = with_parameters("Features", loss, feature_losses.LOSSES, self.parameters)
+        if projection not in ("linear", None):
+            raise ValueError(f"Features(projection={projection!r}) is not known; choose 'linear' or None.")
         self._made = True
 
+    def needs(self, side: str) -> Needs:
+        return Needs(hidden_states=self._layers(side, self.shares()))
 
-@dataclass
-class Attention(_Term):
+    def cached(self) -> Needs:
+        return Needs(hidden_states=self._layers("teacher", self.possible_pairs()))
+
+    def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
+        ours = kept(student, "hidden_states", pair[0])  # (B, T, d_S)
+        theirs = kept(teacher, "hidden_states", pair[1])  # (B, T, d_T)
+        if ours.shape[-1] != theirs.shape[-1]:
+            projection = self.projection_of(pair, ours.shape[-1], theirs.shape[-1], like=ours)
+            ours = projection(ours.to(projection.weight.dtype))  # (B, T, d_T)
+        return self.function(ours, theirs, common_mask(student, teacher, pair))
+
+    def prepare(self, student_width: int, teacher_width: int) -> None:
+        """One linear map d_S → d_T for each pair, where widths differ; for every pair that a random map may draw."""
+        if student_width != teacher_width:
+            for pair in self.possible_pairs():
+                self.projection_of(pair, student_width, teacher_width)
+
+    def projection_of(self, pair: Pair, d_student: int, d_teacher: int, like: Tensor | None = None) -> nn.Linear:
+        """The projection of a layer pair, made if it is not there.
+
+        Raises:
+            ValueError: projections are not allowed, or this one was made for other widths.
+        """
+        name, modules = self._projection_name(pair), self.place.modules
+        if name not in modules:
+            if self.projection is None:
+                raise ValueError(
+                    f"student layer {pair[0]} is {d_student} wide, teacher layer {pair[1]} is {d_teacher} wide, and no projection is "
+                    "allowed (projection=None); use Features(..., projection='linear') or a student of the teacher's width."
+                )
+            if like is not None and torch.is_grad_enabled():
+                warnings.warn(
+                    f"a projection {d_student} → {d_teacher} for S{pair[0]}←T{pair[1]} was made during this call; an optimizer built "
+                    "earlier does not train it. Call objective.prepare(d_student, d_teacher) first, and give the optimizer "
+                    "objective.parameters() too.",
+                    stacklevel=5,
+                )
+            projection = nn.Linear(d_student, d_teacher, bias=False)
+            modules[name] = projection if like is None else projection.to(like.device)
+        projection = modules[name]
+        if (projection.in_features, projection.out_features) != (d_student, d_teacher):
+            raise ValueError(
+                f"the projection of S{pair[0]}←T{pair[1]} maps {projection.in_features} → {projection.out_features}, and the student is "
+                f"{d_student} wide, the teacher {d_teacher}: this objective was prepared for other models; make a new one."
+            )
+        return projection
+
+    def _projection_name(self, pair: Pair) -> str:
+        own = "" if self.place.name == "features" else f"{self.place.name}_"  # two terms may map one pair
+        return f"{own}S{pair[0]}_T{pair[1]}"
+
+
+@dataclass(init=False)
+class Attention(_OverLayers):
     """Attention alignment over the mapped layers (layer 0 has none and is left out).
 
     Args:
@@ -75,12 +161,14 @@ class Attention(_Term):
             their queries and keys; a function is given the maps in full.
         weight: β.
         heads: how maps of unequal head counts are compared. "one-to-one" compares head h with head h and needs equal counts; "group-mean"
-            first averages neighbouring heads of the side that has more; "best-match" gives each student head the teacher head that it is
+            first averages neighboring heads of the side that has more; "best-match" gives each student head the teacher head that it is
             closest to in this batch (greedily, each teacher head once while there are others): see `Breakdown.heads`.
         relations: which of "queries", "keys" and "values" the relations are of.
         relation_heads: R; the largest number up to the student's heads that divides both widths unless given.
         layer_map: for this term alone; the objective's unless given.
     """
+
+    embeddings: ClassVar[bool] = False  # they do not attend
 
     loss: str | Callable = "kl"
     weight: float = 1.0
@@ -89,31 +177,112 @@ class Attention(_Term):
     relation_heads: int | None = None
     layer_map: LayerMap | None = None
 
-    def __post_init__(self):
-        self.function = _choose("Attention", self.loss, ATTENTION_LOSSES)
-        if self.heads not in HEADS:
+    def __init__(
+        self,
+        loss: str | Callable = "kl",
+        weight: float = 1.0,
+        heads: str = "one-to-one",
+        relations: tuple[str, ...] = ("queries", "keys", "values"),
+        relation_heads: int | None = None,
+        layer_map: LayerMap | None = None,
+    ):
+        self.loss, self.weight, self.heads, self.relations = loss, weight, heads, tuple(relations)
+        self.relation_heads, self.layer_map = relation_heads, layer_map
+        self.function = choose("Attention", loss, ATTENTION_LOSSES)
+        if heads not in HEADS:
             raise ValueError(
-                f"Attention(heads={self.heads!r}) is not known; choose 'one-to-one', 'group-mean' or 'best-match'."
+                f"Attention(heads={heads!r}) is not known; choose 'one-to-one', 'group-mean' or 'best-match'."
             )
-        self.relations = tuple(self.relations)
         if not self.relations or not set(self.relations) <= {"queries", "keys", "values"}:
             raise ValueError(
                 f"Attention(relations={self.relations!r}): relations are of 'queries', 'keys' and 'values', one or more of them."
             )
         self._made = True
 
+    def needs(self, side: str) -> Needs:
+        return Needs(attentions=self._layers(side, self.shares()), inputs=self._inputs())
 
-@dataclass
-class Outputs(_Term):
+    def cached(self) -> Needs:
+        return Needs(attentions=self._layers("teacher", self.possible_pairs()), inputs=self._inputs())
+
+    def _inputs(self) -> tuple[str, ...]:
+        return self.relations if self.loss == "relations" else ("queries", "keys")
+
+    def count(self, batch: CountedBatch) -> Tensor:
+        return batch.pairs if self.loss == "mse" else batch.tokens
+
+    def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
+        sides = [trace.attention.get(layer) for trace, layer in zip((student, teacher), pair, strict=True)]
+        mask = common_mask(student, teacher, pair)
+        if self.loss == "relations":
+            return self._compare_relations(student, teacher, pair, mask)
+        if callable(self.loss) or None in sides:  # maps in full: a function wants them, or a family gives nothing else
+            return self._compare_maps(student, teacher, pair, mask)
+        heads = self._heads(pair, *(side.query.shape[1] for side in sides))
+        if self.heads == "best-match":
+            costs = streamed.head_costs(self.loss, *sides, mask)
+            self.place.matches[pair] = streamed.match_heads(costs)
+            sides[1] = sides[1].select_heads(self.place.matches[pair])
+        return streamed.streamed_loss(self.loss, *sides, mask, heads)
+
+    def _compare_maps(self, student: Trace, teacher: Trace, pair: Pair, mask: Tensor | None) -> Tensor:
+        ours, theirs = student.attention_maps(pair[0]), teacher.attention_maps(pair[1])  # (B, H, T, T)
+        heads = self._heads(pair, ours.shape[1], theirs.shape[1])
+        if self.heads == "best-match":
+            measure = attention_losses.map_kl if callable(self.loss) else self.function
+            costs = attention_losses.head_costs(measure, ours.detach(), theirs, mask)
+            self.place.matches[pair] = streamed.match_heads(costs)
+            theirs = theirs[:, self.place.matches[pair]]
+        elif heads is not None:
+            ours, theirs = attention_losses.group_mean(ours, heads), attention_losses.group_mean(theirs, heads)
+        if student.causal and teacher.causal and not callable(self.loss):  # the future takes no part in a mean
+            past = torch.ones(ours.shape[-2:], dtype=torch.bool, device=ours.device).tril()
+            tokens = torch.ones(ours.shape[0::2], dtype=torch.bool, device=ours.device) if mask is None else mask
+            mask = past & tokens[:, None, :, None] & tokens[:, None, None, :]  # (B, 1, T, T)
+            if student.documents is not None:
+                mask = mask & (student.documents[:, None, :, None] == student.documents[:, None, None, :])
+        return self.function(ours, theirs, mask)
+
+    def _compare_relations(self, student: Trace, teacher: Trace, pair: Pair, mask: Tensor | None) -> Tensor:
+        for trace, layer in zip((student, teacher), pair, strict=True):
+            if layer in trace.maps:
+                raise ValueError(
+                    f"relations are of queries, keys and values, and {trace.name} gives only its attention maps; use Attention('kl') or "
+                    "Attention('mse'), or a model that uses transformers' attention interface."
+                )
+        ours, theirs = (kept(t, "attentions", i) for t, i in zip((student, teacher), pair, strict=True))
+        heads = self.relation_heads
+        heads = streamed.relation_heads(ours, theirs, self.relations) if heads is None else heads
+        losses = [
+            streamed.streamed_loss("kl", *(streamed.relation_inputs(side, x, heads) for side in (ours, theirs)), mask)
+            for x in self.relations
+        ]
+        return sum(losses) / len(losses)
+
+    def _heads(self, pair: Pair, student: int, teacher: int) -> int | None:
+        """The number of heads that maps are averaged down to; None where heads are compared as they are."""
+        if student == teacher or self.heads == "best-match":
+            return None
+        if self.heads == "one-to-one":
+            raise ValueError(
+                f"one-to-one attention alignment at S{pair[0]}←T{pair[1]}: the student has {student} heads, the teacher "
+                f"{teacher}. Use Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), or a student with {teacher} heads."
+            )
+        return min(student, teacher)
+
+
+@dataclass(init=False)
+class Outputs(Term):
     """Output-distribution matching.
 
     Args:
         loss: "forward_kl", "reverse_kl", "jsd", "logit_mse", or any function (student logits, teacher logits, mask, temperature).
-        temperature: τ > 0, may be set at any time, also as `objective.temperature`.
+        temperature: τ > 0 at the start; `objective.temperature` may be set at any time.
         weight: γ.
         vocab_size: cut both vocabularies to their first `vocab_size` entries, for families that pad the head differently.
         chunked: over a large vocabulary, make and compare logits a chunk of tokens at a time, where both models have a plain linear head
             and the loss is one of the named; the same number with a fraction of the memory. False always makes them whole.
+        parameters: the loss's own, by name, as further keywords: `Outputs("jsd", beta=0.1)`. In chunks, too.
     """
 
     _settable: ClassVar[frozenset[str]] = frozenset({"temperature"})
@@ -123,9 +292,25 @@ class Outputs(_Term):
     weight: float = 1.0
     vocab_size: int | None = None
     chunked: bool = True
+    parameters: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
-        self.function = _choose("Outputs", self.loss, output_losses.LOSSES)
+    def __init__(
+        self,
+        loss: str | Callable = "forward_kl",
+        temperature: float = 2.0,
+        weight: float = 1.0,
+        vocab_size: int | None = None,
+        chunked: bool = True,
+        parameters: Mapping[str, Any] | None = None,
+        **more: Any,
+    ):
+        self.loss, self.temperature, self.weight = loss, temperature, weight
+        self.vocab_size, self.chunked = vocab_size, chunked
+        self.parameters = dict(parameters or {}) | more
+        self.function = with_parameters("Outputs", loss, output_losses.LOSSES, self.parameters)
+        if not callable(loss):  # what it refuses of its parameters (beta = 2), it refuses now
+            one = torch.zeros(1, 2)
+            self.function(one, one, None, temperature=1.0)
         self._made = True
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -133,24 +318,124 @@ class Outputs(_Term):
             raise ValueError(f"Outputs(temperature={value!r}): a temperature is finite and above 0.")
         super().__setattr__(name, value)
 
+    @property
+    def in_chunks(self) -> bool:
+        """True where the loss can be made a chunk of tokens at a time."""
+        return self.chunked and not callable(self.loss)
 
-@dataclass
-class Task(_Term):
+    def needs(self, side: str) -> Needs:
+        return Needs(logits=True, in_chunks=self.in_chunks)
+
+    def count(self, batch: CountedBatch) -> Tensor:
+        return batch.positions
+
+    def compare(self, student: Trace, teacher: Trace, labels: Tensor | None) -> Tensor:
+        ours, theirs = student.logits, teacher.logits  # (B, C) or (B, T, V)
+        for side, logits in (("student", ours), ("teacher", theirs)):
+            if logits is None:
+                raise ValueError(
+                    f"output matching needs logits, and the {side}'s trace has none; capture(..., logits=True)."
+                )
+        output_losses.check_vocabularies(ours.shape[-1], theirs.shape[-1], self.vocab_size)
+        if self.vocab_size is not None:
+            ours, theirs = ours[..., : self.vocab_size], theirs[..., : self.vocab_size]
+        mask = None
+        problem = problem_type(student, teacher, ours, labels)
+        if not callable(self.loss) and self.loss != "logit_mse":
+            if problem == SEVERAL_LABELS:
+                ours, theirs = output_losses.bernoulli(ours), output_losses.bernoulli(theirs)  # (B, C, 2)
+                return self.function(ours, theirs, None, temperature=self.temperature)
+            check_distribution(self.loss, problem, ours.shape[-1])
+        if ours.dim() == 3:
+            mask = predicting(student, teacher, labels, ours)
+            if student.causal:
+                ours, theirs = ours[:, :-1], theirs[:, :-1]
+        return self.function(ours, theirs, mask, temperature=self.temperature)
+
+
+@dataclass(init=False)
+class Task(Term):
     """The task's own loss on the labels: cross-entropy (labels of -100 are left out), or mean squared error for one regression output.
 
     Args:
         weight: δ.
     """
 
+    needs_labels: ClassVar[bool] = True
+
     weight: float = 1.0
 
-    def __post_init__(self):
+    def __init__(self, weight: float = 1.0):
+        self.weight = weight
         self._made = True
 
+    def needs(self, side: str) -> Needs:
+        return Needs(logits=True, in_chunks=True) if side == "student" else Needs()
 
-def _choose(term: str, loss: str | Callable, known: dict[str, Callable]) -> Callable:
-    if callable(loss):
-        return loss
-    if loss not in known:
-        raise ValueError(f"{term}({loss!r}) is not known; choose one of {list(known)} or pass a function.")
-    return known[loss]
+    def count(self, batch: CountedBatch) -> Tensor:
+        return ((batch.labels != -100) & ~batch.labels.isnan()).sum()
+
+    def compare(self, student: Trace, teacher: Trace | None, labels: Tensor) -> Tensor:
+        return task_loss(student.logits, labels, student.causal, student.problem_type)
+
+
+def with_parameters(term: str, loss: str | Callable, known: Mapping[str, Callable], parameters: Mapping) -> Callable:
+    """The function of a loss with its own parameters set.
+
+    Raises:
+        ValueError: a loss that is not known, or a parameter that is not in its signature.
+    """
+    function = choose(term, loss, known)
+    if not parameters:
+        return function
+    signature = inspect.signature(function).parameters
+    allowed = [name for name, p in signature.items() if name not in GIVEN and p.kind is not p.VAR_KEYWORD]
+    anything = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+    unknown = [name for name in parameters if name in GIVEN or (name not in allowed and not anything)]
+    if unknown:
+        name = loss if isinstance(loss, str) else getattr(loss, "__name__", "the function")
+        raise ValueError(
+            f"{term}({name!r}, {unknown[0]}={parameters[unknown[0]]!r}): {name} has no parameter {unknown[0]!r}; it has "
+            f"{', '.join(allowed) or 'none of its own'}, and {term} takes {', '.join(_own_settings(term))}."
+        )
+    return partial(function, **parameters)
+
+
+def _own_settings(term: str) -> list[str]:
+    made = {"Features": Features, "Outputs": Outputs}[term]
+    return [name for name in inspect.signature(made).parameters if name not in ("parameters", "more")]
+
+
+def problem_type(student: Trace, teacher: Trace, logits: Tensor, labels: Tensor | None) -> str | None:
+    """What logits mean: as the models' configurations say; where they do not, as their labels do (the rule of transformers).
+
+    Raises:
+        ValueError: the two models' logits mean different things.
+    """
+    if logits.dim() != 2:
+        return None
+    stated = {trace.problem_type for trace in (student, teacher)} - {None}
+    if len(stated) == 2:
+        raise ValueError(
+            f"the student's problem_type is {student.problem_type}, the teacher's {teacher.problem_type}: their logits mean different things "
+            "and cannot be compared. Give both configurations one problem_type, or leave the output term out (outputs=None)."
+        )
+    if stated:
+        return stated.pop()
+    several = labels is not None and labels.is_floating_point() and labels.shape == logits.shape and labels.shape[1] > 1
+    return SEVERAL_LABELS if several else None
+
+
+def check_distribution(loss: str, problem: str | None, classes: int) -> None:
+    """Raise ValueError where a divergence of distributions is asked of numbers that are none."""
+    if problem == SEVERAL_LABELS:
+        return
+    if classes == 1:
+        raise ValueError(
+            f"{loss} over a single output is 0 whatever the models say (softmax of one number is 1); "
+            "for regression use Outputs('logit_mse')."
+        )
+    if problem == REGRESSION:
+        raise ValueError(
+            f"{loss} compares distributions, and {classes} outputs of a regression (problem_type) are none; use Outputs('logit_mse')."
+        )

@@ -46,11 +46,9 @@ def argument_facts(args) -> dict[str, Any]:
 
 def objective_facts(objective: Objective) -> dict[str, Any]:
     """Terms, weights and layer maps."""
-    terms = {name: getattr(objective, name) for name in ("features", "attention", "outputs", "task")}
     described = {
-        name: {f.name: _plain(getattr(term, f.name)) for f in fields(term) if f.name != "weight"}
-        for name, term in terms.items()
-        if term is not None
+        name: {setting: _plain(value) for setting, value in term.describe().items() if value != {}}
+        for name, term in objective.terms.items()
     }
     return {"weights": dict(objective.weights), "layer_map": _plain(objective.layer_map), **described}
 

@@ -27,7 +27,10 @@ from fakit.models.peft_students import ADAPTER, base_fingerprint, check_adapter,
 from fakit.models.preflight import preflight
 from fakit.models.tables import CheckedCollator, Tables, check_data, tables
 from fakit.objective.breakdown import Breakdown
-from fakit.objective.objective import Needs, Objective, check_distribution, whose_numbers
+from fakit.objective.diagnosis import whose_numbers
+from fakit.objective.needs import Needs
+from fakit.objective.objective import Objective
+from fakit.objective.terms import Attention, Features, Outputs, check_distribution
 from fakit.tracing.capture import capture, check_attention
 from fakit.tracing.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
 from fakit.tracing.trace import Trace
@@ -51,6 +54,7 @@ from fakit.training.teacher_cache.fingerprints import fingerprint
 from fakit.training.teacher_cache.training import ROW, CachedRowsCollator, CachedTeacher, recorded_teacher, with_rows
 from fakit.training.token_counts import counts, shares
 
+SIDES = ("student", "teacher")
 _PROJECTIONS, _OBJECTIVE = "projections.safetensors", "objective.json"
 logger = logging.getLogger(__name__)
 
@@ -207,8 +211,8 @@ class DistillationTrainer(Trainer):
         described = recorded_teacher(teacher_cache) if teacher is None else teacher
         check_fit(described, student, objective, teacher_tokenizer, tokenizer)
         objective.prepare(*(m.config.get_text_config().hidden_size for m in (student, described)))
-        named = [name for name in ("features", "attention") if getattr(objective, name) is not None]
-        if any(objective.pairs(name) for name in named) and (off := without_layerdrop(student)):
+        layers = [objective.needs_of(name, "student") for name in objective.terms]
+        if any(needs.hidden_states or needs.attentions for needs in layers) and (off := without_layerdrop(student)):
             logger.warning(
                 "The student's %s is set to 0: its layers are matched, and a layer that is left out has nothing to match.",
                 ", ".join(f"{name} ({value})" for name, value in off.items()),
@@ -309,10 +313,10 @@ class DistillationTrainer(Trainer):
         """On an accelerator, which looks when it logs: the last batch's teacher once more. The student has stepped since."""
         inputs = {key: x for key, x in self._last_inputs.items() if key not in ("shares", "theirs")}
         theirs = self._last_inputs.get("theirs")
-        if theirs is None and self.teacher is not None and name != "task":
+        if theirs is None and self.teacher is not None and self.objective.needs_of(name, "teacher"):
             with torch.no_grad():
                 theirs = _trace(self.teacher, inputs, self.objective.needs("teacher"))
-        return whose_numbers(name, pairs, None, theirs)
+        return whose_numbers(self.objective.terms[name], pairs, None, theirs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the terms' means since the last log; on an accelerator this is where a NaN is found and named."""
@@ -364,14 +368,18 @@ class DistillationTrainer(Trainer):
             check_room(self.args.output_dir, (1 + (self.args.save_total_limit or 1)) * one, "checkpoints")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    @property
+    def _labeled(self) -> bool:
+        return any(term.needs_labels for term in self.objective.terms.values())
+
     def _sides(self) -> dict[str, Tables]:
         """The models that read the training data. A cached teacher has read it already."""
-        compared = any(getattr(self.objective, name) is not None for name in ("features", "attention", "outputs"))
+        compared = any(self.objective.needs_of(name, "teacher") for name in self.objective.terms)
         runs = {"teacher": self.teacher} if compared and self.cached_teacher is None else {}
         return {side: tables(model) for side, model in (runs | {"student": self.student}).items()}
 
     def _check_data(self) -> None:
-        sides, task = self._sides(), self.objective.task is not None
+        sides, task = self._sides(), self._labeled
         check_data(self._bare_rows, self.data_collator, sides, "train_dataset", task)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for name, rows in evaluated.items():
@@ -380,7 +388,7 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self):
         """The Trainer's, whose batches are looked at before the models read them."""
-        with self._looking_at_batches(self._sides(), self.objective.task is not None):
+        with self._looking_at_batches(self._sides(), self._labeled):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -505,8 +513,8 @@ class DistillationTrainer(Trainer):
             distiller.load_state_dict(state, strict=not adapted)
         settings = json.loads((folder / _OBJECTIVE).read_text())
         distiller.objective.weights.update(settings["weights"])
-        if settings["temperature"] is not None and distiller.objective.outputs is not None:
-            distiller.objective.outputs.temperature = settings["temperature"]
+        if settings["temperature"] is not None and distiller.objective.temperature is not None:
+            distiller.objective.temperature = settings["temperature"]
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -533,50 +541,49 @@ def check_fit(
     objective.check_layers(stack_depths(student), stack_depths(teacher))
     both = teacher_tokenizer is not None and student_tokenizer is not None
     report = preflight(teacher, student, teacher_tokenizer if both else None, student_tokenizer if both else None)
-    outputs = objective.outputs
-    if outputs is None or outputs.vocab_size is not None:  # logits are not compared, or cut to what is shared
+    outputs = objective.of_kind(Outputs).values()
+    compares = any(objective.needs_of(name, "teacher").logits for name in objective.terms)
+    if not compares or (outputs and all(term.vocab_size is not None for term in outputs)):  # or cut to what is shared
         report.rows = [row for row in report.rows if row.name not in ("labels", "vocabulary (logits)", "problem type")]
     report.raise_if_error()
     _check_heads(teacher, student, objective)
 
     s, t = student.config.get_text_config(), teacher.config.get_text_config()
-    matched = {
-        name for name in ("features", "attention") if getattr(objective, name) is not None and objective.pairs(name)
-    }
-    if "features" in matched and objective.features.projection is None and s.hidden_size != t.hidden_size:
-        raise ValueError(
-            f"the student is {s.hidden_size} wide, the teacher {t.hidden_size}, and Features(projection=None) allows no projection; "
-            "use projection='linear', or a student of the teacher's width."
-        )
-    if "attention" in matched:
+    for name, features in objective.of_kind(Features).items():
+        if objective.pairs(name) and features.projection is None and s.hidden_size != t.hidden_size:
+            raise ValueError(
+                f"the student is {s.hidden_size} wide, the teacher {t.hidden_size}, and Features(projection=None) allows no projection; "
+                "use projection='linear', or a student of the teacher's width."
+            )
+    if any(objective.needs_of(name, "student").attentions for name in objective.terms):
         for model in (student, teacher):
             check_attention(model)
     heads = [getattr(config, "num_attention_heads", None) for config in (s, t)]  # none where nothing attends (Mamba)
-    one_to_one = (
-        "attention" in matched and objective.attention.loss != "relations" and objective.attention.heads == "one-to-one"
-    )
-    if one_to_one and heads[0] != heads[1]:
-        raise ValueError(
-            f"one-to-one attention alignment: the student has {heads[0]} heads, the teacher {heads[1]}. "
-            f"Use Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), or shrink(teacher, heads={heads[1]})."
-        )
+    for name, attention in objective.of_kind(Attention).items():
+        one_to_one = attention.loss != "relations" and attention.heads == "one-to-one"
+        if objective.pairs(name) and one_to_one and heads[0] != heads[1]:
+            raise ValueError(
+                f"one-to-one attention alignment: the student has {heads[0]} heads, the teacher {heads[1]}. "
+                f"Use Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), or shrink(teacher, heads={heads[1]})."
+            )
 
 
 def _check_heads(teacher: PreTrainedModel, student: PreTrainedModel, objective: Objective) -> None:
-    outputs, asking = objective.outputs, [n for n in ("outputs", "task") if getattr(objective, n) is not None]
     for side, model in (("student", student), ("teacher", teacher)):
-        asked = asking if side == "student" else asking[: outputs is not None]
+        asked = [name for name in objective.terms if objective.needs_of(name, side).logits]
         instead = without_logits(model) if asked else None
         if instead is not None:
+            needing = dict.fromkeys(n for n in objective.terms if any(objective.needs_of(n, s).logits for s in SIDES))
             raise ValueError(
                 f"the {' and '.join(asked)} term{'s compare' if asked[1:] else ' compares'} logits, and the {side}, {type(without_adapter(model)).__name__}, returns "
-                f"{instead} in their place. Train it with features and attention alone ({', '.join(f'{name}=None' for name in asking)}), "
+                f"{instead} in their place. Train it with features and attention alone ({', '.join(f'{name}=None' for name in needing)}), "
                 "or take models whose head returns logits."
             )
     problem = problem_type(student.config) or problem_type(teacher.config)
     pools = without_adapter(student).get_output_embeddings() is None and hasattr(without_adapter(student), "num_labels")
-    if pools and outputs is not None and not callable(outputs.loss) and outputs.loss != "logit_mse":
-        check_distribution(outputs.loss, problem, student.config.num_labels)
+    for outputs in objective.of_kind(Outputs).values():
+        if pools and not callable(outputs.loss) and outputs.loss != "logit_mse":
+            check_distribution(outputs.loss, problem, student.config.num_labels)
 
 
 def _check_parameters(side: str, model: nn.Module) -> None:
@@ -620,5 +627,4 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _settings(objective: Objective) -> dict:
-    temperature = None if objective.outputs is None else objective.outputs.temperature
-    return {"weights": dict(objective.weights), "temperature": temperature}
+    return {"weights": dict(objective.weights), "temperature": objective.temperature}

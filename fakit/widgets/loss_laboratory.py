@@ -48,10 +48,10 @@ class LossLaboratory(Panel):
         ends = self._ends_of_sliders()
         self.sliders = {name: weight_slider(f"weight: {name}", objective.weights[name], ends[name]) for name in names}
         self.temperature = None
-        if objective.outputs is not None:
+        if objective.temperature is not None:
             self.temperature = widgets.SelectionSlider(
                 options=[(f"{tau:g}", tau) for tau in self._measured],
-                value=objective.outputs.temperature,
+                value=objective.temperature,
                 description="temperature τ",
                 continuous_update=False,
                 style=LABEL,
@@ -130,10 +130,10 @@ class LossLaboratory(Panel):
         teacher, student = self._models
         try:
             with eval_mode(student):
-                if self._objective.outputs is None:
+                if self._objective.temperature is None:
                     measured = {None: term_gradients(self._objective, teacher, student, self._batches)}
                 else:
-                    taus = sorted({*self._temperatures, self._objective.outputs.temperature})
+                    taus = sorted({*self._temperatures, self._objective.temperature})
                     measured = gradients_by_temperature(self._objective, teacher, student, self._batches, taus)
         except Exception as error:
             self.failure = error
@@ -154,12 +154,11 @@ class LossLaboratory(Panel):
             with self._at_once():
                 tau = self.temperature.value
                 self.temperature.options = [(f"{t:g}", t) for t in self._measured]
-                self.temperature.value = tau if tau in self._measured else self._objective.outputs.temperature
+                self.temperature.value = tau if tau in self._measured else self._objective.temperature
 
     def _ends_of_sliders(self) -> dict[str, float]:
         """Far enough to find by hand what *balance* would say: 5, twice the weight, or a quarter beyond the balanced one (at most 20)."""
-        weights, outputs = self._objective.weights, self._objective.outputs
-        now = self._measured[None if outputs is None else outputs.temperature]
+        weights, now = self._objective.weights, self._measured[self._objective.temperature]
         held = {name: weights[name] for name in now.terms}
         try:
             found = balanced_weights(now, held, self._reference)
@@ -201,7 +200,7 @@ class LossLaboratory(Panel):
     def _apply(self) -> None:
         self._objective.weights.update(self.weights)
         if self.temperature is not None:
-            self._objective.outputs.temperature = self.temperature.value
+            self._objective.temperature = self.temperature.value
         self.refresh()
 
     def _set(self, weights: Mapping[str, float], own_temperature: bool = False) -> None:
@@ -211,12 +210,8 @@ class LossLaboratory(Panel):
                 slider = self.sliders[name]
                 slider.max = max(slider.max, 1.25 * weight)
                 slider.value = weight
-            if (
-                own_temperature
-                and self.temperature is not None
-                and self._objective.outputs.temperature in self._measured
-            ):
-                self.temperature.value = self._objective.outputs.temperature
+            if own_temperature and self.temperature is not None and self._objective.temperature in self._measured:
+                self.temperature.value = self._objective.temperature
 
     @contextmanager
     def _at_once(self) -> Iterator[None]:
@@ -249,7 +244,7 @@ class LossLaboratory(Panel):
         tau = "" if now.temperature is None else f" at τ = {now.temperature:g}"
         held = self._objective.weights
         kept = all(held[name] == weight for name, weight in weights.items())
-        kept = kept and (now.temperature is None or now.temperature == self._objective.outputs.temperature)
+        kept = kept and (now.temperature is None or now.temperature == self._objective.temperature)
         says = (
             "The objective holds these weights." if kept else "Not applied: the objective holds its own weights still."
         )

@@ -47,10 +47,10 @@ class LossWeights(Panel):
         )
         if above := {name: weight for name, weight in objective.weights.items() if weight > highest}:
             raise ValueError(f"weights {above} are above the sliders' maximum of {highest:g}; raise maximum")
-        names = [name for name in objective.weights if name != "task" or labels is not None]
+        names = [name for name in objective.weights if labels is not None or not objective.terms[name].needs_labels]
         self.sliders = {name: weight_slider(f"weight: {name}", objective.weights[name], highest) for name in names}
-        outputs = objective.outputs
-        self.temperature = None if outputs is None else weight_slider("temperature τ", outputs.temperature, 10.0, 0.25)
+        tau = objective.temperature
+        self.temperature = None if tau is None else weight_slider("temperature τ", tau, 10.0, 0.25)
         self._axis = 0.0  # right end of the axis: the largest bar so far, so that bars move and the scale rarely does
         controls = [*self.sliders.values(), *([] if self.temperature is None else [self.temperature])]
         super().__init__(controls)
@@ -61,7 +61,7 @@ class LossWeights(Panel):
         for name, slider in self.sliders.items():
             self._objective.weights[name] = slider.value
         if self.temperature is not None:
-            self._objective.outputs.temperature = self.temperature.value
+            self._objective.temperature = self.temperature.value
         self.refresh()
 
     def draw(self) -> tuple[Figure, str]:
@@ -93,7 +93,7 @@ def loss_weights(
     """A slider for each term's weight (and for τ where outputs are matched), and the loss of one batch as bars.
 
     The models do not run again: the traces are kept, without graph, and each change asks the objective anew. Every change is
-    written into `objective.weights` and `objective.outputs.temperature`, so a training loop that uses this objective follows.
+    written into `objective.weights` and `objective.temperature`, so a training loop that uses this objective follows.
 
     Args:
         objective: whose weights are moved.

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from fakit.objective.breakdown import Weights
+from fakit.objective.weights import Weights
 from fakit.training.probes import LayerProbe, SampleProbe
 from fakit.training.session.record import News, Record
 from fakit.training.session.steering import FAILED, FINISHED, PAUSED, READY, RUNNING, STOPPED, TEMPERATURE, Loop
@@ -198,7 +198,7 @@ class TrainSession:
         Raises:
             ValueError: a temperature that is not above 0 or not finite, or an objective without outputs.
         """
-        if self.objective.outputs is None:
+        if self.objective.temperature is None:
             raise ValueError("this objective matches no outputs, so it has no temperature; give it Outputs(…)")
         if not isinstance(value, Real) or not 0 < value < math.inf:
             raise ValueError(f"temperature {value!r}: a temperature is finite and above 0")

@@ -163,7 +163,7 @@ class Loop(TrainerCallback):
     def _change(self, name: str, new: float) -> None:
         old = self._now()[name]
         if name == TEMPERATURE:
-            self.objective.outputs.temperature = new
+            self.objective.temperature = new
         else:
             self.objective.weights[name] = new
         self._settings[name] = new
@@ -204,8 +204,8 @@ class Loop(TrainerCallback):
             self.enter(state)
 
     def _now(self) -> dict[str, float]:
-        outputs = self.objective.outputs
-        return dict(self.objective.weights) | ({} if outputs is None else {TEMPERATURE: outputs.temperature})
+        tau = self.objective.temperature
+        return dict(self.objective.weights) | ({} if tau is None else {TEMPERATURE: tau})
 
     def _note(self, text: str) -> None:
         self.record.note(self.steps, text)

@@ -19,7 +19,8 @@ from fakit.files import locked, sha256, whole
 from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.models.head_kinds import problem_type
 from fakit.models.tables import check_data, tables
-from fakit.objective.objective import Needs, Objective
+from fakit.objective.needs import Needs
+from fakit.objective.objective import Objective
 from fakit.tracing.trace import Trace
 from fakit.training.teacher_cache.build import DOCUMENTS, PER_ROW, describe, make_shard
 from fakit.training.teacher_cache.content import CacheContent
@@ -115,6 +116,7 @@ class TeacherCache:
                 raise ValueError(f"{name}={number}: the teacher reads at least 1 row at a time.")
         if needs is not None:
             hidden_states, attentions, logits = needs.hidden_states, needs.attentions, needs.logits
+            inputs = needs.inputs | set(inputs)
         content = (
             CacheContent(tuple(hidden_states), tuple(attentions), tuple(inputs), logits, top_k, dtype)
             if objective is None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fakit.objective.needs import Needs
 from fakit.objective.objective import Objective
 from fakit.training.teacher_cache.packing import PRECISIONS
 
@@ -47,35 +48,32 @@ class CacheContent:
     @classmethod
     def for_objective(cls, objective: Objective, top_k: int | None = None, dtype: str = "bfloat16") -> "CacheContent":
         """What the objective may ever ask of its teacher: every term it has, also at weight 0, every layer a random map may draw."""
-        hidden, attentions = _teacher_layers(objective, "features"), _teacher_layers(objective, "attention")
-        logits = objective.outputs is not None
-        return cls(hidden, attentions, _inputs(objective) if attentions else ("queries", "keys"), logits, top_k, dtype)
+        needs = Needs()
+        for name, term in objective.terms.items():
+            needs = needs | Needs.of(term.cached(), f"the {name} term's cached()")
+        return cls.for_needs(needs, top_k, dtype)
+
+    @classmethod
+    def for_needs(cls, needs: Needs, top_k: int | None = None, dtype: str = "bfloat16") -> "CacheContent":
+        """What an objective asks of its teacher at one moment (`objective.needs("teacher")`)."""
+        return cls(tuple(needs.hidden_states), tuple(needs.attentions), tuple(needs.inputs), needs.logits, top_k, dtype)
 
     def missing(self, objective: Objective) -> list[str]:
         """What the objective asks of its teacher at the weights and layer maps of this moment, and this content has not."""
-        needs = objective.needs("teacher")
-        found = [
-            f"the {what} of teacher layer {layer} ({term} term)"
-            for what, term, asked, kept in (
-                ("hidden state", "features", needs.hidden_states, self.hidden_states),
-                ("attention", "attention", needs.attentions, self.attentions),
-            )
-            for layer in sorted(asked - set(kept))
-        ]
-        if needs.attentions:
-            found += [f"the {name} of its attention layers" for name in _inputs(objective) if name not in self.inputs]
-        if needs.logits and not self.logits:
-            found.append("the logits (outputs term)")
+        found = []
+        for name in objective.terms:
+            needs = objective.needs_of(name, "teacher") if objective.active(name) else Needs()
+            for what, asked, kept in (
+                ("hidden state", needs.hidden_states, self.hidden_states),
+                ("attention", needs.attentions, self.attentions),
+            ):
+                found += [f"the {what} of teacher layer {layer} ({name} term)" for layer in sorted(asked - set(kept))]
+            if needs.attentions:
+                found += [
+                    f"the {inputs} of its attention layers"
+                    for inputs in INPUTS
+                    if inputs in needs.inputs - set(self.inputs)
+                ]
+            if needs.logits and not self.logits:
+                found.append(f"the logits ({name} term)")
         return found
-
-
-def _inputs(objective: Objective) -> tuple[str, ...]:
-    return objective.attention.relations if objective.attention.loss == "relations" else ("queries", "keys")
-
-
-def _teacher_layers(objective: Objective, name: str) -> tuple[int, ...]:
-    if getattr(objective, name) is None:
-        return ()
-    layer_map = objective.map_of(name)
-    pairs = layer_map.possible_pairs() if layer_map.is_random else objective.pairs(name)
-    return tuple({teacher for _, teacher in pairs})

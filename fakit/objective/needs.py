@@ -1,0 +1,165 @@
+"""What a term asks of the models, and what a batch holds for it to count."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fakit.objective.positions import predicting_positions
+from fakit.tracing.inputs import find_documents
+from fakit.tracing.trace import Trace
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What `capture` must keep of one side. Two of them are joined by `|`.
+
+    Attributes:
+        hidden_states: layers 0…L.
+        attentions: layers 1…L, whose attention inputs are kept.
+        logits: True where logits are looked at.
+        in_chunks: `capture(..., logits="head")` will do: the head and its input in place of logits over a large vocabulary.
+        inputs: which of "queries", "keys" and "values" a cache must keep of an attention layer; `capture` keeps all three.
+    """
+
+    hidden_states: frozenset[int] = frozenset()
+    attentions: frozenset[int] = frozenset()
+    logits: bool = False
+    in_chunks: bool = field(default=False, compare=False)
+    inputs: frozenset[str] = field(default=frozenset({"queries", "keys"}), compare=False)
+
+    def __post_init__(self):
+        for name in ("hidden_states", "attentions", "inputs"):
+            object.__setattr__(self, name, frozenset(getattr(self, name)))
+        object.__setattr__(self, "in_chunks", bool(self.in_chunks and self.logits))
+
+    def __or__(self, other: "Needs") -> "Needs":
+        in_chunks = all(needs.in_chunks for needs in (self, other) if needs.logits)
+        return Needs(
+            self.hidden_states | other.hidden_states,
+            self.attentions | other.attentions,
+            self.logits or other.logits,
+            in_chunks,
+            self.inputs | other.inputs
+            if self.attentions and other.attentions
+            else (self if self.attentions else other).inputs,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.hidden_states or self.attentions or self.logits)
+
+    @property
+    def capture_logits(self) -> bool | str:
+        """What to ask of `capture` as `logits`: "head" where that will do."""
+        return "head" if self.in_chunks else self.logits
+
+    @classmethod
+    def of(cls, asked: "Needs | Mapping | None", who: str) -> "Needs":
+        """What a term's `needs` returned: these, the same as a mapping (`{"hidden_states": [1, 2]}`), or None for nothing."""
+        if asked is None:
+            return cls()
+        if isinstance(asked, cls):
+            return asked
+        names = ("hidden_states", "attentions", "logits", "in_chunks", "inputs")
+        if not isinstance(asked, Mapping) or set(asked) - set(names):
+            raise ValueError(
+                f"{who} needs {asked!r}; return Needs(hidden_states=[…], attentions=[…], logits=…) or a dictionary with keys of {', '.join(names)}."
+            )
+        wrong = {name: asked[name] for name in ("hidden_states", "attentions") if not _layers(asked.get(name, ()))}
+        if wrong:
+            raise ValueError(
+                f"{who} needs {wrong}; layers are whole numbers: 0 the embeddings, i the output of block i."
+            )
+        return cls(**asked)
+
+
+def _layers(given: object) -> bool:
+    return isinstance(given, Iterable) and all(isinstance(layer, int) and layer >= 0 for layer in given)
+
+
+class CountedBatch(Mapping):
+    """A batch as a term counts it: the mapping that the models are given, and what follows from it.
+
+    A term that is a mean over tokens, predicting positions, labels or texts returns their number (a sum over `mask`, `positions` …) from
+    `Term.count`, so that the mean over several batches is the mean over all that counts in them.
+
+    Attributes:
+        mask: bool (B, T), the tokens; (B, 1) where there is no padding to tell (an image).
+        documents: int64 (B, T), the number of each token's document where rows pack several; else None.
+        labels: (B,), (B, C) or (B, T), as the task's loss sees them; None without labels.
+        causal: logits at t predict the token at t + 1.
+        token_logits: logits are (B, T, V), not (B, C).
+    """
+
+    def __init__(self, batch: Mapping[str, Tensor], causal: bool, token_logits: bool):
+        self._batch, self.causal = batch, causal
+        self.mask, labels = _tokens(batch), batch.get("labels")
+        # labels of the tokens' shape are the tokens' (token classification); floats are several labels a text
+        per_token = labels is not None and labels.shape == self.mask.shape and not labels.is_floating_point()
+        self.token_logits = token_logits or per_token
+        self.documents = find_documents(batch)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._batch[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._batch)
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    @property
+    def texts(self) -> Tensor:
+        """The number of rows. ()"""
+        return self.mask.new_tensor(len(self.mask), dtype=torch.long)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of every row, or of every document of packed rows. (B,) or (B · T,), 0 where there are no more"""
+        if self.documents is None:
+            return self.mask.sum(1)
+        return torch.zeros_like(self.documents).scatter_add_(1, self.documents, self.mask.long()).flatten()
+
+    @property
+    def tokens(self) -> Tensor:
+        """The number of tokens. ()"""
+        return self.lengths.sum()
+
+    @property
+    def pairs(self) -> Tensor:
+        """The number of pairs (query, key) that attention maps are over. ()"""
+        lengths = self.lengths
+        return (lengths * (lengths + 1) // 2 if self.causal else lengths**2).sum()
+
+    @property
+    def positions(self) -> Tensor:
+        """The number of distributions that logits are: predicting positions, or rows. ()"""
+        if not self.token_logits:
+            return self.texts
+        labels = self.get("labels")
+        if self.get("decoder_attention_mask") is not None:
+            return self["decoder_attention_mask"].bool().sum()
+        if not self.causal and labels is not None and labels.shape != self.mask.shape:  # a decoder's
+            return (labels != -100).sum()
+        return predicting_positions(self.mask, labels, self.causal, self.documents).sum()
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Labels as the task's loss sees them: without those that nothing predicts."""
+        labels = self.get("labels")
+        if labels is None:
+            return None
+        labels = Trace(mask=self.mask, documents=self.documents, causal=self.causal).own_labels(labels)
+        return labels[:, 1:] if self.causal and labels.dim() == 2 else labels
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() in (2, 3):  # (B, N, T): multiple choice, every choice a row
+        return mask.flatten(0, -2).bool()
+    ids = batch.get("input_ids")
+    if ids is not None:
+        return torch.ones_like(ids, dtype=torch.bool).flatten(0, -2)
+    found = next(value for value in batch.values() if isinstance(value, Tensor))
+    return found.new_ones(len(found), 1).bool()

@@ -1,0 +1,73 @@
+"""Outputs and task in chunks of tokens: head, losses and gradient in one pass over the last hidden states, without all of the logits."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from fakit.losses.fused.chunked import fused_outputs
+from fakit.objective.positions import predicting
+from fakit.objective.term import Term
+from fakit.objective.terms import Outputs, Task
+from fakit.tracing.trace import Trace
+
+
+def compare_over_heads(
+    terms: Mapping[str, Term],
+    weights: Mapping[str, float],
+    student: Trace,
+    teacher: Trace | None,
+    labels: Tensor | None,
+    shares: Mapping[str, Tensor],
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Those of the terms that need no logits in full, where the traces have heads: their weighted sum () and each of them.
+
+    The first output term and the task have one pass together; every other output term has its own.
+    """
+    if student.head is None:
+        return None, {}
+    outputs = {n: t for n, t in terms.items() if isinstance(t, Outputs) and t.in_chunks and teacher.head is not None}
+    task = next((name for name, term in terms.items() if isinstance(term, Task)), None)
+    if any(isinstance(t, Outputs) and n not in outputs for n, t in terms.items()):
+        task = None  # logits are made in full anyway
+    total, found = None, {}
+    for number, name in enumerate(outputs or [None]):
+        beside = task if number == 0 else None
+        if name is None and beside is None:
+            continue
+        part, values = _pass(terms, weights, name, beside, student, teacher, labels, shares)
+        total = part if total is None else total + part
+        found |= values
+    return total, found
+
+
+def _pass(terms, weights, name: str | None, task: str | None, student, teacher, labels, shares):
+    settings = terms[name] if name is not None else Outputs()  # of a term that is not there nothing is used
+    ours = student.head
+    mask, theirs = None, ours.detach()  # not looked at by the task alone
+    if name is not None:
+        mask, theirs = predicting(student, teacher, labels, ours.hidden), teacher.head
+    labels = labels if task is not None else None
+    if student.causal:
+        ours, theirs = (replace(head, hidden=head.hidden[:, :-1]) for head in (ours, theirs))
+        labels = None if labels is None else labels[:, 1:]
+    total, outputs, task_value = fused_outputs(
+        ours,
+        theirs,
+        mask,
+        divergence=settings.loss,
+        parameters=settings.parameters,
+        temperature=settings.temperature,
+        weights=(0.0 if name is None else weights[name], 0.0 if task is None else weights[task]),
+        labels=labels,
+        vocab_size=settings.vocab_size,
+        shares=(shares.get(name), shares.get(task)),
+    )
+    return total, {n: value for n, value in ((name, outputs), (task, task_value)) if value is not None}
+
+
+def with_logits(trace: Trace | None) -> Trace | None:
+    """A trace whose logits are wanted in full after all, because the other side has no head to go by."""
+    if trace is None or trace.head is None or trace.logits is not None:
+        return trace
+    return replace(trace, logits=trace.head.logits())

@@ -1,0 +1,78 @@
+"""Which tokens two traces are compared at."""
+
+import torch
+from torch import Tensor
+
+from fakit.layer_maps import Pair
+from fakit.tracing.trace import Trace
+
+
+def predicting(student: Trace, teacher: Trace, labels: Tensor | None, like: Tensor) -> Tensor:
+    """Which positions of (B, T, …) predict something on both sides: see `predicting_positions`."""
+    mask = on_both_sides(student.logits_mask, teacher.logits_mask)
+    mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask
+    return predicting_positions(mask, labels, student.causal, student.documents)
+
+
+def predicting_positions(mask: Tensor, labels: Tensor | None, causal: bool, documents: Tensor | None = None) -> Tensor:
+    """Which tokens of a mask (B, T) predict something: all of them, or in causal models those before a valid one, (B, T - 1).
+
+    `documents` (B, T) numbers those of packed rows: the last token of one does not predict the first of the next.
+    """
+    if not causal:
+        return mask
+    mask = mask[:, :-1] & mask[:, 1:]
+    if documents is not None:
+        mask = mask & (documents[:, :-1] == documents[:, 1:])
+    if labels is not None:
+        labeled = labels[:, 1:].to(mask.device) != -100
+        # texts without any label are unlabeled, and every token of theirs counts; others count where they carry one
+        if documents is None:
+            found = labeled.any(dim=1, keepdim=True)
+        else:
+            own = (labeled & mask).long()
+            found = torch.zeros_like(documents).scatter_add_(1, documents[:, 1:], own).gather(1, documents[:, 1:]) > 0
+        mask = mask & (labeled | ~found)
+    return mask
+
+
+def common_mask(student: Trace, teacher: Trace, pair: Pair) -> Tensor | None:
+    """The tokens that count on both sides at a layer pair. bool (B, T)
+
+    Raises:
+        ValueError: an encoder's layer with a decoder's, or batches of different shapes.
+    """
+    ends = (student.encoder_layers, teacher.encoder_layers)
+    if None not in ends and (pair[0] > ends[0]) != (pair[1] > ends[1]):
+        raise ValueError(
+            f"pair S{pair[0]}←T{pair[1]} matches an encoder's layer with a decoder's, which work on different tokens: the student's encoder ends "
+            f"with layer {ends[0]}, the teacher's with {ends[1]}. Map each stack by itself: LayerMap.uniform([encoder, decoder], [encoder, decoder])."
+        )
+    return on_both_sides(student.layer_mask(pair[0]), teacher.layer_mask(pair[1]))
+
+
+def on_both_sides(student: Tensor | None, teacher: Tensor | None) -> Tensor | None:
+    """The tokens that both masks count. bool (B, T)"""
+    if student is None or teacher is None:
+        return student if teacher is None else teacher
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the student saw {tuple(student.shape)} tokens, the teacher {tuple(teacher.shape)} (B, T): both must be given the "
+            "same batch, made by the same tokenizer, and a layer map pairs encoder with encoder and decoder with decoder."
+        )
+    return student & teacher.to(student.device)
+
+
+def kept(trace: Trace, what: str, layer: int):
+    """A trace's hidden states or attention inputs of a layer ("hidden_states", "attentions").
+
+    Raises:
+        ValueError: the trace holds other layers.
+    """
+    found = trace.hidden_states if what == "hidden_states" else trace.attention
+    if layer not in found:
+        raise ValueError(
+            f"{what} of layer {layer} asked of a trace of {trace.name} that holds layers {sorted(found)}; "
+            f"capture(..., {what}=[{layer}]) keeps it."
+        )
+    return found[layer]
