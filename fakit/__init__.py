@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fakit.models.preflight import preflight
     from fakit.models.shrink import shrink
     from fakit.objective.objective import Objective
+    from fakit.objective.term import Term
     from fakit.objective.terms import Attention, Features, Outputs, Task
     from fakit.tracing.capture import capture
     from fakit.tracing.trace import Trace
@@ -41,6 +42,7 @@ _EXPORTS = {
     "Outputs": "fakit.objective.terms",
     "Task": "fakit.objective.terms",
     "TeacherCache": "fakit.training.teacher_cache",
+    "Term": "fakit.objective.term",
     "Trace": "fakit.tracing.trace",
     "capture": "fakit.tracing.capture",
     "load_teacher": "fakit.models.load",

@@ -59,7 +59,7 @@ def arguments(folder, **changes) -> TrainingArguments:
 
 
 def make(
-    folder, family: str = "bert", callbacks=(), train=None, made=None, evaluated=None, **changes
+    folder, family: str = "bert", callbacks=(), train=None, made=None, evaluated=None, extra=None, **changes
 ) -> DistillationTrainer:
     teacher, student, objective = made or parts(family)
     trainer = DistillationTrainer(
@@ -71,6 +71,7 @@ def make(
         eval_dataset=evaluated,
         data_collator=default_data_collator,
         callbacks=list(callbacks),
+        **(extra or {}),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fakit import DistillationTrainer
+from fakit import DistillationTrainer, Features, Objective
 from fakit.__main__ import main as fakit
 from fakit.training.distributed import whole_state
 from tests.families import batch
+from tests.objective.own_term import Contrastive
 from tests.training import At, logged, make, parts
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -38,9 +39,13 @@ def uneven(causal: bool, rows: int = 3 * GLOBAL) -> list[dict[str, Tensor]]:
     ]
 
 
-def run(folder: Path, family: str = "bert", change=None, resume: str | None = None, accumulation: int = 1, **settings):
+def run(
+    folder: Path, family="bert", change=None, resume: str | None = None, accumulation: int = 1, terms=None, **settings
+):
     """Three steps over `uneven` rows. `change` is called with the objective after the first step."""
     made = parts(family)
+    if terms is not None:
+        made = (*made[:2], Objective(made[2].layer_map, Features("mse"), terms=terms))
     trainer = make(
         folder,
         family,
@@ -71,6 +76,8 @@ def only_features(objective) -> None:
     objective.weights.update(attention=0, outputs=0, task=0)
 
 
+FOUR = ("loss", "grad_norm", "features", "attention", "outputs", "task", "features/S1_T2", "attention/S2_T3")
+OWN = ("loss", "grad_norm", "features", "features/S1_T2", "contrast")
 RUNS = {
     "classifier": {},
     "causal, accumulated": {"family": "gpt2", "accumulation": 2},
@@ -78,6 +85,7 @@ RUNS = {
     "only features": {"family": "gpt2", "change": only_features},
     "checkpointed activations": {"activation_checkpointing": True},
     "bf16": {"bf16": True},
+    "own term": {"terms": {"contrast": Contrastive(weight=0.5)}},
 }
 
 
@@ -89,7 +97,7 @@ def main(folder: Path) -> None:
     seen = {}
     for name, settings in RUNS.items():
         trainer = run(folder / name, **settings)
-        terms = ("loss", "grad_norm", "features", "attention", "outputs", "task", "features/S1_T2", "attention/S2_T3")
+        terms = OWN if "terms" in settings else FOUR
         seen[name] = {term: logged(trainer, term) for term in terms}
         save_file(state(trainer), mine / f"{name}.safetensors")
 
