@@ -185,7 +185,7 @@ def test_packed_terms_are_those_of_the_documents_in_rows_of_their_own(attention,
     student, loss = shrink(teacher, 2, init="random").eval(), objective("kl" if attention == "maps" else attention)
     if attention == "maps":  # in full, as for families that give nothing else
         monkeypatch.setattr(
-            loss, "_compare_attention", lambda s, t, pair: loss._compare_maps(s, t, pair, s.mask & t.mask)
+            Attention, "compare_pair", lambda term, s, t, pair: term._compare_maps(s, t, pair, s.mask & t.mask)
         )
     batch = packed()
     batch["labels"] = batch["input_ids"].clone()  # the first token of a document is no label of the one before it
