@@ -54,7 +54,7 @@ def test_vocabulary_sizes_differ(tmp_path):
     teacher = tiny("gpt2")
     make_trainer(teacher, student, Objective(outputs=Outputs(vocab_size=50)), tmp_path)  # the fix it names
     ours, theirs = Trace(logits=torch.zeros(1, 3, 56)), Trace(logits=torch.zeros(1, 3, 50))
-    with refuses(r"the student's logits have 56 entries, the teacher's 50\. .*vocab_size=50.* tokenisers differ"):
+    with refuses(r"the student's logits have 56 entries, the teacher's 50\. .*vocab_size=50.* tokenizers differ"):
         Objective(outputs=Outputs())(ours, theirs)
 
 
