@@ -16,12 +16,13 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run lab test bench clean again
+.PHONY: help setup run lab test unit bench clean again
 
 help:
 	@echo "make run     set up, run the whole notebook sequence, write reports/index.html and a page for each notebook"
 	@echo "make lab     set up, open JupyterLab in notebooks/"
 	@echo "make test    set up, run all tests, in a real browser too"
+	@echo "make unit    set up, run the tests that take no browser and little time"
 	@echo "make bench   set up, run the benchmarks"
 	@echo "make setup   only set up .venv: done once, and again when pyproject.toml or constraints.txt change"
 	@echo "make clean   remove .venv, reports/ and caches; recorded runs stay"
@@ -58,6 +59,9 @@ lab: setup
 test: setup
 	$(PY) -m tests.browser.find
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+unit: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 bench: setup
 	$(PY) -m benchmarks $(ARGS)

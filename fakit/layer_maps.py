@@ -132,7 +132,7 @@ class LayerMap:
         return cls(pairs, name="all_to_one")
 
     @classmethod
-    def random(cls, student_layers: Depths, teacher_layers: Depths, seed: int = 0) -> "LayerMap":
+    def random(cls, student_layers: Depths, teacher_layers: Depths, seed: int | str = 0) -> "LayerMap":
         """S teacher layers drawn without return, in rising order, anew each epoch. RAIL-KD (Haidar et al. 2022).
 
         `for_epoch(e)` gives epoch e's draw; the trainer asks for it at every epoch's start.
@@ -276,7 +276,7 @@ class LayerMap:
 
     def possible_pairs(self) -> list[tuple[int, int]]:
         """Every pair of this map in any epoch: a random map's are all that it may draw."""
-        if not self.is_random:
+        if self._redraw is None:
             return self.pairs
         pairs, ours, theirs = [], 0, 0
         for S, T in _depths(*self._redraw[:2]):

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import random
 import socket
+from pathlib import Path
 
 # Before torch, transformers and datasets are imported, and handed on to every process that a test starts.
 os.environ |= {
@@ -21,7 +22,17 @@ import numpy as np
 import pytest
 import torch
 
+from tests.slow import SLOW
+
 torch.set_num_threads(1)
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.relative_to(HERE).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 def is_loopback(host: str) -> bool:

@@ -9,6 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tests.slow import SLOW
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +61,7 @@ SET_UP = [
         ("setup", []),
         ("run", ["-m fakit run --profile quick --jobs 2 --out reports"]),
         ("test", ["-m tests.browser.find", "-m pytest -n 2 --dist loadfile"]),
+        ("unit", ["-m pytest -n 2 --dist loadfile -m not slow"]),
         ("bench", ["-m benchmarks"]),
     ],
 )
@@ -142,9 +146,14 @@ def test_clean_leaves_recorded_runs(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["Makefile", "constraints.txt", "pyproject.toml", "runs"]
 
 
+def test_what_unit_leaves_out_is_there():
+    for place in SLOW:
+        assert (ROOT / "tests" / place).exists(), place
+
+
 def test_help_names_every_command(folder):
     done, _ = make(folder)
-    for target in ("run", "lab", "test", "bench", "setup", "clean"):
+    for target in ("run", "lab", "test", "unit", "bench", "setup", "clean"):
         assert f"make {target} " in done.stdout
 
 
@@ -153,3 +162,9 @@ def test_ci_does_nothing_but_make_test():
     assert script.stat().st_mode & stat.S_IXUSR
     code = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
     assert code == ["set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."', "exec make test"]
+
+
+def test_public_ci_does_nothing_but_make_test_on_the_oldest_python_and_a_new_one():
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"].values()
+    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make test PYTHON=python JOBS=4"]

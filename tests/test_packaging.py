@@ -224,6 +224,7 @@ def test_type_checkers_see_the_same_names_from_the_same_modules():
     assert {alias.name: node.module for node in block.body for alias in node.names} == fakit._EXPORTS
 
 
+@pytest.mark.slow
 def test_every_module_is_a_module_and_nothing_hides_it():
     """`fakit.capture` is a function, its module `fakit.tracing.capture`: the import system cannot put one in the other's place."""
     said = "from fakit import capture; print(type(fakit.tracing.capture).__name__, type(capture).__name__)"
@@ -385,4 +386,13 @@ def test_only_widgets_import_widget_libraries_and_nobody_imports_widgets():
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
 def test_ruff(command):
     done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_types():
+    """Of the rooms that hold the method, as [tool.ty.src] names them."""
+    checked = PYPROJECT["tool"]["ty"]["src"]["include"]
+    assert checked == ["fakit/layer_maps.py", "fakit/losses", "fakit/tracing"]
+    command = [sys.executable, "-m", "ty", "check", "--error-on-warning", "--python", sys.prefix]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -23,7 +23,7 @@ def check_same_shape(name: str, student: Tensor, teacher: Tensor, dims: str, fix
         )
 
 
-def check_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
+def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless `mask` is None or has `shape`, and (where that can be seen for free) counts something.
 
     On an accelerator, looking into the mask would stop the stream in every step; an all-masked batch gives NaN there

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +61,10 @@ def capture(
     if blocks and model.training:
         _check_every_layer_runs(model)
     elif hidden_states and rescaled(model):
+        config: Any = model.config
         raise ValueError(
             f"hidden states were requested of {type(model).__name__} in evaluation mode, which halves them after every "
-            f"{model.config.rescale_every} blocks, and some weights with them (rescale_every): they are not those of a model in training. "
+            f"{config.rescale_every} blocks, and some weights with them (rescale_every): they are not those of a model in training. "
             "Call fakit.models.without_rescaling(model) first; load_teacher, shrink and DistillationTrainer do."
         )
     _check_layers(model, hidden_states, attentions, blocks)
@@ -91,13 +93,13 @@ def capture(
     with (
         recorder.watching(blocks, source if watched else "none"),
         _naming_the_decoder(model, inputs),
-        without_logits(head) if known else nullcontext() as given,
+        without_logits(head) if head is not None and known else nullcontext([]) as given,
     ):
         outputs = model(**inputs)
 
     _check_seen(trace, hidden_states, sorted(watched))
     _batch_first(model, inputs, blocks, trace)
-    if known:
+    if head is not None and known:
         trace.head = Head(given[0], head.weight, head.bias, finish)
     elif logits:
         trace.logits = _logits(model, outputs)
@@ -118,7 +120,8 @@ def check_attention(model: nn.Module) -> None:
 
 def _attention_source(model: nn.Module, blocks: list[nn.Module]) -> str:
     """ "interface": transformers' attention functions; "sdpa": torch's, called by the model itself; "maps": the model's own eager maps."""
-    implementation = model.config._attn_implementation
+    config: Any = model.config
+    implementation = config._attn_implementation
     if all(_uses_attention_interface(block) for block in blocks):
         return "interface"
     if implementation == "sdpa":
@@ -210,7 +213,8 @@ def _decoder_mask(model: nn.Module, inputs: dict, labels: Tensor | None) -> Tens
         return token_mask(inputs)
     if isinstance(labels, Tensor) and labels.shape == given.shape[:2]:
         return labels.to(given.device) != -100
-    padding = model.config.get_text_config().pad_token_id
+    config: Any = model.config
+    padding = config.get_text_config().pad_token_id
     if given.dim() == 3 or padding is None:
         return torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
     mask = given != padding
@@ -319,7 +323,9 @@ def _batch_first(model: nn.Module, inputs: dict, blocks: list[nn.Module], trace:
 
 def _works_tokens_first(model: nn.Module, inputs: dict, blocks: list[nn.Module]) -> bool:
     """What the model makes of fewer rows than tokens; runs it as far as its first block, without drawing from the random numbers."""
-    rows, tokens = token_mask(inputs).shape
+    mask = token_mask(inputs)
+    assert mask is not None, "asked where the trace has one alone"
+    rows, tokens = mask.shape
     fewer = 1 if tokens > 1 else 2
     some = {k: v[:fewer] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
     probe = Recorder(Trace(), {0}, set(), last=0)

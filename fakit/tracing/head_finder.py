@@ -6,6 +6,7 @@ make them a chunk of tokens at a time (`fakit.losses.fused.chunked`).
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +22,8 @@ LARGE_VOCABULARY = 8192
 
 def find_head(model: nn.Module) -> nn.Linear | None:
     """The model's head over a large vocabulary, if it is a plain linear layer; None for small, quantised, adapted or sharded ones."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    transformer: Any = model
+    head = transformer.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor)
     return head if plain and head.weight.dim() == 2 and head.weight.shape[0] >= LARGE_VOCABULARY else None
 
@@ -54,8 +56,8 @@ def find_finish(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Tensor])
     """
     if model not in _finishes:
         try:
-            other = double(without_adapter(model))
-            asked = _exchanged(other, find_head(other), short_row(other))
+            other = double(without_adapter(model))  # ty: ignore[invalid-argument-type]
+            asked = _exchanged(other, find_head(other), short_row(other))  # ty: ignore[invalid-argument-type]
         except Exception:  # whatever a model says to a row of bare text
             asked = _exchanged(model, head, inputs)
         _finishes[model] = _explained(*asked)

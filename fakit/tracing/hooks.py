@@ -63,7 +63,7 @@ class Recorder:
             _recorder.reset(token)
 
     def _entering(self, numbers: list[int]):
-        def pre_hook(block, args, kwargs=None):
+        def pre_hook(block, args, kwargs):
             if _recorder.get() is not self:  # another thread's forward pass through the same model
                 return
             # a shared block serves its layers in turn; any other one has exactly one number
@@ -151,7 +151,7 @@ def _reporting(function: Callable) -> Callable:
 class _WatchingSdpa(TorchFunctionMode):
     """While open, calls of torch's own attention function in this thread are reported too."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # ty: ignore[lost-keyword-for-regular-parameter]
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention and (recorder := _recorder.get()) is not None:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")

@@ -62,7 +62,9 @@ def prepare_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> ModelInputs
         ValueError: a batch without inputs, decoder inputs that cannot be made, packed rows for a model that would mix their documents.
     """
     taken = taken_columns(model)
-    inputs = {name: x for name, x in batch.items() if name != "labels" and (taken is None or name in taken)}
+    inputs: dict[str, Any] = {
+        name: x for name, x in batch.items() if name != "labels" and (taken is None or name in taken)
+    }
     expected = dict.fromkeys(["input_ids", "inputs_embeds", "pixel_values", model.main_input_name])
     if not any(name in inputs for name in expected):
         raise ValueError(
@@ -83,7 +85,7 @@ def prepare_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> ModelInputs
     mask = token_mask(batch)  # also of a model that does not look at it (FNet)
     mask = None if mask is None else mask.to(device)
     documents, places = find_documents(batch), None
-    if documents is not None:
+    if documents is not None and mask is not None:
         refuse_mixing(model, rows=len(documents))
         documents = documents.to(device)
         inputs = _packed(inputs, documents, mask)
@@ -147,7 +149,7 @@ def _named(kind: type) -> tuple[frozenset[str], bool]:
             if base is nn.Module or not open_ended:
                 break
             if "forward" in vars(base):
-                parameters = inspect.signature(base.forward).parameters.values()
+                parameters = inspect.signature(vars(base)["forward"]).parameters.values()
                 names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
                 open_ended = any(p.kind == p.VAR_KEYWORD for p in parameters)
         _signatures[kind] = frozenset(names - {"self"}), open_ended
@@ -161,9 +163,10 @@ def has_decoder_inputs(inputs: Mapping) -> bool:
 
 def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
     """What the decoder reads to say `labels`: they themselves, one place to the right, as the model would make it. (B, T_dec)"""
+    transformer: Any = model
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return model.prepare_decoder_input_ids_from_labels(labels=labels)
-    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
+        return transformer.prepare_decoder_input_ids_from_labels(labels=labels)
+    start, padding = transformer.config.decoder_start_token_id, transformer.config.pad_token_id
     if start is None or padding is None:
         raise ValueError(
             f"decoder inputs of {type(model).__name__} cannot be made from labels: decoder_start_token_id is {start}, pad_token_id {padding} "
@@ -218,7 +221,8 @@ def left_padding(model: nn.Module) -> str:
 
 def _left_padding(model: nn.Module) -> str:
     ids = _some_tokens(model, _PROBE)
-    padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    config: Any = model.config
+    padding = getattr(config.get_text_config(), "pad_token_id", None) or 0
     padded = nn.functional.pad(ids, (_PADDING, 0), value=padding)
     mask = nn.functional.pad(torch.ones_like(ids), (_PADDING, 0))
     alone = _ask(model, input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -381,15 +385,16 @@ _PROBE, _PADDING = 4, 5  # tokens of a document, and padding before one, that a 
 
 def _some_tokens(model: nn.Module, number: int) -> Tensor:
     """Different token ids that mean nothing special, as far as the vocabulary reaches. (1, number)"""
-    config = model.config.get_text_config()
-    size = model.get_input_embeddings().weight.shape[0]
+    transformer: Any = model
+    config = transformer.config.get_text_config()
+    size = transformer.get_input_embeddings().weight.shape[0]
     special = {value for key, value in vars(config).items() if key.endswith("token_id") and isinstance(value, int)}
     plain = [i for i in range(size) if i not in special][-number:]
     device = next(model.parameters()).device
     return torch.tensor(plain * (number // len(plain) + 1), device=device)[None, :number]
 
 
-def _ask(model: nn.Module, **inputs: Tensor) -> list[Tensor]:
+def _ask(model: nn.Module, **inputs: Any) -> list[Tensor]:
     """What the embeddings give (B, T, d), and all that the model says, without a trace in modes and random numbers."""
     taken = taken_columns(model)
     if taken is not None:

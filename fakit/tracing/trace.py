@@ -55,7 +55,7 @@ class Trace:
     @property
     def values(self) -> dict[int, Tensor]:
         """{i: (B, H_kv, T, d_head)}."""
-        return {i: a.value for i, a in self.attention.items()}
+        return {i: a.value for i, a in self.attention.items() if a.value is not None}
 
     def layer_mask(self, layer: int) -> Tensor | None:
         """The tokens a layer works on: the encoder's, or above `encoder_layers` the decoder's. bool (B, T)"""

@@ -99,10 +99,10 @@ def fused_outputs(
     student, teacher = student.flatten(), teacher.detach().flatten()
     mask = None if mask is None else mask.flatten()
     bare = not weights[1] and vocab_size is None and student.finish is None and teacher.finish is None
-    if bare and not parameters and liger.serves(divergence, student, teacher):
+    if bare and not parameters and isinstance(divergence, str) and liger.serves(divergence, student, teacher):
         outputs_loss = liger.output_loss(student, teacher, mask, divergence, temperature)
         return plan.factors[0] * outputs_loss, outputs_loss, None
-    labels = labels.flatten().to(student.hidden.device) if weights[1] else None
+    labels = labels.flatten().to(student.hidden.device) if labels is not None and weights[1] else None
     # what a teacher made under torch.inference_mode, a backward pass may keep as a copy alone
     tensors = [
         x.clone() if x is not None and x.is_inference() else x
@@ -165,7 +165,7 @@ class _Plan:
     dtype: torch.dtype  # of logits and losses
     autocast: torch.dtype | None
     gradients: bool
-    shares: tuple[Tensor | float, Tensor | float]
+    shares: tuple[Tensor | float, ...]  # of the two terms
 
     @property
     def factors(self) -> tuple[Tensor | float, Tensor | float]:
@@ -255,7 +255,7 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
             g.mul_((outputs_share[chunk] * factors[0]).unsqueeze(-1))
             g = F.pad(g, (0, z.shape[1] - g.shape[1])) if g.shape[1] < z.shape[1] else g
         n = min(max(labelled_rows - start, 0), z.shape[0])
-        if n:
+        if labels is not None and n:
             part = slice(start, start + n)
             values, ce = _cross_entropy_step(z[:n], labels[part].long().masked_fill(~labelled[part], 0), work[0])
             sums[1] += torch.dot(values.masked_fill(~labelled[part], 0.0), task_share[part])
@@ -264,7 +264,7 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
                 g = ce.mul_(share)
             else:
                 g[:n].addcmul_(ce, share)
-        if any(wanted):
+        if g is not None and any(wanted):
             student.backward(chunk, g, grads)
     return sums, student.finish_grads(grads, rows)
 

@@ -74,17 +74,19 @@ class ChunkedHead:
         hidden = hidden.masked_fill(~counts.unsqueeze(-1), 0.0)  # NaN in padding must not reach the products
         if rows is not None:
             hidden = hidden[rows]
-        if plan.autocast is not None:
-            hidden, weight, bias = (
-                x if x is None or x.dtype == torch.float64 else x.to(plan.autocast) for x in (hidden, weight, bias)
-            )
-        if plan.dtype == torch.float64:  # also where it is the other side's alone
-            hidden, weight, bias = (x if x is None else x.double() for x in (hidden, weight, bias))
-        self.hidden, self.weight, self.bias, self.finish, self.dtype = hidden, weight, bias, head.finish, plan.dtype
+
+        def cast(x: Tensor) -> Tensor:
+            if plan.autocast is not None and x.dtype != torch.float64:
+                x = x.to(plan.autocast)
+            return x.double() if plan.dtype == torch.float64 else x  # also where it is the other side's alone
+
+        self.hidden, self.weight, self.finish, self.dtype = cast(hidden), cast(weight), head.finish, plan.dtype
         self.buffer: Tensor | None = None
         # -inf can come from a bias or a finishing function alone; it is replaced there, and not in a pass over all logits
         self.share_of_lowest = min(1.0, plan.temperature)
+        self.bias: Tensor | None = None
         if bias is not None:
+            bias = cast(bias)
             self.bias = bias.clamp_min(self.share_of_lowest * outputs.lowest(bias.dtype))
 
     def logits(self, chunk: slice) -> Tensor:
@@ -111,7 +113,7 @@ class ChunkedHead:
 
     def zero_grads(self, wanted):
         hidden, weight, bias = (
-            torch.zeros(x.shape, dtype=self.dtype, device=x.device) if want else None
+            torch.zeros(x.shape, dtype=self.dtype, device=x.device) if want and x is not None else None
             for x, want in zip((self.hidden, self.weight, self.bias), wanted, strict=True)
         )
         return hidden, weight, bias
@@ -146,7 +148,7 @@ class ChunkedHead:
         if hidden is not None and rows is not None:
             hidden = hidden.new_zeros(self.parameters[0].shape).index_copy_(0, rows, hidden)
         return [
-            g if g is None or x.dtype == torch.float16 else g.to(x.dtype)
+            g if g is None or x is None or x.dtype == torch.float16 else g.to(x.dtype)
             for g, x in zip((hidden, *others), self.parameters, strict=True)
         ]
 

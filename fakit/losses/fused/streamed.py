@@ -128,7 +128,8 @@ def relation_inputs(side: AttentionInputs, which: str, heads: int) -> AttentionI
     allowed = None
     if side.mask is not None:
         allowed = replace(side, causal=False, documents=None).allowed()
-        allowed = allowed if allowed.shape[1] == 1 else allowed.any(1, keepdim=True)  # heads are mixed
+    if allowed is not None and allowed.shape[1] > 1:
+        allowed = allowed.any(1, keepdim=True)  # heads are mixed
     return AttentionInputs(x, x, None, allowed, (width // heads) ** -0.5, side.causal, documents=side.documents)
 
 
@@ -140,7 +141,9 @@ def relation_heads(student: AttentionInputs, teacher: AttentionInputs, relations
 
 
 def _vectors(side: AttentionInputs, which: str) -> Tensor:
-    return {"queries": side.query, "keys": side.key, "values": side.value}[which]
+    vectors = {"queries": side.query, "keys": side.key, "values": side.value}[which]
+    assert vectors is not None, f"{which} were not kept"
+    return vectors
 
 
 # -- one pass ---------------------------------------------------------------------------------------------------------
@@ -163,7 +166,9 @@ class _Side:
         self.groups = self.query.shape[1] // key.shape[1]
         self.key = key.repeat_interleave(self.groups, dim=1) if self.groups > 1 else key  # (B, H, T, d)
         self.biases = [at_least_float32(bias) for bias in inputs.biases()]
-        self.sinks = at_least_float32(inputs.sinks) if _learns_sinks(loss, inputs) else None
+        self.sinks: Tensor | None = None
+        if inputs.sinks is not None and _learns_sinks(loss, inputs):
+            self.sinks = at_least_float32(inputs.sinks)
         # of the block at hand: masked pairs, whether the teacher may see some of them, and the slope of the soft cap
         self.hidden, self.hides_more, self._slope = None, False, None
 
@@ -227,7 +232,9 @@ class _Side:
         key = key if self.groups == 1 else key.unflatten(1, (-1, self.groups)).sum(2)
         found = [query.to(inputs.query.dtype), key.to(inputs.key.dtype)]
         found += [None if g is None else g.to(b.dtype) for g, b in zip(self.grad_biases, inputs.biases(), strict=True)]
-        return found if self.sinks is None else [*found, self.grad_sinks.to(inputs.sinks.dtype)]
+        if self.grad_sinks is None or inputs.sinks is None:
+            return found
+        return [*found, self.grad_sinks.to(inputs.sinks.dtype)]
 
 
 class _Streamed(torch.autograd.Function):
@@ -276,7 +283,7 @@ def _kl(log_s: Tensor, log_t: Tensor, ours: _Side, counts: Tensor, heads: int | 
         if not needs_grad:
             return value, None
         q = log_s.exp_()
-        if not ours.hides_more:
+        if ours.hidden is None or not ours.hides_more:
             return value, q.sub_(p)
         # what the teacher gives to a key that the student masks is a constant: it pulls at no score, and the rest of p sums to less than 1
         p = p.masked_fill_(ours.hidden, 0.0)
@@ -304,7 +311,7 @@ def _through_softmax(q: Tensor, grad: Tensor, ours: _Side, counts: Tensor) -> Te
         members = q.shape[1] // grad.shape[1]
         grad = grad.repeat_interleave(members, dim=1) / members
     inner = (q * grad).sum(-1, keepdim=True)
-    if ours.sinks is not None:
+    if ours.sinks is not None and ours.grad_sinks is not None:
         share = (ours.sinks[:, None, None] - ours.total).exp()  # (B, H, rows, 1)
         ours.grad_sinks -= (share * inner * counts).sum((0, 2, 3))
     return q * (grad - inner)
