@@ -36,9 +36,11 @@ def run(args: argparse.Namespace) -> int:
 def distill(args: argparse.Namespace) -> int:
     """`fakit distill`: one experiment, from its YAML file to an exported student and a record."""
     from fakit.experiments import ExperimentConfig, run_experiment
+    from fakit.experiments.schema import settings
     from fakit.training.distributed import end_with_parent, start_all_processes
 
     config = ExperimentConfig.from_yaml(args.config)  # what is wrong in it is said once, not by every process
+    config = config.replace(**settings(args.set))
     start_all_processes()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # one of several: without their launcher nobody would end them
         end_with_parent()
@@ -99,6 +101,13 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(distill, "Train, evaluate, export and record the student of one experiment.")
     sub.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change any key of CONFIG.yaml, as often as needed: --set training.steps=50 --set features.weight=0.3",
+    )
     sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint (training.save_every)")
     sub.add_argument("--out", type=Path, default=Path("runs"), help="the runs directory (%(default)s)")
     sub.add_argument(

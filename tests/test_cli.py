@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,40 @@ def test_distill_exports_records_and_report_reads(experiment, tmp_path, capsys):
     assert main(["report", str(runs), "--out", str(tmp_path / "elsewhere")]) == 0
     table = pd.read_csv(tmp_path / "elsewhere/table.csv")
     assert table["mean"].tolist() == pytest.approx([record["score"]])
+
+
+def test_set_changes_any_key_of_the_file(experiment, tmp_path):
+    runs = tmp_path / "runs"
+    changes = ["training.steps=2", "features.weight=0.3", "attention=null", "student={layers: [1, 2]}", "name='3'"]
+    options = [part for change in changes for part in ("--set", change)]
+    assert main(["distill", str(experiment), "--out", str(runs), *options]) == 0
+    (record,) = RunStore(runs).records()
+    config = record["config"]
+    assert record["steps"] == 2 and record["arm"] == "3" and config["attention"] is None
+    assert config["features"]["weight"] == 0.3 and config["student"]["layers"] == [1, 2]
+    unchanged = ExperimentConfig.from_yaml(experiment)
+    assert record["run_id"] != unchanged.run_id and config["outputs"] == unchanged.to_dict()["outputs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.step=5", "training.step: unknown key; the keys are steps, .* Did you mean 'steps'?"),
+        ("training.steps", "found no KEY=VALUE; write --set training.steps=50"),
+        ("=5", "found no KEY=VALUE"),
+        ("training.steps=many", "training.steps: found 'many' .text., expected a whole number"),
+        ("training.steps=0100", "--set training.steps: line 1: YAML reads 0100 as a number to base 8"),
+        ("features.loss=msee", "features.loss: 'msee' is not one of mse"),
+        ("name={a: [1", "--set name: line 1, column"),
+        ("training.steps.more=1", "training.steps: is .*, so its keys more cannot be changed"),
+    ],
+)
+def test_what_cannot_be_set_is_refused_in_one_sentence(change, message, experiment, tmp_path, capsys):
+    assert main(["distill", str(experiment), "--out", str(tmp_path / "runs"), "--set", change]) == 2
+    assert re.search(message, said := capsys.readouterr().err), said
+    assert "Traceback" not in said and not (tmp_path / "runs").exists()
+    assert main(["distill", str(experiment), "--set", "seed=1", "--set", "seed=2"]) == 2
+    assert "--set seed: given twice" in capsys.readouterr().err
 
 
 def test_distill_goes_on_from_a_checkpoint_and_returns_what_is_recorded(config, tmp_path, capsys):

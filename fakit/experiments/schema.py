@@ -162,11 +162,41 @@ def _read_yaml(path: Path) -> Any:
             else f"byte {content[error.start]:#04x} at {error.start}"
         )
         raise ValueError(f"is no text in UTF-8 (found {found}); save it as UTF-8, or give the YAML file.") from error
+    return _plain_yaml(text)
+
+
+def _plain_yaml(text: str) -> Any:
     try:
         _check_nodes(yaml.compose(text, Loader=yaml.SafeLoader), {})
     except RecursionError as error:
         raise ValueError("is nested too deeply to be a configuration.") from error
     return yaml.safe_load(text)
+
+
+def settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """`KEY=VALUE` of a command line as what `Section.replace` takes: the key dotted, the value as YAML reads it.
+
+    Raises:
+        ValueError: no `=`, no key, a key given twice, or a value that is no YAML.
+
+    Example:
+        >>> settings(["training.steps=50", "features=null"])
+        {'training.steps': 50, 'features': None}
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {pair!r}: found no KEY=VALUE; write --set training.steps=50.")
+        if key in found:
+            raise ValueError(f"--set {key}: given twice; keep one.")
+        try:
+            found[key] = _plain_yaml(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {key}: {_yaml_error(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"--set {key}: {error}") from error
+    return found
 
 
 def _yaml_error(error: yaml.YAMLError) -> str:
