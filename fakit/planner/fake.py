@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from unittest import mock
 
 import torch
 import transformers
@@ -22,13 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from fakit.losses.fused import chunked, streamed
+from fakit.losses.fused.blocks import SIZES, Block, block_size, use_blocks
 from fakit.models.load import skip_patterns
 from fakit.models.pretrained import CLASSES
 from fakit.planner.ledger import Ledger
-from fakit.tracing.head_finder import LARGE_VOCABULARY
-
-capture = import_module("fakit.tracing.capture")  # the module: `fakit.tracing.capture` is its function
 
 NF4_BLOCK = 64  # weights that share a scale (bitsandbytes' default)
 
@@ -164,55 +158,23 @@ class _Shape:
 # -- the losses' loops ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def loops_of(accelerator: bool, ledger: Ledger) -> Iterator[None]:
-    """Inside, losses that go block by block take the block sizes of the device that is planned for, and two blocks stand for all.
+def loops_of(accelerator: bool, ledger: Ledger) -> AbstractContextManager[None]:
+    """Inside, losses take the block sizes of the device that is planned for, and two blocks stand for all.
 
-    Fake tensors are CPU tensors (torch without CUDA makes no others), so an accelerator's sizes are put in the place of the CPU's. Blocks are
-    alike: the last two are run, their memory is that of every other pair, and their FLOPs count for all. Another thread, which may be
-    training meanwhile, sees the losses as they are.
+    Fake tensors are CPU tensors (torch without CUDA makes no others), so an accelerator's sizes are set. Blocks are
+    alike: the last two are run, their memory is that of every other pair, and their FLOPs count for all.
     """
-    here, blocks, find_head = threading.get_ident(), streamed._blocks, capture.find_head
 
-    def planned() -> bool:
-        return threading.get_ident() == here
-
-    def rows(student, teacher):
-        if not planned():
-            yield from blocks(student, teacher)
-            return
-        with mock.patch.object(
-            streamed, "_BLOCK_CPU", streamed._BLOCK_ACCELERATOR if accelerator else streamed._BLOCK_CPU
-        ):
-            every = list(blocks(student, teacher))
-        areas = [sum((end - start) * keys for start, end, keys in some) for some in (every, every[-2:])]
-        yield from repeated(every[-2:], areas[0] / areas[1])
-
-    def chunks(*bounds):
-        every = range(*bounds)
-        if not planned() or len(bounds) < 3 or len(every) < 3:
-            return every
-        return repeated(every[-2:], every.stop / (every.stop - every[-2]))  # the last chunk is shorter
-
-    def repeated(some, times):
-        ledger.repeat = times
-        yield from some
+    def hand_out(blocks: Sequence[Block]) -> Iterator[Block]:
+        last = blocks[-2:]
+        if len(last) < len(blocks):
+            ledger.repeat = _elements(blocks) / _elements(last)
+        yield from last
         ledger.repeat = 1.0
 
-    class Elements(dict):
-        def get(self, kind, otherwise):
-            return otherwise if accelerator and planned() else super().get(kind, otherwise)
-
-    with (
-        mock.patch.object(chunked, "_ELEMENTS", Elements(chunked._ELEMENTS)),
-        mock.patch.object(chunked, "range", chunks, create=True),
-        mock.patch.object(streamed, "_blocks", rows),
-        mock.patch.object(capture, "find_head", lambda model: (_find_head if planned() else find_head)(model)),
-    ):
-        yield
+    sizes = {loss: block_size(loss, "cuda") for loss in SIZES} if accelerator else {}
+    return use_blocks(**sizes, hand_out=hand_out)
 
 
-def _find_head(model: nn.Module) -> nn.Linear | None:
-    """`fakit.tracing.head_finder.find_head`, which takes no subclass of a tensor for a plain weight, for fake weights."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return head if type(head) is nn.Linear and head.weight.shape[0] >= LARGE_VOCABULARY else None
+def _elements(blocks: Sequence[Block]) -> int:
+    return sum((block.end - block.start) * block.columns for block in blocks)

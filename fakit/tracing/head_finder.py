@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fakit.models.blocks import without_adapter
 from fakit.models.kinds import double, short_row
@@ -24,7 +25,7 @@ def find_head(model: nn.Module) -> nn.Linear | None:
     """The model's head over a large vocabulary, if it is a plain linear layer; None for small, quantised, adapted or sharded ones."""
     transformer: Any = model
     head = transformer.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor)
+    plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor, FakeTensor)
     return head if plain and head.weight.dim() == 2 and head.weight.shape[0] >= LARGE_VOCABULARY else None
 
 

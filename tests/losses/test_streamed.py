@@ -6,6 +6,7 @@ import torch
 from fakit.losses.attention import group_mean, map_kl, map_mse
 from fakit.losses.fused import streamed
 from fakit.losses.fused.attention_inputs import AttentionInputs
+from fakit.losses.fused.blocks import use_blocks
 from fakit.losses.fused.streamed import streamed_loss, streamed_map_kl
 
 
@@ -40,13 +41,13 @@ MASK[1, :3] = False
 @pytest.mark.parametrize("mask", [None, MASK])
 @pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("block", [1, 500, 2**20])
-def test_value_and_gradient_equal_the_plain_loss(monkeypatch, dtype, tolerance, causal, mask, heads, block):
-    monkeypatch.setattr(streamed, "_BLOCK_CPU", block)
+def test_value_and_gradient_equal_the_plain_loss(dtype, tolerance, causal, mask, heads, block):
     sq, sk, tq, tk = inputs(H_kv=heads, dtype=dtype)
     values, gradients = [], []
     for function in (plain, streamed_map_kl):
         q, k = sq.clone().requires_grad_(), sk.clone().requires_grad_()
-        loss = function(q, k, tq, tk, mask, 0.4, 0.3, causal)
+        with use_blocks(attention=block):
+            loss = function(q, k, tq, tk, mask, 0.4, 0.3, causal)
         (3 * loss).backward()
         values.append(loss.detach())
         gradients += [q.grad, k.grad]
@@ -179,15 +180,16 @@ def plain_loss(loss, student, teacher, mask, heads):
 @pytest.mark.parametrize("heads", [None, 2])
 @pytest.mark.parametrize("mask", [None, MASK])
 @pytest.mark.parametrize("block", [300, 2**20])
-def test_what_a_layer_does_to_its_scores_is_honoured(monkeypatch, name, loss, heads, mask, block):
+def test_what_a_layer_does_to_its_scores_is_honoured(name, loss, heads, mask, block):
     if name.startswith("padding") and mask is None:
         mask = MASK
-    monkeypatch.setattr(streamed, "_BLOCK_CPU", block)
     student, teacher = layer(**SETTINGS[name]), layer(seed=1, d=7, **SETTINGS[name])
     learned = [
         x for x in vars(student).values() if isinstance(x, torch.Tensor) and x.requires_grad and x is not student.value
     ]
-    found = streamed_loss(loss, student, teacher, mask, heads)
+    with use_blocks(attention=block):
+        found = streamed_loss(loss, student, teacher, mask, heads)
+        same = streamed_loss(loss, student, student, mask, heads)
     expected = plain_loss(loss, student, teacher.detach(), mask, heads)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
     gradients = [torch.autograd.grad(2 * x, learned, allow_unused=True) for x in (found, expected)]
@@ -197,7 +199,7 @@ def test_what_a_layer_does_to_its_scores_is_honoured(monkeypatch, name, loss, he
         else:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * theirs.abs().max().item())
     assert all(x.grad is None for x in vars(teacher).values() if isinstance(x, torch.Tensor) and x.is_leaf)
-    assert streamed_loss(loss, student, student, mask, heads).item() == pytest.approx(0.0, abs=1e-15)
+    assert same.item() == pytest.approx(0.0, abs=1e-15)
 
 
 def test_float32_equals_the_plain_loss_to_its_precision():

@@ -14,14 +14,13 @@ from torch.nn import functional as F
 
 from fakit.losses import outputs
 from fakit.losses.fused import liger
+from fakit.losses.fused.blocks import block_size, blocks
 from fakit.losses.fused.output_head import ChunkedHead, Head, view
 from fakit.losses.outputs import check_temperature, check_vocabularies
 from fakit.losses.reduce import check_labels, check_mask
 
-# Tokens of one chunk. Its logits, in float32, should stay in a CPU's caches (16 MiB; a GPU wants larger matrices), but every chunk also reads
-# both heads and adds to one gradient of their size, so that below some 250 tokens the traffic costs more than the caches save.
-_ELEMENTS = {"cpu": 2**22}
-_ELEMENTS_ELSEWHERE = 2**25
+# Every chunk reads both heads and adds to one gradient of their size: below some 250 tokens that traffic costs more than
+# the caches save (`blocks.SIZES`).
 _FEWEST = 256
 
 
@@ -89,7 +88,7 @@ def fused_outputs(
         weights=weights,
         vocab_size=vocab_size or sizes[0],
         finish=(student.finish, teacher.finish),
-        chunk=chunk or max(_FEWEST, _ELEMENTS.get(kind, _ELEMENTS_ELSEWHERE) // max(sizes)),
+        chunk=chunk or max(_FEWEST, block_size("outputs", kind) // max(sizes)),
         dtype=torch.float64 if torch.float64 in (student.weight.dtype, teacher.weight.dtype) else torch.float32,
         autocast=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         gradients=torch.is_grad_enabled(),
@@ -245,8 +244,8 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
     by_hand = plan.divergence is outputs.PER_POSITION["forward_kl"]
     step = _forward_kl_step if by_hand else partial(_any_step, plan.divergence)
     work = [torch.empty(min(plan.chunk, N) * weight.shape[0], dtype=student.dtype, device=device) for _ in range(2)]
-    for start in range(0, compared.shape[0], plan.chunk):
-        chunk = slice(start, start + plan.chunk)
+    for start, end, _ in blocks(compared.shape[0], plan.chunk, lambda _: weight.shape[0]):
+        chunk = slice(start, end)
         z, g = student.logits(chunk), None  # (n, V_S)
         if plan.weights[0]:
             t = teacher.logits(chunk)  # (n, V)

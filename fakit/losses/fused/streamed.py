@@ -6,17 +6,15 @@ of rows is scored, compared, turned into its part of the gradient, and dropped.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fakit.losses.fused.attention_inputs import AttentionInputs
+from fakit.losses.fused.blocks import Block, block_size, blocks
 from fakit.losses.reduce import at_least_float32, check_mask, in_full
-
-# Elements of one score block, over batch, heads, queries and keys: 4 MiB in float32 stays in a CPU's caches; accelerators want more at once.
-_BLOCK_CPU, _BLOCK_ACCELERATOR = 2**20, 2**24
 
 
 def streamed_map_kl(
@@ -336,14 +334,13 @@ def _learns_sinks(loss: str, side: AttentionInputs) -> bool:
     return loss == "mse" and side.sinks is not None
 
 
-def _blocks(student: AttentionInputs, teacher: AttentionInputs):
-    """(first query, last + 1, number of keys that any of them sees), so that a block of scores stays small."""
+def _blocks(student: AttentionInputs, teacher: AttentionInputs) -> Iterator[Block]:
+    """Queries, and the keys that any of them sees, so that a block of scores stays small."""
     B, H, T, _ = student.query.shape
-    elements = _BLOCK_CPU if student.query.device.type == "cpu" else _BLOCK_ACCELERATOR
+    elements = block_size("attention", student.query.device.type)
     rows = max(1, elements // max(1, B * max(H, teacher.query.shape[1]) * T))
-    for start in range(0, T, rows):
-        end = min(start + rows, T)
-        yield start, end, end if student.causal and teacher.causal else T
+    causal = student.causal and teacher.causal
+    return blocks(T, rows, lambda end: end if causal else T)
 
 
 def _check(student: AttentionInputs, teacher: AttentionInputs, mask: Tensor | None, heads: int | None) -> None:
