@@ -287,8 +287,8 @@ FLOORS = [
     ["similarity", "models", "figures"],
     ["tracing", "tasks"],
     ["objective", "evaluation"],
-    ["training", "planner"],
-    ["experiments", "teaching"],
+    ["training"],
+    ["experiments", "teaching", "planner"],
     ["widgets"],
     ["__main__"],
 ]

@@ -20,7 +20,7 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from fakit.losses.reduce import at_least_float32, check_mask, masked_mean
+from fakit.losses.reduce import at_least_float32, check_mask, masked_mean, values_known
 
 _FIX = "Different vocabularies: pad-only differences are cut with Outputs(vocab_size=N); different tokenisers cannot be matched token by token."
 
@@ -125,7 +125,7 @@ def small_kl(values: Tensor, p: Tensor, u: Tensor, q_of: Callable) -> Tensor:
         p, u: (..., V), u = log q - log p.
         q_of: gives q, the rows counted over all leading dimensions, of those that a slice selects.
     """
-    if values.device.type != "cpu" or torch.compiler.is_compiling():  # looking at the values would wait for the device
+    if not values_known(values):
         anew = _around_zero(p.flatten(0, -2), u.flatten(0, -2), q_of, slice(None)).view(values.shape)
         return torch.where(values < _SMALL, anew, values)
     shape, values, p, u = values.shape, values.flatten(), p.reshape(-1, p.shape[-1]), u.reshape(-1, u.shape[-1])
@@ -143,8 +143,7 @@ def _around_zero(p: Tensor, u: Tensor, q_of: Callable, rows: slice) -> Tensor:
     mean = torch.linalg.vecdot(p, u).unsqueeze(-1)
     v = u - mean
     near = torch.finfo(u.dtype).eps ** 0.25
-    looks = v.device.type == "cpu" and not torch.compiler.is_compiling()
-    low, high = (x.item() for x in v.aminmax()) if looks else (-math.inf, math.inf)
+    low, high = (x.item() for x in v.aminmax()) if values_known(v) else (-math.inf, math.inf)
     if max(-low, high) < near:
         return torch.linalg.vecdot(p, _series(v)).log1p()
     if high < 20 and p.shape[-1] > 1000:  # what cancels in one of so many summands is nothing in their sum

@@ -14,7 +14,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=8, metavar="N", help="rows of a batch (%(default)s)")
     add("--seq", type=int, default=512, metavar="T", help="tokens of a row (%(default)s)")
     add("--quantize", choices=("8bit", "4bit"), help="the teacher; not unless given")
-    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="fp32, or mixed precision (%(default)s)")
+    dtypes = "bf16 (mixed precision) or fp32; auto: bf16 on a GPU, on a CPU what this one computes faster (%(default)s)"
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help=dtypes)
     add("--memory", default="16GB", help="an amount or a card's name: T4, 'A100 40GB' (%(default)s)")
     tasks = "causal-lm, masked-lm, sequence-classification, seq2seq-lm or encoder"
     add("--task", help=f"{tasks}; guessed from the configuration unless given")

@@ -11,6 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch._subclasses import fake_tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -21,6 +22,7 @@ from fakit.models.pretrained import CLASSES, in_one_sentence
 from fakit.planner.cards import CARDS, GB, Card, find_card
 from fakit.planner.presets import PRESETS, config_text, guess_task, read_config
 from fakit.planner.step import OPTIMIZERS, TERMS, Setup, Step, built, position_limit, simulate
+from fakit.training.precision import bf16_is_fast
 
 if TYPE_CHECKING:
     from fakit.figures import Figure
@@ -56,6 +58,7 @@ class Plan:
         card: its arithmetic, where a card was named.
         utilisation: share of a card's FLOP/s that a step is taken to reach.
         steps: number of steps of the whole training, if its tokens were given.
+        assumed_dtype: nobody asked for the precision (dtype="auto").
     """
 
     teacher: str
@@ -66,6 +69,14 @@ class Plan:
     card: Card | None
     utilisation: float
     steps: int | None = None
+    assumed_dtype: bool = False
+
+    @property
+    def precision(self) -> str:
+        """In which precision the step is taken to compute, and why where nobody asked for one."""
+        name = "bf16 autocast" if self.setup.dtype == "bf16" else "float32"
+        device = "a GPU" if self.setup.accelerator else "this processor, which computes it faster"
+        return f"{name}, assumed for {device}" if self.assumed_dtype else name
 
     @property
     def memory(self) -> dict[str, float]:
@@ -164,7 +175,8 @@ class Plan:
         """The same plan with other settings of `setup`."""
         setup = replace(self.setup, **changes)
         steps = None if self.steps is None else math.ceil(self.steps * self.setup.batch / setup.batch)
-        return replace(self, setup=setup, step=simulate(setup), steps=steps)
+        assumed = self.assumed_dtype and "dtype" not in changes
+        return replace(self, setup=setup, step=simulate(setup), steps=steps, assumed_dtype=assumed)
 
     # -- how it shows itself ------------------------------------------------------------------------------------------
 
@@ -206,7 +218,11 @@ class Plan:
             rows |= {name: plan.memory for name, plan in self.changes}
         others = {card.name: card.memory for card in CARDS.values()}
         return memory_plan(
-            rows, self.limit, self.limit_name, others, title=f"{self.teacher.split('/')[-1]} → {self.name}"
+            rows,
+            self.limit,
+            self.limit_name,
+            others,
+            title=f"{self.teacher.split('/')[-1]} → {self.name}, {self.setup.dtype}",
         )
 
     def __str__(self) -> str:
@@ -219,6 +235,7 @@ class Plan:
             + (" under bf16 autocast" if setup.dtype == "bf16" else ""),
             f"step     {setup.batch} × {setup.seq} tokens, {', '.join(setup.terms)}, {setup.optimizer}"
             + (", gradient checkpointing" if setup.checkpointing else ""),
+            f"dtype    {self.precision}",
             *self._unquantised(),
             "",
             "memory at the peak of a step",
@@ -276,7 +293,7 @@ def plan(
     seq: int = 512,
     *,
     quantize: str | None = None,
-    dtype: str = "bf16",
+    dtype: str = "auto",
     memory: str | float = "16GB",
     task: str | None = None,
     optimizer: str = "adamw",
@@ -298,7 +315,8 @@ def plan(
         batch: rows of a batch, in one micro-step.
         seq: tokens of a row, padding included.
         quantize: the teacher's: None, "8bit" or "4bit"; of a checkpoint that is quantised already, as it is stored.
-        dtype: "bf16": the teacher in bf16, the student in float32 under bf16 autocast (fp16 takes as much); "fp32".
+        dtype: "bf16": the teacher in bf16, the student in float32 under bf16 autocast (fp16 takes as much); "fp32";
+            "auto": bf16 for a GPU, and for a CPU what this one computes faster, as in training (`fakit.training.precision`).
         memory: a card's name ("T4", "A100 40GB") or an amount ("16GB"), a GB being 10⁹ bytes.
         task: of both models, as for `load_teacher`; guessed from the configuration unless given.
         optimizer: "adamw" (fused), "adamw-8bit", "adafactor" or "sgd".
@@ -319,7 +337,7 @@ def plan(
     layers, width = parse_student(student)
     choices = {
         "quantize": (quantize, (None, "8bit", "4bit")),
-        "dtype": (dtype, tuple(_DTYPES)),
+        "dtype": (dtype, ("auto", *_DTYPES)),
         "optimizer": (optimizer, OPTIMIZERS),
         "device": (device, ("gpu", "cpu")),
         "task": (task, (None, *CLASSES)),
@@ -347,6 +365,9 @@ def plan(
         quantize = stored
     used = tuple(term for term in TERMS if term in terms)
     pairs = None if layer_map is None else tuple(layer_map.pairs)
+    assumed = dtype == "auto"
+    if assumed:
+        dtype = "bf16" if device == "gpu" or bf16_is_fast(torch.device("cpu")) else "fp32"
     how = (quantize, dtype, optimizer, checkpointing, used, pairs, device == "gpu")
     setup = Setup(config_text(config), task or guess_task(config), layers, width, batch, seq, *how)
     source = config if name in PRESETS or isinstance(teacher, PreTrainedConfig) else teacher
@@ -369,7 +390,7 @@ def plan(
         raise ValueError(
             f"a step of {name} as a {setup.task} model does not run: {said}. Its configuration may lack a setting, or its sizes not fit each other."
         ) from error
-    return Plan(name, setup, step, limit_name, limit, card, utilisation, steps)
+    return Plan(name, setup, step, limit_name, limit, card, utilisation, steps, assumed)
 
 
 def _whole(what: str, number: float) -> int:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fakit.losses import outputs
@@ -425,6 +426,18 @@ def test_liger_is_asked_for_what_we_mean(monkeypatch, divergence, mask):
 
 def test_liger_serves_no_cpu():
     assert not liger.serves("forward_kl", *heads(make(torch.float32)))
+
+
+@divergences
+def test_shapes_alone_are_enough(divergence):
+    """Under torch's FakeTensorMode: nothing looks at values, and everything has its shape and dtype."""
+    with FakeTensorMode() as mode:
+        tensors = [mode.from_tensor(x) for x in make(torch.float32)]
+        mask, given = mode.from_tensor(MASK), mode.from_tensor(labels())
+        found = fused_outputs(*heads(tensors), mask, divergence=divergence, labels=given, vocab_size=V - 1, chunk=4)
+        found[0].backward()
+    assert all(isinstance(x, FakeTensor) and x.shape == () and x.dtype == torch.float32 for x in found)
+    assert [x.grad.shape for x in tensors[:3]] == [x.shape for x in tensors[:3]]
 
 
 def test_docstring_examples_run():

@@ -368,9 +368,25 @@ def test_a_setting_that_is_missing_is_not_said_to_be_a_question_of_data():
         plan(config, 1, 2, 16)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_precision_is_the_devices_and_is_stated(monkeypatch, fast):
+    asked = []
+    monkeypatch.setattr(planning, "bf16_is_fast", lambda device: asked.append(device.type) or fast)
+    gpu, cpu = (plan("gpt2", "1x64", 1, 8, terms=("features",), device=device) for device in ("gpu", "cpu"))
+    assert asked == ["cpu"]
+    assert gpu.setup.dtype == "bf16" and "dtype    bf16 autocast, assumed for a GPU\n" in str(gpu)
+    name = "bf16 autocast" if fast else "float32"
+    assert cpu.setup.dtype == ("bf16" if fast else "fp32")
+    assert f"dtype    {name}, assumed for this processor, which computes it faster\n" in str(cpu)
+    other = "fp32" if fast else "bf16"
+    given = plan("gpt2", "1x64", 1, 8, terms=("features",), device="cpu", dtype=other)
+    assert given.setup.dtype == other and given.precision == ("float32" if fast else "bf16 autocast")
+    assert cpu.with_setup(batch=2).assumed_dtype and not cpu.with_setup(dtype=other).assumed_dtype
+
+
 def test_few_bits_of_a_mixture_say_what_they_leave():
     config = MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=4)
-    full, few = (plan(config, 2, 2, 16, device="cpu", quantize=bits) for bits in (None, "4bit"))
+    full, few = (plan(config, 2, 2, 16, dtype="bf16", device="cpu", quantize=bits) for bits in (None, "4bit"))
     experts = 4 * 4 * 3 * 64 * 128  # layers × experts × projections × d × d_ff
     assert few.step.stacked == experts
     assert few.step.weight_bytes["teacher"] > 2 * experts > 0.8 * full.step.weight_bytes["teacher"]

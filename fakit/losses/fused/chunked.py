@@ -17,7 +17,7 @@ from fakit.losses.fused import liger
 from fakit.losses.fused.blocks import block_size, blocks
 from fakit.losses.fused.output_head import ChunkedHead, Head, view
 from fakit.losses.outputs import check_temperature, check_vocabularies
-from fakit.losses.reduce import check_labels, check_mask
+from fakit.losses.reduce import check_labels, check_mask, values_known
 
 # Every chunk reads both heads and adds to one gradient of their size: below some 250 tokens that traffic costs more than
 # the caches save (`blocks.SIZES`).
@@ -220,7 +220,7 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
 
     # Rows with a label come first, rows that count nowhere are left out. An accelerator would have to stop and count them: it takes all.
     rows, labelled_rows = None, 0 if labels is None else N
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_known(labelled):
         with_label = labelled.nonzero().squeeze(1)
         rows = torch.cat([with_label, (compared & ~labelled).nonzero().squeeze(1)])
         labelled_rows = with_label.shape[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.losses.fused.blocks import Block, block_size, blocks
-from fakit.losses.reduce import at_least_float32, check_mask, in_full
+from fakit.losses.reduce import at_least_float32, check_mask, in_full, values_known
 
 
 def streamed_map_kl(
@@ -155,7 +155,7 @@ class _Side:
         self.inputs = inputs
         self.valid = torch.ones(B, T, dtype=torch.bool, device=inputs.query.device) if mask is None else mask.bool()
         # a mask that hides nothing would cost a pass over every block
-        self.masked = mask is not None and not (_may_ask(self.valid) and self.valid.all())
+        self.masked = mask is not None and not (values_known(self.valid) and self.valid.all())
         # models hand over views of (B, T, H, d); laid out by head once, no block's product has to copy them again
         self.query, key = (at_least_float32(x).contiguous() for x in (inputs.query, inputs.key))
         if self.masked:  # NaN in padding must not reach the products
@@ -319,14 +319,9 @@ def _grouped(maps: Tensor, heads: int | None) -> Tensor:
     return maps if heads in (None, maps.shape[1]) else maps.unflatten(1, (heads, -1)).mean(2)
 
 
-def _may_ask(x: Tensor) -> bool:
-    """Whether a tensor's numbers may be looked at: an accelerator would stop for it, a compiled graph would break."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _same(hidden: Tensor, other: Tensor | None) -> bool:
     """Whether both sides are known to mask the same pairs."""
-    return other is not None and _may_ask(hidden) and torch.equal(hidden, other)
+    return other is not None and values_known(hidden) and torch.equal(hidden, other)
 
 
 def _learns_sinks(loss: str, side: AttentionInputs) -> bool:
