@@ -306,7 +306,7 @@ class TrainSession:
 
     def _refuse_own_thread(self, what: str) -> None:
         """A callback or a listener that waits for the run in the run's own thread would wait for ever."""
-        if threading.get_ident() == self._loop.thread:
+        if threading.current_thread() is self._loop.thread:
             raise ValueError(
                 f"{what} was called from the thread that trains (a callback, a listener of run()), which would wait for itself; "
                 "use wait=False there: it is done right after this step's log."

@@ -47,7 +47,7 @@ class Loop(TrainerCallback):
         self.layers, self.examples, self.look_every = layers, examples, look_every
         self.changed = threading.Condition(threading.RLock())
         self.state = READY
-        self.thread: int | None = None  # that trains
+        self.thread: threading.Thread | None = None  # that trains
         self.allowed: float = math.inf
         self.stopping = False
         self.requests: deque[tuple[str, Any, Any]] = deque()
@@ -65,7 +65,7 @@ class Loop(TrainerCallback):
 
     def train(self, resume_from: Path | None) -> Any:
         """All of the run. Leaves `state` at its end, and raises what it raised."""
-        self._resumed, self.thread = resume_from, threading.get_ident()
+        self._resumed, self.thread = resume_from, threading.current_thread()
         try:
             output = self.trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         except BaseException as error:  # also an interrupt: the run is over
