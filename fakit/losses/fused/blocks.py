@@ -11,7 +11,7 @@ The setting is a context variable: losses that another thread computes meanwhile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -75,12 +75,12 @@ def use_blocks(
     Raises:
         ValueError: a size below 1.
     """
-    given = {"attention": attention, "outputs": outputs, "hand_out": hand_out}
-    given = {name: value for name, value in given.items() if value is not None}
-    for loss in SIZES:
-        if given.get(loss, 1) < 1:
-            raise ValueError(f"{loss}={given[loss]}: a block has at least one element.")
-    token = _setting.set(replace(_setting.get(), **given))
+    for loss, size in (("attention", attention), ("outputs", outputs)):
+        if size is not None and size < 1:
+            raise ValueError(f"{loss}={size}: a block has at least one element.")
+    before = _setting.get()
+    made = _Setting(attention or before.attention, outputs or before.outputs, hand_out or before.hand_out)
+    token = _setting.set(made)
     try:
         yield
     finally:
