@@ -1,7 +1,5 @@
 """Training students of every kind: without heads, with layerdrop, of two stacks."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import transformers as hf
@@ -128,7 +126,7 @@ def test_uniform_maps_of_unequal_stacks_pair_encoder_with_encoder(tmp_path):
     student = shrink(teacher, layers=[1, 4, 7, 8])
     depths = [stack_depths(student), stack_depths(teacher)]
     assert depths == [[2, 2], [6, 2]]
-    configured = build_layer_map(SimpleNamespace(layer_map="uniform", seed=0), *depths)
+    configured = build_layer_map("uniform", 0, *depths)
     assert configured.pairs == LayerMap.uniform(*depths).pairs == [(1, 3), (2, 6), (3, 7), (4, 8)]
     plain = LayerMap.uniform(4, 8)
     assert plain.pairs[2] == (3, 6)  # a decoder's layer on an encoder's

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from fakit.experiments.batches import batch_plan
-from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.config import TRANSFER, ExperimentConfig
 from fakit.experiments.schema import did_you_mean
+from fakit.experiments.terms import Pairs, build_further_term
 from fakit.layer_maps import Depths, LayerMap
 from fakit.objective.objective import Objective
-from fakit.objective.terms import Attention, Features, Outputs, Task
+from fakit.objective.terms import Task
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -229,18 +230,19 @@ def check_lengths(rows: Dataset, max_length: int, **models: PreTrainedModel) -> 
             )
 
 
-def build_layer_map(config: ExperimentConfig, student_layers: Depths, teacher_layers: Depths) -> LayerMap:
+def build_layer_map(given: str | Pairs, seed: int, student_layers: Depths, teacher_layers: Depths) -> LayerMap:
     """The layer map of a strategy's name, or of explicit pairs (student layer, teacher layer).
 
     Args:
+        seed: of a random map.
         student_layers, teacher_layers: depths; of encoder-decoders those of encoder and decoder, each mapped by itself.
     """
-    if not isinstance(config.layer_map, str):
-        layer_map = LayerMap(config.layer_map)
-    elif config.layer_map == "random":
-        layer_map = LayerMap.random(student_layers, teacher_layers, seed=config.seed)
+    if not isinstance(given, str):
+        layer_map = LayerMap(given)
+    elif given == "random":
+        layer_map = LayerMap.random(student_layers, teacher_layers, seed=seed)
     else:
-        layer_map = getattr(LayerMap, config.layer_map)(student_layers, teacher_layers)
+        layer_map = getattr(LayerMap, given)(student_layers, teacher_layers)
     layer_map.check(student_layers, teacher_layers)
     return layer_map
 
@@ -249,13 +251,14 @@ def build_objective(config: ExperimentConfig, student: PreTrainedModel, teacher:
     """The objective of the configured terms, with projections where the widths differ."""
     from fakit.models.blocks import stack_depths
 
-    features, attention, outputs = config.features, config.attention, config.outputs
+    def map_of(given: str | Pairs) -> LayerMap:
+        return build_layer_map(given, config.seed, stack_depths(student), stack_depths(teacher))
+
     objective = Objective(
-        build_layer_map(config, stack_depths(student), stack_depths(teacher)),
-        features=features and Features(features.loss, weight=features.weight),
-        attention=attention and Attention(attention.loss, weight=attention.weight, heads=attention.heads),
-        outputs=outputs and Outputs(outputs.loss, temperature=outputs.temperature, weight=outputs.weight),
+        map_of(config.layer_map),
+        **{name: getattr(config, name) and getattr(config, name).build(map_of) for name in TRANSFER},
         task=None if config.task_weight is None else Task(weight=config.task_weight),
+        terms={name: build_further_term(name, given, map_of) for name, given in config.terms.items()},
     )
     return objective.prepare(*(model.config.get_text_config().hidden_size for model in (student, teacher)))
 
@@ -294,7 +297,7 @@ def build_training_rows(
 
     training = config.training
     parts = [task.encode("train", tokenizer, training.max_length)]
-    if config.terms and task.pool is not None:
+    if config.transfers and task.pool is not None:
         pool = task.encode("pool", tokenizer, training.max_length)
         parts.append(pool.cast(parts[0].features))
     labelled = len(parts[0])

@@ -17,11 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fakit.experiments.schema import Section, describe, did_you_mean, option
-from fakit.losses import features as feature_losses
-from fakit.losses import outputs as output_losses
-from fakit.objective.terms import ATTENTION_LOSSES, HEADS
+from fakit.experiments.terms import (
+    LAYER_MAPS,
+    AttentionConfig,
+    FeaturesConfig,
+    OutputsConfig,
+    check_further_terms,
+)
 
-LAYER_MAPS = ("uniform", "last", "first", "skip", "reverse", "all_to_one", "random", "none")
+TRANSFER = ("features", "attention", "outputs")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 ARMS = {
     "none": (),
@@ -80,39 +84,6 @@ class StudentConfig(Section):
 
 
 @dataclass(frozen=True)
-class FeaturesConfig(Section):
-    """Hidden-state matching over the mapped layers."""
-
-    section: ClassVar[str] = "features"
-    loss: str = option("mse", choices=tuple(feature_losses.LOSSES))
-    weight: float = option(1.0, at_least=0.0)
-
-
-@dataclass(frozen=True)
-class AttentionConfig(Section):
-    """Attention-map matching over the mapped layers."""
-
-    section: ClassVar[str] = "attention"
-    loss: str = option("kl", choices=tuple(ATTENTION_LOSSES))
-    weight: float = option(1.0, at_least=0.0)
-    heads: str = option("one-to-one", choices=HEADS)
-
-
-@dataclass(frozen=True)
-class OutputsConfig(Section):
-    """Output-distribution matching at a temperature."""
-
-    section: ClassVar[str] = "outputs"
-    loss: str = option("forward_kl", choices=tuple(output_losses.LOSSES))
-    temperature: float = option(2.0, above=0.0)
-    weight: float = option(1.0, at_least=0.0)
-
-    def _check(self) -> None:
-        if self.temperature < 1e-3:  # logits over it leave float32
-            raise ValueError(f"outputs.temperature: found {self.temperature:g}, expected a value of 0.001 at least.")
-
-
-@dataclass(frozen=True)
 class TrainingConfig(Section):
     """How long and how fast. `steps` are optimiser steps; each takes `batch_size` × `accumulation` texts a process."""
 
@@ -161,6 +132,8 @@ class ExperimentConfig(Section):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     out: str | None = None  # the folder of the exported student and of checkpoints; null: nothing is saved
     name: str | None = None  # the arm's name in tables; null: derived from the terms
+    # further terms by name: {kind: features, attention, outputs or package.module:Class, and its settings}
+    terms: dict[str, Any] = field(default_factory=dict)
 
     def _check(self) -> None:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
@@ -168,7 +141,8 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"device: {self.device!r} is not one of {', '.join(allowed)}.{did_you_mean(self.device, allowed)}"
             )
-        if not self.terms and not self.task_weight:
+        check_further_terms(self.terms, (*TRANSFER, "task"))
+        if not self.transfers and not self.task_weight:
             raise ValueError(
                 "features, attention, outputs, task_weight: all are null or of weight 0, so there is nothing to "
                 "learn from; give at least one a weight above 0."
@@ -179,17 +153,21 @@ class ExperimentConfig(Section):
                 "folder: set out: runs/my-student, or save_every: null."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Without `terms` where there are none further: the ids of runs that never heard of them stay."""
+        return {key: value for key, value in super().to_dict().items() if key != "terms" or value}
+
     @property
-    def terms(self) -> tuple[str, ...]:
-        """The transfer terms that are on: of "features", "attention", "outputs", those with a weight above 0."""
-        names = ("features", "attention", "outputs")
-        return tuple(name for name in names if getattr(self, name) is not None and getattr(self, name).weight > 0)
+    def transfers(self) -> tuple[str, ...]:
+        """The transfer terms that are on: "features", "attention", "outputs" and further ones with a weight above 0."""
+        own = [name for name in TRANSFER if getattr(self, name) is not None and getattr(self, name).weight > 0]
+        return (*own, *(name for name, given in self.terms.items() if given.get("weight", 1.0) > 0))
 
     @property
     def arm(self) -> str:
         """The arm in tables: `name` when given, else "none", "outputs", … "all", or the terms joined by "+"."""
         named = {terms: arm for arm, terms in ARMS.items()}
-        return self.name or named.get(self.terms, "+".join(self.terms))
+        return self.name or named.get(self.transfers, "+".join(self.transfers))
 
     @property
     def run_id(self) -> str:
@@ -206,13 +184,16 @@ class ExperimentConfig(Section):
         """
         if arm not in ARMS:
             raise ValueError(f"arm: {arm!r} is not one of {', '.join(ARMS)}.{did_you_mean(arm, ARMS)}")
-        lacking = [term for term in ARMS[arm] if term not in self.terms]
+        lacking = [term for term in ARMS[arm] if term not in self.transfers]
         if lacking:
             raise ValueError(
                 f"arm {arm!r} needs the terms {', '.join(ARMS[arm])}; this experiment has "
-                f"{', '.join(self.terms) or 'none'}. Give {lacking[0]} a mapping with a weight above 0."
+                f"{', '.join(self.transfers) or 'none'}. Give {lacking[0]} a mapping with a weight above 0."
             )
-        return self.replace(**{term: None for term in self.terms if term not in ARMS[arm]})
+        kept = {name: given for name, given in self.terms.items() if name in ARMS[arm]}
+        return self.replace(
+            terms=kept, **{term: None for term in TRANSFER if term in self.transfers and term not in ARMS[arm]}
+        )
 
 
 def _check_filled(path: str, value: str | None) -> None:

@@ -171,7 +171,7 @@ def run_experiment(
             f"{config.run_id} is recorded in {store.path} already. resume=True (--resume) returns it; "
             "change the seed or another key for a new run."
         )
-    if teacher_cache is not None and not config.terms:
+    if teacher_cache is not None and not config.transfers:
         raise ValueError(
             f"a teacher cache was asked for in {teacher_cache}, and the arm {config.arm!r} has no term that looks at a teacher (features, "
             "attention, outputs): leave the cache out, or turn one on."

@@ -1,8 +1,11 @@
+import inspect
 import itertools
 
 import pytest
 import yaml
 
+from fakit import Attention, Features, LayerMap, Outputs, shrink
+from fakit.experiments.build import build_objective
 from fakit.experiments.config import (
     ARMS,
     LAYER_MAPS,
@@ -15,6 +18,7 @@ from fakit.experiments.config import (
     TeacherConfig,
     TrainingConfig,
 )
+from tests.families import tiny
 
 FULL = ExperimentConfig(
     task=TaskConfig("glue/sst2", labels=500, seed=7, options={"text": "sentence", "nested": {"a": [1, 2]}}),
@@ -181,13 +185,97 @@ def test_run_id_is_stable_and_follows_the_content():
 def test_arms_keep_their_terms_and_nothing_else():
     config = ExperimentConfig()
     for arm, terms in ARMS.items():
-        assert config.with_arm(arm).terms == terms
+        assert config.with_arm(arm).transfers == terms
         assert config.with_arm(arm).arm == arm
         assert config.with_arm(arm).training == config.training
     assert config.replace(outputs=None).arm == "features+attention"
     assert config.replace(name="mine").arm == "mine"
-    assert config.replace(features={"weight": 0}).terms == ("attention", "outputs")
+    assert config.replace(features={"weight": 0}).transfers == ("attention", "outputs")
     with pytest.raises(ValueError, match=r"'al' is not one of none, outputs.*Did you mean 'all'"):
         config.with_arm("al")
     with pytest.raises(ValueError, match=r"arm 'all' needs the terms.*has features, outputs"):
         config.replace(attention=None).with_arm("all")
+
+
+@pytest.mark.parametrize(
+    ("section", "made"), [(FeaturesConfig, Features), (AttentionConfig, Attention), (OutputsConfig, Outputs)]
+)
+def test_a_file_says_of_a_term_all_that_python_says(section, made):
+    python = {name: p.default for name, p in inspect.signature(made).parameters.items() if name != "more"}
+    assert set(section.keys()) == set(python)
+    for name, default in python.items():
+        own = getattr(section(), name)
+        assert own == (default if name != "parameters" else {}), name
+
+
+EVERYTHING = """
+layer_map: last
+features: {loss: cosine, weight: 0.5, projection: null, layer_map: [[0, 0], [2, 3]]}
+attention: {loss: relations, relations: [keys, values], relation_heads: 2, layer_map: first}
+outputs: {loss: jsd, beta: 0.1, vocab_size: 2, chunked: false, temperature: 1.0}
+terms:
+  embeddings: {kind: features, loss: mse, layer_map: [[0, 0]], weight: 0.25}
+  sharp: {kind: outputs, loss: reverse_kl, temperature: 1.0}
+  contrast: {kind: "tests.objective.own_term:Contrastive", student_layer: 2, teacher_layer: 3, weight: 2.0}
+"""
+
+
+def test_every_setting_and_further_terms_come_from_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text(EVERYTHING)
+    config = ExperimentConfig.from_yaml(tmp_path / "run.yaml")
+    assert ExperimentConfig.from_dict(config.to_dict()) == config
+    assert config.to_dict()["outputs"]["beta"] == 0.1
+    teacher = tiny("bert")
+    objective = build_objective(config, shrink(teacher, 2), teacher)
+    assert list(objective.terms) == ["features", "attention", "outputs", "task", "embeddings", "sharp", "contrast"]
+    features, attention, outputs = objective.features, objective.attention, objective.outputs
+    assert (features.loss, features.projection, objective.map_of("features")) == (
+        "cosine",
+        None,
+        LayerMap([(0, 0), (2, 3)]),
+    )
+    assert (attention.relations, attention.relation_heads) == (("keys", "values"), 2)
+    assert objective.map_of("attention") == LayerMap.first(2, 3) and objective.layer_map == LayerMap.last(2, 3)
+    assert (outputs.parameters, outputs.vocab_size, outputs.chunked) == ({"beta": 0.1}, 2, False)
+    assert objective.weights == {
+        "features": 0.5,
+        "attention": 1,
+        "outputs": 1,
+        "task": 1,
+        "embeddings": 0.25,
+        "sharp": 1,
+        "contrast": 2,
+    }
+    assert type(objective.terms["contrast"]).__name__ == "Contrastive"
+    assert config.arm == "features+attention+outputs+embeddings+sharp+contrast"
+    assert config.with_arm("outputs").terms == {}
+    assert config.replace(**{"outputs.temperature": 3.0}).outputs.parameters == {"beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("outputs: {loss: jsd, beta: 2}", "outputs: jsd mixes teacher and student with 0 < beta < 1, not 2"),
+        ("outputs: {loss: forward_kl, beta: 0.1}", "outputs.beta: unknown key at outputs; the keys are loss"),
+        ("features: {layer_map: [[-1, 2]]}", "features: "),
+        ("features: {layer_map: lest}", "features.layer_map: 'lest' is not one of .* Did you mean 'last'"),
+        ("attention: {relations: [queres]}", "attention: Attention.relations=.'queres'"),
+        ("terms: {mine: 3}", r"terms.mine: found 3 \(whole number\), expected a mapping with a kind"),
+        ("terms: {mine: {kind: feature}}", "terms.mine.kind: 'feature' is not one of .* Did you mean 'features'"),
+        ("terms: {outputs: {kind: outputs}}", "terms.outputs: a further term has a name of its own"),
+        (
+            "terms: {mine: {kind: outputs, los: jsd}}",
+            "terms.mine.los: unknown key at terms.mine; .* Did you mean 'loss'",
+        ),
+        ("terms: {mine: {kind: 'nowhere.at_all:Mine'}}", "terms.mine.kind: 'nowhere.at_all' cannot be imported"),
+        ("terms: {mine: {kind: 'json:dumps'}}", "expected a subclass of fakit.Term"),
+        (
+            "terms: {mine: {kind: 'tests.objective.own_term:Contrastive', layer: 1}}",
+            "takes student_layer, .*found layer",
+        ),
+    ],
+)
+def test_what_is_no_term_in_a_file_is_refused_by_its_key(text, message, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        ExperimentConfig.from_yaml(tmp_path / "run.yaml")
