@@ -102,7 +102,7 @@ def test_equal_compute_steps_by_hand(small, tmp_path, monkeypatch):
     study = StudyConfig((small.experiments[0].replace(**{"training.steps": 50}),), arms=("none", "all"), seeds=(7, 8))
     store = run_study(study, tmp_path, progress=False)
     configs = study.equal_compute_runs(store)
-    assert [(c.seed, c.training.steps, c.arm, c.terms) for c in configs] == [
+    assert [(c.seed, c.training.steps, c.arm, c.transfers) for c in configs] == [
         (7, 80, "none, equal compute", ()),
         (8, 80, "none, equal compute", ()),
     ]
