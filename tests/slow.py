@@ -8,6 +8,7 @@ SLOW = (
     "experiments/test_resume.py",
     "experiments/test_run_experiment.py",
     "experiments/test_study.py",
+    "figures/test_every_figure.py",
     "planner/",
     "scale/",
     "test_benchmarks.py",

@@ -93,7 +93,7 @@ class _KL(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx, gradient):  # ty: ignore[incompatible-method-override]
+    def backward(ctx, gradient):
         teacher, student, values = ctx.saved_tensors
         log_p, u = _log_ratio(teacher, student)
         p, gradient, values = log_p.exp(), gradient.unsqueeze(-1), values.unsqueeze(-1)

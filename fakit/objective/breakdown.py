@@ -1,12 +1,18 @@
 """What one evaluation of the objective gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fakit.layer_maps import Pair
+
+
+def total(values: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors, one or more."""
+    first, *others = values
+    return sum(others, first)
 
 
 @dataclass

@@ -24,7 +24,7 @@ def whose_numbers(term: Term, pairs: list[Pair], student: Trace | None, teacher:
     return ""
 
 
-def _not_finite(trace: Trace, needs: Needs, layers: set[int]) -> str | None:
+def _not_finite(trace: Trace, needs: Needs, layers: set[int] | frozenset[int]) -> str | None:
     for layer in sorted(layers & needs.hidden_states):
         if _wrong(trace.hidden_states.get(layer), trace.layer_mask(layer)):
             return f"hidden states of layer {layer} are"

@@ -11,12 +11,13 @@ For k terms that is a k × k matrix a layer. It is what is kept here; the gradie
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fakit.models.blocks import find_blocks
-from fakit.objective.breakdown import Breakdown, Pair
+from fakit.objective.breakdown import Breakdown, Pair, total
 from fakit.objective.objective import Objective
 from fakit.tracing.capture import capture
 
@@ -238,8 +239,9 @@ def parameters_by_part(student: nn.Module) -> dict[Part, list[nn.Parameter]]:
     layer_of: dict[int, Part] = {}
     for number, block in reversed(list(enumerate(blocks, start=1))):
         layer_of |= {id(parameter): number for parameter in block.parameters()}
-    output = student.get_output_embeddings() if hasattr(student, "get_output_embeddings") else None
-    inputs = student.get_input_embeddings() if hasattr(student, "get_input_embeddings") else None
+    transformer: Any = student
+    output = transformer.get_output_embeddings() if hasattr(student, "get_output_embeddings") else None
+    inputs = transformer.get_input_embeddings() if hasattr(student, "get_input_embeddings") else None
     tied = {id(parameter) for parameter in inputs.parameters()} if inputs is not None else set()
     heads = {id(parameter) for parameter in output.parameters()} - tied if output is not None else set()
     parts: dict[Part, list[nn.Parameter]] = {part: [] for part in (*range(len(blocks) + 1), HEAD)}
@@ -273,7 +275,7 @@ def _set(objective: Objective, weights: dict[str, float], temperature: float | N
     own = objective.temperature
     try:
         objective.weights.update({name: weights.get(name, 0.0) for name in before})
-        if own is not None:
+        if temperature is not None:
             objective.temperature = temperature
         yield
     finally:
@@ -303,12 +305,12 @@ def _mean(breakdowns: list[Breakdown]) -> Breakdown:
     """The mean of each term over the batches."""
     for breakdown in breakdowns:
         breakdown.check()
-    terms = {n: sum(b.terms[n] for b in breakdowns) / len(breakdowns) for n in breakdowns[0].terms}
+    terms = {name: total([b.terms[name] for b in breakdowns]) / len(breakdowns) for name in breakdowns[0].terms}
     layers = {
-        name: {pair: sum(b.per_layer[name][pair] for b in breakdowns) / len(breakdowns) for pair in by}
+        name: {pair: total([b.per_layer[name][pair] for b in breakdowns]) / len(breakdowns) for pair in by}
         for name, by in breakdowns[0].per_layer.items()
     }
-    return Breakdown(sum(terms.values()), terms, terms, layers)
+    return Breakdown(total(terms.values()), terms, terms, layers)
 
 
 def _gradient(loss: Tensor, parameters: dict[Part, list[nn.Parameter]]) -> list[Tensor | None]:

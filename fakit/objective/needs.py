@@ -150,8 +150,8 @@ class CountedBatch(Mapping):
         labels = self.get("labels")
         if labels is None:
             return None
-        labels = Trace(mask=self.mask, documents=self.documents, causal=self.causal).own_labels(labels)
-        return labels[:, 1:] if self.causal and labels.dim() == 2 else labels
+        own = Trace(mask=self.mask, documents=self.documents, causal=self.causal).own_labels(labels)
+        return own[:, 1:] if own is not None and self.causal and own.dim() == 2 else own
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> Tensor:

@@ -8,13 +8,13 @@ call returns a breakdown by term and by layer pair.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fakit.layer_maps import Depths, LayerMap, Pair
-from fakit.objective.breakdown import Breakdown
+from fakit.objective.breakdown import Breakdown, total
 from fakit.objective.diagnosis import whose_numbers
 from fakit.objective.needs import Needs
 from fakit.objective.over_heads import compare_over_heads, with_logits
@@ -88,19 +88,19 @@ class Objective(nn.Module):
     @property
     def features(self) -> Features | None:
         """The term of this name, or None; so the next three."""
-        return self._terms.get("features")
+        return cast("Features | None", self._terms.get("features"))
 
     @property
     def attention(self) -> Attention | None:
-        return self._terms.get("attention")
+        return cast("Attention | None", self._terms.get("attention"))
 
     @property
     def outputs(self) -> Outputs | None:
-        return self._terms.get("outputs")
+        return cast("Outputs | None", self._terms.get("outputs"))
 
     @property
     def task(self) -> Task | None:
-        return self._terms.get("task")
+        return cast("Task | None", self._terms.get("task"))
 
     def of_kind(self, kind: type[Kind]) -> dict[str, Kind]:
         """The terms of a class, by name."""
@@ -109,12 +109,12 @@ class Objective(nn.Module):
     @property
     def temperature(self) -> float | None:
         """τ of the terms that have one, which may be set at any time: then of all of them. None where none has."""
-        softened = [term for term in self._terms.values() if hasattr(term, "temperature")]
+        softened: list[Any] = [term for term in self._terms.values() if hasattr(term, "temperature")]
         return softened[0].temperature if softened else None
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        softened = [term for term in self._terms.values() if hasattr(term, "temperature")]
+        softened: list[Any] = [term for term in self._terms.values() if hasattr(term, "temperature")]
         if not softened:
             raise ValueError(
                 "this objective has no outputs term, and so no temperature; Objective(…, outputs=Outputs())."
@@ -134,7 +134,7 @@ class Objective(nn.Module):
             if term.layer_map is None:
                 term.place.layer_map = layer_map
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in OWN or name == "terms":
             raise ValueError(
                 f"objective.{name} cannot be set once the objective is made: weights, projections and a cache follow from its terms. Make a new "
@@ -237,14 +237,16 @@ class Objective(nn.Module):
         labels = student.own_labels(labels)
         active = {n: t for n, t in self._terms.items() if self.active(n) and (labels is not None or not t.needs_labels)}
         together, at_once = compare_over_heads(active, self.weights, student, teacher, labels, shares or {})
-        whole = [with_logits(trace) for trace in (student, teacher)] if self._want_logits(active, at_once) else None
+        whole = (student, teacher)
+        if self._want_logits(active, at_once):
+            whole = with_logits(student), None if teacher is None else with_logits(teacher)
         values: dict[str, Tensor] = {}
         per_layer: dict[str, dict[Pair, Tensor]] = {}
         for name, term in active.items():
             if name in at_once:
                 values[name] = at_once[name]
                 continue
-            found = term.compare(*(whole or (student, teacher)), labels)
+            found = term.compare(*whole, labels)
             by_pair = found if isinstance(found, Mapping) else {}
             if by_pair:
                 pair_shares = term.shares() or dict.fromkeys(by_pair, 1 / len(by_pair))
@@ -262,11 +264,11 @@ class Objective(nn.Module):
             values = {name: shares[name] * value for name, value in values.items()}
             per_layer = {n: {pair: shares[n] * v for pair, v in pairs.items()} for n, pairs in per_layer.items()}
         weighted = {name: self.weights[name] * value for name, value in values.items()}
-        total = sum(weighted.values())
+        loss = total(weighted.values())
         if together is not None:  # the same number; its gradient is there already
-            total = together + sum(value for name, value in weighted.items() if name not in at_once)
+            loss = together + sum(value for name, value in weighted.items() if name not in at_once)
         matches = {pair: heads for term in active.values() for pair, heads in term.place.matches.items()}
-        breakdown = Breakdown(total, values, weighted, per_layer, matches)
+        breakdown = Breakdown(loss, values, weighted, per_layer, matches)
         # looking at a number on an accelerator would stop its stream in every step; there the trainer looks when it logs
         if breakdown.total.device.type == "cpu" and not torch.compiler.is_compiling():
             breakdown.check(lambda name, pairs: whose_numbers(self._terms[name], pairs, student, teacher))

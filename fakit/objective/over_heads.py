@@ -26,7 +26,9 @@ def compare_over_heads(
     """
     if student.head is None:
         return None, {}
-    outputs = {n: t for n, t in terms.items() if isinstance(t, Outputs) and t.in_chunks and teacher.head is not None}
+    outputs = {}
+    if teacher is not None and teacher.head is not None:
+        outputs = {name: term for name, term in terms.items() if isinstance(term, Outputs) and term.in_chunks}
     task = next((name for name, term in terms.items() if isinstance(term, Task)), None)
     if any(isinstance(t, Outputs) and n not in outputs for n, t in terms.items()):
         task = None  # logits are made in full anyway
@@ -66,8 +68,8 @@ def _pass(terms, weights, name: str | None, task: str | None, student, teacher, 
     return total, {n: value for n, value in ((name, outputs), (task, task_value)) if value is not None}
 
 
-def with_logits(trace: Trace | None) -> Trace | None:
+def with_logits(trace: Trace) -> Trace:
     """A trace whose logits are wanted in full after all, because the other side has no head to go by."""
-    if trace is None or trace.head is None or trace.logits is not None:
+    if trace.head is None or trace.logits is not None:
         return trace
     return replace(trace, logits=trace.head.logits())

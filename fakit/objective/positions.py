@@ -42,11 +42,11 @@ def common_mask(student: Trace, teacher: Trace, pair: Pair) -> Tensor | None:
     Raises:
         ValueError: an encoder's layer with a decoder's, or batches of different shapes.
     """
-    ends = (student.encoder_layers, teacher.encoder_layers)
-    if None not in ends and (pair[0] > ends[0]) != (pair[1] > ends[1]):
+    ours, theirs = student.encoder_layers, teacher.encoder_layers
+    if ours is not None and theirs is not None and (pair[0] > ours) != (pair[1] > theirs):
         raise ValueError(
             f"pair S{pair[0]}←T{pair[1]} matches an encoder's layer with a decoder's, which work on different tokens: the student's encoder ends "
-            f"with layer {ends[0]}, the teacher's with {ends[1]}. Map each stack by itself: LayerMap.uniform([encoder, decoder], [encoder, decoder])."
+            f"with layer {ours}, the teacher's with {theirs}. Map each stack by itself: LayerMap.uniform([encoder, decoder], [encoder, decoder])."
         )
     return on_both_sides(student.layer_mask(pair[0]), teacher.layer_mask(pair[1]))
 

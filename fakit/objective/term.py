@@ -62,6 +62,7 @@ class Term:
     #: True where there is nothing to compare without labels.
     needs_labels: ClassVar[bool] = False
     _settable: ClassVar[frozenset[str]] = frozenset()
+    _place: Place
 
     # -- what a subclass says -----------------------------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class Term:
         raise FrozenTermError(f"{type(self).__name__}.{name} cannot be deleted.")
 
 
-def choose(term: str, loss: str | Callable, known: Mapping[str, Callable]) -> Callable:
+def choose(term: str, loss: str | Callable, known: Mapping[str, Any]) -> Callable:
     """The function of a named loss, or the function that was given.
 
     Raises:

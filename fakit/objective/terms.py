@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
 from fakit.losses.fused import streamed
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS, task_loss
+from fakit.objective.breakdown import total
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.positions import common_mask, kept, predicting
 from fakit.objective.term import Term, choose, normalized
@@ -138,7 +139,7 @@ class Features(_OverLayers):
                 )
             projection = nn.Linear(d_student, d_teacher, bias=False)
             modules[name] = projection if like is None else projection.to(like.device)
-        projection = modules[name]
+        projection = cast(nn.Linear, modules[name])
         if (projection.in_features, projection.out_features) != (d_student, d_teacher):
             raise ValueError(
                 f"the projection of S{pair[0]}←T{pair[1]} maps {projection.in_features} → {projection.out_features}, and the student is "
@@ -205,25 +206,26 @@ class Attention(_OverLayers):
     def cached(self) -> Needs:
         return Needs(attentions=self._layers("teacher", self.possible_pairs()), inputs=self._inputs())
 
-    def _inputs(self) -> tuple[str, ...]:
-        return self.relations if self.loss == "relations" else ("queries", "keys")
+    def _inputs(self) -> frozenset[str]:
+        return frozenset(self.relations if self.loss == "relations" else ("queries", "keys"))
 
     def count(self, batch: CountedBatch) -> Tensor:
         return batch.pairs if self.loss == "mse" else batch.tokens
 
     def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
-        sides = [trace.attention.get(layer) for trace, layer in zip((student, teacher), pair, strict=True)]
+        ours, theirs = student.attention.get(pair[0]), teacher.attention.get(pair[1])
         mask = common_mask(student, teacher, pair)
         if self.loss == "relations":
             return self._compare_relations(student, teacher, pair, mask)
-        if callable(self.loss) or None in sides:  # maps in full: a function wants them, or a family gives nothing else
+        # maps in full: a function wants them, or a family gives nothing else
+        if callable(self.loss) or ours is None or theirs is None:
             return self._compare_maps(student, teacher, pair, mask)
-        heads = self._heads(pair, *(side.query.shape[1] for side in sides))
+        heads = self._heads(pair, ours.query.shape[1], theirs.query.shape[1])
         if self.heads == "best-match":
-            costs = streamed.head_costs(self.loss, *sides, mask)
+            costs = streamed.head_costs(self.loss, ours, theirs, mask)
             self.place.matches[pair] = streamed.match_heads(costs)
-            sides[1] = sides[1].select_heads(self.place.matches[pair])
-        return streamed.streamed_loss(self.loss, *sides, mask, heads)
+            theirs = theirs.select_heads(self.place.matches[pair])
+        return streamed.streamed_loss(self.loss, ours, theirs, mask, heads)
 
     def _compare_maps(self, student: Trace, teacher: Trace, pair: Pair, mask: Tensor | None) -> Tensor:
         ours, theirs = student.attention_maps(pair[0]), teacher.attention_maps(pair[1])  # (B, H, T, T)
@@ -253,11 +255,11 @@ class Attention(_OverLayers):
         ours, theirs = (kept(t, "attentions", i) for t, i in zip((student, teacher), pair, strict=True))
         heads = self.relation_heads
         heads = streamed.relation_heads(ours, theirs, self.relations) if heads is None else heads
-        losses = [
-            streamed.streamed_loss("kl", *(streamed.relation_inputs(side, x, heads) for side in (ours, theirs)), mask)
-            for x in self.relations
-        ]
-        return sum(losses) / len(losses)
+        losses = []
+        for which in self.relations:
+            sides = streamed.relation_inputs(ours, which, heads), streamed.relation_inputs(theirs, which, heads)
+            losses.append(streamed.streamed_loss("kl", *sides, mask))
+        return total(losses) / len(losses)
 
     def _heads(self, pair: Pair, student: int, teacher: int) -> int | None:
         """The number of heads that maps are averaged down to; None where heads are compared as they are."""
@@ -313,7 +315,7 @@ class Outputs(Term):
             self.function(one, one, None, temperature=1.0)
         self._made = True
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "temperature" and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"Outputs(temperature={value!r}): a temperature is finite and above 0.")
         super().__setattr__(name, value)
@@ -331,11 +333,11 @@ class Outputs(Term):
 
     def compare(self, student: Trace, teacher: Trace, labels: Tensor | None) -> Tensor:
         ours, theirs = student.logits, teacher.logits  # (B, C) or (B, T, V)
-        for side, logits in (("student", ours), ("teacher", theirs)):
-            if logits is None:
-                raise ValueError(
-                    f"output matching needs logits, and the {side}'s trace has none; capture(..., logits=True)."
-                )
+        if ours is None or theirs is None:
+            side = "student" if ours is None else "teacher"
+            raise ValueError(
+                f"output matching needs logits, and the {side}'s trace has none; capture(..., logits=True)."
+            )
         output_losses.check_vocabularies(ours.shape[-1], theirs.shape[-1], self.vocab_size)
         if self.vocab_size is not None:
             ours, theirs = ours[..., : self.vocab_size], theirs[..., : self.vocab_size]
@@ -373,9 +375,15 @@ class Task(Term):
         return Needs(logits=True, in_chunks=True) if side == "student" else Needs()
 
     def count(self, batch: CountedBatch) -> Tensor:
-        return ((batch.labels != -100) & ~batch.labels.isnan()).sum()
+        labels = batch.labels
+        assert labels is not None, "without labels the term is off"
+        return ((labels != -100) & ~labels.isnan()).sum()
 
     def compare(self, student: Trace, teacher: Trace | None, labels: Tensor) -> Tensor:
+        if student.logits is None:
+            raise ValueError(
+                "the task's loss needs logits, and the student's trace has none; capture(..., logits=True)."
+            )
         return task_loss(student.logits, labels, student.causal, student.problem_type)
 
 
