@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fakit.losses.attention import over_valid_keys
+from fakit.losses.fused import streamed
 
 from .hsic import double
 
@@ -55,10 +56,10 @@ def head_distance(
 
 @dataclass(frozen=True)
 class HeadMatching:
-    """One-to-one pairs (student head, teacher head) of the smallest total distance.
+    """Pairs (student head, teacher head), made by one of the rules of `match_heads`.
 
     Attributes:
-        pairs: by student head; heads left over (counts differ) are in none.
+        pairs: by student head.
         distances: of each pair.
     """
 
@@ -78,20 +79,30 @@ class HeadMatching:
         return "\n".join(["| student head | teacher head | distance |", "|---|---|---|", *rows])
 
 
-def match_heads(distance: Tensor) -> HeadMatching:
-    """The best one-to-one matching of heads (Hungarian method) for a distance matrix (H_s, H_t).
+def match_heads(distance: Tensor, rule: str = "optimal") -> HeadMatching:
+    """A matching of heads for a distance matrix (H_s, H_t).
+
+    Args:
+        rule: "optimal" is one to one with the smallest total distance (Hungarian method); where the counts differ, heads are left
+            over. "greedy" takes the nearest pair first, and every student head gets a teacher head: what
+            `Attention(heads="best-match")` trains with, as it needs no answer from an accelerator.
 
     Raises:
-        ValueError: not a matrix, or NaN in it.
+        ValueError: another rule, not a matrix, or NaN in it.
     """
     from scipy.optimize import linear_sum_assignment
 
+    if rule not in ("optimal", "greedy"):
+        raise ValueError(f"rule {rule!r} is unknown: choose 'optimal' or 'greedy'")
     distance = double(distance).cpu()
     if distance.dim() != 2 or not distance.numel() or not distance.isfinite().all():
         raise ValueError(
             f"expected a finite matrix (student heads, teacher heads), found shape {tuple(distance.shape)}"
         )
-    rows, columns = linear_sum_assignment(distance.numpy())
+    if rule == "greedy":
+        rows, columns = range(len(distance)), streamed.match_heads(distance).tolist()
+    else:
+        rows, columns = linear_sum_assignment(distance.numpy())
     pairs = tuple((int(s), int(t)) for s, t in zip(rows, columns, strict=True))
     return HeadMatching(pairs, tuple(float(distance[pair]) for pair in pairs))
 

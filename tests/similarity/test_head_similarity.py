@@ -82,6 +82,18 @@ def test_matching_is_optimal_where_greedy_is_not_and_takes_unequal_heads():
     matching = match_heads(distance)
     assert matching.pairs == ((0, 1), (1, 0))
     assert matching.distances == pytest.approx((0.2, 0.15))
+    greedy = match_heads(distance, "greedy")
+    assert greedy.pairs == ((0, 0), (1, 2)) and greedy.mean_distance == pytest.approx(0.45)
+    assert greedy.mean_distance > matching.mean_distance
+
+
+def test_greedy_matching_is_the_one_that_best_match_trains_with():
+    from fakit.losses.fused import streamed
+
+    distance = torch.rand(5, 2, generator=torch.Generator().manual_seed(0))
+    greedy = match_heads(distance, "greedy")  # more student heads than teacher heads: teacher heads serve several
+    assert greedy.pairs == tuple(enumerate(streamed.match_heads(distance).tolist()))
+    assert len(match_heads(distance).pairs) == 2
 
 
 def test_entropy():
@@ -190,6 +202,7 @@ def test_rollout_keeps_padding_out():
         (lambda: attention_rollout([maps_of(0)], residual=1), "residual is 1"),
         (lambda: attention_rollout([maps_of(0), maps_of(1, tokens=6)]), "different sequences"),
         (lambda: match_heads(torch.full((2, 2), torch.nan)), "finite matrix"),
+        (lambda: match_heads(torch.zeros(2, 2), "best"), "'best' is unknown: choose 'optimal' or 'greedy'"),
     ],
 )
 def test_refusals(call, message):

@@ -95,7 +95,8 @@ def head_costs(loss: str, student: AttentionInputs, teacher: AttentionInputs, ma
 def match_heads(costs: Tensor) -> Tensor:
     """A teacher head for each student head: the cheapest pair first, each teacher head once while there are others. (H_S, H_T) → (H_S,)
 
-    Greedy, and all on the device: an optimal assignment would stop an accelerator in every step.
+    Greedy, and all on the device: an optimal assignment would stop an accelerator in every step. To look at heads, both rules are
+    `fakit.similarity.match_heads`, by name.
     """
     students, teachers = costs.shape
     rounds = math.ceil(students / teachers)  # more student heads than teacher heads: each teacher head serves so many
