@@ -71,12 +71,12 @@ def test_run_fails_where_a_notebook_fails(asked):
 def test_distill_exports_records_and_report_reads(experiment, tmp_path, capsys):
     runs = tmp_path / "runs"
     assert main(["distill", str(experiment), "--out", str(runs)]) == 0
+    said = capsys.readouterr()
     (record,) = RunStore(runs).records()
     assert record["run_id"] == ExperimentConfig.from_yaml(experiment).run_id
     assert record["steps"] == 4
     student = AutoModelForSequenceClassification.from_pretrained(runs / record["run_id"])
     assert student.config.num_hidden_layers == 2
-    said = capsys.readouterr()
     assert str(runs / record["run_id"]) in said.out and f"fakit report {runs}" in said.out
     assert "step 4 of 4, 00:00 left, loss " in said.err
     for noise in ("{'loss'", "Writing model shards", "Loading weights", "Map:"):
