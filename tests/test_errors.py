@@ -199,7 +199,7 @@ def test_traces_that_do_not_hold_what_is_compared():
         Objective(LayerMap([(1, 2)]), Features())(full, full)
     with refuses("output matching needs logits, and the teacher's trace has none; .*logits=True"):
         Objective(outputs=Outputs())(full, Trace())
-    with refuses("the task loss needs the student's logits"):
+    with refuses("the task's loss needs logits, and the student's trace has none; .*logits=True"):
         Objective(task=Task())(Trace(), None, torch.zeros(1))
     with refuses(r"compares with a teacher, and no teacher trace was given"):
         Objective(outputs=Outputs())(full)

@@ -18,7 +18,7 @@ from fakit.experiments import run as run_module
 from fakit.experiments.build import check_tokenizer
 from fakit.experiments.run import RunResult, run_experiment
 from fakit.experiments.store import RunStore
-from fakit.training import checkpoints as sealed
+from fakit.training import environment
 from fakit.training.checkpoints import last_whole_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +152,7 @@ def test_other_data_another_teacher_or_versions_do_not_resume(mine, monkeypatch)
         with pytest.raises(ValueError, match=rf"teacher: {whose['teacher']} in the checkpoint"):
             run_experiment(mine, resume=True, progress=False)
     with monkeypatch.context() as patched:
-        patched.setattr(sealed, "version", lambda package: "9.9")
+        patched.setattr(environment, "version", lambda package: "9.9")
         with pytest.raises(
             ValueError, match=rf"versions.torch: {torch.__version__.replace('+', '.')} in the checkpoint, 9.9 here"
         ):
