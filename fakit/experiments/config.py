@@ -141,7 +141,7 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"device: {self.device!r} is not one of {', '.join(allowed)}.{did_you_mean(self.device, allowed)}"
             )
-        check_further_terms(self.terms, (*TRANSFER, "task"))
+        check_further_terms(self.terms)
         if not self.transfers and not self.task_weight:
             raise ValueError(
                 "features, attention, outputs, task_weight: all are null or of weight 0, so there is nothing to "

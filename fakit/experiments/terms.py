@@ -12,6 +12,7 @@ from fakit.experiments.schema import Section, describe, did_you_mean, option
 from fakit.layer_maps import LayerMap
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
+from fakit.objective.objective import check_name
 from fakit.objective.term import Term
 from fakit.objective.terms import ATTENTION_LOSSES, HEADS, Attention, Features, Outputs
 
@@ -122,13 +123,10 @@ class OutputsConfig(TermSection):
 KINDS = {"features": FeaturesConfig, "attention": AttentionConfig, "outputs": OutputsConfig}
 
 
-def check_further_terms(terms: Mapping[str, Any], own: tuple[str, ...]) -> None:
+def check_further_terms(terms: Mapping[str, Any]) -> None:
     """Raise ValueError, by the key's path, for a further term that cannot be made."""
     for name, given in terms.items():
-        if name in own or not name.isidentifier():
-            raise ValueError(
-                f"terms.{name}: a further term has a name of its own, of letters, digits and underscores, that is none of {', '.join(own)}."
-            )
+        check_name(name, f"terms.{name}")
         build_further_term(name, given, _without_models)
 
 

@@ -203,7 +203,7 @@ def _measure(objective, teacher, student, batches, terms, temperatures: list[flo
     if not parameters:
         raise ValueError(f"no parameter of {type(student).__name__} is trainable (requires_grad): it has no gradient.")
     own = objective.temperature
-    softened = [name for name in names if hasattr(objective.terms[name], "temperature")]  # depend on τ
+    softened = [name for name in names if name in objective.softened]  # depend on τ
     measured = []
     with torch.enable_grad(), _set(objective, dict.fromkeys(names, 1.0), own):
         traces = [_traces(objective, teacher, student, batch) for batch in batches]

@@ -107,19 +107,22 @@ class Objective(nn.Module):
         return {name: term for name, term in self._terms.items() if isinstance(term, kind)}
 
     @property
+    def softened(self) -> dict[str, Any]:
+        """The terms that have a temperature, by name."""
+        return {name: term for name, term in self._terms.items() if hasattr(term, "temperature")}
+
+    @property
     def temperature(self) -> float | None:
         """τ of the terms that have one, which may be set at any time: then of all of them. None where none has."""
-        softened: list[Any] = [term for term in self._terms.values() if hasattr(term, "temperature")]
-        return softened[0].temperature if softened else None
+        return next((term.temperature for term in self.softened.values()), None)
 
     @temperature.setter
     def temperature(self, temperature: float) -> None:
-        softened: list[Any] = [term for term in self._terms.values() if hasattr(term, "temperature")]
-        if not softened:
+        if not self.softened:
             raise ValueError(
                 "this objective has no outputs term, and so no temperature; Objective(…, outputs=Outputs())."
             )
-        for term in softened:
+        for term in self.softened.values():
             term.temperature = temperature
 
     @property
@@ -281,11 +284,16 @@ class Objective(nn.Module):
 
 def _named(terms: Mapping[str, Term] | None) -> dict[str, Term]:
     for name in terms or {}:
-        if not isinstance(name, str) or not name.isidentifier() or name in OWN:
-            raise ValueError(
-                f"terms={{{name!r}: …}}: a further term has a name of its own, of letters, digits and underscores, that is none of {', '.join(OWN)}."
-            )
+        check_name(name, f"terms={{{name!r}: …}}")
     return dict(terms or {})
+
+
+def check_name(name: object, where: str) -> None:
+    """Raise ValueError, with `where` in front, for a name that a further term cannot have."""
+    if not isinstance(name, str) or not name.isidentifier() or name in OWN:
+        raise ValueError(
+            f"{where}: a further term has a name of its own, of letters, digits and underscores, that is none of {', '.join(OWN)}."
+        )
 
 
 def _check_term(name: str, term: object) -> None:
