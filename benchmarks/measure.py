@@ -31,7 +31,7 @@ class Way:
     parameters: list[nn.Parameter]
 
     def step(self, batch: Batch) -> float:
-        """Forward and backward; the loss. Neither way takes an optimiser step."""
+        """Forward and backward; the loss. Neither way takes an optimizer step."""
         loss = self.loss(batch)
         loss.backward()
         return loss.item()

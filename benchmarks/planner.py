@@ -102,8 +102,8 @@ CASES = {
 def measure(name: str) -> dict[str, float]:
     """{"bytes", "flops"} of a step.
 
-    Bytes: the peak of resident memory over a second training step, optimiser included, above what the process had before any model was
-    made. FLOPs by torch's counter; NaN with a quantised teacher, whose kernels it does not see.
+    Bytes: the peak of resident memory over a second training step, optimizer included, above what the process had before any model was
+    made. FLOPs by torch's counter; NaN with a quantized teacher, whose kernels it does not see.
     """
     case = CASES[name]
     options = {"dtype": "fp32", "terms": ("features", "attention", "outputs", "task")} | case.options
@@ -167,7 +167,7 @@ def _models(case: Case, options: dict):
         for tensor in [
             *teacher.parameters(),
             *teacher.buffers(),
-        ]:  # what is not quantised is the mapped file itself: let it go
+        ]:  # what is not quantized is the mapped file itself: let it go
             tensor.data = tensor.data.clone()
     return teacher, student
 
@@ -220,7 +220,7 @@ def row(name: str) -> str:
     """One line of the table: planned, measured, and by how much the plan is off."""
     found = predict(name)
     measured = run_json([sys.executable, "-m", "benchmarks.planner", "--case", name])
-    fixed = sum(found.memory.get(part, 0) for part in ("teacher weights", "student weights", "optimiser state"))
+    fixed = sum(found.memory.get(part, 0) for part in ("teacher weights", "student weights", "optimizer state"))
     off, above = found.peak / measured["bytes"], (found.peak - fixed) / (measured["bytes"] - fixed)
     flops = found.flops / measured["flops"] - 1
     case = CASES[name]
@@ -235,7 +235,7 @@ def row(name: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = """| case: teacher, layers → student, batch × length | planned MiB | measured MiB | off | without weights and optimiser | FLOPs off |
+HEAD = """| case: teacher, layers → student, batch × length | planned MiB | measured MiB | off | without weights and optimizer | FLOPs off |
 |---|---:|---:|---:|---:|---:|"""
 
 

@@ -61,8 +61,8 @@ def figure(results: Sequence[Result]) -> Figure:
     ratios = [r.ratio for r in results]
     least = min([*ratios, *(r.bar for r in results)]) / 1.6
     most = max([1.0, *ratios, *(r.bar for r in results)]) * 1.8
-    colours = [ALIGNED.colour if r.reached else STUDENT.colour for r in results]
-    axes.barh(places, [ratio - least for ratio in ratios], left=least, color=colours, height=0.5)
+    colors = [ALIGNED.color if r.reached else STUDENT.color for r in results]
+    axes.barh(places, [ratio - least for ratio in ratios], left=least, color=colors, height=0.5)
     for place, r in zip(places, results, strict=True):
         axes.plot([r.bar] * 2, [place - 0.38, place + 0.38], color="black", linewidth=2.5)
         verdict = "reached" if r.reached else "missed"
@@ -98,7 +98,7 @@ def peers_figure(peers: Sequence[dict]) -> Figure:
             ]
             for shift, ratio, role, name in bars:
                 if ratio is not None:
-                    axes.barh(place + shift, ratio, color=role.colour, height=0.36)
+                    axes.barh(place + shift, ratio, color=role.color, height=0.36)
                 said = f"{name} did not run" if ratio is None else f"{name} {ratio:.2f}"
                 axes.annotate(
                     said, (ratio or 0, place + shift), (4, 0), textcoords="offset points", va="center", fontsize=8

@@ -45,7 +45,7 @@ class _Clock(TrainerCallback):
 
 
 def trainer_against_loop(size: Size, rows: int, tokens: int, steps: int, repeats: int) -> dict[str, float]:
-    """Seconds of a step, optimiser included, the first one left out: {"by hand", "fakit"}. The same objective on both sides."""
+    """Seconds of a step, optimizer included, the first one left out: {"by hand", "fakit"}. The same objective on both sides."""
     dataset = rows_of(size, rows * steps, tokens)
 
     def bare() -> Run:

@@ -7,11 +7,14 @@ Names, and parts such as `fakit.losses`, are imported when first used, so `impor
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
 import pkgutil
 import sys
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -68,6 +71,41 @@ def require(extra: str, *packages: str) -> None:
         verb = "are" if len(missing) > 1 else "is"
         said = f'{", ".join(missing)} {verb} needed here and not installed: pip install "fakit[{extra}]"'
         raise ImportError(said, name=missing[0])
+
+
+def renamed(**names: str) -> Callable:
+    """A function or a class that still takes keywords by their old names, with a warning; for one release.
+
+    >>> @renamed(colour="color")
+    ... def dot(color):
+    ...     return color
+    >>> dot(color="red")
+    'red'
+    """
+
+    def wrap(target: Any) -> Any:
+        call = target.__init__ if isinstance(target, type) else target
+
+        @functools.wraps(call)
+        def accepting(*args: Any, **keywords: Any) -> Any:
+            for old in names.keys() & keywords.keys():
+                if names[old] in keywords:
+                    raise TypeError(f"{target.__qualname__}: {old} is the old name of {names[old]}; give one of them.")
+                warn_of_old_name(f"{target.__qualname__}({old}=…)", f"{names[old]}=")
+                keywords[names[old]] = keywords.pop(old)
+            return call(*args, **keywords)
+
+        if not isinstance(target, type):
+            return accepting
+        target.__init__ = accepting
+        return target
+
+    return wrap
+
+
+def warn_of_old_name(old: str, new: str) -> None:
+    """Say that `old` is called `new` now, at the place of the caller's caller."""
+    warnings.warn(f"{old} is called {new} now; the old name goes with the next release.", FutureWarning, stacklevel=3)
 
 
 def _is_installed(package: str) -> bool:

@@ -154,7 +154,7 @@ class LayerMap:
 
         Args:
             matrix: (S+1) × (T+1), rows and columns by layer number; row and column 0 (embeddings) are not mapped.
-            method: "monotone" keeps the order of layers, strictly rising (dynamic programme); "assignment" does not
+            method: "monotone" keeps the order of layers, strictly rising (dynamic program); "assignment" does not
                 (Hungarian, each teacher layer at most once).
 
         Raises:
@@ -371,12 +371,12 @@ def _masses(weights: Sequence[float] | None, count: int, side: str) -> Tensor:
 
 
 def _spaced(j: int, S: int, T: int) -> int:
-    """round(j·T/S), halves up, at least 1: exact in whole numbers, where round() would go to the even neighbour."""
+    """round(j·T/S), halves up, at least 1: exact in whole numbers, where round() would go to the even neighbor."""
     return max(1, (2 * j * T + S) // (2 * S))
 
 
 def _best_monotone(scores: list[list[float]]) -> list[tuple[int, int]]:
-    """Strictly rising t(0) < t(1) < … with the largest Σ scores[s][t(s)]: dynamic programme, O(S·T)."""
+    """Strictly rising t(0) < t(1) < … with the largest Σ scores[s][t(s)]: dynamic program, O(S·T)."""
     S, T = len(scores), len(scores[0])
     best = [[float("-inf")] * (T + 1) for _ in range(S + 1)]  # best[s][t]: first s rows within the first t columns
     best[0] = [0.0] * (T + 1)

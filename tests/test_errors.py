@@ -98,13 +98,13 @@ def test_capturing_a_layer_that_the_model_does_not_have(asked, message):
         capture(idle(tiny("bert", num_hidden_layers=6)), batch(), **asked)
 
 
-def test_teacher_and_student_tokenise_differently(tmp_path):
+def test_teacher_and_student_tokenize_differently(tmp_path):
     teacher = tiny("bert")
     student = shrink(teacher, 2)
     objective = Objective(LayerMap.uniform(2, 3), Features())
     one, other = tokenizer("students align layers"), tokenizer("layers align students")
     with refuses(
-        r"tokeniser: teacher has \w+ of 4: .*, student has \w+ of 4: .*tokenise differently.*use the teacher's tokeniser"
+        r"tokenizer: teacher has \w+ of 4: .*, student has \w+ of 4: .*tokenize differently.*use the teacher's tokenizer"
     ):
         make_trainer(teacher, student, objective, tmp_path, teacher_tokenizer=one, processing_class=other)
     make_trainer(teacher, student, objective, tmp_path, teacher_tokenizer=one, processing_class=one)
@@ -295,7 +295,7 @@ def test_a_cache_of_another_teacher_data_set_or_version(rows, tmp_path):
     other = tiny("bert", seed=1)
     with refuses("another teacher weights"):
         TeacherCache.open(tmp_path, idle(other), rows)
-    with refuses("another tokenised data"):
+    with refuses("another tokenized data"):
         TeacherCache.open(tmp_path, idle(teacher), rows[::-1])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))

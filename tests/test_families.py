@@ -159,9 +159,9 @@ def test_decoder_inputs_come_from_labels_as_the_model_makes_them(family):
     assert trace.decoder_mask.tolist() == [[True] * 5, [True] * 4 + [False]]
     # without labels: all but padding, and the start token even where it is the padding token
     ids = torch.tensor([[model.config.decoder_start_token_id, 5, 6], [model.config.decoder_start_token_id, 7, 0]])
-    unlabelled = {name: x for name, x in inputs.items() if name != "labels"} | {"decoder_input_ids": ids}
-    assert capture(model, unlabelled).decoder_mask.tolist() == [[True] * 3, [True, True, False]]
-    masked = capture(model, unlabelled | {"decoder_attention_mask": torch.tensor([[1, 0, 0], [1, 1, 0]])})
+    unlabeled = {name: x for name, x in inputs.items() if name != "labels"} | {"decoder_input_ids": ids}
+    assert capture(model, unlabeled).decoder_mask.tolist() == [[True] * 3, [True, True, False]]
+    masked = capture(model, unlabeled | {"decoder_attention_mask": torch.tensor([[1, 0, 0], [1, 1, 0]])})
     assert masked.decoder_mask.tolist() == [[True, False, False], [True, True, False]]
 
 

@@ -230,12 +230,12 @@ def test_what_cannot_be_balanced_is_named():
 
 def test_what_cannot_be_measured_is_said():
     objective, teacher, student = ready()
-    unlabelled = {k: v for k, v in some().items() if k != "labels"}
-    assert term_gradients(objective, teacher, student, unlabelled).terms == TERMS[:3]
+    unlabeled = {k: v for k, v in some().items() if k != "labels"}
+    assert term_gradients(objective, teacher, student, unlabeled).terms == TERMS[:3]
     with pytest.raises(ValueError, match=r"no gradient of \['task'\].*and no labels"):
-        term_gradients(objective, teacher, student, unlabelled, terms=["task"])
+        term_gradients(objective, teacher, student, unlabeled, terms=["task"])
     with pytest.raises(ValueError, match="needs labels"):
-        term_gradients(Objective(task=Task()), None, student, unlabelled)
+        term_gradients(Objective(task=Task()), None, student, unlabeled)
     with pytest.raises(ValueError, match="at least one batch"):
         term_gradients(objective, teacher, student, [])
     with pytest.raises(ValueError, match="compare with a teacher, and none was given"):

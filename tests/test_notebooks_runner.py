@@ -111,7 +111,7 @@ def test_a_failing_notebook_has_a_page_with_its_traceback(run):
     assert "failed" in page and "cell 2" in page
 
 
-def test_pages_link_to_their_neighbours_and_the_index(run):
+def test_pages_link_to_their_neighbors_and_the_index(run):
     _, out, _ = run
     page = (out / "01_broken.html").read_text()
     assert 'rel="prev" href="00_first.html"' in page and 'rel="next" href="02_third.html"' in page
@@ -228,19 +228,19 @@ def test_figures_show_from_disk_in_a_browser_without_network(run):
     assert re.search(r'<div class="static" hidden="">', page)
 
 
-def test_the_cell_tagged_centrepiece_stands_for_the_notebook():
+def test_the_cell_tagged_centerpiece_stands_for_the_notebook():
     from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-    from fakit.teaching.pages import centrepiece
+    from fakit.teaching.pages import centerpiece
 
     def drawn(svg, tags=()):
         output = new_output("display_data", {"image/svg+xml": svg})
         return new_code_cell("figure", outputs=[output], metadata={"tags": list(tags)})
 
-    first, tagged = drawn("<svg>1</svg>"), drawn("<svg>2</svg>", ["centrepiece"])
-    assert centrepiece(new_notebook(cells=[first, tagged])) == "<svg>2</svg>"
-    assert centrepiece(new_notebook(cells=[first])) == "<svg>1</svg>"
-    assert centrepiece(new_notebook(cells=[new_code_cell("x = 1")])) is None
+    first, tagged = drawn("<svg>1</svg>"), drawn("<svg>2</svg>", ["centerpiece"])
+    assert centerpiece(new_notebook(cells=[first, tagged])) == "<svg>2</svg>"
+    assert centerpiece(new_notebook(cells=[first])) == "<svg>1</svg>"
+    assert centerpiece(new_notebook(cells=[new_code_cell("x = 1")])) is None
 
 
 def test_a_cell_with_folded_source_is_folded_on_the_page():

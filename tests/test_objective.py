@@ -66,7 +66,7 @@ def test_the_total_is_the_sum_of_weights_times_terms():
             for (s, t), w in zip(layer_map.pairs, (1 / 8, 2 / 8, 5 / 8), strict=True)
         ),
     }
-    # rows that predict a labelled next token: 0 → 3, 2 → 5, 3 → 7 in row 0; 0 → 2 in row 1
+    # rows that predict a labeled next token: 0 → 3, 2 → 5, 3 → 7 in row 0; 0 → 2 in row 1
     rows, positions, targets = torch.tensor([[0, 0, 3], [0, 2, 5], [0, 3, 7], [1, 0, 2]]).T
     by_hand["outputs"] = outputs.reverse_kl(student.logits[rows, positions], teacher.logits[rows, positions], None, 3.0)
     by_hand["task"] = F.cross_entropy(student.logits[rows, positions], targets)
@@ -282,8 +282,8 @@ def test_causal_outputs_without_labels_count_every_position_that_predicts_a_toke
     expected = outputs.forward_kl(student.logits[rows, positions], teacher.logits[rows, positions], None, 2.0)
     aligned = Objective(outputs=Outputs())
     assert aligned(student, teacher).total.item() == pytest.approx(expected.item(), rel=1e-12)
-    unlabelled = torch.full((B, T), -100)
-    assert aligned(student, teacher, unlabelled).total.item() == pytest.approx(expected.item(), rel=1e-12)
+    unlabeled = torch.full((B, T), -100)
+    assert aligned(student, teacher, unlabeled).total.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_left_padding_predicts_nothing():
@@ -294,7 +294,7 @@ def test_left_padding_predicts_nothing():
     assert Objective(outputs=Outputs())(student, teacher).total.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_an_unlabelled_row_counts_in_full_beside_a_labelled_one():
+def test_an_unlabeled_row_counts_in_full_beside_a_labeled_one():
     student, teacher = trace(), trace(seed=1)
     mixed = labels()
     mixed[1] = -100
@@ -316,7 +316,7 @@ def test_masked_language_models_match_every_token():
     assert got.terms["task"].item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_classification_with_unlabelled_rows():
+def test_classification_with_unlabeled_rows():
     logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     answers = torch.tensor([2, -100, 0, -100])
     student, teacher = Trace(logits=logits), Trace(logits=torch.randn(4, 3, dtype=torch.float64))

@@ -32,7 +32,7 @@ def python(code: str) -> str:
 
 
 def named(lines: list[str]) -> dict[str, Requirement]:
-    """Requirements by normalised name; the lines must name each package once."""
+    """Requirements by normalized name; the lines must name each package once."""
     found = [Requirement(line) for line in lines]
     names = [canonicalize_name(requirement.name) for requirement in found]
     assert len(names) == len(set(names)), f"named twice: {sorted(name for name in names if names.count(name) > 1)}"

@@ -172,7 +172,7 @@ def test_foreign_truncated_and_corrupt_caches_are_refused(dataset, tmp_path):
     teacher = bert()
     TeacherCache.build(tmp_path, teacher, dataset, hidden_states=[2])
     assert len(TeacherCache.open(tmp_path, teacher, dataset)) == 7
-    with pytest.raises(ValueError, match="another tokenised data"):
+    with pytest.raises(ValueError, match="another tokenized data"):
         TeacherCache.open(tmp_path, teacher, [*dataset[1:], dataset[0]])
     other = bert()
     other.classifier.bias.data += 1
@@ -364,15 +364,15 @@ def test_rows_are_found_by_what_the_model_is_given(dataset, tmp_path):
     again[1]["attention_mask"] = [1, 1, 0]
     with pytest.raises(ValueError, match=r"1 of the data set's 4 rows \(the first is row 1\)"):
         cache.rows_of(again)
-    with pytest.raises(ValueError, match=r"holds \['text'\].*tokenise the data set first"):
+    with pytest.raises(ValueError, match=r"holds \['text'\].*tokenize the data set first"):
         cache.rows_of([{"text": "words"}])
 
 
-def test_another_tokeniser_is_refused(dataset, tmp_path):
+def test_another_tokenizer_is_refused(dataset, tmp_path):
     TeacherCache.build(tmp_path, bert(), dataset, hidden_states=[2], tokenizer=tokenizer("a b"))
     TeacherCache.open(tmp_path, tokenizer=tokenizer("a b"))
     TeacherCache.open(tmp_path)
-    with pytest.raises(ValueError, match=r"another tokeniser: it has \w+…, this run has \w+…"):
+    with pytest.raises(ValueError, match=r"another tokenizer: it has \w+…, this run has \w+…"):
         TeacherCache.open(tmp_path, tokenizer=tokenizer("b a"))
 
 

@@ -149,10 +149,10 @@ def test_other_patterns_than_windows_are_refused():
             _settings("M", 3, scored(mask=mask))
 
 
-# -- quantised --------------------------------------------------------------------------------------------------------
+# -- quantized --------------------------------------------------------------------------------------------------------
 
 
-def test_a_quantised_teacher_has_a_cache_of_its_own(tmp_path):
+def test_a_quantized_teacher_has_a_cache_of_its_own(tmp_path):
     from fakit import load_teacher
 
     tiny("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "llama")

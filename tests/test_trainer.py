@@ -119,7 +119,7 @@ def test_padding_does_not_change_the_loss(family):
     assert padded == pytest.approx(plain, rel=1e-5)
 
 
-def test_unlabelled_rows_are_trained_on(tmp_path):
+def test_unlabeled_rows_are_trained_on(tmp_path):
     rows = data()
     for row in rows[::2]:
         row["labels"] = torch.tensor(-100)
@@ -177,8 +177,8 @@ def test_evaluation_is_the_tasks_loss_and_the_students_logits(tmp_path):
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(F.cross_entropy(logits, inputs["labels"]).item(), rel=1e-5)
     assert found["eval_accuracy"] == pytest.approx((logits.argmax(-1) == inputs["labels"]).float().mean().item())
-    unlabelled = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows]
-    predicted = trainer.predict(unlabelled)
+    unlabeled = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows]
+    predicted = trainer.predict(unlabeled)
     assert torch.allclose(torch.tensor(predicted.predictions), logits, atol=1e-6) and predicted.label_ids is None
 
 

@@ -242,13 +242,13 @@ def test_another_data_set_is_refused(tmp_path):
         run(tmp_path, cache=cache, train=stream)
 
 
-def test_another_teacher_and_tokeniser_are_refused(tmp_path):
+def test_another_teacher_and_tokenizer_are_refused(tmp_path):
     mine, yours = tokenizer("a b c"), tokenizer("a b d")
     cache = build(tmp_path, tokenizer=mine)
     with refused("another teacher weights"):
         run(tmp_path, cache=cache, teacher=tiny("bert", seed=9))
     _, student, objective = parts()
-    with refused("another tokeniser"):
+    with refused("another tokenizer"):
         DistillationTrainer(None, student, objective, arguments(tmp_path), processing_class=yours, teacher_cache=cache)
     DistillationTrainer(None, student, objective, arguments(tmp_path), processing_class=mine, teacher_cache=cache)
 

@@ -4,7 +4,7 @@
     language_modeling  perplexity and bits per byte over a corpus
     calibration        expected calibration error, NLL, Brier, reliability bins
     fidelity           agreement with the teacher: top-1, KL, CR@k, MOR@k, attention JSD
-    quantization       a quantised teacher against the full one, layer by layer
+    quantization       a quantized teacher against the full one, layer by layer
     generation         greedy decoding, samples, the copy-the-input baseline
     cost               parameters, FLOPs, latency, peak memory
     attribution        layer integrated gradients for two models, compared

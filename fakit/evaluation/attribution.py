@@ -27,7 +27,7 @@ class Attributions:
 
     Attributes:
         input_ids: token ids. tokens: their spelling.
-        special: True where the token comes from the tokeniser, not from the text; its score is 0.
+        special: True where the token comes from the tokenizer, not from the text; its score is 0.
         scores: summed over the embedding's width; positive speaks for the target.
         targets: (N,) class whose logit is explained.
         outputs, baselines: (N,) that logit for the text, and with every token of the text replaced by `baseline_token`.
@@ -65,7 +65,7 @@ def attribute(
 
     Args:
         model: a transformers sequence classifier (or regressor, one output). Its weights need no gradient.
-        tokenizer: its tokeniser.
+        tokenizer: its tokenizer.
         texts: N texts.
         targets: (N,) classes to explain; None takes the model's own predictions. Give both models the same.
         steps: points of the Gauss–Legendre rule; `delta` tells whether they suffice.

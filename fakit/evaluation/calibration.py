@@ -89,6 +89,6 @@ def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, the logits have {classes} classes; "
-            "drop unlabelled rows (-100) and check that model and data agree on the classes"
+            "drop unlabeled rows (-100) and check that model and data agree on the classes"
         )
     return torch.log_softmax(logits.double(), dim=-1), labels.long()

@@ -49,7 +49,7 @@ def count_flops(step: Callable[[], object]) -> int:
     """FLOPs of whatever `step` does, by torch's FlopCounterMode: a multiply-add is 2.
 
     Counted are matrix products, convolutions and attention, forward and backward; element-wise work, softmax,
-    normalisation and look-ups are not. The counter does not know the CPU's fused attention kernel (it would count 0),
+    normalization and look-ups are not. The counter does not know the CPU's fused attention kernel (it would count 0),
     so attention runs through the plain kernel meanwhile: the full T × T products, causal or not, without the
     recomputation of a fused backward.
 
@@ -186,15 +186,15 @@ def costs(model: nn.Module, batch: dict[str, Tensor], runs: int = 30) -> dict[st
     """All costs of a model on one batch, for a table.
 
     Returns:
-        `count_parameters`, "forward_flops" (NaN for a quantised model, see `forward_flops`), "training_flops" where
+        `count_parameters`, "forward_flops" (NaN for a quantized model, see `forward_flops`), "training_flops" where
         something is trainable, "latency", "latency_lower_quartile", "latency_upper_quartile" (seconds), "threads",
         "peak_memory" of a forward pass (bytes).
     """
     results: dict[str, float] = dict(count_parameters(model))
-    quantised = _is_quantised(model)
-    results["forward_flops"] = math.nan if quantised else forward_flops(model, batch)
+    quantized = _is_quantized(model)
+    results["forward_flops"] = math.nan if quantized else forward_flops(model, batch)
     if results["trainable"]:
-        results["training_flops"] = math.nan if quantised else training_flops(model, batch)
+        results["training_flops"] = math.nan if quantized else training_flops(model, batch)
     timing = latency(model, batch, runs)
     inputs = inputs_of(model, batch)
     with torch.no_grad(), eval_mode(model):
@@ -208,12 +208,12 @@ def costs(model: nn.Module, batch: dict[str, Tensor], runs: int = 30) -> dict[st
     }
 
 
-def _is_quantised(model: nn.Module) -> bool:
+def _is_quantized(model: nn.Module) -> bool:
     return any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
 
 
 def _check_countable(model: nn.Module) -> None:
-    if _is_quantised(model):
+    if _is_quantized(model):
         raise ValueError(
             "FLOPs: the model has bitsandbytes layers (8-bit or 4-bit), whose kernels torch's counter does not see: it "
             "would count attention alone; count the same model loaded without quantize=, the products have the same shapes"

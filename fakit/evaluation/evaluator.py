@@ -19,7 +19,7 @@ from fakit.models.head_kinds import problem_type
 from fakit.tracing.capture import capture
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
-UNLABELLED = -100
+UNLABELED = -100
 
 
 def evaluate(
@@ -38,14 +38,14 @@ def evaluate(
     |---|---|
     | sequence-classification | accuracy, f1 (binary for two classes, else macro), matthews, ece, nll, brier |
     | regression | pearson, spearman, mse |
-    | causal-lm | perplexity and nll of the labelled tokens; from source to target also cer and cer_copy |
+    | causal-lm | perplexity and nll of the labeled tokens; from source to target also cer and cer_copy |
 
     cer is that of greedy decoding from the source, cer_copy that of leaving the source as it is.
     With a teacher also: agreement (share of equal top-1) and kl (teacher ‖ student, nats), for causal-lm cr@5 and
     mor@5 too; for regression teacher_pearson and teacher_mse.
 
     Batches go by length, dropout is off, and models keep their device and training mode. Rows with label -100 count for
-    the agreement with the teacher only; for causal-lm the labelled tokens alone count, everywhere. A model that gives NaN for
+    the agreement with the teacher only; for causal-lm the labeled tokens alone count, everywhere. A model that gives NaN for
     a row has no predictions: every number is NaN, not the share of class 0.
 
     Args:
@@ -59,7 +59,7 @@ def evaluate(
         max_examples: generate for the first so many lines.
 
     Raises:
-        ValueError: unknown kind, an empty or unlabelled dataset, logits of another size than labels or teacher, a model whose class names are
+        ValueError: unknown kind, an empty or unlabeled dataset, logits of another size than labels or teacher, a model whose class names are
             the task's in another order.
     """
     if task.kind not in KINDS:
@@ -88,14 +88,14 @@ def evaluate(
         if teacher is None or isinstance(teacher, Tensor)
         else predictions(teacher, dataset, collator, batch_size)
     )
-    if labels is None or not (labelled := labels != UNLABELLED).any():
+    if labels is None or not (labeled := labels != UNLABELED).any():
         raise ValueError(
             f"evaluate: none of the {len(logits)} rows has a label (column labels, -100 = none); evaluate on a "
-            "labelled split, or compare with a teacher alone through Agreement"
+            "labeled split, or compare with a teacher alone through Agreement"
         )
     if task.kind == "regression":
-        return _regression(logits, labels, labelled, teacher_logits)
-    return _classification(logits, labels, labelled, teacher_logits, task.label_names)
+        return _regression(logits, labels, labeled, teacher_logits)
+    return _classification(logits, labels, labeled, teacher_logits, task.label_names)
 
 
 def predictions(model, dataset, collator: Callable, batch_size: int = 64) -> Tensor:
@@ -142,7 +142,7 @@ def _check_classes(who: str, model, task) -> None:
         )
 
 
-def _classification(logits, labels, labelled, teacher_logits, label_names) -> dict[str, float]:
+def _classification(logits, labels, labeled, teacher_logits, label_names) -> dict[str, float]:
     classes = logits.shape[1]
     if label_names is not None and len(label_names) != classes:
         raise ValueError(
@@ -153,7 +153,7 @@ def _classification(logits, labels, labelled, teacher_logits, label_names) -> di
     if teacher_logits is not None:
         results = Agreement(k=None).update(logits, teacher_logits).compute()
     has_nan = bool(logits.isnan().any())
-    logits, labels = logits[labelled], labels[labelled]
+    logits, labels = logits[labeled], labels[labeled]
     if has_nan:  # argmax would call them class 0
         names = ("accuracy", "f1", "matthews", "ece", "nll", "brier")
         return dict.fromkeys((*names, *results), math.nan)
@@ -168,17 +168,17 @@ def _classification(logits, labels, labelled, teacher_logits, label_names) -> di
     } | results
 
 
-def _regression(logits, labels, labelled, teacher_logits) -> dict[str, float]:
+def _regression(logits, labels, labeled, teacher_logits) -> dict[str, float]:
     scores = _single_output(logits, "model")
-    if scores[labelled].isnan().any():
+    if scores[labeled].isnan().any():
         names = ("pearson", "spearman", "mse")
         return dict.fromkeys(
             (*names, *(("teacher_pearson", "teacher_mse") if teacher_logits is not None else ())), math.nan
         )
     results = {
-        "pearson": metrics.pearson(scores[labelled], labels[labelled]),
-        "spearman": metrics.spearman(scores[labelled], labels[labelled]),
-        "mse": float((scores[labelled] - labels[labelled].double()).square().mean()),
+        "pearson": metrics.pearson(scores[labeled], labels[labeled]),
+        "spearman": metrics.spearman(scores[labeled], labels[labeled]),
+        "mse": float((scores[labeled] - labels[labeled].double()).square().mean()),
     }
     if teacher_logits is not None:
         teacher_scores = _single_output(teacher_logits, "teacher")
@@ -214,9 +214,9 @@ def _language_modeling(model, dataset, collator, batch_size, teacher, shared_voc
                 sizes = {logits.shape[-1], teacher_logits.shape[-1]}
                 if len(sizes) == 2 and shared_vocabulary is not None and min(sizes) >= shared_vocabulary:
                     logits, teacher_logits = logits[..., :shared_vocabulary], teacher_logits[..., :shared_vocabulary]
-                agreement.update(logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:] != UNLABELLED)
+                agreement.update(logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:] != UNLABELED)
     if tokens == 0:
-        raise ValueError("evaluate: no labelled token (all labels are -100); evaluate on a labelled split")
+        raise ValueError("evaluate: no labeled token (all labels are -100); evaluate on a labeled split")
     results = {"perplexity": exponential(nll / tokens), "nll": nll / tokens}
     results |= {} if agreement is None else agreement.compute()
     return dict.fromkeys(results, math.nan) if math.isnan(nll) else results

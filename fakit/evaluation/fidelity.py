@@ -110,7 +110,7 @@ def attention_jsd(student_maps: Tensor, teacher_maps: Tensor, mask: Tensor | Non
 
     Args:
         student_maps, teacher_maps: (B, H, T, T), rows are queries.
-        mask: bool (B, T), True = counts, for queries and keys alike; rows are renormalised over the keys that count.
+        mask: bool (B, T), True = counts, for queries and keys alike; rows are renormalized over the keys that count.
 
     Returns:
         (H,) float64, in nats, 0…log 2: means over all queries that count.

@@ -132,7 +132,7 @@ def split_prompts(rows: Sequence[dict], eos_token_id: int) -> tuple[list[list[in
         prompts and targets as token ids, targets without the end-of-sequence token.
 
     Raises:
-        ValueError: a row has no labelled token, or none that is not labelled (plain language modelling has no prompt).
+        ValueError: a row has no labeled token, or none that is not labeled (plain language modeling has no prompt).
     """
     prompts, targets = [], []
     for number, row in enumerate(rows):
@@ -141,7 +141,7 @@ def split_prompts(rows: Sequence[dict], eos_token_id: int) -> tuple[list[list[in
         if cut == 0:
             raise ValueError(
                 f"row {number} has no prompt: {sum(label != -100 for label in labels)} of its {len(labels)} tokens are "
-                "labelled; generation needs labels -100 on the source part and target tokens after it"
+                "labeled; generation needs labels -100 on the source part and target tokens after it"
             )
         prompts.append(ids[:cut])
         target = [token for token, label in zip(ids[cut:], labels[cut:], strict=True) if label != -100]

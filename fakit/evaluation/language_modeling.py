@@ -19,7 +19,7 @@ from fakit.tracing.capture import capture
 class Perplexity:
     """A perplexity and all that one must know to compare it.
 
-    Perplexities of models with different tokenisers are not comparable; their bits per byte are.
+    Perplexities of models with different tokenizers are not comparable; their bits per byte are.
 
     Attributes:
         corpus: what was read. window, stride: of the sliding window, in tokens.
@@ -41,7 +41,7 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> float:
-        """−log₂ P of the text over its bytes: independent of the tokeniser."""
+        """−log₂ P of the text over its bytes: independent of the tokenizer."""
         return self.nll / math.log(2) / self.bytes
 
     def __float__(self) -> float:
@@ -66,12 +66,12 @@ def perplexity(
     """Score every token once, each with at least `window − stride` tokens of context where the text has them.
 
     A window of `window` tokens moves on by `stride`; in each, only the tokens that no earlier window scored count.
-    Texts of a list are read apart: no context crosses from one to the next. Special tokens that the tokeniser adds (a
+    Texts of a list are read apart: no context crosses from one to the next. Special tokens that the tokenizer adds (a
     BOS) give context and are not scored; without one, the first token of a text has no context, so neither it nor its
     bytes count.
 
     Args:
-        model: a causal language model. tokenizer: its (fast) tokeniser.
+        model: a causal language model. tokenizer: its (fast) tokenizer.
         texts: one text or a list of them.
         window: tokens the model sees at once; None takes all its positions, at most 1024.
         stride: tokens the window moves on, below `window`; None takes half the window.
@@ -132,7 +132,7 @@ def _tokenize(tokenizer, text: str) -> tuple[list[int], list[bool], int]:
 
 
 def _windows(ids: list[int], scored: list[bool], window: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and labels (-100 = not scored here) of each window; every scored token is labelled in exactly one."""
+    """Token ids and labels (-100 = not scored here) of each window; every scored token is labeled in exactly one."""
     done = 0
     for begin in range(0, len(ids), stride):
         end = min(begin + window, len(ids))
@@ -156,7 +156,7 @@ def _summed_nll(model, spans: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def label_nll(logits: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Summed −log P of the labelled tokens, each predicted from the position before it, and their number.
+    """Summed −log P of the labeled tokens, each predicted from the position before it, and their number.
 
     Args:
         logits: (B, T, V) of a causal model. labels: (B, T), -100 = not counted, not shifted.

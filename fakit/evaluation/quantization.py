@@ -1,4 +1,4 @@
-"""What quantising does to a teacher: its hidden states, attention maps and logits against those of the full one, layer by layer."""
+"""What quantizing does to a teacher: its hidden states, attention maps and logits against those of the full one, layer by layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class LayerFidelity:
-    """One layer of the quantised model against the same layer of the full one.
+    """One layer of the quantized model against the same layer of the full one.
 
     Attributes:
         layer: its number, 0 = embeddings.
@@ -40,14 +40,14 @@ class LayerFidelity:
 
 @dataclass(frozen=True)
 class QuantizationFidelity:
-    """How far a quantised model is from the full one; draws itself in a notebook and prints itself in a terminal.
+    """How far a quantized model is from the full one; draws itself in a notebook and prints itself in a terminal.
 
     Attributes:
         layers: one `LayerFidelity` a layer, by number.
-        kl: KL(full ‖ quantised) of the outputs in nats, mean over positions; None without logits, or where there is one class only (regression).
+        kl: KL(full ‖ quantized) of the outputs in nats, mean over positions; None without logits, or where there is one class only (regression).
         agreement: share of positions with the same top-1; None as above.
         largest_logit_difference: max |ẑ − z| over all logits that count; None without logits.
-        full_mib, quantized_mib: what the weights take, with the scales of quantised ones, in MiB.
+        full_mib, quantized_mib: what the weights take, with the scales of quantized ones, in MiB.
         texts: rows of the batches. tokens: tokens that count (of an encoder-decoder, the encoder's).
         full_form, quantized_form: "8bit", "4bit", or the dtype of the weights.
         model: the class of the full model.
@@ -82,7 +82,7 @@ class QuantizationFidelity:
     def _facts(self) -> list[str]:
         facts = []
         if self.kl is not None:
-            facts += [f"KL(full ‖ quantised) {self.kl:.2g} nats", f"same top-1 {self.agreement:.1%}"]
+            facts += [f"KL(full ‖ quantized) {self.kl:.2g} nats", f"same top-1 {self.agreement:.1%}"]
         if self.largest_logit_difference is not None:
             facts.append(f"largest logit difference {self.largest_logit_difference:.2g}")
         facts.append(f"weights {self.quantized_mib:.1f} of {self.full_mib:.1f} MiB")
@@ -123,9 +123,9 @@ def quantization_fidelity(
     attentions: bool = True,
     logits: bool = True,
 ) -> QuantizationFidelity:
-    """Compare a quantised model with the full one on the same batches: hidden states and attention maps by layer, and logits.
+    """Compare a quantized model with the full one on the same batches: hidden states and attention maps by layer, and logits.
 
-    Nothing has to be quantised: any two models of one shape may be compared (bfloat16 with float32, before with after pruning), and `full`
+    Nothing has to be quantized: any two models of one shape may be compared (bfloat16 with float32, before with after pruning), and `full`
     is the one that errors are relative to. Both run in evaluation mode and are left as they were found. Sums alone are kept from batch to
     batch; within one, the hidden states of all layers asked for and one layer's maps (B, H, T, T) at a time. Padding takes no part.
 
@@ -184,7 +184,7 @@ def quantization_fidelity(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the weights, each shared one once, with what bitsandbytes keeps beside quantised ones: a scale a row (8 bits) or a block (4 bits).
+    """Bytes of the weights, each shared one once, with what bitsandbytes keeps beside quantized ones: a scale a row (8 bits) or a block (4 bits).
 
     `model.get_memory_footprint()` leaves those scales out: an eighth of the 4-bit weights' bytes, where they are float32 and blocks have 64.
     """
@@ -193,7 +193,7 @@ def weight_bytes(model: nn.Module) -> int:
         weight = getattr(module, "weight", None)
         blockwise = getattr(weight, "quant_state", None)
         found = [getattr(holder, "SCB", None) for holder in (weight, getattr(module, "state", None))]
-        for state in (blockwise, getattr(blockwise, "state2", None)):  # state2: the scales, quantised themselves
+        for state in (blockwise, getattr(blockwise, "state2", None)):  # state2: the scales, quantized themselves
             found += [getattr(state, name, None) for name in ("absmax", "code", "offset")]
         kept.update({id(tensor): tensor for tensor in found if isinstance(tensor, Tensor)})
     return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
@@ -288,7 +288,7 @@ def _check_one_shape(full: nn.Module, quantized: nn.Module) -> None:
     different = [f"{name} {theirs[name]} and {ours[name]}" for name in theirs if theirs[name] != ours[name]]
     if different:
         raise ValueError(
-            f"fidelity is measured place by place, and the full model ({type(full).__name__}) and the quantised one ({type(quantized).__name__}) "
+            f"fidelity is measured place by place, and the full model ({type(full).__name__}) and the quantized one ({type(quantized).__name__}) "
             f"differ in {'; '.join(different)}. Load both from one checkpoint: load_teacher(name) and load_teacher(name, quantize='8bit'). "
             "For a student of another shape use fakit.similarity or evaluate(student, ..., teacher=teacher)."
         )

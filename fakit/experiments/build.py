@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def build_task(config: ExperimentConfig) -> TextTask:
-    """The task with its labelled subset, chosen by `task.seed`.
+    """The task with its labeled subset, chosen by `task.seed`.
 
     By default that is the run's seed for the kit's own tasks, whose held-out texts are fixed. Elsewhere it is 0, because
     there the same seed may carve the test split: it must not change between runs, nor reach what a teacher was trained on.
@@ -268,14 +268,14 @@ class TrainingRows:
     """Encoded rows and the order in which the steps take them.
 
     Attributes:
-        rows: encoded labelled rows, then the pool's (labels -100).
-        plan: (batches, batch_size) row numbers, see `batch_plan`; the batches of an optimiser step follow each other.
-        labelled: how many of the rows carry a label.
+        rows: encoded labeled rows, then the pool's (labels -100).
+        plan: (batches, batch_size) row numbers, see `batch_plan`; the batches of an optimizer step follow each other.
+        labeled: how many of the rows carry a label.
     """
 
     rows: Dataset
     plan: np.ndarray
-    labelled: int
+    labeled: int
 
     def dataset(self) -> Dataset:
         """The rows in the order of the plan: what a trainer with sequential sampling walks through."""
@@ -292,7 +292,7 @@ class TrainingRows:
 def build_training_rows(
     config: ExperimentConfig, task: TextTask, tokenizer: PreTrainedTokenizerBase, processes: int = 1
 ) -> TrainingRows:
-    """Labelled rows, and the unlabelled pool when a transfer term is on; without one, unlabelled text teaches nothing."""
+    """Labeled rows, and the unlabeled pool when a transfer term is on; without one, unlabeled text teaches nothing."""
     from datasets import concatenate_datasets
 
     training = config.training
@@ -300,20 +300,20 @@ def build_training_rows(
     if config.transfers and task.pool is not None:
         pool = task.encode("pool", tokenizer, training.max_length)
         parts.append(pool.cast(parts[0].features))
-    labelled = len(parts[0])
+    labeled = len(parts[0])
     rows = concatenate_datasets(parts)
-    each = training.accumulation * processes  # batches of an optimiser step
+    each = training.accumulation * processes  # batches of an optimizer step
     plan = batch_plan(
-        labelled,
-        len(rows) - labelled,
+        labeled,
+        len(rows) - labeled,
         batches=training.steps,
         batch_size=training.batch_size * each,
-        labelled_fraction=training.labelled_fraction,
+        labeled_fraction=training.labeled_fraction,
         seed=config.seed,
     )
     # a step's rows are dealt out like cards, so that they, and each batch's share of labels, do not depend on who takes them
     dealt = plan.reshape(training.steps, training.batch_size, each).swapaxes(1, 2)
-    return TrainingRows(rows, dealt.reshape(-1, training.batch_size), labelled)
+    return TrainingRows(rows, dealt.reshape(-1, training.batch_size), labeled)
 
 
 def check_plan(config: ExperimentConfig, processes: int = 1) -> None:

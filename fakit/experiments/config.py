@@ -13,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from fakit import renamed
 from fakit.experiments.schema import Section, describe, did_you_mean, option
 from fakit.experiments.terms import (
     LAYER_MAPS,
@@ -25,6 +27,8 @@ from fakit.experiments.terms import (
     check_further_terms,
 )
 
+OLD_NAMES = {"labelled_fraction": "labeled_fraction", "normalised_mse": "normalized_mse"}
+"""Of keys and losses, as runs of before have them; both are read, the new ones are written."""
 TRANSFER = ("features", "attention", "outputs")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 ARMS = {
@@ -43,8 +47,8 @@ class TaskConfig(Section):
 
     section: ClassVar[str] = "task"
     name: str = "glosses"
-    labels: int | str | None = option(None, at_least=1, choices=("all",))  # labelled examples; null: the task's default
-    seed: int | None = option(None, at_least=0)  # of the labelled subset; null: see build_task
+    labels: int | str | None = option(None, at_least=1, choices=("all",))  # labeled examples; null: the task's default
+    seed: int | None = option(None, at_least=0)  # of the labeled subset; null: see build_task
     options: dict[str, Any] = field(default_factory=dict)  # further keywords of load_task
 
     def _check(self) -> None:
@@ -83,14 +87,16 @@ class StudentConfig(Section):
         _check_filled("student.path", self.path)
 
 
+@renamed(labelled_fraction="labeled_fraction")
 @dataclass(frozen=True)
 class TrainingConfig(Section):
-    """How long and how fast. `steps` are optimiser steps; each takes `batch_size` × `accumulation` texts a process."""
+    """How long and how fast. `steps` are optimizer steps; each takes `batch_size` × `accumulation` texts a process."""
 
     section: ClassVar[str] = "training"
+    old_names: ClassVar[dict[str, str]] = {"labelled_fraction": "labeled_fraction"}
     steps: int = option(600, at_least=1)
     batch_size: int = option(32, at_least=1)
-    labelled_fraction: float = option(0.5, above=0.0, at_most=1.0)  # of each batch, where an unlabelled pool is used
+    labeled_fraction: float = option(0.5, above=0.0, at_most=1.0)  # of each batch, where an unlabeled pool is used
     learning_rate: float = option(2e-4, above=0.0)
     scheduler: str = option("linear", choices=SCHEDULERS)
     warmup: int | float = option(0.1, at_least=0)  # steps when ≥ 1, else a share of all steps
@@ -121,7 +127,7 @@ class ExperimentConfig(Section):
     task: TaskConfig = field(default_factory=TaskConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    # a strategy, or pairs [student, teacher]; "random" is drawn anew with every pass over the labelled texts
+    # a strategy, or pairs [student, teacher]; "random" is drawn anew with every pass over the labeled texts
     layer_map: str | tuple[tuple[int, int], ...] = option("uniform", choices=LAYER_MAPS)
     features: FeaturesConfig | None = field(default_factory=FeaturesConfig)
     attention: AttentionConfig | None = field(default_factory=AttentionConfig)
@@ -173,6 +179,7 @@ class ExperimentConfig(Section):
     def run_id(self) -> str:
         """Task, arm and seed, then a hash of all but `out`, which decides nothing: "glosses-all-s0-1f6c2a9d"."""
         content = {key: value for key, value in self.to_dict().items() if key != "out"}
+        content = by_names(content, {new: old for old, new in OLD_NAMES.items()})  # the ids of recorded runs stay
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
         return f"{_slug(self.task.name)}-{_slug(self.arm)}-s{self.seed}-{digest}"
 
@@ -194,6 +201,19 @@ class ExperimentConfig(Section):
         return self.replace(
             terms=kept, **{term: None for term in TRANSFER if term in self.transfers and term not in ARMS[arm]}
         )
+
+
+def by_names(config: Any, names: Mapping[str, str]) -> Any:
+    """A plain configuration with keys and texts exchanged by `names`, at any depth.
+
+    >>> by_names({"features": {"loss": "normalised_mse"}}, OLD_NAMES)
+    {'features': {'loss': 'normalized_mse'}}
+    """
+    if isinstance(config, Mapping):
+        return {names.get(key, key): by_names(value, names) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [by_names(item, names) for item in config]
+    return names.get(config, config) if isinstance(config, str) else config
 
 
 def _check_filled(path: str, value: str | None) -> None:

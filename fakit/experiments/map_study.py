@@ -1,6 +1,6 @@
 """Does the CKA score of a layer map predict the student's quality? Every increasing map, trained and tested, beside three controls.
 
-A map's score is the mean similarity of its pairs, student layer to teacher layer, measured on unlabelled texts before any training; its
+A map's score is the mean similarity of its pairs, student layer to teacher layer, measured on unlabeled texts before any training; its
 quality is the test score of the student trained with it. Nothing is scored and tested on the same text, and the teacher was trained on neither.
 """
 
@@ -68,8 +68,8 @@ class MapStudyConfig(Experiments):
     Attributes:
         experiments: one for each task; their layer map is what varies. In a file, mappings or names of YAML files beside it.
         maps: which maps are trained, beside the controls; in a file, the key that tells this study from one of arms.
-        seeds: each runs every map from the same student, labelled texts and batches.
-        texts: unlabelled texts on which a map is scored.
+        seeds: each runs every map from the same student, labeled texts and batches.
+        texts: unlabeled texts on which a map is scored.
     """
 
     experiments: tuple[ExperimentConfig, ...]
@@ -146,7 +146,7 @@ def run_map_study(study: MapStudyConfig, out: str | Path, workers: int = 1, prog
 
 
 def similarity(student: PreTrainedModel, prepared: Prepared, texts: int) -> dict[str, Any]:
-    """CKA of the untrained student's layers with the teacher's on the first `texts` unlabelled texts of the task's pool.
+    """CKA of the untrained student's layers with the teacher's on the first `texts` unlabeled texts of the task's pool.
 
     Debiased, one token a sequence; (S + 1, T + 1) by layer number.
     """

@@ -28,7 +28,7 @@ from fakit.experiments.build import (
     prepare,
     student_tokenizer,
 )
-from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.config import OLD_NAMES, ExperimentConfig, by_names
 from fakit.experiments.statistics import LOWER_IS_BETTER
 from fakit.experiments.store import RunStore, strict_json
 from fakit.files import check_room, claimed, write_whole
@@ -60,12 +60,12 @@ class RunResult:
         metric, score: the task's headline metric and its value on the test split.
         higher_is_better: which way `score` improves.
         validation, test: all metrics by name; test also has the agreement with the teacher.
-        steps, seconds: optimiser steps, and the wall time of training alone (of a resumed run: since it was resumed).
-        flops_per_step, flops: of one optimiser step and of all, teacher included; None with a quantised teacher, whose
+        steps, seconds: optimizer steps, and the wall time of training alone (of a resumed run: since it was resumed).
+        flops_per_step, flops: of one optimizer step and of all, teacher included; None with a quantized teacher, whose
             kernels no counter sees, with a cache, whose teacher worked elsewhere, and in a study that does not count them.
         teacher_cache: the precision of the cache that stood for the teacher; None where the teacher itself answered in each step.
         precision: what training computed in, "float32" or "bf16" (autocast): what `bf16: auto` came to. Evaluation is in float32.
-        labelled, unlabelled: training rows.
+        labeled, unlabeled: training rows.
         dropped: rows of the task's data that are in no split, by reason.
         versions, data: what the run was made with, and the fingerprint of the texts it was evaluated on; None in records of before.
         history: the logged steps. student: the trained model; None when the run was read from a store.
@@ -86,8 +86,8 @@ class RunResult:
     flops: float | None
     parameters: int
     teacher_parameters: int
-    labelled: int
-    unlabelled: int
+    labeled: int
+    unlabeled: int
     config: dict[str, Any]
     finished: str
     kind: str = "run"
@@ -142,7 +142,7 @@ def run_experiment(
 ) -> RunResult:
     """Train a student as configured, evaluate it on validation and test, export and record it.
 
-    Everything random follows `config.seed`: runs that share it start from the same student, see the same labelled
+    Everything random follows `config.seed`: runs that share it start from the same student, see the same labeled
     texts in the same order, and may be compared in pairs.
 
     Args:
@@ -280,8 +280,8 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
         test=scores,
         parameters=_parameters(student),
         teacher_parameters=_parameters(teacher),
-        labelled=rows.labelled,
-        unlabelled=len(rows.rows) - rows.labelled,
+        labeled=rows.labeled,
+        unlabeled=len(rows.rows) - rows.labeled,
         config=config.to_dict(),
         finished=now(),
         versions=versions(),
@@ -373,6 +373,7 @@ def _refusal(out: Path, other: dict[str, tuple]) -> str:
 def _binding(config: dict[str, Any]) -> dict[str, Any]:
     """What of a configuration a run's numbers follow from: all but the folder and how often it logs, evaluates and saves."""
     aside = ("log_every", "eval_every", "save_every")
+    config = by_names(config, OLD_NAMES)
     training = {key: value for key, value in config["training"].items() if key not in aside}
     return {key: value for key, value in config.items() if key != "out"} | {"training": training}
 
@@ -416,10 +417,10 @@ def _few(split, rows: int):
 
 
 def _steps_a_pass(rows: TrainingRows, args) -> int:
-    """Steps in which each labelled text comes about once."""
+    """Steps in which each labeled text comes about once."""
     batches = args.gradient_accumulation_steps * args.world_size
-    labelled = int((rows.plan[:batches] < rows.labelled).sum())
-    return max(1, round(rows.labelled / labelled))
+    labeled = int((rows.plan[:batches] < rows.labeled).sum())
+    return max(1, round(rows.labeled / labeled))
 
 
 def evaluate_baselines(config: ExperimentConfig) -> list[dict[str, Any]]:
@@ -471,10 +472,10 @@ def baseline_id(config: ExperimentConfig, arm: str) -> str:
 
 
 def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 4) -> float | None:
-    """FLOPs of one optimiser step, forward and backward, teacher included: the mean over typical batches.
+    """FLOPs of one optimizer step, forward and backward, teacher included: the mean over typical batches.
 
     The teacher's forward ends where the objective needs no more of it, and this counts what is done. None for a
-    quantised teacher. Random numbers drawn here (dropout) do not count: the run goes on as if nothing was measured.
+    quantized teacher. Random numbers drawn here (dropout) do not count: the run goes on as if nothing was measured.
     """
     from fakit.evaluation.cost import count_flops
     from fakit.models.load import is_quantized

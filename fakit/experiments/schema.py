@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 
 import yaml
 
+from fakit import warn_of_old_name
 from fakit.files import write_whole
 
 
@@ -36,12 +37,16 @@ class Section:
     """Base of every configuration dataclass. `section` is the path its keys have in a file, "" at the top."""
 
     section: ClassVar[str] = ""
+    old_names: ClassVar[Mapping[str, str]] = {}  # of keys and of chosen values; accepted with a warning for one release
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             path = self._path(field.name)
             value = coerce(getattr(self, field.name), hints[field.name], path)
+            if isinstance(value, str) and value in self.old_names and field.metadata.get("choices"):
+                warn_of_old_name(f"{path}: {value}", self.old_names[value])
+                value = self.old_names[value]
             _check_rules(value, field.metadata, path)
             object.__setattr__(self, field.name, value)  # frozen for everyone else: 1 becomes 1.0, a list a tuple
         self._check()
@@ -59,6 +64,7 @@ class Section:
         where = cls.section or "the top level"
         if not isinstance(data, Mapping):
             raise ValueError(f"{where}: found {describe(data)}, expected a mapping with keys {', '.join(cls.keys())}.")
+        data = cls._by_current_names(data)
         for key in data:
             if key not in cls.keys():  # noqa: SIM118 — keys() is ours
                 raise ValueError(
@@ -71,6 +77,18 @@ class Section:
                 f"{cls._path(missing[0])}: missing at {where}; found {', '.join(map(str, data)) or 'no key'}."
             )
         return cls(**data)
+
+    @classmethod
+    def _by_current_names(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        current = {}
+        for key, value in data.items():
+            name = cls.old_names.get(str(key), key)
+            if name != key:
+                warn_of_old_name(cls._path(key), cls._path(name))
+            if name in current or (name != key and name in data):
+                raise ValueError(f"{cls._path(key)}: is the old name of {cls._path(name)}; give one of them.")
+            current[name] = value
+        return current
 
     @classmethod
     def keys(cls) -> list[str]:
@@ -100,7 +118,7 @@ class Section:
         """
         own: dict[str, Any] = {}
         nested: dict[str, dict[str, Any]] = {}
-        for key, value in changes.items():
+        for key, value in self._by_current_names(changes).items():
             head, _, rest = key.partition(".")
             if head not in self.keys():
                 raise ValueError(

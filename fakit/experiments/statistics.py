@@ -1,6 +1,6 @@
 """What paired seeds allow one to claim: means and differences with intervals, the share of a gap that was closed.
 
-Two arms that share a seed share the student's first weights, the labelled texts and their order, so the difference of
+Two arms that share a seed share the student's first weights, the labeled texts and their order, so the difference of
 one seed is free of what these do to both. All intervals are over seeds, at 95 % unless asked otherwise, and name n.
 """
 

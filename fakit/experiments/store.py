@@ -23,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 
+from fakit.experiments.config import OLD_NAMES, by_names
 from fakit.files import append_whole, locked, write_whole
 from fakit.training.environment import environment
 
@@ -92,8 +93,8 @@ class RunStore:
         return any(record["run_id"] == run_id for record in self.records())
 
     def records(self) -> list[dict[str, Any]]:
-        """The finished runs as they were written, in that order."""
-        return self._read("runs.jsonl")
+        """The finished runs as they were written, in that order; what has been renamed since, by its new name."""
+        return [_by_current_names(record) for record in self._read("runs.jsonl")]
 
     def record(self, run_id: str) -> dict[str, Any]:
         """One finished run. Raises ValueError naming the nearest of the recorded ones."""
@@ -199,6 +200,12 @@ class RunStore:
             f"{path}: a last line of {len(content) - whole} bytes, cut short by a kill, was moved to {path.name}.rest.",
             stacklevel=5,
         )
+
+
+def _by_current_names(record: dict[str, Any]) -> dict[str, Any]:
+    renamed = {"labelled": "labeled", "unlabelled": "unlabeled"}
+    record = {renamed.get(key, key): value for key, value in record.items()}
+    return record | {"config": by_names(record["config"], OLD_NAMES)} if "config" in record else record
 
 
 def _is_free(path: Path) -> bool:

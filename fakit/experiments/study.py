@@ -49,7 +49,7 @@ class StudyConfig(Experiments):
         experiments: one for each task, with all the terms that the arms switch off; in a file, mappings or names of
             YAML files beside it.
         arms: of none, outputs, features, attention, all.
-        seeds: each runs every arm from the same student and labelled texts; intervals are over these.
+        seeds: each runs every arm from the same student and labeled texts; intervals are over these.
         equal_compute: arms that run once more, with as many steps as give them the training FLOPs of "all", the
             teacher's forward passes included.
         baselines: also record, with the first seed, the teacher, the untrained student and, where it means something,
@@ -94,7 +94,7 @@ class StudyConfig(Experiments):
         """The equal-compute runs, whose steps follow from what the first seed's runs were measured to cost.
 
         Raises:
-            ValueError: when those runs are not recorded, or have no FLOPs (a quantised teacher).
+            ValueError: when those runs are not recorded, or have no FLOPs (a quantized teacher).
         """
         first = self.seeds[0]
         configs = []
@@ -126,8 +126,8 @@ def equal_compute_steps(own: Mapping[str, Any], target: Mapping[str, Any]) -> in
     for record in (own, target):
         if not record["flops_per_step"]:
             raise ValueError(
-                f"{record['run_id']} has no FLOPs per step (a quantised teacher cannot be counted), so equal compute "
-                "cannot be planned; study an unquantised teacher, or set equal_compute: []."
+                f"{record['run_id']} has no FLOPs per step (a quantized teacher cannot be counted), so equal compute "
+                "cannot be planned; study an unquantized teacher, or set equal_compute: []."
             )
     return max(1, round(target["flops"] / own["flops_per_step"]))
 

@@ -68,6 +68,7 @@ class FeaturesConfig(TermSection):
     """Hidden-state matching over the mapped layers."""
 
     section: ClassVar[str] = "features"
+    old_names: ClassVar[Mapping[str, str]] = feature_losses.OLD_NAMES
     made = Features
     losses = feature_losses.LOSSES
     shown = ("loss", "weight")

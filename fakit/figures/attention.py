@@ -13,7 +13,7 @@ from fakit.figures.drawing import (
     axis_key,
     canvas,
     check_keys,
-    colour_bar,
+    color_bar,
     hatch,
     heat_axes,
     label_width,
@@ -127,7 +127,7 @@ def attention_pair(
             }
         )
         ticks = [low, (low + high) / 2, high]
-        bar = colour_bar(
+        bar = color_bar(
             "attention" if number < 2 else "difference",
             across=True,
             x=sum(domain) / 2,
@@ -198,7 +198,7 @@ def head_matching(
         zmin=0,
         zmax=1,
         colorscale=DISTANCE,
-        colorbar=colour_bar("distance"),
+        colorbar=color_bar("distance"),
         text=[[f"{v:.2f}" for v in row] for row in values] if roomy else None,
         texttemplate="%{text}" if roomy else None,
         hovertemplate="student head %{y}, teacher head %{x}<br>distance %{z:.3f}<extra></extra>",
@@ -291,7 +291,7 @@ def token_attributions(
 
 def head_profiles(
     heads: Mapping[str, tuple[Any, Any]],
-    x_label: str = "normalised entropy (1 = looks everywhere)",
+    x_label: str = "normalized entropy (1 = looks everywhere)",
     y_label: str = "share on sinks",
     title: str = "One point a head",
 ) -> Figure:

@@ -1,4 +1,4 @@
-"""Pieces that several figures share: the canvas, panels, colour bars, hatching, outlines and bands."""
+"""Pieces that several figures share: the canvas, panels, color bars, hatching, outlines and bands."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def note(figure: go.Figure, text: str, x: float, y: float, **extra: Any) -> None
     )
 
 
-def colour_bar(
+def color_bar(
     title: str, across: bool = False, x: float = 1.02, y: float = 0.5, length: float = 1.0, **extra: Any
 ) -> dict:
     """plotly `colorbar` attributes that the static twin places identically; x, y in paper coordinates."""
@@ -152,7 +152,7 @@ def hatch(cells: np.ndarray, number: int = 0, name: str = "") -> go.Scatter | No
 
 def outline(figure: go.Figure, row: float, column: float, number: int = 0) -> None:
     """A frame around one cell that shows on dark and on light cells: black outside, white inside."""
-    for inset, colour, width in ((0.06, "#000000", 4.5), (0.06, "#FFFFFF", 2)):  # inside: a plot clips at its edge
+    for inset, color, width in ((0.06, "#000000", 4.5), (0.06, "#FFFFFF", 2)):  # inside: a plot clips at its edge
         figure.add_shape(
             type="rect",
             x0=column - 0.5 + inset,
@@ -161,7 +161,7 @@ def outline(figure: go.Figure, row: float, column: float, number: int = 0) -> No
             y1=row + 0.5 - inset,
             xref=axis_id("x", number),
             yref=axis_id("y", number),
-            line={"color": colour, "width": width},
+            line={"color": color, "width": width},
         )
 
 
@@ -235,14 +235,14 @@ def names(given: Sequence[str] | None, count: int, letter: str, what: str) -> li
     return made
 
 
-def interval(mean: Any, low: Any, high: Any, colour: str = TEXT, width: float = 1.8) -> dict:
+def interval(mean: Any, low: Any, high: Any, color: str = TEXT, width: float = 1.8) -> dict:
     """plotly error-bar attributes for an interval [low, high] around mean."""
     mean, low, high = (np.asarray(part, float) for part in (mean, low, high))
     return {
         "type": "data",
         "array": high - mean,
         "arrayminus": mean - low,
-        "color": colour,
+        "color": color,
         "thickness": width,
         "width": 5,
     }

@@ -1,4 +1,4 @@
-"""Calibration, what quantising does layer by layer, and where memory goes."""
+"""Calibration, what quantizing does layer by layer, and where memory goes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def memory_bars(
     """Stacked bars: what each set-up needs, by part.
 
     Args:
-        parts: set-up → part (teacher, student, gradients, optimiser, activations …) → bytes.
+        parts: set-up → part (teacher, student, gradients, optimizer, activations …) → bytes.
         limit: bytes that the device has, drawn as a line.
         title: short title.
 

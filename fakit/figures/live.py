@@ -155,11 +155,11 @@ def _chart(
         role = styles.get(name, EXTRA)
         path = "M" + "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in lines[name])
         parts.append(
-            f'<path d="{path}" data-line="{escape(name)}" data-points="{len(lines[name])}" stroke="{role.colour}" stroke-width="2" '
+            f'<path d="{path}" data-line="{escape(name)}" data-points="{len(lines[name])}" stroke="{role.color}" stroke-width="2" '
             f'stroke-dasharray="{_DASHES[role.dash]}" stroke-linejoin="round" fill="none"/>'
-            f'<circle cx="{at:.1f}" cy="{end:.1f}" r="3.5" fill="{role.colour}"/>'
+            f'<circle cx="{at:.1f}" cy="{end:.1f}" r="3.5" fill="{role.color}"/>'
         )
-        parts.append(_text(at + 9, labels[name] + 4, name, colour=role.colour))
+        parts.append(_text(at + 9, labels[name] + 4, name, color=role.color))
     return "".join(parts)
 
 
@@ -171,19 +171,17 @@ def _matrix(values: np.ndarray, pairs: Sequence[tuple[int, int]], place: tuple[f
     left, bottom = start + 30, _TOP + cell * rows
     parts = [_text(start, 22, title, FONT_SIZE + 2), _text(start, 42, "framed: mapped pairs" if pairs else "")]
     shown = np.nan_to_num(values).clip(0, 1)
-    colours = sample_colorscale(SIMILARITY, shown.flatten().tolist())
+    colors = sample_colorscale(SIMILARITY, shown.flatten().tolist())
     for i in range(rows):
         for j in range(columns):
             at, top = left + j * cell, bottom - (i + 1) * cell
             parts.append(
-                f'<rect x="{at:.1f}" y="{top:.1f}" width="{cell:.2f}" height="{cell:.2f}" fill="{colours[i * columns + j]}">'
+                f'<rect x="{at:.1f}" y="{top:.1f}" width="{cell:.2f}" height="{cell:.2f}" fill="{colors[i * columns + j]}">'
                 f"<title>S{i} and T{j}: CKA {values[i, j]:.3f}</title></rect>"
             )
             if cell >= 26:  # ".87" takes 19 px: nearer to each other, the numbers of a row run together
                 ink = "#111" if shown[i, j] > 0.55 else "#fff"
-                parts.append(
-                    _text(at + cell / 2, top + cell / 2 + 4, _short(values[i, j]), anchor="middle", colour=ink)
-                )
+                parts.append(_text(at + cell / 2, top + cell / 2 + 4, _short(values[i, j]), anchor="middle", color=ink))
     every = max(1, math.ceil(20 / cell))  # layers between two names
     parts += [_text(left - 6, bottom - (i + 0.5) * cell + 4, f"S{i}", anchor="end") for i in range(0, rows, every)]
     parts += [_text(left + (j + 0.5) * cell, bottom + 16, f"T{j}", anchor="middle") for j in range(0, columns, every)]
@@ -204,9 +202,9 @@ def _short(value: float) -> str:
     )
 
 
-def _text(x: float, y: float, text: str, size: int = SMALL, anchor: str = "start", colour: str = TEXT) -> str:
+def _text(x: float, y: float, text: str, size: int = SMALL, anchor: str = "start", color: str = TEXT) -> str:
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{color}">{escape(text)}</text>'
     )
 
 

@@ -84,7 +84,7 @@ def map_experiment(
                 y=score,
                 mode="markers",
                 marker=role.marker(11 if kind == "increasing" else 13),
-                error_y={**interval(score, *bars, role.colour, 1.2), "width": 0},
+                error_y={**interval(score, *bars, role.color, 1.2), "width": 0},
                 hovertext=hover,
                 hoverinfo="text",
                 **look,
@@ -166,7 +166,7 @@ def _name_extremes(figure: Any, rows: list[dict], number: int, higher: bool) -> 
     where = {
         "xref": axis_id("x", number),
         "yref": axis_id("y", number),
-        "font": {"size": SMALL, "color": ALIGNED.colour},
+        "font": {"size": SMALL, "color": ALIGNED.color},
     }
     for row in (chosen,) if chosen is best else (chosen, best):
         note(figure, row["map"], row["cka"], row.get(top, row["score"]), yanchor="bottom", yshift=1, **where)

@@ -70,7 +70,7 @@ def layer_map_gallery(
             room = 16 + 6 * len(str(layers))  # px that "T6" and "T12" need
             every = -(-room * layers // int(pixels)) or 1
             for i in range(0, layers + 1, every):
-                beside = {"yshift": 14 if role is TEACHER else -14, "font": {"size": SMALL, "color": role.colour}}
+                beside = {"yshift": 14 if role is TEACHER else -14, "font": {"size": SMALL, "color": role.color}}
                 note(figure, f"{role.letter}{i}", place(i, layers), y, **beside)
         heading = {"xanchor": "left", "yanchor": "bottom", "yshift": 24, "font": {"size": SMALL + 1, "color": TEXT}}
         note(figure, f"<b>{name}</b>", left - 0.02, base + 0.42, **heading)

@@ -58,14 +58,14 @@ def layer_map(
         )
         hover = f"S{student} learns from T{teacher}{told}"
         width = 2.5 if alike is None else 1.5 + 7 * max(alike, 0)
-        line = {"color": ALIGNED.colour, "width": width, "dash": "dashdot" if alike is None else "solid"}
+        line = {"color": ALIGNED.color, "width": width, "dash": "dashdot" if alike is None else "solid"}
         figure.add_scatter(
             x=ends[0], y=ends[1], mode="lines", line=line, text=hover, hoverinfo="text", name=f"S{student}–T{teacher}"
         )
         if alike is not None:
             along = (
                 0.24 if number % 2 == 0 else 0.38
-            )  # near the pupils, where links lie apart; neighbours at two heights
+            )  # near the pupils, where links lie apart; neighbors at two heights
             x = ends[0][0] + along * (ends[0][1] - ends[0][0])
             note(figure, f"{alike:.2f}", x, along, font={"size": SMALL, "color": "#FFFFFF"}, bgcolor="#00704F")
     size = float(np.clip(400 / (widest + 1), 12, 36))
@@ -77,7 +77,7 @@ def layer_map(
             x=[place(i, layers) for i in numbers],
             y=[y] * (layers + 1),
             mode="markers",
-            marker=role.marker(size, opacity=1, line={"color": role.colour, "width": 1}),
+            marker=role.marker(size, opacity=1, line={"color": role.color, "width": 1}),
             hovertext=[
                 f"{role.letter}{i}{' (embeddings)' if i == 0 else ''}: {'mapped' if i in used else 'not mapped'}"
                 for i in numbers
@@ -94,9 +94,9 @@ def layer_map(
                     place(i, layers),
                     y,
                     yshift=shift,
-                    font={"size": 13, "color": role.colour},
+                    font={"size": 13, "color": role.color},
                 )
-        heading = {"xref": "paper", "xshift": -78, "xanchor": "left", "font": {"size": 14, "color": role.colour}}
+        heading = {"xref": "paper", "xshift": -78, "xanchor": "left", "font": {"size": 14, "color": role.color}}
         note(figure, f"<b>{role.name}</b>", 0, y, **heading)
     hidden = {"visible": False, "showgrid": False, "zeroline": False}
     figure.update_xaxes(range=(-0.06 * widest, 1.06 * widest), **hidden).update_yaxes(range=(-0.45, 1.4), **hidden)

@@ -9,17 +9,17 @@ from fakit.figures.figure import Figure
 from fakit.figures.theme import ALIGNED, BASELINE, EXTRA, SMALL, STUDENT, TEACHER, TEXT, pattern
 
 GB = 1e9
-# The colour says whose it is, the pattern what it is.
+# The color says whose it is, the pattern what it is.
 STYLES = {
-    "teacher weights": (TEACHER.colour, ""),
-    "teacher activations": (TEACHER.colour, "/"),
-    "captured traces": (TEACHER.colour, "."),
-    "student weights": (STUDENT.colour, ""),
-    "student activations": (STUDENT.colour, "/"),
-    "gradients": (STUDENT.colour, "x"),
-    "optimiser state": (EXTRA.colour, "\\"),
-    "losses": (ALIGNED.colour, "+"),
-    "overhead": (BASELINE.colour, "-"),
+    "teacher weights": (TEACHER.color, ""),
+    "teacher activations": (TEACHER.color, "/"),
+    "captured traces": (TEACHER.color, "."),
+    "student weights": (STUDENT.color, ""),
+    "student activations": (STUDENT.color, "/"),
+    "gradients": (STUDENT.color, "x"),
+    "optimizer state": (EXTRA.color, "\\"),
+    "losses": (ALIGNED.color, "+"),
+    "overhead": (BASELINE.color, "-"),
 }
 
 
@@ -56,13 +56,13 @@ def memory_plan(
         title, (760, above + plot + 56), {"l": side, "t": above, "r": 92, "b": 56}, barmode="stack", bargap=0.35
     )
     for kind in kinds:
-        colour, shape = STYLES[kind]
+        color, shape = STYLES[kind]
         figure.add_bar(
             y=names,
             x=[setups[name].get(kind, 0.0) / GB for name in names],
             orientation="h",
             name=kind,
-            marker={"color": colour, "pattern": pattern(shape, colour), "line": {"width": 0}},
+            marker={"color": color, "pattern": pattern(shape, color), "line": {"width": 0}},
             hovertemplate=f"%{{y}}, {kind}: %{{x:.3g}} GB<extra></extra>",
         )
     for place, name in enumerate(names):  # in a column of their own, where no line runs through them

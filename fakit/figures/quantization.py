@@ -1,4 +1,4 @@
-"""What quantising a teacher does to its hidden states and its attention, layer by layer."""
+"""What quantizing a teacher does to its hidden states and its attention, layer by layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def quantization_by_layer(
     forms: Mapping[str, Any],
     references: Mapping[str, Mapping[int, float]] | None = None,
     letter: str = "T",
-    title: str = "What quantising does, layer by layer",
+    title: str = "What quantizing does, layer by layer",
 ) -> Figure:
     """One line a form of the teacher: the error of its hidden states, and beside it the divergence of its attention maps.
 

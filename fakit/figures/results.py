@@ -52,7 +52,7 @@ def _forest(rows: list[dict], title: str, tasks: list[str], arms: list[str], met
             seeds = _seeds(row)
             hover = f"{row['arm']}, {task}<br>{row['mean']:.4g} (95 % interval {row['low']:.4g} to {row['high']:.4g})"
             if seeds:
-                points = {"color": role.colour, "size": 5, "symbol": "circle", "opacity": 0.75}
+                points = {"color": role.color, "size": 5, "symbol": "circle", "opacity": 0.75}
                 spread = {"hovertemplate": f"{row['arm']}, {task}<br>one seed: %{{x:.4g}}<extra></extra>"}
                 figure.add_scatter(
                     x=seeds, y=[place - 0.24] * len(seeds), mode="markers", marker=points, xaxis=x, yaxis=y, **spread
@@ -62,7 +62,7 @@ def _forest(rows: list[dict], title: str, tasks: list[str], arms: list[str], met
                 y=[place],
                 mode="markers",
                 marker=role.marker(10),
-                error_x=interval([row["mean"]], [row["low"]], [row["high"]], role.colour, 2.2),
+                error_x=interval([row["mean"]], [row["low"]], [row["high"]], role.color, 2.2),
                 hovertemplate=hover + "<extra></extra>",
                 name=row["arm"],
                 xaxis=x,
@@ -181,7 +181,7 @@ def scores_by_arm(
                 "yanchor": "bottom",
                 "yshift": 4 + 16 * level,
             }
-            note(figure, text, 1, 1, font={"size": 12, "color": role.colour}, **where)
+            note(figure, text, 1, 1, font={"size": 12, "color": role.color}, **where)
     best = [f"{task} {row['arm']} {row['mean']:.3g}" for task in tasks for row in rows if row["task"] == task]
     parts = [
         f"{task} teacher {references[task]['teacher']:.3g}" for task in tasks if "teacher" in references.get(task, {})
@@ -285,7 +285,7 @@ def pareto(
             y=[row["quality"]],
             mode="markers",
             marker=role.marker(11) | {"symbol": symbol},
-            error_y=interval([row["quality"]], [low], [high], role.colour),
+            error_y=interval([row["quality"]], [low], [high], role.color),
             name=row["name"],
             showlegend=True,
             hovertemplate=f"{row['name']}<br>{cost_label}: %{{x:.4g}}<br>{quality_label}: %{{y:.4g}}<extra></extra>",
@@ -330,7 +330,7 @@ def weight_sensitivity(
         figure.add_trace(band(x, low, high, role, number))
         for position, row in enumerate(mine):
             seeds = _seeds(row)
-            points = {"color": role.colour, "size": 4, "opacity": 0.7}
+            points = {"color": role.color, "size": 4, "opacity": 0.7}
             figure.add_scatter(
                 x=[position] * len(seeds), y=seeds, mode="markers", marker=points, hoverinfo="skip", **where
             )

@@ -23,7 +23,7 @@ def rogue_scrub(
 ) -> Figure:
     """Two panels over the number of dimensions taken care of: CKA of pairs of layers, and the variance these dimensions carry.
 
-    A layer has the colour of its pair, and the teacher's line is solid, the student's dashed; its name stands at its end.
+    A layer has the color of its pair, and the teacher's line is solid, the student's dashed; its name stands at its end.
 
     Args:
         cka: name of a pair ("S3 and T6"), in the order of the map → (K + 1,), CKA with 0 … K dimensions dropped or z-scored; NaN is a gap.
@@ -72,7 +72,7 @@ def rogue_scrub(
             xaxis="x2",
             yaxis="y2",
         )
-        font = {"size": SMALL, "color": role.colour}
+        font = {"size": SMALL, "color": role.color}
         note(figure, name, steps[-1], ends[name], xref="x2", yref="y2", xanchor="left", xshift=8, font=font)
     for number, heading in enumerate(("similarity", "variance carried by them")):
         x, y = axis_id("x", number), f"{axis_id('y', number)} domain"
@@ -88,15 +88,15 @@ def rogue_scrub(
     ]
     worst = max(shares, key=lambda name: shares[name][k])
     summary = f"With the {k} largest dimensions of each layer {done}: CKA {', '.join(said) or 'undefined'}; "
-    caption = "Right: each layer in the colour of its pair, the teacher's line solid, the student's dashed."
+    caption = "Right: each layer in the color of its pair, the teacher's line solid, the student's dashed."
     return Figure(figure, summary + f"in {worst} they carry {100 * shares[worst][k]:.1f} % of the variance.", caption)
 
 
 def _layer_role(name: str, pairs: Sequence[str]) -> Role:
-    """Colour of the first pair that the layer is in, dash and marker of its model; a layer of no pair is its model's."""
+    """Color of the first pair that the layer is in, dash and marker of its model; a layer of no pair is its model's."""
     model = model_role(name)
     found = [position for position, pair in enumerate(pairs) if name in pair.split()]
-    return replace(model, colour=pair_role(found[0]).colour) if found else model
+    return replace(model, color=pair_role(found[0]).color) if found else model
 
 
 def _apart(ends: Mapping[str, float], gap: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from fakit.figures.drawing import (
     band,
     canvas,
     check_keys,
-    colour_bar,
+    color_bar,
     hatch,
     heat_axes,
     matrix,
@@ -50,7 +50,7 @@ def similarity_heatmap(
         high: its upper end.
         map_pairs: (row, column) cells to outline: the layer map in force.
         title: short title.
-        measure: the name of what is shown, for colour bar and hover.
+        measure: the name of what is shown, for color bar and hover.
 
     Raises:
         ValueError: shapes or numbers of labels that do not agree.
@@ -81,7 +81,7 @@ def similarity_heatmap(
         zmin=0,
         zmax=1,
         colorscale=SIMILARITY,
-        colorbar=colour_bar(measure),
+        colorbar=color_bar(measure),
         text=cells if roomy else None,
         texttemplate="%{text}" if roomy else None,
         textfont={"size": SMALL},
@@ -152,7 +152,7 @@ def similarity_panels(
             zmax=1,
             colorscale=SIMILARITY,
             showscale=number == 0,
-            colorbar=colour_bar(measure) if number == 0 else None,
+            colorbar=color_bar(measure) if number == 0 else None,
             text=[["–" if np.isnan(v) else f"{v:.2f}".replace("-0.00", "0.00") for v in row] for row in part]
             if roomy
             else None,
@@ -294,20 +294,20 @@ def rogue_dimensions(shares: Mapping[str, Any], title: str = "Variance carried b
     """
     check_keys(shares, "rogue_dimensions")
     steps = (("largest", 0, 1), ("2nd and 3rd", 1, 3), ("4th to 10th", 3, 10))
-    colours = ("#7A2A6C", EXTRA.colour, "#C77DB5")  # shades of one hue, apart from the models' two
+    colors = ("#7A2A6C", EXTRA.color, "#C77DB5")  # shades of one hue, apart from the models' two
     ordered = {}
     for label, values in shares.items():
         ordered[label] = np.sort(np.asarray(values, float))[::-1]
         if not abs(ordered[label].sum() - 1) <= 1e-3:  # NaN, too
             raise ValueError(f"shares of {label} sum to {ordered[label].sum():.3f}; variance shares sum to 1")
     figure = canvas(title, margin={"t": 96}, barmode="stack", bargap=0.3)
-    for (name, first, last), colour, shape in zip(steps, colours, ("", "/", "."), strict=True):
+    for (name, first, last), color, shape in zip(steps, colors, ("", "/", "."), strict=True):
         heights = [100 * float(values[first:last].sum()) for values in ordered.values()]
         figure.add_bar(
             x=list(ordered),
             y=heights,
             name=name,
-            marker={"color": colour, "pattern": pattern(shape, colour), "line": {"width": 0}},
+            marker={"color": color, "pattern": pattern(shape, color), "line": {"width": 0}},
             hovertemplate=f"%{{x}}, {name}: %{{y:.1f}} % of the variance<extra></extra>",
         )
     figure.update_xaxes(title="layer", type="category", showgrid=False)

@@ -12,8 +12,8 @@ from fakit.figures.drawing import canvas, check_keys
 from fakit.figures.figure import Figure
 from fakit.figures.theme import ALIGNED, BASELINE, EXTRA, Role
 
-_KINDS = (ALIGNED, EXTRA, BASELINE)  # neither the teacher's nor the student's colour: a pair is both
-_AGAIN = (("solid", "circle"), ("dash", "x"), ("longdashdot", "star"))  # the same colours, drawn otherwise
+_KINDS = (ALIGNED, EXTRA, BASELINE)  # neither the teacher's nor the student's color: a pair is both
+_AGAIN = (("solid", "circle"), ("dash", "x"), ("longdashdot", "star"))  # the same colors, drawn otherwise
 
 
 def pair_role(position: int) -> Role:
@@ -30,7 +30,7 @@ def similarity_over_steps(
     title: str = "The student's CKA to its teacher while it trains",
     measure: str = "CKA",
 ) -> Figure:
-    """CKA of pairs of layers against optimiser steps, always from 0 to 1.
+    """CKA of pairs of layers against optimizer steps, always from 0 to 1.
 
     Args:
         steps: when it was measured, (N,), rising.
@@ -63,6 +63,6 @@ def similarity_over_steps(
         finite = line[np.isfinite(line)]
         low = min([low, *finite])
         said.append(f"{name} {finite[0]:.2f} → {finite[-1]:.2f}" if len(finite) else f"{name} undefined")
-    figure.update_xaxes(title="optimiser steps", range=(min(0, steps[0]), steps[-1] * 1.02 or 1))
+    figure.update_xaxes(title="optimizer steps", range=(min(0, steps[0]), steps[-1] * 1.02 or 1))
     figure.update_yaxes(title=measure, range=(1.1 * low, 1.02))
     return Figure(figure, f"{measure} from step {steps[0]} to step {steps[-1]}: {', '.join(said)}.")

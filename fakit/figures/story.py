@@ -45,8 +45,8 @@ def _box(figure: go.Figure, x: float, y: float, width: float, role: Role, solid:
         x1=x + width / 2,
         y0=y - 0.23,
         y1=y + 0.23,
-        fillcolor=role.colour if solid else role.tint(0.12),
-        line={"color": role.colour, "width": 1.5, "dash": "solid" if solid else role.dash},
+        fillcolor=role.color if solid else role.tint(0.12),
+        line={"color": role.color, "width": 1.5, "dash": "solid" if solid else role.dash},
         layer="below",
     )
 
@@ -58,7 +58,7 @@ def _link(figure: go.Figure, x0: float, y0: float, x1: float, y1: float, role: R
         y0=y0,
         x1=x1,
         y1=y1,
-        line={"color": role.colour, "width": width, "dash": role.dash},
+        line={"color": role.color, "width": width, "dash": role.dash},
         layer="below",
     )
 
@@ -71,7 +71,7 @@ def distillation_story(
 ) -> Figure:
     """Feature-alignment distillation in one picture: two rows of layers, the map between them, and the loss terms.
 
-    A term has the colour and dash that it has in every other figure (`theme.ARMS`).
+    A term has the color and dash that it has in every other figure (`theme.ARMS`).
 
     Args:
         pairs: (student layer, teacher layer), 0 = embeddings, as in `LayerMap.pairs`.
@@ -111,7 +111,7 @@ def distillation_story(
                 note(figure, f"{role.letter}{i}", x, y + outside, font={"size": SMALL, "color": ink})
         _box(figure, end, y, 0.9, role, solid=False)
         note(figure, "outputs", end, y)
-        note(figure, f"<b>{role.name}</b>", 0.0, y + 0.14, xanchor="left", font={"size": 14, "color": role.colour})
+        note(figure, f"<b>{role.name}</b>", 0.0, y + 0.14, xanchor="left", font={"size": 14, "color": role.color})
         note(figure, "frozen" if role is TEACHER else "learns", 0.0, y - 0.16, xanchor="left")
     matched = [name for name in ("features", "attention") if name in terms]
     if matched:
@@ -122,7 +122,7 @@ def distillation_story(
                 _link(figure, *ends, ARMS[name])
         high = 2.5
         for name in matched:
-            heading = {"xanchor": "left", "font": {"size": 13, "color": ARMS[name].colour}}
+            heading = {"xanchor": "left", "font": {"size": 13, "color": ARMS[name].color}}
             note(figure, f"<b>{WEIGHTS[name]} · {name}</b>", 0.0, high, **heading)
             what = "<br>".join(textwrap.wrap(terms[name], 19))
             note(figure, what, 0.0, high - 0.13, xanchor="left", yanchor="top", align="left")
@@ -130,13 +130,13 @@ def distillation_story(
     if "outputs" in terms:
         role = ARMS["outputs"]
         _link(figure, end, student_y + 0.24, end, teacher_y - 0.24, role)
-        note(figure, "<b>γ · outputs</b>", end + 0.14, 2.2, xanchor="left", font={"size": 13, "color": role.colour})
+        note(figure, "<b>γ · outputs</b>", end + 0.14, 2.2, xanchor="left", font={"size": 13, "color": role.color})
         text = "<br>".join(textwrap.wrap(terms["outputs"], 16))
         note(figure, text, end + 0.14, 2.06, xanchor="left", yanchor="top", align="left")
     if "task" in terms:
         role = ARMS["task"]
         _link(figure, end, student_y - 0.24, end, 0.42, role)
-        note(figure, f"<b>δ · task: {terms['task']}</b>", end, 0.24, font={"size": 13, "color": role.colour})
+        note(figure, f"<b>δ · task: {terms['task']}</b>", end, 0.24, font={"size": 13, "color": role.color})
     formula = "loss = " + " + ".join(f"{WEIGHTS[name]} · {name}" for name in terms)
     note(figure, formula, 0.0, 0.24, xanchor="left", font={"size": 14, "color": TEXT})
     note(figure, "embeddings", tops[0], teacher_y + (0.4 if tops[1] - tops[0] >= 0.54 else 0.6))

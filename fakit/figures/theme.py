@@ -1,8 +1,8 @@
-"""The visual language: one place for colours, dashes, markers, letters, sizes and colour scales.
+"""The visual language: one place for colors, dashes, markers, letters, sizes and color scales.
 
-Every role colour has a contrast of at least 3:1 on white and on `#111`, and the text grey at least 4:1, so that one
+Every role color has a contrast of at least 3:1 on white and on `#111`, and the text gray at least 4:1, so that one
 picture with a transparent background reads in a light and in a dark notebook. Teacher and student have nearly equal
-luminance: dash, marker and letter carry the difference where colour does not (print, colour blindness).
+luminance: dash, marker and letter carry the difference where color does not (print, color blindness).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ WIDE = 820  # px: what JupyterLab has for an output in a window of 1280 beside i
 PAIR = (WIDE, 420)
 
 
-def pattern(shape: str, colour: str) -> dict:
-    """plotly bar `pattern` of white strokes on `colour`; empty for no shape."""
+def pattern(shape: str, color: str) -> dict:
+    """plotly bar `pattern` of white strokes on `color`; empty for no shape."""
     if not shape:
         return {}
-    return {"shape": shape, "bgcolor": colour, "fgcolor": "#FFFFFF", "fgopacity": 0.9, "size": 7, "solidity": 0.2}
+    return {"shape": shape, "bgcolor": color, "fgcolor": "#FFFFFF", "fgopacity": 0.9, "size": 7, "solidity": 0.2}
 
 
 @dataclass(frozen=True)
 class Role:
-    """How one actor is drawn: its name, colour, plotly dash, plotly marker symbol, letter and bar pattern."""
+    """How one actor is drawn: its name, color, plotly dash, plotly marker symbol, letter and bar pattern."""
 
     name: str
-    colour: str
+    color: str
     dash: str
     symbol: str
     letter: str
@@ -46,19 +46,19 @@ class Role:
 
     def line(self, width: float = 2.0) -> dict:
         """plotly `line` attributes."""
-        return {"color": self.colour, "dash": self.dash, "width": width}
+        return {"color": self.color, "dash": self.dash, "width": width}
 
     def marker(self, size: float = 9.0, **extra: object) -> dict:
         """plotly `marker` attributes for points."""
-        return {"color": self.colour, "symbol": self.symbol, "size": size, **extra}
+        return {"color": self.color, "symbol": self.symbol, "size": size, **extra}
 
     def bar(self) -> dict:
-        """plotly `marker` attributes for bars: the pattern tells bars apart without colour."""
-        return {"color": self.colour, "pattern": pattern(self.pattern, self.colour), "line": {"width": 0}}
+        """plotly `marker` attributes for bars: the pattern tells bars apart without color."""
+        return {"color": self.color, "pattern": pattern(self.pattern, self.color), "line": {"width": 0}}
 
     def tint(self, alpha: float) -> str:
-        """The role's colour as `rgba(…)`, for bands."""
-        red, green, blue = (int(self.colour[i : i + 2], 16) for i in (1, 3, 5))
+        """The role's color as `rgba(…)`, for bands."""
+        red, green, blue = (int(self.color[i : i + 2], 16) for i in (1, 3, 5))
         return f"rgba({red},{green},{blue},{alpha:g})"
 
 
@@ -71,12 +71,12 @@ ROLES = (TEACHER, STUDENT, BASELINE, ALIGNED, EXTRA)
 
 ARMS = {
     "none": BASELINE,
-    "outputs": Role("outputs", TEACHER.colour, "solid", "circle", "O"),
-    "features": Role("features", STUDENT.colour, "dash", "diamond", "F", "/"),
-    "attention": Role("attention", EXTRA.colour, "longdash", "cross", "A", "\\"),
-    "all": Role("all", ALIGNED.colour, "dashdot", "triangle-up", "*", "x"),
-    "task": Role("task", BASELINE.colour, "dot", "square", "Y", "."),
-    "reverse": Role("reverse", BASELINE.colour, "dot", "x", "R", "."),  # a control, as `none` is, and not the same one
+    "outputs": Role("outputs", TEACHER.color, "solid", "circle", "O"),
+    "features": Role("features", STUDENT.color, "dash", "diamond", "F", "/"),
+    "attention": Role("attention", EXTRA.color, "longdash", "cross", "A", "\\"),
+    "all": Role("all", ALIGNED.color, "dashdot", "triangle-up", "*", "x"),
+    "task": Role("task", BASELINE.color, "dot", "square", "Y", "."),
+    "reverse": Role("reverse", BASELINE.color, "dot", "x", "R", "."),  # a control, as `none` is, and not the same one
 }
 _SPARE = (EXTRA, ALIGNED, STUDENT, BASELINE, TEACHER)
 
@@ -110,7 +110,7 @@ def layer_names(letter: str, count: int) -> list[str]:
 
 Scale = list[list]  # [[0.0, "#…"], …, [1.0, "#…"]]: what plotly calls a colorscale
 SIMILARITY: Scale = [list(stop) for stop in get_colorscale("Cividis")]
-DISTANCE: Scale = [[1 - position, colour] for position, colour in reversed(SIMILARITY)]
+DISTANCE: Scale = [[1 - position, color] for position, color in reversed(SIMILARITY)]
 DIFFERENCE: Scale = [
     [0.0, "#0B4F80"],
     [0.25, "#5BA6D6"],
@@ -122,10 +122,10 @@ DIFFERENCE: Scale = [
 
 def ramp(role: Role) -> Scale:
     """One light-to-dark ramp of the role's hue, for attention and other shares that start at zero."""
-    red, green, blue = (int(role.colour[i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = (int(role.color[i : i + 2], 16) for i in (1, 3, 5))
     light = "#{:02x}{:02x}{:02x}".format(*(round(c + (255 - c) * 0.92) for c in (red, green, blue)))
     dark = "#{:02x}{:02x}{:02x}".format(*(round(c * 0.55) for c in (red, green, blue)))
-    return [[0.0, light], [0.55, role.colour], [1.0, dark]]
+    return [[0.0, light], [0.55, role.color], [1.0, dark]]
 
 
 def _template() -> go.layout.Template:
@@ -146,7 +146,7 @@ def _template() -> go.layout.Template:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": FONT_SIZE, "color": TEXT},
-        colorway=[role.colour for role in ROLES],
+        colorway=[role.color for role in ROLES],
         title={
             "font": {"size": 16, "color": TEXT},
             "x": 0,
@@ -167,7 +167,7 @@ def _template() -> go.layout.Template:
             "bgcolor": "rgba(0,0,0,0)",
             "font": {"size": SMALL, "color": TEXT},
         },
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": TEXT, "activecolor": TEACHER.colour},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": TEXT, "activecolor": TEACHER.color},
         hoverlabel={"font": {"family": FONT, "size": SMALL}},
         width=LINES[0],
         height=LINES[1],
@@ -189,10 +189,10 @@ def use_template() -> None:
 
 
 def contrast(first: str, second: str) -> float:
-    """WCAG contrast ratio of two `#rrggbb` colours, 1 to 21."""
+    """WCAG contrast ratio of two `#rrggbb` colors, 1 to 21."""
 
-    def luminance(colour: str) -> float:
-        channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    def luminance(color: str) -> float:
+        channels = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
         return float(linear @ np.array([0.2126, 0.7152, 0.0722]))
 

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from fakit.figures.drawing import (
     canvas,
     check_keys,
-    colour_bar,
+    color_bar,
     distinct,
     heat_axes,
     label_width,
@@ -62,7 +62,7 @@ def add_term_bars(
         x=[values[name] for name in names],
         y=names,
         orientation="h",
-        marker={"color": [term_style(name, i).colour for i, name in enumerate(names)]},
+        marker={"color": [term_style(name, i).color for i, name in enumerate(names)]},
         text=[labels[name] for name in names],
         textposition="outside",
         cliponaxis=False,
@@ -81,7 +81,7 @@ def loss_curves(
     log: bool = False,
     title: str = "Loss by term",
 ) -> Figure:
-    """One line a loss term over the optimiser's steps.
+    """One line a loss term over the optimizer's steps.
 
     Args:
         history: DataFrame or list of dicts with `step` and one column a term (rows may lack a term: it is skipped there).
@@ -158,7 +158,7 @@ def gradient_bars(norms: Mapping[str, float], title: str = "Gradient norm by ter
         x=[norms[name] for name in terms],
         y=terms,
         orientation="h",
-        marker={"color": [role.colour for role in styles]},
+        marker={"color": [role.color for role in styles]},
         text=[f"{norms[name]:.3g}" for name in terms],
         textposition="outside",
         cliponaxis=False,
@@ -195,7 +195,7 @@ def gradient_conflict(cosines: Any, terms: Sequence[str], title: str = "Do the t
         zmin=-1,
         zmax=1,
         colorscale=DIFFERENCE,
-        colorbar=colour_bar("cosine", tickvals=[-1, -0.5, 0, 0.5, 1]),
+        colorbar=color_bar("cosine", tickvals=[-1, -0.5, 0, 0.5, 1]),
         text=[[f"{v:.2f}" for v in row] for row in values],
         texttemplate="%{text}",
         textfont={"size": SMALL},

@@ -65,7 +65,7 @@ def map_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Ten
 
 
 def group_mean(maps: Tensor, heads: int) -> Tensor:
-    """Average neighbouring heads down to `heads`. (B, H, T, T) -> (B, heads, T, T); H must be a multiple of `heads`."""
+    """Average neighboring heads down to `heads`. (B, H, T, T) -> (B, heads, T, T); H must be a multiple of `heads`."""
     if maps.shape[1] % heads:
         raise ValueError(
             f"group-mean averages {maps.shape[1]} heads in equal groups, and {maps.shape[1]} is no multiple of {heads}. "

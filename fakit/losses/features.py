@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fakit import warn_of_old_name
 from fakit.losses.reduce import at_least_float32, check_mask, check_same_shape, masked_mean
 
 _FIX = "Widths that differ need a projection: Features(..., projection='linear') learns one for each mapped layer."
@@ -55,23 +56,31 @@ def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tens
     return masked_mean(0.5 * difference.square().sum(-1), mask)
 
 
-def normalised_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error of L2-normalised rows, `mean_t mean_d (s/‖s‖ - t/‖t‖)²`. Patient KD (Sun et al. 2019).
+def normalized_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of L2-normalized rows, `mean_t mean_d (s/‖s‖ - t/‖t‖)²`. Patient KD (Sun et al. 2019).
 
     Equal to 2/d times `cosine`: the form PKD gives, whose β = 500 makes up for the division by d.
     """
-    student, teacher = _prepare("normalised_mse", student, teacher, mask)
+    student, teacher = _prepare("normalized_mse", student, teacher, mask)
     return masked_mean((_unit(student) - _unit(teacher)).square().mean(-1), mask)
 
 
 def layernorm_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error of LayerNorm states without affine. MobileBERT's feature map transfer (Sun et al. 2020).
 
-    Each token is centred and scaled to unit variance over its d dimensions first, so neither its offset nor its scale counts.
+    Each token is centered and scaled to unit variance over its d dimensions first, so neither its offset nor its scale counts.
     """
     student, teacher = _prepare("layernorm_mse", student, teacher, mask)
     width = student.shape[-1:]
     return masked_mean((F.layer_norm(student, width) - F.layer_norm(teacher, width)).square().mean(-1), mask)
 
 
-LOSSES = {"mse": mse, "cosine": cosine, "normalised_mse": normalised_mse, "layernorm_mse": layernorm_mse}
+LOSSES = {"mse": mse, "cosine": cosine, "normalized_mse": normalized_mse, "layernorm_mse": layernorm_mse}
+OLD_NAMES = {"normalised_mse": "normalized_mse"}
+
+
+def __getattr__(name: str):
+    if name not in OLD_NAMES:
+        raise AttributeError(f"fakit.losses.features has no {name!r}; its losses are {', '.join(LOSSES)}")
+    warn_of_old_name(name, OLD_NAMES[name])
+    return LOSSES[OLD_NAMES[name]]

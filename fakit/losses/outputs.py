@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fakit.losses.reduce import at_least_float32, check_mask, masked_mean, values_known
 
-_FIX = "Different vocabularies: pad-only differences are cut with Outputs(vocab_size=N); different tokenisers cannot be matched token by token."
+_FIX = "Different vocabularies: pad-only differences are cut with Outputs(vocab_size=N); different tokenizers cannot be matched token by token."
 
 
 def _prepare(
@@ -200,7 +200,7 @@ def reverse_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, tem
 def jsd(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0, beta: float = 0.5
 ) -> Tensor:
-    """τ² [β KL(P‖M) + (1-β) KL(Q‖M)], M = βP + (1-β)Q: generalised Jensen-Shannon. GKD (Agarwal et al. 2024).
+    """τ² [β KL(P‖M) + (1-β) KL(Q‖M)], M = βP + (1-β)Q: generalized Jensen-Shannon. GKD (Agarwal et al. 2024).
 
     0 < β < 1; divided by β its limit is forward KL (β → 0), divided by 1-β reverse KL (β → 1).
     """

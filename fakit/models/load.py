@@ -42,14 +42,14 @@ def load_teacher(
         id_or_path: a directory in transformers' format, or a hub id. A hub id that an installed pip package carries is taken from there.
         task: "causal-lm", "masked-lm", "sequence-classification", "seq2seq-lm" or "encoder".
         quantize: None, "8bit" (LLM.int8, Dettmers et al. 2022) or "4bit" (NF4, Dettmers et al. 2023), by bitsandbytes. Embeddings and heads stay
-            in full precision. Runs on a GPU and on a CPU. A checkpoint that is quantised already is loaded as it is stored.
-        adapter: directory of a PEFT adapter, merged into the weights before they are quantised.
-        dtype: of what is not quantised; float32 on a CPU, as stored on an accelerator, unless given.
+            in full precision. Runs on a GPU and on a CPU. A checkpoint that is quantized already is loaded as it is stored.
+        adapter: directory of a PEFT adapter, merged into the weights before they are quantized.
+        dtype: of what is not quantized; float32 on a CPU, as stored on an accelerator, unless given.
         device: "cuda" where there is one, else "cpu", unless given.
         kwargs: for `from_pretrained` (attn_implementation, revision, trust_remote_code, gguf_file …). Remote code is off unless asked for by name.
 
     Raises:
-        ValueError: unknown task or quantisation, one other than the checkpoint is stored in already, nothing to load at `id_or_path` or `adapter`, a checkpoint without the task's head,
+        ValueError: unknown task or quantization, one other than the checkpoint is stored in already, nothing to load at `id_or_path` or `adapter`, a checkpoint without the task's head,
             weights that are truncated or only there as a pickle, or a packaged model whose checksum differs.
         ImportError: 8 or 4 bits without bitsandbytes.
     """
@@ -76,7 +76,7 @@ def load_teacher(
     elif quantize is None:
         teacher = merge_adapter(source, str(id_or_path), task, adapter, dtype, device, **kwargs)
     else:
-        # bitsandbytes quantises while it loads, so the merged weights go through a folder that is gone afterwards
+        # bitsandbytes quantizes while it loads, so the merged weights go through a folder that is gone afterwards
         with tempfile.TemporaryDirectory(prefix="fakit-merged-") as folder:
             on_cpu = torch.device("cpu")
             merge_adapter(source, str(id_or_path), task, adapter, dtype, on_cpu, **kwargs).save_pretrained(folder)
@@ -139,15 +139,15 @@ def load_student(
         num_labels: classes of the task; one for a score; None for language models.
 
     Raises:
-        ValueError: nothing to load, code or pickles in the folder, a quantised checkpoint, other classes than the task's, weights that do not
+        ValueError: nothing to load, code or pickles in the folder, a quantized checkpoint, other classes than the task's, weights that do not
             fit or are missing.
     """
     source = resolve_model(id_or_path)
     config = read_config(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"the student at {source} is quantised (quantization_config in its config.json), and weights of few bits cannot be trained; give "
-            "the checkpoint before quantisation."
+            f"the student at {source} is quantized (quantization_config in its config.json), and weights of few bits cannot be trained; give "
+            "the checkpoint before quantization."
         )
     has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if num_labels is not None and has_head and config.num_labels != num_labels:
@@ -222,10 +222,10 @@ def full_precision_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _unpack(module: nn.Module) -> None:
-    """Turn back what a forward pass on a CPU does to 4-bit weights: it packs them anew, in place, and dequantising them then gives noise."""
+    """Turn back what a forward pass on a CPU does to 4-bit weights: it packs them anew, in place, and dequantizing them then gives noise."""
     quantized = getattr(module.weight, "quant_state", None)
     if getattr(quantized, "packing_format_for_cpu", False):
-        module.state_dict()  # bitsandbytes unpacks when it saves; the scales stay turned around (0.50), unless quantised themselves
+        module.state_dict()  # bitsandbytes unpacks when it saves; the scales stay turned around (0.50), unless quantized themselves
         if quantized.absmax.dim() == 2:
             quantized.absmax = quantized.absmax.T.flatten().float()
 
@@ -236,7 +236,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def stored_precision(config: PreTrainedConfig) -> str | None:
-    """How a checkpoint's weights are quantised by what its configuration says: "8bit" and "4bit" are bitsandbytes', others go by the name of their
+    """How a checkpoint's weights are quantized by what its configuration says: "8bit" and "4bit" are bitsandbytes', others go by the name of their
     method ("gptq", "fp8"); None in full precision.
     """
     text = config.get_text_config()
@@ -250,7 +250,7 @@ def stored_precision(config: PreTrainedConfig) -> str | None:
 
 
 def check_stored_precision(name: str, stored: str, quantize: str | None, adapter: str | Path | None = None) -> None:
-    """Refuse to quantise anew, or to merge an adapter into, what is quantised already.
+    """Refuse to quantize anew, or to merge an adapter into, what is quantized already.
 
     Raises:
         ValueError: says what was asked and how the checkpoint is stored.
@@ -270,12 +270,12 @@ def check_stored_precision(name: str, stored: str, quantize: str | None, adapter
     if adapter is not None:
         raise ValueError(
             f"an adapter was to be merged into {name}, whose checkpoint is stored in {stored!r} (its quantization_config): the sum would be "
-            "rounded to few bits. Give the base model in full precision; with quantize=… it is quantised after the merge."
+            "rounded to few bits. Give the base model in full precision; with quantize=… it is quantized after the merge."
         )
 
 
 def skip_patterns(model: PreTrainedModel) -> list[str]:
-    """Which layers stay in full precision, as transformers' quantisers want to be told: heads, for they are small and the loss looks at what they say."""
+    """Which layers stay in full precision, as transformers' quantizers want to be told: heads, for they are small and the loss looks at what they say."""
     return [f"^{re.escape(name)}$" for name in head_layers(model)]
 
 

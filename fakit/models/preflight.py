@@ -164,7 +164,7 @@ def _task_rows(row, teacher, student, t, s) -> None:
             t.vocab_size,
             s.vocab_size,
             f"If only padding rows differ, Outputs(vocab_size={min(t.vocab_size, s.vocab_size)}) cuts both to the shared true vocabulary; "
-            "if the tokenisers differ, token-by-token matching is not defined: retokenise, or leave the output term out.",
+            "if the tokenizers differ, token-by-token matching is not defined: retokenize, or leave the output term out.",
         )
 
 
@@ -174,11 +174,11 @@ def _tokenizer_rows(row, teacher_tokenizer, student_tokenizer, t, s) -> None:
     pieces = [tokenizer(probe)["input_ids"] for tokenizer in (teacher_tokenizer, student_tokenizer)]
     same = vocabularies[0] == vocabularies[1] and pieces[0] == pieces[1]
     row(
-        "tokeniser",
+        "tokenizer",
         "ok" if same else "error",
         _tokens(teacher_tokenizer, vocabularies[0], pieces[0], numbered=not same),
         _tokens(student_tokenizer, vocabularies[1], pieces[1], numbered=not same),
-        "Teacher and student tokenise differently, so position t is not the same token in both; use the teacher's tokeniser for the student.",
+        "Teacher and student tokenize differently, so position t is not the same token in both; use the teacher's tokenizer for the student.",
     )
     sizes = (len(vocabularies[0]), len(vocabularies[1]))
     row(
@@ -193,7 +193,7 @@ def _tokenizer_rows(row, teacher_tokenizer, student_tokenizer, t, s) -> None:
 def _state_rows(row, teacher, student, t, s) -> None:
     lengths = [getattr(c, "max_position_embeddings", None) for c in (t, s)]
     shorter = None not in lengths and lengths[1] < lengths[0]
-    row("longest sequence", "warning" if shorter else "ok", *lengths, f"Tokenise with max_length={lengths[1]}.")
+    row("longest sequence", "warning" if shorter else "ok", *lengths, f"Tokenize with max_length={lengths[1]}.")
     row(
         "mode",
         "warning" if teacher.training else "ok",
@@ -212,19 +212,19 @@ def _state_rows(row, teacher, student, t, s) -> None:
         else "Freeze the teacher, which saves memory: teacher.requires_grad_(False).",
     )
     precision = [
-        "quantised" if is_quantized(m) else str(next(m.parameters()).dtype).removeprefix("torch.")
+        "quantized" if is_quantized(m) else str(next(m.parameters()).dtype).removeprefix("torch.")
         for m in (teacher, student)
     ]
     row(
         "precision",
         "error" if is_quantized(student) and not is_adapted(student) else "ok",
         *precision,
-        "A quantised student cannot be trained in full: load it unquantised, or train an adapter.",
+        "A quantized student cannot be trained in full: load it unquantized, or train an adapter.",
     )
 
 
 def _tokens(tokenizer, vocabulary: dict[str, int], ids: list[int], numbered: bool) -> str:
-    """The tokeniser's size and the first tokens that it makes of the probe; with their ids where two have to be told apart."""
+    """The tokenizer's size and the first tokens that it makes of the probe; with their ids where two have to be told apart."""
     names = {number: token for token, number in vocabulary.items()}
     shown = [f"{names.get(i, '?')} ({i})" if numbered else names.get(i, "?") for i in ids[:5]]
     return f"{type(tokenizer).__name__} of {len(vocabulary)}: {' '.join(shown)} …"

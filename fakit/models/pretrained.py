@@ -77,7 +77,7 @@ def read_model(source: str, task: str, dtype, device: torch.device, **kwargs) ->
     # what does not fit is refused below, with both shapes, instead of after a table on the terminal
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype}
     if kwargs.get("quantization_config") is not None:
-        kwargs["device_map"] = {"": device}  # bitsandbytes quantises on the device, while it loads
+        kwargs["device_map"] = {"": device}  # bitsandbytes quantizes on the device, while it loads
     with in_one_sentence(source, f"as a {task} model"), without_load_report():
         model, report = getattr(transformers, CLASSES[task]).from_pretrained(source, **kwargs)
     _check_shapes(source, model, report["mismatched_keys"])

@@ -49,7 +49,7 @@ def shrink(
     """A smaller trainable model of the teacher's family, in float32, on the teacher's device.
 
     Args:
-        teacher: a transformers model, quantised or not; it is left as it is. The adapter of a PEFT model is merged, in a copy.
+        teacher: a transformers model, quantized or not; it is left as it is. The adapter of a PEFT model is merged, in a copy.
         layers: how many blocks; they are taken evenly spaced, as `LayerMap.uniform` maps them, so student layer j starts from the
             teacher layer that will teach it. Or the teacher's block numbers themselves, 1…L, rising: [1, 3, 5]. In an encoder-decoder
             as many of each stack, or numbers of the joint count, which goes through the encoder and on through the decoder. Where one

@@ -258,10 +258,10 @@ def parameters_by_part(student: nn.Module) -> dict[Part, list[nn.Parameter]]:
 
 
 def _chosen(objective: Objective, batches: list[Mapping], terms: Sequence[str] | None) -> list[str]:
-    labelled = all(batch.get("labels") is not None for batch in batches)
-    has = [name for name, term in objective.terms.items() if labelled or not term.needs_labels]
+    labeled = all(batch.get("labels") is not None for batch in batches)
+    has = [name for name, term in objective.terms.items() if labeled or not term.needs_labels]
     if terms is not None and (unknown := [name for name in terms if name not in has]):
-        raise ValueError(f"no gradient of {unknown}: this objective has {has}{'' if labelled else ', and no labels'}.")
+        raise ValueError(f"no gradient of {unknown}: this objective has {has}{'' if labeled else ', and no labels'}.")
     names = has if terms is None else list(terms)
     if not names:
         raise ValueError("the task term needs labels, and the batches have none; add batch['labels'] or another term.")

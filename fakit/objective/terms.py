@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from fakit import warn_of_old_name
 from fakit.layer_maps import LayerMap, Pair
 from fakit.losses import attention as attention_losses
 from fakit.losses import features as feature_losses
@@ -67,7 +68,7 @@ class Features(_OverLayers):
     """Feature matching over the mapped layers.
 
     Args:
-        loss: "mse", "cosine", "normalised_mse", "layernorm_mse", or any function (student, teacher, mask) of (B, T, d) tensors.
+        loss: "mse", "cosine", "normalized_mse", "layernorm_mse", or any function (student, teacher, mask) of (B, T, d) tensors.
         weight: α.
         projection: "linear" learns a linear map from the student's width to the teacher's for each mapped pair whose widths
             differ; None forbids it. Pairs of one width never have one.
@@ -90,6 +91,9 @@ class Features(_OverLayers):
         parameters: Mapping[str, Any] | None = None,
         **more: Any,
     ):
+        if isinstance(loss, str) and loss in feature_losses.OLD_NAMES:
+            warn_of_old_name(loss, feature_losses.OLD_NAMES[loss])
+            loss = feature_losses.OLD_NAMES[loss]
         self.loss, self.weight, self.projection, self.layer_map = loss, weight, projection, layer_map
         self.parameters = dict(parameters or {}) | more
         self.function = with_parameters("Features", loss, feature_losses.LOSSES, self.parameters)

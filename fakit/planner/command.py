@@ -23,7 +23,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--checkpointing", action="store_true", help="recompute the student's activations in the backward pass")
     add("--terms", default="features,attention,outputs,task", help="terms of the objective (%(default)s)")
     add("--tokens", type=float, metavar="N", help="tokens to train on, for the time of the whole: 1e8")
-    add("--utilisation", type=float, default=0.4, help="share of a card's FLOP/s that is reached (%(default)s)")
+    add(
+        "--utilization",
+        "--utilisation",
+        type=float,
+        default=0.4,
+        help="share of a card's FLOP/s that is reached (%(default)s)",
+    )
     add("--device", choices=("gpu", "cpu"), default="gpu", help="whose kernels and block sizes (%(default)s)")
     add("--figure", type=Path, metavar="FILE", help="write the figure: .svg, .png or .html")
 

@@ -63,7 +63,7 @@ def give_fake_weights(model: nn.Module, mode: FakeTensorMode) -> None:
                     held[name] = fake(value)
 
 
-# -- quantised layers -------------------------------------------------------------------------------------------------
+# -- quantized layers -------------------------------------------------------------------------------------------------
 
 
 class Linear8bit(nn.Module):
@@ -79,9 +79,9 @@ class Linear8bit(nn.Module):
         """(…, columns) → (…, rows)"""
         half = x.flatten(0, -2).to(torch.float16)  # (N, columns)
         outliers = half.abs() >= 6.0 if self.on_cpu else None
-        quantised = (half * 1.0).to(torch.int8)
+        quantized = (half * 1.0).to(torch.int8)
         del half, outliers
-        products = torch._int_mm(quantised, self.weight.t())  # (N, rows), int32
+        products = torch._int_mm(quantized, self.weight.t())  # (N, rows), int32
         if self.on_cpu:
             scale = torch.empty(products.shape, dtype=torch.float32)
             result = (products * scale).to(x.dtype)
@@ -105,8 +105,8 @@ class Linear4bit(nn.Module):
         return F.linear(x, torch.empty(self.shape, dtype=x.dtype, device=x.device), self.bias)
 
 
-def quantise(model: PreTrainedModel, how: str, on_cpu: bool) -> None:
-    """Exchange the layers that `load_teacher(..., quantize=how)` would quantise, on the meta device."""
+def quantize(model: PreTrainedModel, how: str, on_cpu: bool) -> None:
+    """Exchange the layers that `load_teacher(..., quantize=how)` would quantize, on the meta device."""
     kept = HfQuantizer.get_modules_to_not_convert(model, skip_patterns(model), model._keep_in_fp32_modules)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and should_convert_module(name, kept):

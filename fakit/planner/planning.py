@@ -15,6 +15,7 @@ import torch
 from torch._subclasses import fake_tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fakit import renamed
 from fakit.layer_maps import LayerMap
 from fakit.models.kinds import untied
 from fakit.models.load import check_stored_precision, stored_precision
@@ -56,7 +57,7 @@ class Plan:
         step: memory by part and FLOPs of a step, from the step run without data.
         limit_name, limit: the card or amount asked about, and its bytes.
         card: its arithmetic, where a card was named.
-        utilisation: share of a card's FLOP/s that a step is taken to reach.
+        utilization: share of a card's FLOP/s that a step is taken to reach.
         steps: number of steps of the whole training, if its tokens were given.
         assumed_dtype: nobody asked for the precision (dtype="auto").
     """
@@ -67,7 +68,7 @@ class Plan:
     limit_name: str
     limit: float
     card: Card | None
-    utilisation: float
+    utilization: float
     steps: int | None = None
     assumed_dtype: bool = False
 
@@ -101,7 +102,7 @@ class Plan:
     def seconds(self, card: Card | str | None = None) -> float:
         """Seconds of a step on a card (the one asked about unless given).
 
-        Phase by phase the longer of two: its FLOPs at `utilisation` of the card's rate for their precision, or what it writes, and reads as
+        Phase by phase the longer of two: its FLOPs at `utilization` of the card's rate for their precision, or what it writes, and reads as
         much of, and the weights that it reads, at 0.8 of the card's bandwidth.
 
         Raises:
@@ -114,10 +115,10 @@ class Plan:
         total = 0.0
         for phase, flops in step.flops.items():
             single = step.single[phase]
-            products = (single / card.single + (flops - single) / card.half) / self.utilisation
+            products = (single / card.single + (flops - single) / card.half) / self.utilization
             total += max(products, (2 * step.written[phase] + reads.get(phase, 0)) / (BANDWIDTH * card.bandwidth))
-        # the optimiser reads weight, gradient and its state and writes them
-        return total + 2 * (2 * 4 * step.trainable + step.memory.get("optimiser state", 0)) / (
+        # the optimizer reads weight, gradient and its state and writes them
+        return total + 2 * (2 * 4 * step.trainable + step.memory.get("optimizer state", 0)) / (
             BANDWIDTH * card.bandwidth
         )
 
@@ -236,7 +237,7 @@ class Plan:
             f"step     {setup.batch} × {setup.seq} tokens, {', '.join(setup.terms)}, {setup.optimizer}"
             + (", gradient checkpointing" if setup.checkpointing else ""),
             f"dtype    {self.precision}",
-            *self._unquantised(),
+            *self._unquantized(),
             "",
             "memory at the peak of a step",
         ]
@@ -257,13 +258,13 @@ class Plan:
             )
         return "\n".join(lines)
 
-    def _unquantised(self) -> list[str]:
+    def _unquantized(self) -> list[str]:
         """Why few bits save little on a mixture of experts."""
         share = self.step.stacked / self.step.parameters["teacher"]
         if self.setup.quantize is None or share < 0.05:
             return []
         return [
-            f"note     {share:.0%} of the teacher's parameters are experts, all of a layer's in one tensor; bitsandbytes quantises linear layers "
+            f"note     {share:.0%} of the teacher's parameters are experts, all of a layer's in one tensor; bitsandbytes quantizes linear layers "
             f"alone, so they stay {_DTYPES[self.setup.dtype]}"
         ]
 
@@ -275,7 +276,7 @@ class Plan:
             whole = "" if self.steps is None else f", {self.steps:,} steps in {_duration(self.steps * seconds)}"
             note = f" ({card.note})" if card.note else ""
             lines.append(
-                f"{card.name}: {seconds:.3g} s a step, {self.tokens_per_second(card):,.0f} tokens/s at {self.utilisation:.0%} of its FLOP/s{whole}{note}"
+                f"{card.name}: {seconds:.3g} s a step, {self.tokens_per_second(card):,.0f} tokens/s at {self.utilization:.0%} of its FLOP/s{whole}{note}"
             )
         return lines
 
@@ -286,6 +287,7 @@ class Plan:
         return {**self.figure()._repr_mimebundle_(), "text/plain": str(self)}
 
 
+@renamed(utilisation="utilization")
 def plan(
     teacher: str | Path | PreTrainedConfig | PreTrainedModel,
     student: Student,
@@ -301,7 +303,7 @@ def plan(
     terms: Sequence[str] = TERMS,
     layer_map: LayerMap | None = None,
     tokens: float | None = None,
-    utilisation: float = 0.4,
+    utilization: float = 0.4,
     device: str = "gpu",
 ) -> Plan:
     """Memory, FLOPs and time of a distillation step, from configurations alone.
@@ -314,7 +316,7 @@ def plan(
         student: layers, or layers and width: 4, "4", (4, 1024), "4x1024"; or the teacher's block numbers, [1, 8, 16].
         batch: rows of a batch, in one micro-step.
         seq: tokens of a row, padding included.
-        quantize: the teacher's: None, "8bit" or "4bit"; of a checkpoint that is quantised already, as it is stored.
+        quantize: the teacher's: None, "8bit" or "4bit"; of a checkpoint that is quantized already, as it is stored.
         dtype: "bf16": the teacher in bf16, the student in float32 under bf16 autocast (fp16 takes as much); "fp32";
             "auto": bf16 for a GPU, and for a CPU what this one computes faster, as in training (`fakit.training.precision`).
         memory: a card's name ("T4", "A100 40GB") or an amount ("16GB"), a GB being 10⁹ bytes.
@@ -324,7 +326,7 @@ def plan(
         terms: which of "features", "attention", "outputs" and "task" the objective has.
         layer_map: evenly spaced unless given.
         tokens: how many tokens to train on, all epochs together, for the time of the whole.
-        utilisation: share of a card's FLOP/s that a step is taken to reach.
+        utilization: share of a card's FLOP/s that a step is taken to reach.
         device: "gpu", or "cpu", which takes the sizes and kernels of a CPU and no overhead.
 
     Raises:
@@ -349,9 +351,9 @@ def plan(
     batch, seq = _whole("batch", batch), _whole("seq", seq)
     for what, number, most in (
         ("tokens", 1 if tokens is None else tokens, "finite"),
-        ("utilisation", utilisation, "at most 1"),
+        ("utilization", utilization, "at most 1"),
     ):
-        if not 0 < number < math.inf or (what == "utilisation" and number > 1):
+        if not 0 < number < math.inf or (what == "utilization" and number > 1):
             raise ValueError(f"{what} is {number}; it is above 0 and {most}.")
     limit_name, limit, card = find_card(memory)
     stored = stored_precision(config)
@@ -390,7 +392,7 @@ def plan(
         raise ValueError(
             f"a step of {name} as a {setup.task} model does not run: {said}. Its configuration may lack a setting, or its sizes not fit each other."
         ) from error
-    return Plan(name, setup, step, limit_name, limit, card, utilisation, steps, assumed)
+    return Plan(name, setup, step, limit_name, limit, card, utilization, steps, assumed)
 
 
 def _whole(what: str, number: float) -> int:
@@ -433,7 +435,7 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 def _with_overhead(step: Step, accelerator: bool) -> dict[str, float]:
     memory = {part: float(size) for part, size in step.memory.items()}
     if accelerator:
-        fixed = ("teacher weights", "student weights", "optimiser state")
+        fixed = ("teacher weights", "student weights", "optimizer state")
         moving = sum(size for part, size in memory.items() if part not in fixed)
         memory["overhead"] = CONTEXT + FRAGMENTS * moving
     return memory

@@ -18,7 +18,7 @@ from fakit.models.positions import longest_row
 from fakit.models.shrink import shrink
 from fakit.objective.objective import Objective
 from fakit.objective.terms import Attention, Features, Outputs, Task
-from fakit.planner.fake import give_fake_weights, loops_of, meta_model, quantise, run_one_of_each
+from fakit.planner.fake import give_fake_weights, loops_of, meta_model, quantize, run_one_of_each
 from fakit.planner.ledger import Ledger
 from fakit.tracing.capture import capture
 from fakit.tracing.head_finder import remember_finish
@@ -32,7 +32,7 @@ PARTS = (
     "student weights",
     "student activations",
     "gradients",
-    "optimiser state",
+    "optimizer state",
     "losses",
     "overhead",
 )
@@ -62,7 +62,7 @@ class Setup:
     pairs: tuple[tuple[int, int], ...] | None = None
     accelerator: bool = True
     untied: tuple[str, ...] = ()  # parameters that the configuration ties and the teacher's weights do not
-    stored: bool = False  # the checkpoint is quantised already
+    stored: bool = False  # the checkpoint is quantized already
 
     def teacher_config(self) -> PreTrainedConfig:
         """The configuration as an object."""
@@ -77,12 +77,12 @@ class Step:
         memory: part → bytes, at the moment when most are in use; "overhead" left out.
         flops: "teacher forward", "student forward", "losses", "backward" → FLOPs.
         single: the same → those of them that are computed in float32.
-        written: the same, and "optimiser" → bytes that are written.
+        written: the same, and "optimizer" → bytes that are written.
         parameters: "teacher", "student" → number.
-        trainable: number of entries that the optimiser has, projections included.
+        trainable: number of entries that the optimizer has, projections included.
         weight_bytes: "teacher", "student" → bytes of weights as stored.
         depths: "teacher", "student" → layers; widths: the same → hidden size.
-        stacked: number of the teacher's weights that are experts of a mixture, all of a layer's in one tensor, which is never quantised.
+        stacked: number of the teacher's weights that are experts of a mixture, all of a layer's in one tensor, which is never quantized.
     """
 
     memory: dict[str, int]
@@ -113,7 +113,7 @@ def simulate(setup: Setup) -> Step:
     depths = {side: sum(stack_depths(model)) for side, model in (("teacher", teacher), ("student", student))}
     objective = _objective(setup, teacher, student)
     if setup.quantize is not None:
-        quantise(teacher, setup.quantize, on_cpu=not setup.accelerator)
+        quantize(teacher, setup.quantize, on_cpu=not setup.accelerator)
     teacher.eval().requires_grad_(False)
     if setup.checkpointing:
         student.config.use_cache = False
@@ -138,7 +138,7 @@ def simulate(setup: Setup) -> Step:
         batch = _batch(setup, teacher)
         trainable = [p for model in (student, objective) for p in model.parameters()]
         state = optimizer_bytes(setup.optimizer, trainable)
-        ledger.phase = "optimiser state"
+        ledger.phase = "optimizer state"
         kept = torch.empty(state, dtype=torch.uint8)
         with loops_of(setup.accelerator, ledger), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             labels = batch.get("labels")
@@ -156,7 +156,7 @@ def simulate(setup: Setup) -> Step:
         ledger.phase = "backward"
         total.backward()
         ledger.claim("gradients", [p.grad for p in trainable if p.grad is not None])
-        ledger.phase = "optimiser step"
+        ledger.phase = "optimizer step"
         scratch = torch.empty(step_bytes(setup.optimizer, trainable), dtype=torch.uint8)
         del scratch, kept
     return _booked(ledger, logical, depths, teacher, student, trainable)
@@ -166,7 +166,7 @@ def _booked(ledger: Ledger, logical, depths, teacher, student, trainable) -> Ste
     found = ledger.peak()
     # gradients of activations, and under checkpointing activations made again
     found["student activations"] = found.get("student activations", 0) + found.pop("backward", 0)
-    found["optimiser state"] = found.get("optimiser state", 0) + found.pop("optimiser step", 0)
+    found["optimizer state"] = found.get("optimizer state", 0) + found.pop("optimizer step", 0)
     phases = {"teacher forward": "teacher activations", "student forward": "student activations"}
     phases |= {"losses": "losses", "backward": "backward"}
     single = {name: float(ledger.flops[phase, "single"]) for name, phase in phases.items()}
@@ -204,7 +204,7 @@ def position_limit(config: str, task: str) -> int | None:
 
 
 def optimizer_bytes(name: str, parameters: list[Tensor]) -> int:
-    """Bytes that an optimiser keeps between steps: AdamW two float32 numbers an entry; in 8 bits two bytes and a scale for every 256
+    """Bytes that an optimizer keeps between steps: AdamW two float32 numbers an entry; in 8 bits two bytes and a scale for every 256
     entries (tensors below 4,096 entries stay in float32); Adafactor a row and a column of each matrix; SGD without momentum nothing.
     """
     if name == "adamw":
@@ -221,7 +221,7 @@ def optimizer_bytes(name: str, parameters: list[Tensor]) -> int:
 
 
 def step_bytes(name: str, parameters: list[Tensor]) -> int:
-    """Bytes that the optimiser's step takes for a moment: fused AdamW none, Adafactor updates of the largest tensor."""
+    """Bytes that the optimizer's step takes for a moment: fused AdamW none, Adafactor updates of the largest tensor."""
     return 8 * max(p.numel() for p in parameters) if name == "adafactor" else 0
 
 

@@ -21,7 +21,7 @@ def head_distance(
     """Jensen–Shannon distance between every student head and every teacher head, in [0, 1] (square root of the divergence in bits).
 
     The divergence is averaged over query rows before the root is taken. Keys that are padding (or, causal, in the future) are
-    left out and rows renormalised; rows that see fewer than two keys are all alike and do not count.
+    left out and rows renormalized; rows that see fewer than two keys are all alike and do not count.
 
     Args:
         student_maps: (B, H_s, T, T).

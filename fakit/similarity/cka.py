@@ -1,4 +1,4 @@
-"""Centred kernel alignment (Kornblith et al., 2019) of two sets of features, and of all pairs of layers."""
+"""Centered kernel alignment (Kornblith et al., 2019) of two sets of features, and of all pairs of layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .hsic import (
-    centred_gram,
+    centered_gram,
     check_estimator,
     double,
     gram_scale,
@@ -17,7 +17,7 @@ from .hsic import (
     paired_rows,
     ratio,
     rbf_gram,
-    standardise,
+    standardize,
     valid_rows,
     warn_reasons,
 )
@@ -67,7 +67,7 @@ def cka(
     if kernel not in ("linear", "rbf"):
         raise ValueError(f"kernel {kernel!r} is unknown: choose 'linear' or 'rbf'")
     if standardized:
-        x, y = standardise(x), standardise(y)
+        x, y = standardize(x), standardize(y)
     labels = torch.arange(x.shape[0]) if clusters is None else cluster_labels(clusters, x.shape[0])
     labels = labels.to(x.device)
     check_estimator(estimator, len(labels.unique()), "rows" if clusters is None else "clusters")
@@ -111,7 +111,7 @@ def cka_matrix(
     xs, ys = valid_rows(xs, mask), valid_rows(ys, mask)
     check_estimator(estimator, xs[0].shape[0])
     if standardized:
-        xs, ys = [standardise(x) for x in xs], [standardise(y) for y in ys]
+        xs, ys = [standardize(x) for x in xs], [standardize(y) for y in ys]
     values, reasons = ratio(*hsic_matrix(xs, ys, estimator, route))
     warn_reasons(reasons)
     return values
@@ -177,6 +177,6 @@ def _exact_clusters(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
 
 
 def _rbf_hsic(x: Tensor, y: Tensor, estimator: str, sigmas: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
-    k, m = (centred_gram(rbf_gram(z, sigma), estimator) for z, sigma in zip((x, y), sigmas, strict=True))
+    k, m = (centered_gram(rbf_gram(z, sigma), estimator) for z, sigma in zip((x, y), sigmas, strict=True))
     scale = gram_scale(x.shape[0], estimator)
     return (k * m).sum().view(1, 1) / scale, (k * k).sum().view(1) / scale, (m * m).sum().view(1) / scale

@@ -1,7 +1,7 @@
 """HSIC, the quantity CKA is a ratio of: estimators, the cheaper of two routes, and the checks every caller shares.
 
 ``X`` is ``(n, p)``, ``Y`` is ``(n, q)``, rows are paired, ``K = X Xᵀ``, ``L = Y Yᵀ``. Everything is computed in float64
-on centred features: both estimators are unchanged by a shift, and centring first is what keeps them exact under one.
+on centered features: both estimators are unchanged by a shift, and centring first is what keeps them exact under one.
 
 * ``"biased"``: HSIC₀ = ‖XcᵀYc‖²_F / (n − 1)² (Gretton et al., 2005). Its CKA of *independent* data tends to 1 as d/n grows.
 * ``"debiased"``: HSIC₁ of Song et al. (2012), unbiased: E[HSIC₁] = ‖Cov(x, y)‖²_F, so that independent data give 0 on average.
@@ -38,16 +38,16 @@ def double(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)
 
 
-def centre(x: Tensor) -> Tensor:
+def center(x: Tensor) -> Tensor:
     """Float64 features minus their mean ``(n, p)``. Taking the first row off beforehand makes a constant feature exactly 0."""
     x = double(x)
     x = x - x[:1]
     return x.sub_(x.mean(0))  # in place: a fresh matrix costs as much in page faults as the difference does
 
 
-def standardise(x: Tensor) -> Tensor:
+def standardize(x: Tensor) -> Tensor:
     """z-scored features ``(n, p)``: each with mean 0 and variance 1; a constant feature becomes 0."""
-    x = centre(x)
+    x = center(x)
     deviation = x.std(0)
     return torch.where(deviation > 0, x / torch.where(deviation > 0, deviation, 1.0), 0.0)
 
@@ -120,8 +120,8 @@ def valid_rows(layers: list[Tensor], mask: Tensor | None) -> list[Tensor]:
     return [x.flatten(0, 1).index_select(0, rows.to(x.device)) for x in layers]
 
 
-def centred_gram(gram: Tensor, estimator: str) -> Tensor:
-    """Gram matrices (…, n, n), centred such that HSIC is a plain inner product: see :func:`gram_scale`.
+def centered_gram(gram: Tensor, estimator: str) -> Tensor:
+    """Gram matrices (…, n, n), centered such that HSIC is a plain inner product: see :func:`gram_scale`.
 
     biased: H K H. debiased: U-centring with a zero diagonal (Székely & Rizzo, 2014),
     K°_ij = K̃_ij − m_i − m_j, m_i = r_i/(n−2) − T/(2(n−1)(n−2)), r = K̃1, T = 1ᵀK̃1.
@@ -144,7 +144,7 @@ def gram_scale(n: int, estimator: str) -> float:
 
 def median_distance(x: Tensor, name: str) -> float:
     """Median distance between two rows of (n, p), the unit RBF bandwidths are given in; ValueError where it is 0."""
-    squares = _squared_distances(centre(x))
+    squares = _squared_distances(center(x))
     i, j = torch.triu_indices(*squares.shape, offset=1, device=x.device)
     median = float(squares[i, j].median().sqrt())
     if median == 0:
@@ -157,7 +157,7 @@ def rbf_gram(x: Tensor, sigma: float) -> Tensor:
 
     Centring removes the constant; leaving it out here is what keeps digits when the bandwidth is large and K ≈ 1.
     """
-    return torch.expm1(-_squared_distances(centre(x)) / (2 * sigma**2)).fill_diagonal_(0)
+    return torch.expm1(-_squared_distances(center(x)) / (2 * sigma**2)).fill_diagonal_(0)
 
 
 def _squared_distances(x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def cheaper_route(n: int, student_widths: Sequence[int], teacher_widths: Sequenc
 
 
 def cross_norms(xs: list[Tensor], ys: list[Tensor], route: str) -> tuple[Tensor, Tensor, Tensor]:
-    """‖XᵀY‖²_F of every pair (S, T), and ‖XᵀX‖²_F (S,), ‖YᵀY‖²_F (T,), of centred features (n, p), (n, q)."""
+    """‖XᵀY‖²_F of every pair (S, T), and ‖XᵀX‖²_F (S,), ‖YᵀY‖²_F (T,), of centered features (n, p), (n, q)."""
     if route == "features":
         widths = [y.shape[1] for y in ys]
         all_ys = torch.cat(ys, dim=1)  # (n, Σq): one product a student layer
@@ -220,7 +220,7 @@ def hsic_matrix(
     n(n−3)·HSIC₁ = ‖XcᵀYc‖² − n/(n−2)·Σ a_i b_i + Σa·Σb/((n−1)(n−2)), a_i = ‖x_i − x̄‖², b_i = ‖y_i − ȳ‖².
     """
     n = xs[0].shape[0]
-    xs, ys = [centre(x) for x in xs], [centre(y) for y in ys]
+    xs, ys = [center(x) for x in xs], [center(y) for y in ys]
     route = route or cheaper_route(n, [x.shape[1] for x in xs], [y.shape[1] for y in ys])
     cross, self_x, self_y = cross_norms(xs, ys, route)
     if estimator == "debiased":

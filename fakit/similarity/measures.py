@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .cka import paired_matrices
-from .hsic import centre, centred_gram, check_estimator, double, warn_reasons
+from .hsic import center, centered_gram, check_estimator, double, warn_reasons
 
 
 def procrustes(x: Tensor, y: Tensor) -> float:
-    """Orthogonal Procrustes similarity in [0, 1]: ‖XᵀY‖_* of centred features of unit Frobenius norm; 1 = equal up to a rotation.
+    """Orthogonal Procrustes similarity in [0, 1]: ‖XᵀY‖_* of centered features of unit Frobenius norm; 1 = equal up to a rotation.
 
     ‖X − YQ‖²_F at the best orthogonal Q is 2 − 2 × this (Williams et al., 2021; Ding et al., 2021). With few rows and wide
     features a rotation fits anything: independent Gaussians at n = 30, d = 768 score .99. Read it beside its null.
@@ -28,7 +28,7 @@ def procrustes(x: Tensor, y: Tensor) -> float:
     """
     factors = []
     for name, z in zip("xy", _paired(x, y), strict=True):
-        z = centre(z)
+        z = center(z)
         norm = torch.linalg.matrix_norm(z)
         if norm == 0:
             raise ValueError(f"{name} is constant over its {len(z)} rows: it has no shape to align")
@@ -41,7 +41,7 @@ def procrustes(x: Tensor, y: Tensor) -> float:
 
 
 def mutual_knn(x: Tensor, y: Tensor, k: int = 10) -> float:
-    """Mutual k-nearest-neighbour alignment in [0, 1]: the share of a row's k nearest rows (cosine) on which both agree.
+    """Mutual k-nearest-neighbor alignment in [0, 1]: the share of a row's k nearest rows (cosine) on which both agree.
 
     Independent data give k / (n − 1) on average. NaN where all rows of a side point one way. Source: Huh et al., The Platonic Representation Hypothesis (2024).
 
@@ -52,16 +52,16 @@ def mutual_knn(x: Tensor, y: Tensor, k: int = 10) -> float:
     if reasons := _reasons("mutual_knn", _one_way, x, y):
         warn_reasons(reasons)
         return math.nan
-    both = _neighbours(x @ x.T, k) & _neighbours(y @ y.T, k)
+    both = _neighbors(x @ x.T, k) & _neighbors(y @ y.T, k)
     return int(both.sum()) / (k * len(x))
 
 
 def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:
-    """Centred kernel nearest-neighbour alignment: debiased CKA over pairs that are neighbours in both representations.
+    """Centered kernel nearest-neighbor alignment: debiased CKA over pairs that are neighbors in both representations.
 
-    Σ α_ij K°_ij L°_ij over its norm, α_ij = 1 where j is among the k nearest of i in x and in y, K° the U-centred cosine
+    Σ α_ij K°_ij L°_ij over its norm, α_ij = 1 where j is among the k nearest of i in x and in y, K° the U-centered cosine
     Gram matrix; k = n − 1 is debiased CKA of the unit rows. Source: Huh et al. (2024), eq. 10 with the debiased centring.
-    Their code masks before it centres and adds 1e-6 to the denominator, so its numbers differ. 0 where nothing is shared, NaN
+    Their code masks before it centers and adds 1e-6 to the denominator, so its numbers differ. 0 where nothing is shared, NaN
     where all rows of a side point one way.
 
     Raises:
@@ -73,8 +73,8 @@ def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:
         warn_reasons(reasons)
         return math.nan
     gram_x, gram_y = x @ x.T, y @ y.T
-    near_x, near_y = _neighbours(gram_x, k), _neighbours(gram_y, k)
-    a, b = centred_gram(gram_x, "debiased"), centred_gram(gram_y, "debiased")
+    near_x, near_y = _neighbors(gram_x, k), _neighbors(gram_y, k)
+    a, b = centered_gram(gram_x, "debiased"), centered_gram(gram_y, "debiased")
     own = (a * a * near_x).sum() * (b * b * near_y).sum()
     return float((a * b * (near_x & near_y)).sum() / own.sqrt())
 
@@ -136,7 +136,7 @@ def rsa(x: Tensor, y: Tensor) -> float:
     i, j = torch.triu_indices(len(x), len(x), offset=1, device=x.device)
     dissimilarities = []
     for name, z in (("x", x), ("y", y)):
-        z = centre(z.T).T  # each row minus its own mean, exactly 0 where it is constant
+        z = center(z.T).T  # each row minus its own mean, exactly 0 where it is constant
         norms = z.norm(dim=1, keepdim=True)
         if (norms == 0).any():
             raise ValueError(
@@ -214,7 +214,7 @@ def rogue_dimensions(x: Tensor, k: int = 3, mask: Tensor | None = None) -> Rogue
         raise ValueError(f"x holds NaN or infinity in {wrong} of its {len(x)} rows: mask them, or mend the model")
     if not 1 <= k <= x.shape[1]:
         raise ValueError(f"k is {k}, x has {x.shape[1]} features: choose 1 … {x.shape[1]}")
-    variances = centre(x).square().mean(0)
+    variances = center(x).square().mean(0)
     if variances.sum() == 0:
         raise ValueError(f"x is constant over its {len(x)} rows: it has no variance to share out")
     top = (variances / variances.sum()).topk(k)
@@ -235,11 +235,11 @@ def _reasons(measure: str, why: Callable[[Tensor, str], str], x: Tensor, y: Tens
 
 
 def _constant(z: Tensor, name: str) -> str:
-    return "" if z.any() else f"{name} is constant over its {len(z)} rows: no direction of it varies"  # z is centred
+    return "" if z.any() else f"{name} is constant over its {len(z)} rows: no direction of it varies"  # z is centered
 
 
 def _one_way(z: Tensor, name: str) -> str:
-    apart = centre(z).abs().max() > 1e-12  # of unit rows; what is less is rounding
+    apart = center(z).abs().max() > 1e-12  # of unit rows; what is less is rounding
     return "" if apart else f"all {len(z)} rows of {name} point one way: which are nearest is a tie"
 
 
@@ -252,11 +252,11 @@ def _no_ranks(pairs: Tensor, name: str) -> str:
 def _unit_rows(x: Tensor, y: Tensor, k: int) -> list[Tensor]:
     x, y = _paired(x, y)
     if not 1 <= k < len(x):
-        raise ValueError(f"k is {k} neighbours among {len(x)} rows: choose 1 … {len(x) - 1}")
+        raise ValueError(f"k is {k} neighbors among {len(x)} rows: choose 1 … {len(x) - 1}")
     return [torch.nn.functional.normalize(z, dim=1) for z in (x, y)]
 
 
-def _neighbours(gram: Tensor, k: int) -> Tensor:
+def _neighbors(gram: Tensor, k: int) -> Tensor:
     """bool (n, n): j among the k most similar rows of i, never i itself."""
     near = gram.clone().fill_diagonal_(-torch.inf).topk(k, dim=1).indices
     return torch.zeros_like(gram, dtype=torch.bool).scatter_(1, near, True)
@@ -265,12 +265,12 @@ def _neighbours(gram: Tensor, k: int) -> Tensor:
 def _more_rows_than_features(x: Tensor, y: Tensor, name: str) -> list[Tensor]:
     x, y = _paired(x, y)
     n, widest = len(x), max(x.shape[1], y.shape[1])
-    if n < widest + 2:  # centred rows span n − 1 dimensions, and as many features span them all
+    if n < widest + 2:  # centered rows span n − 1 dimensions, and as many features span them all
         raise ValueError(
             f"{name} needs more rows than features, found n = {n}, p = {x.shape[1]}, q = {y.shape[1]}: with so few, every "
             f"canonical correlation is 1; give at least {widest + 2} rows, or use cka"
         )
-    return [centre(z) for z in (x, y)]
+    return [center(z) for z in (x, y)]
 
 
 def _basis(z: Tensor) -> Tensor:

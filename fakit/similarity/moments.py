@@ -31,7 +31,7 @@ class Moments:
         split: how many layers are the student's.
         features: dtype rows come in.
         products: dtype they are multiplied in, float32 or float64.
-        centred: rows have lost their pilot already; else the first block's median goes off all of them.
+        centered: rows have lost their pilot already; else the first block's median goes off all of them.
 
     Attributes:
         numbers: (layers + 1, layers + 1), Σ w g_i g_j; the last row and column are those of g = 1.
@@ -44,9 +44,9 @@ class Moments:
         features: torch.dtype,
         products: torch.dtype,
         device: torch.device,
-        centred: bool = False,
+        centered: bool = False,
     ) -> None:
-        self.dtype, self._split, self._widths, self._centred = products, split, list(widths), centred
+        self.dtype, self._split, self._widths, self._centered = products, split, list(widths), centered
         layers, zeros = len(widths), {"dtype": torch.float64, "device": device}
         self._cross = [torch.zeros(sum(widths[split:]), width, **zeros) for width in widths[:split]]  # Σ w y xᵀ
         self._own = [torch.zeros(width, width, **zeros) for width in widths]  # Σ w x xᵀ, right from the diagonal on
@@ -83,7 +83,7 @@ class Moments:
             for i, (layer, x) in enumerate(zip(self._flat.split(self._widths), rows, strict=True)):
                 x = x[start:stop] if self._pilot is None else x[start:stop] - self._pilot[i]
                 layer[:, at] = x.T
-                if not self._centred:
+                if not self._centered:
                     self._numbers[at, i] = torch.linalg.vector_norm(x, dim=1).square().double()
             self._numbers[at, -1] = 1.0
             if numbers is not None:
@@ -100,7 +100,7 @@ class Moments:
         flat = self._flat if n == BLOCK else self._flat[:, :n].contiguous()
         layers = flat.split(self._widths)  # (d, n) each
         numbers = self._numbers[:n]
-        if not self._centred and self._pilot is None:
+        if not self._centered and self._pilot is None:
             self._pilot = [_pilot(layer) for layer in layers]
             for layer, pilot in zip(layers, self._pilot, strict=True):
                 layer -= pilot[:, None]
@@ -108,12 +108,12 @@ class Moments:
         if self.dtype == torch.float64 or n <= _FEW:
             self._multiply(flat.double(), numbers)
             return
-        squares = _squares(layers) if self._centred else numbers[:, :-1].T  # (layers, n)
+        squares = _squares(layers) if self._centered else numbers[:, :-1].T  # (layers, n)
         extreme = (squares > _EXTREME * squares.median(dim=1, keepdim=True).values).any(0).nonzero()[:, 0]
         if len(extreme):
             exact = flat[:, extreme].double()
             exact_numbers = numbers[extreme]
-            if not self._centred:  # their squares, too
+            if not self._centered:  # their squares, too
                 exact_numbers[:, :-1] = _squares(exact.split(self._widths)).T
             self._multiply(exact, exact_numbers)
             flat[:, extreme] = 0.0

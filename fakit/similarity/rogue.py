@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .hsic import centre, paired_rows, valid_rows
+from .hsic import center, paired_rows, valid_rows
 from .streaming import StreamingCKA
 
 MODES = ("drop", "z-score")
@@ -77,7 +77,7 @@ def scrub_rogue(
     order, shares, scales = {}, {}, {}
     for name, layer in layers.items():
         rows = valid_rows([layer], mask)[0]
-        variances = centre(rows).square().mean(0)
+        variances = center(rows).square().mean(0)
         if variances.sum() == 0:
             raise ValueError(
                 f"{name} is constant over its {len(rows)} tokens: it has no variance to share out; leave it out"

@@ -113,8 +113,8 @@ class StreamingCKA:
         if not self.clusters:
             self._tokens = self._means = Moments(self._widths, split, features, products, device)
         else:  # what a sequence brings by itself goes out of the sums again: that much of it is float64, whatever the products
-            self._tokens = Moments(self._widths, split, double, products, device, centred=True)
-            self._means = Moments(self._widths, split, double, double, device, centred=True)
+            self._tokens = Moments(self._widths, split, double, products, device, centered=True)
+            self._means = Moments(self._widths, split, double, double, device, centered=True)
         self._within = torch.zeros(len(layers), len(layers), dtype=torch.float64, device=device)
 
     def _add_rows(self, layers: list[Tensor], mask: Tensor | None, split: int) -> None:
@@ -168,12 +168,12 @@ class StreamingCKA:
         inclusion and exclusion from the same two sums of the means.
         """
         n, tokens, means = self.n, self._tokens, self._means
-        sx, sy, centre = means.total(i), means.total(j), means.outer(i, j)
+        sx, sy, center = means.total(i), means.total(j), means.outer(i, j)
 
         def pairs_and_triples(moments: Moments, within: Tensor) -> tuple[Tensor, Tensor]:
             c = moments.outer(i, j)
             triples = sx @ c @ sy - sx @ moments.along(i, j) - sy @ moments.along(j, i) + 2 * moments.numbers[i, j]
-            return c.square().sum() - within, triples - (c * centre).sum()
+            return c.square().sum() - within, triples - (c * center).sum()
 
         pairs, triples = pairs_and_triples(tokens, self._within[i, j] if self.clusters else tokens.numbers[i, j])
         mean_pairs, mean_triples = pairs_and_triples(means, means.numbers[i, j])

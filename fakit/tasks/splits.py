@@ -33,7 +33,7 @@ def text_keys(dataset: Dataset) -> list[tuple[str, ...]]:
 def spread_order(dataset: Dataset, seed: int, classes: bool) -> list[int]:
     """Row numbers in a random order every prefix of which keeps the classes' shares (to within one row a class).
 
-    So a smaller labelled subset is part of a larger one with the same seed. Without classes: a plain shuffle.
+    So a smaller labeled subset is part of a larger one with the same seed. Without classes: a plain shuffle.
     """
     rng = random.Random(seed)
     members: dict[object, list[int]] = defaultdict(list)
@@ -46,7 +46,7 @@ def spread_order(dataset: Dataset, seed: int, classes: bool) -> list[int]:
     return [row for _, _, row in sorted(placed)]
 
 
-def labelled_subset(train: Dataset, labels: int | str | None, seed: int, classes: bool, name: str) -> Dataset:
+def labeled_subset(train: Dataset, labels: int | str | None, seed: int, classes: bool, name: str) -> Dataset:
     """`labels` rows of `train`, stratified and seeded; None or "all": every row.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`TextTask`: labelled, unlabelled and held-out text of one task, and the way from it to batches."""
+"""`TextTask`: labeled, unlabeled and held-out text of one task, and the way from it to batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
 SPLITS = ("train", "pool", "validation", "test", "teacher_train")
-CHUNK = 10_000  # rows tokenised at a time: bounds the memory that Python's lists take
+CHUNK = 10_000  # rows tokenized at a time: bounds the memory that Python's lists take
 IGNORED = -100  # PyTorch's label that no loss counts
 
 
@@ -29,7 +29,7 @@ IGNORED = -100  # PyTorch's label that no loss counts
 class TextTask:
     """A task with its splits; every task of the kit, GLUE, the hub and your own files come as one of these.
 
-    Columns are "text" (, "text_pair") and "label"; for text to text "source" and "target"; for plain language modelling "text" alone. The
+    Columns are "text" (, "text_pair") and "label"; for text to text "source" and "target"; for plain language modeling "text" alone. The
     pool has no label or target. No text (whatever its case, see `same_text`) occurs in two of teacher_train, pool, validation, test.
 
     Attributes:
@@ -37,11 +37,11 @@ class TextTask:
         kind: "sequence-classification", "regression" or "causal-lm".
         label_names: one name a class, by label number; None unless it is a classification.
         metrics: what is reported, the headline first ("accuracy", "f1", "matthews", "pearson", "spearman", "cer", "perplexity").
-        train: the student's labelled examples.
-        pool: unlabelled text that the teacher was not trained on, None where there is none.
+        train: the student's labeled examples.
+        pool: unlabeled text that the teacher was not trained on, None where there is none.
         validation, test: held out.
         teacher_train: what the teacher was (or is to be) trained on.
-        source, licence: where the text is from and on what terms.
+        source, license: where the text is from and on what terms.
         more_tests: further test sets by name, such as MNLI's "test_mismatched"; `encode` knows them too.
         dropped: rows of the data that are in no split, by split and reason.
     """
@@ -56,7 +56,7 @@ class TextTask:
     test: Dataset
     teacher_train: Dataset
     source: str
-    licence: str
+    license: str
     more_tests: dict[str, Dataset]
     dropped: dict[str, int] = field(default_factory=dict)
 
@@ -88,17 +88,17 @@ class TextTask:
         return f"TextTask({self.name!r}: {self.kind}{classes}, {' and '.join(self.metrics)}; {sizes}{left_out})"
 
     def encode(self, data: str | Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> Dataset:
-        """Tokenise a split (by name) or a dataset with this task's columns.
+        """Tokenize a split (by name) or a dataset with this task's columns.
 
         A causal LM gets the special tokens that the tokenizer adds by itself (a BOS), and an end (eos) where a text ends, nowhere else.
         A text longer than `max_length` becomes several rows: each begins as a text does, then with the last token of the row before, which
-        is context alone, so every token is labelled once. A source is cut where its target needs the room; a target that does not fit
+        is context alone, so every token is labeled once. A source is cut where its target needs the room; a target that does not fit
         beside one token of its source is cut, too, and has no end.
 
         Returns:
             A dataset with input_ids, attention_mask (, token_type_ids) and labels. Labels are the class, the score, or for a causal LM one
             per token: -100 on what is given (BOS, context, the source and its separator), the token itself on the text or the target and on
-            the closing eos. Unlabelled rows: -100. The log says what was cut.
+            the closing eos. Unlabeled rows: -100. The log says what was cut.
 
         Raises:
             ValueError: unknown or empty split, missing columns, or a tokenizer without an eos token where one must close the target.
@@ -198,7 +198,7 @@ class TextTask:
                 "source and target would run together. Use a tokenizer that keeps line breaks."
             )
         sources = tokenizer(rows["source"], add_special_tokens=False, verbose=False).input_ids
-        targets = [[]] * len(sources)  # of an unlabelled row: the prompt alone
+        targets = [[]] * len(sources)  # of an unlabeled row: the prompt alone
         if "target" in rows:
             targets = tokenizer(rows["target"], add_special_tokens=False, verbose=False).input_ids
             targets = [_with_end(target, end) for target in targets]
@@ -256,10 +256,10 @@ def _with_end(ids: list[int], end: list[int]) -> list[int]:
     return ids if ids[-len(end) :] == end else ids + end
 
 
-def _append(encoded: dict[str, list], given: list[int], labelled: list[int]) -> None:
-    encoded["input_ids"].append(given + labelled)
-    encoded["attention_mask"].append([1] * len(given + labelled))
-    encoded["labels"].append([IGNORED] * len(given) + labelled)
+def _append(encoded: dict[str, list], given: list[int], labeled: list[int]) -> None:
+    encoded["input_ids"].append(given + labeled)
+    encoded["attention_mask"].append([1] * len(given + labeled))
+    encoded["labels"].append([IGNORED] * len(given) + labeled)
 
 
 def counted(dropped: Mapping[str, int]) -> str:

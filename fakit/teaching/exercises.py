@@ -32,8 +32,8 @@ class Result:
         return self.status == DONE
 
     def _repr_markdown_(self) -> str:
-        mark, colour = _MARKS[self.status]
-        return f"<span style='color:{colour}'>**{mark} {self.status}**</span> {self.message}"
+        mark, color = _MARKS[self.status]
+        return f"<span style='color:{color}'>**{mark} {self.status}**</span> {self.message}"
 
     def __repr__(self) -> str:
         return f"{_MARKS[self.status][0]} {self.status}: {self.message}"

@@ -2,7 +2,7 @@
 
 Figures show their SVG at once; `assets/plotly.min.js`, copied once from the plotly package, makes them interactive when
 it loads. Nothing is requested from another host: no MathJax, no require.js, no fonts. Formulas are drawn by matplotlib's
-mathtext as inline SVG in the text's colour; what mathtext cannot parse stays readable as its TeX source.
+mathtext as inline SVG in the text's color; what mathtext cannot parse stays readable as its TeX source.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _outlines(line: str, size: float) -> tuple[str, tuple[float, float, float, f
 
 
 def formula(tex: str, display: bool = False) -> str:
-    """TeX as inline SVG (outlines in the text's colour, labelled by the TeX), or as `<code>` where mathtext fails."""
+    """TeX as inline SVG (outlines in the text's color, labeled by the TeX), or as `<code>` where mathtext fails."""
     source = " ".join(tex.split())
     drawn_from = re.sub(r"\\frac\b", r"\\dfrac", source) if display else source
     lines = re.sub(r"\\(begin|end)\{[a-z]+\*?\}|&", "", drawn_from).split(r"\\") if display else [source]
@@ -146,9 +146,9 @@ class _Exporter(HTMLExporter):
 # ---- outputs -------------------------------------------------------------------------------------------------------
 
 
-def centrepiece(notebook: NotebookNode) -> str | None:
-    """The SVG that stands for the notebook: of the cell tagged `centrepiece`, else the first; None where no cell drew one."""
-    for cell in sorted(notebook.cells, key=lambda cell: "centrepiece" not in cell.metadata.get("tags", [])):
+def centerpiece(notebook: NotebookNode) -> str | None:
+    """The SVG that stands for the notebook: of the cell tagged `centerpiece`, else the first; None where no cell drew one."""
+    for cell in sorted(notebook.cells, key=lambda cell: "centerpiece" not in cell.metadata.get("tags", [])):
         for output in cell.get("outputs", []):
             if svg := output.get("data", {}).get("image/svg+xml"):
                 return svg
@@ -262,7 +262,7 @@ def notebook_page(
 ) -> str:
     """One executed notebook as a page.
 
-    The notebook's outputs are rewritten in place (`prepare`): take `centrepiece` before.
+    The notebook's outputs are rewritten in place (`prepare`): take `centerpiece` before.
 
     Args:
         notebook: executed.

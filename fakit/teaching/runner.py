@@ -246,7 +246,7 @@ def run_notebooks(
         notebook, result = notebooks[path.stem], results[path.stem]
         execute(notebook, result, folder, timeout=timeout, environment=kernel_environment(jobs), report=report)
         nbformat.write(notebook, executed / path.name)  # before the page rewrites its outputs
-        thumbnail = pages.centrepiece(notebook)
+        thumbnail = pages.centerpiece(notebook)
         with lock:  # pages of two notebooks are not drawn at once: matplotlib's settings are global
             if thumbnail:
                 write_whole(assets / f"{path.stem}.svg", thumbnail)

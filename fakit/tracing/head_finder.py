@@ -22,7 +22,7 @@ LARGE_VOCABULARY = 8192
 
 
 def find_head(model: nn.Module) -> nn.Linear | None:
-    """The model's head over a large vocabulary, if it is a plain linear layer; None for small, quantised, adapted or sharded ones."""
+    """The model's head over a large vocabulary, if it is a plain linear layer; None for small, quantized, adapted or sharded ones."""
     transformer: Any = model
     head = transformer.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor, FakeTensor)

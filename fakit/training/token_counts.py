@@ -1,6 +1,6 @@
 """The mean over a global batch is not the mean of its parts' means: what each part counts for, term by term.
 
-A term of the objective is a mean over tokens, predicting positions or labels. Where an optimiser step takes several parts (processes,
+A term of the objective is a mean over tokens, predicting positions or labels. Where an optimizer step takes several parts (processes,
 accumulated micro-batches), the Trainer averages the parts' losses, so a token of a part with much padding would weigh more than one
 of a full part. A part's share, its count over the mean count, makes up for that: the average of share · mean is the global mean.
 
@@ -39,7 +39,7 @@ def shares(parts: Sequence[dict[str, Tensor]], gather: Callable[[Tensor], Tensor
     """The share of each of this process's parts in a step: {term: () float32}, with mean 1 over all parts of all processes.
 
     Args:
-        parts: `counts` of the micro-batches of one optimiser step in this process.
+        parts: `counts` of the micro-batches of one optimizer step in this process.
         gather: puts one number (1,) of every process into one vector (processes,): one exchange a step, which nothing waits for.
     """
     names = sorted(set().union(*parts))

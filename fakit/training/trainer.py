@@ -121,7 +121,7 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """Training: the objective's loss (). Eval: the student's logits and, where there are labels, the task's loss (), without teacher.
 
-        `shares`: what this batch counts for in the optimiser step, by term (see `fakit.training.token_counts`); None where it is all of the step.
+        `shares`: what this batch counts for in the optimizer step, by term (see `fakit.training.token_counts`); None where it is all of the step.
         `theirs`: the teacher's trace, where it comes from a cache.
         """
         if not self.training:
@@ -162,14 +162,14 @@ class DistillationTrainer(Trainer):
     """A `transformers.Trainer` for a teacher, a student and an objective.
 
     Args:
-        teacher: frozen here and put in eval mode; moved to the training device unless quantised. May be None where there is a cache.
+        teacher: frozen here and put in eval mode; moved to the training device unless quantized. May be None where there is a cache.
         student: trained; `trainer.save_model(folder)` and `trainer.student.save_pretrained(folder)` export it alone.
         objective: its projections are made here and trained, and checkpointed beside the student.
         args: `transformers.TrainingArguments`; bf16 may be "auto", see `fakit.training.precision`.
         teacher_tokenizer: compared with `processing_class` before training, if both are given.
         teacher_cache: a `TeacherCache` of the training data, which is read in every step instead of running the teacher. The rows of
             train_dataset are found in it by their tokens, so that shuffling, subsets and padding do not matter; a row that it lacks, and
-            a collator that changes tokens (masked language modelling), are refused.
+            a collator that changes tokens (masked language modeling), are refused.
         kwargs: everything else of `transformers.Trainer` (train_dataset, eval_dataset, data_collator, processing_class, compute_metrics,
             callbacks, optimizers …).
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SimilarityWatch(TrainerCallback):
-    """CKA of every student layer with every teacher layer, at the start, every so many optimiser steps and at the end.
+    """CKA of every student layer with every teacher layer, at the start, every so many optimizer steps and at the end.
 
     See `fakit.training.probes.LayerSimilarity` for what is measured. The student is left in the mode it was in; random numbers go on as if it had
     not been asked, so a watched run trains the very same student.
@@ -26,7 +26,7 @@ class SimilarityWatch(TrainerCallback):
         batches: held-out sequences, as the models take them (input_ids, attention_mask, …; for an encoder-decoder also
             decoder_input_ids, or labels to make them from), on which nothing is trained: one batch or several; at least 4
             sequences in all.
-        every: optimiser steps between two measurements.
+        every: optimizer steps between two measurements.
 
     Attributes:
         history: {step: (S + 1, T + 1) CKA, float64, by layer number}.

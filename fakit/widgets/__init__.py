@@ -1,4 +1,4 @@
-"""Small widgets for notebooks: labelled controls, a figure that follows them, and a sentence that says what it shows.
+"""Small widgets for notebooks: labeled controls, a figure that follows them, and a sentence that says what it shows.
 
 The display of each also carries a picture (SVG) and a sentence, for pages without a kernel. Only this package imports
 ipywidgets and anywidget, and nothing in the kit imports this package.

@@ -163,7 +163,7 @@ class Notebook:
         self.page.wait_for_function(FINISHED, timeout=timeout * 1000)
 
     def use_theme(self, theme: str) -> None:
-        """Settings > Theme: "light" or "dark", and wait until the page has its colours."""
+        """Settings > Theme: "light" or "dark", and wait until the page has its colors."""
         name = f"JupyterLab {theme.capitalize()}"
         if self.page.locator("body").get_attribute("data-jp-theme-name") != name:
             self.page.get_by_role("menuitem", name="Settings", exact=True).click()

@@ -50,7 +50,7 @@ broken[2, 1, 0, 0, 0] = float("nan")
 failing = attention_viewer(broken, tokens=[TOKENS, TOKENS], mask=mask)
 failing
 """
-# how many pixels of a canvas have (nearly) a colour; hatching is grey and partly clear
+# how many pixels of a canvas have (nearly) a color; hatching is gray and partly clear
 COUNT = """(canvas, [red, green, blue]) => {
     const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
     let count = 0;
@@ -61,12 +61,12 @@ COUNT = """(canvas, [red, green, blue]) => {
 }"""
 
 
-def rgb(colour: str) -> list[int]:
-    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+def rgb(color: str) -> list[int]:
+    return [int(color[i : i + 2], 16) for i in (1, 3, 5)]
 
 
-def pixels(view, name: str, colour: str) -> int:
-    return view.locator(f".maps canvas.{name}").evaluate(COUNT, rgb(colour))
+def pixels(view, name: str, color: str) -> int:
+    return view.locator(f".maps canvas.{name}").evaluate(COUNT, rgb(color))
 
 
 def said(view) -> str:
@@ -80,7 +80,7 @@ def test_the_viewer_in_jupyterlab(lab):
         page, view = opened.page, opened.page.locator(".fakit-av").first
         view.get_by_text("the → film: teacher").wait_for()
 
-        # drawn: the darkest cell in the role's colour, masked cells hatched in the theme's grey
+        # drawn: the darkest cell in the role's color, masked cells hatched in the theme's gray
         for name in ("teacher", "student"):
             assert view.locator(f".maps canvas.{name}").bounding_box()["width"] > 200
         darkest = [pixels(view, name, ramp(role)[-1][1]) for name, role in (("teacher", TEACHER), ("student", STUDENT))]
@@ -115,7 +115,7 @@ def test_the_viewer_in_jupyterlab(lab):
         view.get_by_role("button", name="Leave sinks out").focus()
         page.keyboard.press("Space")
         view.get_by_text(
-            "Sinks are left out ([CLS]): their columns are hatched, and every row is renormalised"
+            "Sinks are left out ([CLS]): their columns are hatched, and every row is renormalized"
         ).wait_for()
         page.keyboard.press("Tab")
         page.keyboard.press("Space")

@@ -150,7 +150,7 @@ def test_it_lives_while_other_cells_work(lab):
         grown(page, first)
         paper = page.evaluate("getComputedStyle(document.querySelector('.jp-Notebook')).backgroundColor")
         ink = panel.locator("button:not([disabled])").first.evaluate("e => getComputedStyle(e).color")
-        dark, light = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (paper, ink))
+        dark, light = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in (paper, ink))
         assert dark < 3 * 60 and light > 3 * 150
         # interrupting that cell ends the waiting, not the run, and the buttons are heard again
         page.get_by_role("button", name="Interrupt the kernel").click()

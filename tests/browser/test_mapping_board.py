@@ -37,7 +37,7 @@ DEEP = """
 mapping_board(12, 48, start="last")
 """
 FOCUS_RING = "element => getComputedStyle(element).outlineStyle + ' ' + getComputedStyle(element).outlineWidth"
-COLOURS = """element => {  // of its text, and of what lies behind it
+COLORS = """element => {  // of its text, and of what lies behind it
     let behind = element;
     while (getComputedStyle(behind).backgroundColor === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
     return [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor];
@@ -246,13 +246,13 @@ def test_it_reads_in_the_dark_theme(board, opened):
             linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
             return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-        low, high = sorted(luminance(colour) for colour in locator.evaluate(COLOURS))
+        low, high = sorted(luminance(color) for color in locator.evaluate(COLORS))
         return (high + 0.05) / (low + 0.05)
 
     try:
         for theme in ("light", "dark"):
             opened.use_theme(theme)
-            opened.page.wait_for_timeout(300)  # colours fade
+            opened.page.wait_for_timeout(300)  # colors fade
             for part in (".status", ".node .name", ".notes li", ".cost li"):
                 assert contrast(board.root.locator(part).first) > 4.5, (theme, part)
             for part in (".student .heading", ".teacher .heading"):

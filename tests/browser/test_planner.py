@@ -55,8 +55,8 @@ def test_the_keyboard_plans_and_python_knows(lab):
 
         opened.use_theme("dark")
         assert len(assert_figures_visible(page, at_least=1)) == 1
-        colour = page.locator(".widget-label", has_text="batch (rows)").evaluate("e => getComputedStyle(e).color")
-        red, green, blue = (int(part) for part in colour.strip("rgba()").split(",")[:3])
+        color = page.locator(".widget-label", has_text="batch (rows)").evaluate("e => getComputedStyle(e).color")
+        red, green, blue = (int(part) for part in color.strip("rgba()").split(",")[:3])
         assert min(red, green, blue) > 150  # light letters on the dark page
 
         saved = opened.save()

@@ -110,4 +110,4 @@ def test_notebooks_are_committed_clean(path):
     assert code[0].metadata.tags == ["parameters"] and code[1].metadata.tags == ["setup"]
     for parameter in ("PROFILE", "SEED", "MODEL", "DEVICE"):
         assert re.search(rf"^{parameter} = ", code[0].source, re.M), f"{parameter} is missing"
-    assert sum("centrepiece" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert sum("centerpiece" in cell.metadata.get("tags", []) for cell in code) == 1

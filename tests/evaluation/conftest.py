@@ -1,4 +1,4 @@
-"""Tiny random models and tokenisers: real transformers classes, no network, milliseconds a forward pass."""
+"""Tiny random models and tokenizers: real transformers classes, no network, milliseconds a forward pass."""
 
 from __future__ import annotations
 
@@ -115,5 +115,5 @@ def words() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def characters():
-    """characters(bos=False) → a tokeniser."""
+    """characters(bos=False) → a tokenizer."""
     return make_character_tokenizer

@@ -70,8 +70,8 @@ def test_flops_of_bert_by_hand(bert):
     head = 2 * (2 * d * d + 2 * d * 3)  # pooler and classifier see one token a text
     assert forward_flops(model, batch) == 2 * block + head
     assert training_flops(model, batch) == 3 * (2 * block + head)
-    labelled = batch | {"labels": torch.tensor([0, 2])}
-    assert training_flops(model, labelled) == 3 * (2 * block + head)
+    labeled = batch | {"labels": torch.tensor([0, 2])}
+    assert training_flops(model, labeled) == 3 * (2 * block + head)
 
 
 def test_counting_leaves_no_trace(bert):
@@ -89,7 +89,7 @@ def test_a_frozen_model_has_no_training_step():
         training_flops(Linear(2, 2).requires_grad_(False), {"x": torch.ones(1, 2)})
 
 
-def test_quantised_layers_are_refused_not_counted_as_zero():
+def test_quantized_layers_are_refused_not_counted_as_zero():
     import bitsandbytes
 
     model = Linear(4, 4)

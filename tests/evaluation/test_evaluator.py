@@ -72,8 +72,8 @@ def test_predictions_are_in_the_order_of_the_dataset(bert, batch_size):
 
 def test_predictions_without_labels(bert):
     model, dataset = bert(), texts()
-    unlabelled = dataset.remove_columns("labels")
-    assert torch.equal(predictions(model, unlabelled, collator), predictions(model, dataset, collator))
+    unlabeled = dataset.remove_columns("labels")
+    assert torch.equal(predictions(model, unlabeled, collator), predictions(model, dataset, collator))
 
 
 def test_classification(bert):
@@ -120,8 +120,8 @@ def test_a_teacher_adds_agreement_over_all_rows(bert):
     result = evaluate(student, partly, collator, CLASSES, batch_size=7, teacher=teacher)
     assert result["agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
     assert result["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
-    labelled = dataset.filter(lambda _, i: i % 3 > 0, with_indices=True)
-    alone = evaluate(student, labelled, collator, CLASSES)
+    labeled = dataset.filter(lambda _, i: i % 3 > 0, with_indices=True)
+    alone = evaluate(student, labeled, collator, CLASSES)
     assert {name: result[name] for name in alone} == pytest.approx(alone, rel=1e-4)
     same = evaluate(teacher, dataset, collator, CLASSES, teacher=teacher)
     assert (same["agreement"], same["kl"]) == (1.0, 0.0)
@@ -140,7 +140,7 @@ def test_regression(bert):
     assert -1 <= result["spearman"] <= 1
 
 
-def labelled_positions(model, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+def labeled_positions(model, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities (positions, V) in float64 and the tokens they should predict, example by example."""
     logits, tokens = [], []
     for row in dataset:
@@ -156,8 +156,8 @@ def labelled_positions(model, dataset: Dataset) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_causal_lm(gpt2, side, batch_size):
     model, teacher, dataset = gpt2(layers=1, seed=1), gpt2(), lines()
-    log_q, tokens = labelled_positions(model, dataset)
-    log_p, _ = labelled_positions(teacher, dataset)
+    log_q, tokens = labeled_positions(model, dataset)
+    log_p, _ = labeled_positions(teacher, dataset)
     nll = -log_q.gather(1, tokens[:, None]).mean().item()
 
     def pad(examples):
@@ -241,7 +241,7 @@ def test_errors(bert, gpt2):
         evaluate(model, dataset, collator, CLASSES, batch_size=0)
     with pytest.raises(ValueError, match=r"\(B, C\) was expected.*'causal-lm'"):
         predictions(gpt2(), dataset, collator)
-    with pytest.raises(ValueError, match="no labelled token"):
+    with pytest.raises(ValueError, match="no labeled token"):
         evaluate(gpt2(), lines().map(lambda row: {"labels": [-100] * len(row["labels"])}), collator, PROSE)
     with pytest.raises(ValueError, match=r"\['attention_mask', 'input_ids'\], but no labels"):
         evaluate(gpt2(), lines().remove_columns("labels"), collator, PROSE)

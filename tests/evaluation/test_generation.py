@@ -24,7 +24,7 @@ def greedy(model, prompt: list[int], limit: int) -> list[int]:
 
 
 def spread(model):
-    """A model that favours the end token somewhat, so that sequences of a batch end at different steps."""
+    """A model that favors the end token somewhat, so that sequences of a batch end at different steps."""
     with torch.no_grad():
         model.transformer.wte.weight[EOS] *= 2.5
     return model
@@ -90,7 +90,7 @@ def test_split_prompts(characters):
     prompts, targets = split_prompts(rows, EOS)
     assert [tokenizer.decode(ids) for ids in prompts] == ["tbe eartb\n", "a\n"]
     assert [tokenizer.decode(ids) for ids in targets] == ["the earth", "b"]
-    with pytest.raises(ValueError, match="row 1 has no prompt: 3 of its 3 tokens are labelled"):
+    with pytest.raises(ValueError, match="row 1 has no prompt: 3 of its 3 tokens are labeled"):
         split_prompts([rows[0], {"input_ids": [4, 5, 6], "labels": [4, 5, 6]}], EOS)
     with pytest.raises(ValueError, match="row 0 has no prompt: 0 of its 2 tokens"):
         split_prompts([{"input_ids": [4, 5], "labels": [-100, -100]}], EOS)

@@ -157,13 +157,13 @@ def stored(tmp_path_factory):
     return str(folder)
 
 
-def test_a_really_quantised_teacher(stored):
+def test_a_really_quantized_teacher(stored):
     full = load_teacher(stored, task="sequence-classification")
     forms = {q: load_teacher(stored, task="sequence-classification", quantize=q) for q in ("8bit", "4bit")}
     found = {q: quantization_fidelity(full, model, [padded()]) for q, model in forms.items()}
     for q, result in found.items():
         assert (result.full_form, result.quantized_form) == ("float32", q)
-        assert result[0].relative_error < 1e-6  # embeddings are not quantised
+        assert result[0].relative_error < 1e-6  # embeddings are not quantized
         assert 0 < result[1].relative_error < 1
     assert found["8bit"][2].relative_error < found["4bit"][2].relative_error
     assert found["8bit"][2].attention_jsd < found["4bit"][2].attention_jsd
@@ -176,11 +176,11 @@ def test_the_scales_are_weighed(stored):
     linear = [m for m in full.bert.encoder.modules() if isinstance(m, torch.nn.Linear)]
     weights, rows = sum(m.weight.numel() for m in linear), sum(m.weight.shape[0] for m in linear)
     eight = load_teacher(stored, task="sequence-classification", quantize="8bit")
-    quantised = {name for name, p in eight.named_parameters() if p.dtype == torch.int8}
-    inside = {name for name in quantised if ".encoder." in name}
+    quantized = {name for name, p in eight.named_parameters() if p.dtype == torch.int8}
+    inside = {name for name in quantized if ".encoder." in name}
     assert len(inside) == len(linear)
     other = sum(p.numel() * p.element_size() for n, p in eight.named_parameters() if n not in inside)
-    beyond = sum(p.shape[0] * 4 for n, p in eight.named_parameters() if n in quantised - inside)
+    beyond = sum(p.shape[0] * 4 for n, p in eight.named_parameters() if n in quantized - inside)
     before = weight_bytes(eight)
     assert before == weights + 4 * rows + other + beyond
     with torch.no_grad():

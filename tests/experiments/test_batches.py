@@ -6,24 +6,24 @@ from fakit.experiments.batches import batch_plan
 
 @pytest.mark.parametrize(("fraction", "each"), [(0.25, 2), (0.5, 4), (0.01, 1), (1.0, 8)])
 def test_every_batch_holds_the_same_share_of_labels(fraction, each):
-    plan = batch_plan(labelled=5, pool=30, batches=50, batch_size=8, labelled_fraction=fraction)
+    plan = batch_plan(labeled=5, pool=30, batches=50, batch_size=8, labeled_fraction=fraction)
     assert plan.shape == (50, 8)
     assert ((plan < 5).sum(axis=1) == each).all()
     assert plan.max() < 35 and plan.min() == 0
 
 
 def test_no_row_comes_twice_before_all_came_once():
-    plan = batch_plan(labelled=7, pool=20, batches=35, batch_size=8, labelled_fraction=0.5, seed=3)
-    labelled, pool = plan[:, :4].ravel(), plan[:, 4:].ravel() - 7
-    for part, rows in ((labelled, 7), (pool, 20)):
+    plan = batch_plan(labeled=7, pool=20, batches=35, batch_size=8, labeled_fraction=0.5, seed=3)
+    labeled, pool = plan[:, :4].ravel(), plan[:, 4:].ravel() - 7
+    for part, rows in ((labeled, 7), (pool, 20)):
         assert len(part) == 140
         for start in range(0, len(part), rows):
             assert sorted(part[start : start + rows]) == list(range(rows))
-    assert np.unique(labelled, return_counts=True)[1].tolist() == [20] * 7
+    assert np.unique(labeled, return_counts=True)[1].tolist() == [20] * 7
 
 
-def test_without_a_pool_all_rows_are_labelled():
-    plan = batch_plan(labelled=6, pool=0, batches=4, batch_size=3, labelled_fraction=0.5)
+def test_without_a_pool_all_rows_are_labeled():
+    plan = batch_plan(labeled=6, pool=0, batches=4, batch_size=3, labeled_fraction=0.5)
     assert np.unique(plan, return_counts=True)[1].tolist() == [2] * 6
 
 
@@ -34,16 +34,16 @@ def test_the_seed_decides_the_order_and_longer_plans_begin_alike():
     assert (plan == batch_plan(20, 50, 30, 8, seed=1)[:10]).all()
 
 
-def test_arms_of_one_seed_see_the_labelled_rows_in_the_same_order():
-    mixed = batch_plan(20, 50, 40, 8, labelled_fraction=0.5, seed=1)[:, :4].ravel()
+def test_arms_of_one_seed_see_the_labeled_rows_in_the_same_order():
+    mixed = batch_plan(20, 50, 40, 8, labeled_fraction=0.5, seed=1)[:, :4].ravel()
     alone = batch_plan(20, 0, 20, 8, seed=1).ravel()
     assert (mixed == alone).all()
-    other_pool = batch_plan(20, 999, 40, 8, labelled_fraction=0.5, seed=1)[:, :4].ravel()
+    other_pool = batch_plan(20, 999, 40, 8, labeled_fraction=0.5, seed=1)[:, :4].ravel()
     assert (mixed == other_pool).all()
 
 
-def test_no_labelled_row_is_an_error():
-    with pytest.raises(ValueError, match="needs labelled rows; found 0 labelled and 5 unlabelled"):
+def test_no_labeled_row_is_an_error():
+    with pytest.raises(ValueError, match="needs labeled rows; found 0 labeled and 5 unlabeled"):
         batch_plan(0, 5, 1, 1)
 
 
@@ -61,5 +61,5 @@ def test_rows_of_like_length_share_a_batch():
 
 
 def test_lengths_of_other_rows_are_refused():
-    with pytest.raises(ValueError, match="3 lengths were given for 2 labelled and 5 unlabelled rows"):
+    with pytest.raises(ValueError, match="3 lengths were given for 2 labeled and 5 unlabeled rows"):
         batch_plan(2, 5, 1, 2, lengths=[1, 2, 3])

@@ -47,7 +47,7 @@ def _variants():
             yield ExperimentConfig(
                 student=StudentConfig(layers=layers, init=init),
                 layer_map=next(maps),
-                features=FeaturesConfig("normalised_mse", 1 / 3) if features else None,
+                features=FeaturesConfig("normalized_mse", 1 / 3) if features else None,
                 attention=AttentionConfig(weight=1e-7) if attention else None,
                 outputs=OutputsConfig(temperature=n + 0.1) if outputs else None,
                 task_weight=0.1 + n,
@@ -98,7 +98,7 @@ def test_full_config_differs_from_the_default_in_every_key():
         ({"training": {"bf16": 1}}, ["training.bf16", "true or false"]),
         ({"training": {"bf16": "fast"}}, ["training.bf16", "'fast'", "auto"]),
         ({"training": {"learning_rate": float("nan")}}, ["training.learning_rate", "a number"]),
-        ({"training": {"labelled_fraction": 1.5}}, ["training.labelled_fraction", "at most 1.0"]),
+        ({"training": {"labeled_fraction": 1.5}}, ["training.labeled_fraction", "at most 1.0"]),
         ({"training": {"warmup": 1.5}}, ["training.warmup", "1.5", "a share"]),
         ({"outputs": {"temperature": 0}}, ["outputs.temperature", "above 0.0"]),
         ({"features": {"weight": -1}}, ["features.weight", "at least 0.0"]),

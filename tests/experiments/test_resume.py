@@ -434,6 +434,6 @@ def test_a_random_layer_map_is_drawn_anew_with_every_pass_over_the_labels(config
 
     config = config.replace(layer_map="random", **{"task.labels": 12, "training.steps": 12})
     run_experiment(config, callbacks=[Look()], progress=False, count_flops=False)
-    drawn = [seen[step] for step in (1, 4, 7, 10)]  # 4 labelled texts a step of 12: three steps a pass
+    drawn = [seen[step] for step in (1, 4, 7, 10)]  # 4 labeled texts a step of 12: three steps a pass
     assert all(seen[step] == drawn[(step - 1) // 3] for step in seen)
     assert len({str(pairs) for pairs in drawn}) > 1

@@ -31,7 +31,7 @@ def test_a_run_from_configuration_to_store(config, tmp_path):
     result = run_experiment(config, store, progress=False)
 
     assert (result.arm, result.seed, result.metric, result.steps) == ("all", 0, "accuracy", 6)
-    assert (result.labelled, result.unlabelled) == (30, 150)
+    assert (result.labeled, result.unlabeled) == (30, 150)
     assert result.score == result.test["accuracy"]
     assert result.score * 60 == pytest.approx(round(result.score * 60))  # a share of the 60 test texts
     assert result.validation["accuracy"] * 40 == pytest.approx(round(result.validation["accuracy"] * 40))
@@ -122,17 +122,17 @@ def test_the_same_seed_gives_the_same_run_and_another_gives_another(config):
 
 
 def test_arms_of_one_seed_are_paired(config):
-    """The same first weights and the same labelled texts in the same order."""
-    students, labelled = {}, {}
+    """The same first weights and the same labeled texts in the same order."""
+    students, labeled = {}, {}
     for arm in ("none", "all"):
         of_arm = config.replace(seed=3).with_arm(arm).replace(**{"student.init": "random"})
         task, teacher, tokenizer = _parts(of_arm)
         torch.manual_seed(of_arm.seed)
         students[arm] = build_student(of_arm, teacher, task)
         rows = build_training_rows(of_arm, task, tokenizer)
-        labelled[arm] = [row for row in rows.dataset()["input_ids"] if row in rows.rows[: rows.labelled]["input_ids"]]
+        labeled[arm] = [row for row in rows.dataset()["input_ids"] if row in rows.rows[: rows.labeled]["input_ids"]]
         pool = 0 if arm == "none" else 150
-        assert (rows.labelled, len(rows.rows)) == (30, 30 + pool)
+        assert (rows.labeled, len(rows.rows)) == (30, 30 + pool)
         labels = torch.tensor(rows.dataset()["labels"]).view(6, 8)
         assert (labels != -100).sum(dim=1).tolist() == [8 if arm == "none" else 4] * 6
     for ours, theirs in zip(students["none"].parameters(), students["all"].parameters(), strict=True):
@@ -273,7 +273,7 @@ def test_a_teacher_of_other_classes_is_refused(config, world, tmp_path):
         run_experiment(config.replace(task={"name": str(tmp_path / "two.jsonl")}), progress=False)
 
 
-def test_a_student_that_tokenises_otherwise_is_refused(config, world, tmp_path):
+def test_a_student_that_tokenizes_otherwise_is_refused(config, world, tmp_path):
     shutil.copytree(world / "teacher", tmp_path / "student")
     vocabulary = json.loads((tmp_path / "student/tokenizer.json").read_text())
     words = vocabulary["model"]["vocab"]

@@ -20,11 +20,11 @@ def _attention(rng, sharp):
     return scores / scores.sum(1, keepdims=True)
 
 
-def _summary(rng, tasks, arms, centre, spread):
+def _summary(rng, tasks, arms, center, spread):
     rows = []
     for task in tasks:
         for i, name in enumerate(arms):
-            seeds = centre + 0.4 * spread * i + spread * rng.normal(size=5) * 0.5
+            seeds = center + 0.4 * spread * i + spread * rng.normal(size=5) * 0.5
             half = 2.776 * seeds.std(ddof=1) / np.sqrt(5)
             mean = seeds.mean()
             rows.append(
@@ -42,11 +42,11 @@ def _by_layer(errors, divergences):
 def _map_rows(rng):
     """As `fakit.experiments.map_scores` gives them, with intervals."""
     rows = []
-    for task, centre in (("glosses", 0.71), ("reviews", 0.82)):
+    for task, center in (("glosses", 0.71), ("reviews", 0.82)):
         maps = [(f"{a}-{b}-{c}", "increasing") for a in range(1, 5) for b in range(a + 1, 6) for c in range(b + 1, 7)]
         for name, kind in [*maps, ("none", "none"), ("reverse", "reverse"), ("random", "random")]:
             cka = {"none": np.nan, "reverse": 0.31, "random": 0.42}.get(kind, rng.uniform(0.4, 0.9))
-            score = centre + (0.03 * cka if kind == "increasing" else -0.02) + 0.01 * rng.normal()
+            score = center + (0.03 * cka if kind == "increasing" else -0.02) + 0.01 * rng.normal()
             ends = {"low": score - 0.008, "high": score + 0.008, "scores": (score - 0.01, score, score + 0.01)}
             rows.append({"task": task, "map": name, "kind": kind, "cka": cka, "score": score, **ends})
     return rows
@@ -166,15 +166,15 @@ def examples() -> dict[str, draw.Figure]:
             {"student, before training": {3: 0.71, 6: 0.94}},
         ),
         "memory": draw.memory_bars(
-            {"full precision": {"teacher": 28e9, "student": 14e9, "gradients": 14e9, "optimiser": 28e9, "activations": 6e9},
-             "8-bit teacher": {"teacher": 7.6e9, "student": 14e9, "gradients": 14e9, "optimiser": 28e9, "activations": 6e9},
-             "4-bit teacher": {"teacher": 4.1e9, "student": 14e9, "gradients": 14e9, "optimiser": 28e9, "activations": 6e9}}, limit=80e9,
+            {"full precision": {"teacher": 28e9, "student": 14e9, "gradients": 14e9, "optimizer": 28e9, "activations": 6e9},
+             "8-bit teacher": {"teacher": 7.6e9, "student": 14e9, "gradients": 14e9, "optimizer": 28e9, "activations": 6e9},
+             "4-bit teacher": {"teacher": 4.1e9, "student": 14e9, "gradients": 14e9, "optimizer": 28e9, "activations": 6e9}}, limit=80e9,
         ),
         "plan": draw.memory_plan(
             {"as asked": {"teacher weights": 9e9, "teacher activations": 1e9, "captured traces": 1.1e9, "student weights": 4e9,
-                          "student activations": 11e9, "gradients": 3e9, "optimiser state": 8e9, "losses": 5e9, "overhead": 1.5e9},
+                          "student activations": 11e9, "gradients": 3e9, "optimizer state": 8e9, "losses": 5e9, "overhead": 1.5e9},
              "gradient checkpointing": {"teacher weights": 9e9, "captured traces": 1.1e9, "student weights": 4e9,
-                                        "student activations": 3e9, "optimiser state": 8e9, "losses": 5e9, "overhead": 1.5e9}},
+                                        "student activations": 3e9, "optimizer state": 8e9, "losses": 5e9, "overhead": 1.5e9}},
             40e9, "A100 40GB", {"RTX 3060": 12e9, "T4": 16e9, "L4": 24e9, "H100": 80e9}, title="Llama-3.1-8B → 8 layers × 2048",
         ),
     }  # fmt: skip

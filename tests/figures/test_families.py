@@ -70,20 +70,20 @@ def test_bias_curve_draws_means_and_the_central_band():
         draw.bias_curve([1, 2, 3], seeds, seeds)
 
 
-def test_a_pair_looks_the_same_in_every_figure_and_its_layers_have_its_colour():
+def test_a_pair_looks_the_same_in_every_figure_and_its_layers_have_its_color():
     pairs = {"S1 and T2": [0.9, 0.8], "S3 and T6": [0.5, 0.4]}
     shares = {"S1": [0, 0.1], "T2": [0, 0.1], "S3": [0, 0.2], "T6": [0, 0.3], "T9": [0, 0.1]}
     watch, scrub = draw.similarity_over_steps([0, 1], pairs), draw.rogue_scrub(pairs, shares, 1)
     looks = [{t.name: (t.line.color, t.line.dash, t.marker.symbol) for t in f.plotly.data} for f in (watch, scrub)]
     assert all(looks[0][pair] == looks[1][pair] for pair in pairs)
-    colour = {name: look[0] for name, look in looks[1].items()}
-    assert colour["S1"] == colour["T2"] == colour["S1 and T2"] != colour["S3 and T6"] == colour["T6"]
-    assert {TEACHER.colour, STUDENT.colour}.isdisjoint(colour[name] for name in (*pairs, "S1", "T2", "S3", "T6"))
-    assert colour["T9"] == TEACHER.colour  # of no pair: its model's
+    color = {name: look[0] for name, look in looks[1].items()}
+    assert color["S1"] == color["T2"] == color["S1 and T2"] != color["S3 and T6"] == color["T6"]
+    assert {TEACHER.color, STUDENT.color}.isdisjoint(color[name] for name in (*pairs, "S1", "T2", "S3", "T6"))
+    assert color["T9"] == TEACHER.color  # of no pair: its model's
     names = {note.text: note.y for note in scrub.plotly.layout.annotations if note.text in shares}
     heights = sorted(names.values())
     assert len(names) == 5 and min(b - a for a, b in pairwise(heights)) > 1  # names at equal ends stand apart
-    assert len({(r.colour, r.dash, r.symbol) for r in map(pair_role, range(6))}) == 6
+    assert len({(r.color, r.dash, r.symbol) for r in map(pair_role, range(6))}) == 6
 
 
 def test_rogue_dimensions_stack_the_ten_largest():

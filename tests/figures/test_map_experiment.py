@@ -51,7 +51,7 @@ def test_points_intervals_and_the_line_without_a_map():
     np.testing.assert_allclose(increasing.error_y.arrayminus, 0.01)
     assert none.mode == "lines" and list(none.y) == [0.6, 0.6]
     assert "seeds 0.61, 0.63" in reverse.hovertext[0] and "map reverse" in reverse.hovertext[0]
-    assert len({trace.marker.symbol for trace in (increasing, reverse)}) == 2  # told apart without colour
+    assert len({trace.marker.symbol for trace in (increasing, reverse)}) == 2  # told apart without color
 
 
 def test_a_panel_a_task_with_one_legend():

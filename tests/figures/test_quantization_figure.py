@@ -1,4 +1,4 @@
-"""What quantising does: both panels from the same rows, zeros off the logarithmic axis, references beside the errors."""
+"""What quantizing does: both panels from the same rows, zeros off the logarithmic axis, references beside the errors."""
 
 import math
 

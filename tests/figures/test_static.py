@@ -1,4 +1,4 @@
-"""The static twin draws what the plotly figure says: places, lengths, ranges, colours; and refuses the rest by name."""
+"""The static twin draws what the plotly figure says: places, lengths, ranges, colors; and refuses the rest by name."""
 
 import io
 
@@ -49,8 +49,8 @@ def test_grouped_and_stacked_bars():
     grouped = only_axes(twin(*bars, barmode="group", bargap=0.2))
     drawn = [p for p in grouped.patches if p.get_hatch() is None]
     assert [p.get_height() for p in drawn] == [1, 2, 3, 4]
-    centres = [p.get_x() + p.get_width() / 2 for p in drawn]
-    np.testing.assert_allclose(centres, [-0.2, 0.8, 0.2, 1.2])
+    centers = [p.get_x() + p.get_width() / 2 for p in drawn]
+    np.testing.assert_allclose(centers, [-0.2, 0.8, 0.2, 1.2])
     stacked = only_axes(twin(*bars, barmode="stack"))
     assert [(p.get_y(), p.get_height()) for p in stacked.patches if p.get_hatch() is None] == [
         (0, 1),
@@ -83,7 +83,7 @@ def test_axes_ranges_logarithms_and_panels():
     assert box.width * 720 == pytest.approx(240) and box.height * 360 == pytest.approx(220)
 
 
-def test_heatmap_cells_have_their_colour_and_nan_is_transparent():
+def test_heatmap_cells_have_their_color_and_nan_is_transparent():
     z = [[0.0, 1.0], [0.5, None]]
     scale = [[0, "#000000"], [1, "#FFFFFF"]]
     trace = go.Heatmap(
@@ -91,11 +91,11 @@ def test_heatmap_cells_have_their_colour_and_nan_is_transparent():
     )
     axes = only_axes(twin(trace))
     image = axes.images[0]
-    colours = image.to_rgba(image.get_array())
-    np.testing.assert_allclose(colours[0, 0], [0, 0, 0, 1])
-    np.testing.assert_allclose(colours[0, 1], [1, 1, 1, 1])
-    np.testing.assert_allclose(colours[1, 0, :3], 0.5, atol=0.01)
-    assert colours[1, 1, 3] == 0
+    colors = image.to_rgba(image.get_array())
+    np.testing.assert_allclose(colors[0, 0], [0, 0, 0, 1])
+    np.testing.assert_allclose(colors[0, 1], [1, 1, 1, 1])
+    np.testing.assert_allclose(colors[1, 0, :3], 0.5, atol=0.01)
+    assert colors[1, 1, 3] == 0
     ink = {text.get_text(): to_hex(text.get_color()) for text in axes.texts}
     assert ink["a"] == "#ffffff" and ink["b"] == "#000000"
     assert image.get_extent() == [-0.5, 1.5, -0.5, 1.5]
@@ -182,7 +182,7 @@ def test_a_caption_makes_room_for_itself():
     assert note.text.replace("<br>", " ") == words.strip() and "<br>" in note.text
 
 
-def test_text_and_colours_of_plotly_are_understood():
+def test_text_and_colors_of_plotly_are_understood():
     assert plain("<b>a</b> &lt; b<br>c") == "a < b\nc"
     assert (
         rgba("rgba(255, 0, 0, 0.5)") == (1, 0, 0, 0.5)

@@ -4,7 +4,7 @@ from fakit.figures import distillation_story, loss_curves
 from fakit.figures.story import TERMS
 
 
-def test_a_term_has_the_colour_and_dash_of_its_curve():
+def test_a_term_has_the_color_and_dash_of_its_curve():
     links = {
         (s.line.color, s.line.dash) for s in distillation_story([(1, 3)], 1, 3).plotly.layout.shapes if s.type == "line"
     }

@@ -1,4 +1,4 @@
-"""The visual language holds in both themes, and does not lean on colour alone."""
+"""The visual language holds in both themes, and does not lean on color alone."""
 
 import plotly.io as pio
 import pytest
@@ -8,8 +8,8 @@ from fakit.figures import theme
 
 @pytest.mark.parametrize("role", [*theme.ROLES, *theme.ARMS.values()], ids=lambda role: role.name)
 @pytest.mark.parametrize("page", ["#FFFFFF", "#111111"])
-def test_role_colours_show_on_light_and_dark(role, page):
-    assert theme.contrast(role.colour, page) >= 3
+def test_role_colors_show_on_light_and_dark(role, page):
+    assert theme.contrast(role.color, page) >= 3
 
 
 @pytest.mark.parametrize("page", ["#FFFFFF", "#111111"])
@@ -22,11 +22,11 @@ def test_contrast_is_the_wcag_ratio():
     assert theme.contrast("#777777", "#FFFFFF") == pytest.approx(4.478, abs=1e-3)
 
 
-def test_roles_differ_without_colour():
+def test_roles_differ_without_color():
     for attribute in ("dash", "symbol", "letter"):
         assert len({getattr(role, attribute) for role in theme.ROLES}) == len(theme.ROLES), attribute
     assert len({role.pattern for role in theme.ROLES}) == len(theme.ROLES)
-    assert (theme.TEACHER.colour, theme.STUDENT.colour) == ("#1F83C4", "#D55E00")
+    assert (theme.TEACHER.color, theme.STUDENT.color) == ("#1F83C4", "#D55E00")
 
 
 def test_names_find_their_role():

@@ -14,7 +14,7 @@ MASK = torch.arange(T)[None] < torch.tensor(LENGTHS)[:, None]
 
 
 def maps(causal: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps over all T keys, padding included: what is left after masking has to be renormalised by the loss."""
+    """Maps over all T keys, padding included: what is left after masking has to be renormalized by the loss."""
     generator = torch.Generator().manual_seed(0)
     scores = 2 * torch.randn(2, B, H, T, T, generator=generator, dtype=torch.float64)
     if causal:
@@ -82,7 +82,7 @@ def test_a_student_that_gives_exactly_0_is_punished_finitely():
     assert 10 < loss.item() < 100 and student.grad.isfinite().all()
 
 
-def test_group_mean_averages_neighbours():
+def test_group_mean_averages_neighbors():
     student, _ = maps()
     grouped = attention.group_mean(student.repeat(1, 2, 1, 1), 3)  # heads 0 1 2 0 1 2 -> (0 1) (2 0) (1 2)
     assert torch.equal(grouped[:, 0], (student[:, 0] + student[:, 1]) / 2)

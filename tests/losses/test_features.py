@@ -32,14 +32,14 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def standard(x: np.ndarray) -> np.ndarray:
-    centred = x - sum(x) / len(x)
-    return centred / math.sqrt(sum(centred**2) / len(x) + 1e-5)
+    centered = x - sum(x) / len(x)
+    return centered / math.sqrt(sum(centered**2) / len(x) + 1e-5)
 
 
 DISTANCES = {
     "mse": lambda s, t: sum((a - b) ** 2 for a, b in zip(s, t, strict=True)) / D,
     "cosine": lambda s, t: 1 - float(np.dot(s, t)) / (np.linalg.norm(s) * np.linalg.norm(t)),
-    "normalised_mse": lambda s, t: float(((unit(s) - unit(t)) ** 2).sum()) / D,
+    "normalized_mse": lambda s, t: float(((unit(s) - unit(t)) ** 2).sum()) / D,
     "layernorm_mse": lambda s, t: float(((standard(s) - standard(t)) ** 2).sum()) / D,
 }
 
@@ -54,21 +54,21 @@ def test_literal_numbers():
     student, teacher = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[4.0, 3.0]]])
     assert features.mse(student, teacher).item() == 1.0
     assert features.cosine(student, teacher).item() == pytest.approx(1 - 24 / 25, rel=1e-6)
-    assert features.normalised_mse(student, teacher).item() == pytest.approx(0.04, rel=1e-6)  # ½ (.2² + .2²)
+    assert features.normalized_mse(student, teacher).item() == pytest.approx(0.04, rel=1e-6)  # ½ (.2² + .2²)
     assert features.layernorm_mse(student, teacher).item() == pytest.approx(
         4 / (1 + 4e-5), rel=1e-6
     )  # (-1, 1) against (1, -1)
     assert features.cosine(student, -student).item() == pytest.approx(2.0, rel=1e-6)
 
 
-def test_normalised_mse_is_2_over_d_cosine():
+def test_normalized_mse_is_2_over_d_cosine():
     student, teacher = tensors()
-    assert features.normalised_mse(student, teacher, MASK).item() == pytest.approx(
+    assert features.normalized_mse(student, teacher, MASK).item() == pytest.approx(
         2 / D * features.cosine(student, teacher, MASK).item(), rel=1e-12
     )
 
 
-@pytest.mark.parametrize("loss", [features.cosine, features.normalised_mse, features.layernorm_mse])
+@pytest.mark.parametrize("loss", [features.cosine, features.normalized_mse, features.layernorm_mse])
 def test_blind_to_each_tokens_scale(loss):
     student, teacher = tensors()
     scales = torch.linspace(0.5, 50, B * T, dtype=torch.float64).reshape(B, T, 1)
@@ -95,7 +95,7 @@ def test_differing_widths_name_both_and_the_projection():
         features.mse(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
 
 
-@pytest.mark.parametrize("name", ["cosine", "normalised_mse"])
+@pytest.mark.parametrize("name", ["cosine", "normalized_mse"])
 @pytest.mark.parametrize("zero", ["student", "teacher", "both"])
 def test_a_token_of_zeros_has_no_direction_and_a_finite_gradient(name, zero):
     student, teacher = (torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(i)) for i in (1, 2))

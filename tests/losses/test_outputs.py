@@ -79,9 +79,9 @@ def test_tau_squared_keeps_the_gradients_size():
         outputs.forward_kl(z, teacher, MASK, temperature).backward()
         limits[temperature] = z.grad
     assert limits[1000.0].norm().item() == pytest.approx(limits[100.0].norm().item(), rel=0.05)
-    # Hinton et al. 2015, eq. 4: at high temperature the gradient is that of matching centred logits
-    centred = [z - z.mean(-1, keepdim=True) for z in (student, teacher)]
-    expected = (centred[0] - centred[1]) / V * MASK[..., None] / MASK.sum()
+    # Hinton et al. 2015, eq. 4: at high temperature the gradient is that of matching centered logits
+    centered = [z - z.mean(-1, keepdim=True) for z in (student, teacher)]
+    expected = (centered[0] - centered[1]) / V * MASK[..., None] / MASK.sum()
     assert torch.allclose(limits[1000.0], expected, rtol=0.02, atol=1e-4)
 
 

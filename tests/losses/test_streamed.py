@@ -180,7 +180,7 @@ def plain_loss(loss, student, teacher, mask, heads):
 @pytest.mark.parametrize("heads", [None, 2])
 @pytest.mark.parametrize("mask", [None, MASK])
 @pytest.mark.parametrize("block", [300, 2**20])
-def test_what_a_layer_does_to_its_scores_is_honoured(name, loss, heads, mask, block):
+def test_what_a_layer_does_to_its_scores_is_honored(name, loss, heads, mask, block):
     if name.startswith("padding") and mask is None:
         mask = MASK
     student, teacher = layer(**SETTINGS[name]), layer(seed=1, d=7, **SETTINGS[name])

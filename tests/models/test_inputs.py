@@ -275,7 +275,7 @@ def test_what_a_cache_cannot_hold_is_refused_before_the_teacher_runs(tmp_path):
 
     import datasets
 
-    refused([{"text": "words"}], r"row 0 of the data set holds \['text'\].*tokenise the data set first")
+    refused([{"text": "words"}], r"row 0 of the data set holds \['text'\].*tokenize the data set first")
     refused(datasets.Dataset.from_list([{"text": "words"}]), r"holds \['text'\]")
     refused(datasets.Dataset.from_list([{"input_ids": [5]}]).to_iterable_dataset(), "IterableDataset is a stream")
     refused((row for row in rows), "generator is a stream")

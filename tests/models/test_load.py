@@ -22,7 +22,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A saved tiny Llama; 64 wide, because bitsandbytes quantises blocks of 64 weights."""
+    """A saved tiny Llama; 64 wide, because bitsandbytes quantizes blocks of 64 weights."""
     tiny("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
 
@@ -31,7 +31,7 @@ def kinds(model: nn.Module) -> set[str]:
     return {type(module).__name__ for module in model.modules()}
 
 
-# -- full and quantised -----------------------------------------------------------------------------------------------
+# -- full and quantized -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_heads_stay_in_full_precision_whatever_they_are_called(name, quantize, t
 
 
 @pytest.mark.parametrize(("stored", "other"), [("8bit", "4bit"), ("4bit", "8bit")])
-def test_a_quantised_checkpoint_is_loaded_as_it_is_stored_or_refused(stored, other, folder, tmp_path):
+def test_a_quantized_checkpoint_is_loaded_as_it_is_stored_or_refused(stored, other, folder, tmp_path):
     first = load_teacher(folder, quantize=stored)
     first.save_pretrained(tmp_path / stored)
     for again in (load_teacher(tmp_path / stored), load_teacher(tmp_path / stored, quantize=stored)):
@@ -225,7 +225,7 @@ def test_a_merged_adapter_says_what_pefts_own_model_says(adapted):
 
 
 @pytest.mark.parametrize(("quantize", "error"), [("8bit", 0.1), ("4bit", 0.6)])
-def test_an_adapter_is_merged_before_quantising(adapted, quantize, error):
+def test_an_adapter_is_merged_before_quantizing(adapted, quantize, error):
     base, adapter, own = adapted
     teacher = load_teacher(
         base, task="sequence-classification", adapter=adapter, quantize=quantize, attn_implementation="eager"
@@ -261,7 +261,7 @@ def test_an_adapter_folder_without_adapter_says_what_it_holds(folder, tmp_path):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_tasks_and_quantisations_name_the_known_ones(folder):
+def test_unknown_tasks_and_quantizations_name_the_known_ones(folder):
     with pytest.raises(ValueError, match="task 'translation' is not known; choose one of 'causal-lm', 'masked-lm'"):
         load_teacher(folder, task="translation")
     with pytest.raises(ValueError, match="quantize='2bit' is not known; choose None, '8bit' or '4bit'"):

@@ -22,7 +22,7 @@ def test_a_pair_that_fits_is_ok_in_every_row():
         "attention heads",
         "task head",
         "labels",
-        "tokeniser",
+        "tokenizer",
         "vocabulary fits the embeddings",
         "longest sequence",
         "mode",
@@ -49,7 +49,7 @@ def test_sizes():
     status, *sides, fix = row("attention heads", teacher, narrow)
     assert (status, sides) == ("warning", [4, 2]) and "heads='group-mean'" in fix
     shorter = tiny("bert", max_position_embeddings=32)
-    assert row("longest sequence", teacher, shorter) == ("warning", 64, 32, "Tokenise with max_length=32.")
+    assert row("longest sequence", teacher, shorter) == ("warning", 64, 32, "Tokenize with max_length=32.")
     assert preflight(teacher, narrow).ok  # warnings do not forbid
 
 
@@ -66,16 +66,16 @@ def test_heads_and_labels():
 
 def test_vocabularies_of_logits():
     status, *sides, fix = row("vocabulary (logits)", frozen("gpt2"), tiny("gpt2", vocab_size=56))
-    assert (status, sides) == ("error", [50, 56]) and "Outputs(vocab_size=50)" in fix and "tokenisers differ" in fix
+    assert (status, sides) == ("error", [50, 56]) and "Outputs(vocab_size=50)" in fix and "tokenizers differ" in fix
     assert row("vocabulary (logits)", frozen("gpt2"), tiny("gpt2"))[0] == "ok"
 
 
-def test_tokenisers():
+def test_tokenizers():
     teacher, student = frozen("bert"), tiny("bert")
     one, other = tokenizer("students align layers"), tokenizer("layers align students")
-    status, *sides, fix = row("tokeniser", teacher, student, one, other)
-    assert status == "error" and all(" of 4: " in side for side in sides) and "use the teacher's tokeniser" in fix
-    assert row("tokeniser", teacher, student, one, tokenizer("students align layers"))[0] == "ok"
+    status, *sides, fix = row("tokenizer", teacher, student, one, other)
+    assert status == "error" and all(" of 4: " in side for side in sides) and "use the teacher's tokenizer" in fix
+    assert row("tokenizer", teacher, student, one, tokenizer("students align layers"))[0] == "ok"
     assert "layers (3)" in sides[0] and "layers (1)" in sides[1]  # names, and the ids that differ
     large = tokenizer(" ".join(f"w{i}" for i in range(59)))
     status, *sides, fix = row("vocabulary fits the embeddings", teacher, student, large)
@@ -90,9 +90,9 @@ def test_state(tmp_path):
     status, *sides, fix = row("trainable", teacher, frozen("bert"))
     assert (status, sides) == ("error", ["no", "no"]) and "student.requires_grad_(True)" in fix
     student.save_pretrained(tmp_path)
-    quantised = load_teacher(tmp_path, task="sequence-classification", quantize="8bit")
-    assert row("precision", quantised, student) == ("ok", "quantised", "float32", "")
-    assert row("precision", teacher, quantised)[:3] == ("error", "float32", "quantised")
+    quantized = load_teacher(tmp_path, task="sequence-classification", quantize="8bit")
+    assert row("precision", quantized, student) == ("ok", "quantized", "float32", "")
+    assert row("precision", teacher, quantized)[:3] == ("error", "float32", "quantized")
     assert row("precision", teacher, tiny("bert").to(torch.bfloat16))[2] == "bfloat16"
 
 
@@ -115,8 +115,8 @@ def test_a_report_prints_itself_and_draws_itself():
         len(table) == 2 + len(report.rows)
         and "| ✗\u00a0**error** | vocabulary (logits) | 50 | 56 | If only" in table[6]
     )
-    with pytest.raises(KeyError, match="no row 'colour'"):
-        report["colour"]
+    with pytest.raises(KeyError, match="no row 'color'"):
+        report["color"]
 
 
 def test_two_stacks_need_two_stacks():

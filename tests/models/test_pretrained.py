@@ -239,10 +239,10 @@ def test_a_student_of_other_classes_is_refused(tmp_path):
     assert load_student(folder, "sequence-classification", num_labels=5).config.num_labels == 5
 
 
-def test_a_quantised_student_is_refused(tmp_path):
+def test_a_quantized_student_is_refused(tmp_path):
     folder = save("llama", tmp_path)
     change(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    with pytest.raises(ValueError, match=r"is quantised .*cannot be trained"):
+    with pytest.raises(ValueError, match=r"is quantized .*cannot be trained"):
         load_student(folder, "causal-lm")
 
 

@@ -1,4 +1,4 @@
-"""Students cut from teachers: which blocks, which units of a weight, which settings follow; quantised teachers; refusals."""
+"""Students cut from teachers: which blocks, which units of a weight, which settings follow; quantized teachers; refusals."""
 
 import copy
 
@@ -222,7 +222,7 @@ def test_gpt_neo_kinds_of_attention_survive_saving(tmp_path):
     assert torch.equal(again(**batch()).logits, student(**batch()).logits)
 
 
-# -- random, quantised, refused ----------------------------------------------------------------------------------------
+# -- random, quantized, refused ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -242,7 +242,7 @@ def test_random_takes_no_weight_and_follows_the_seed(family):
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a forward pass"])
 @pytest.mark.parametrize(("quantize", "error"), [("8bit", 0.01), ("4bit", 0.12)])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_students_of_quantised_teachers_start_near_the_full_weights(family, quantize, error, used, tmp_path):
+def test_students_of_quantized_teachers_start_near_the_full_weights(family, quantize, error, used, tmp_path):
     sizes = {"gpt2": {"n_embd": 64}, "llama": {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}}[family]
     full = tiny(family, **sizes)
     full.save_pretrained(tmp_path)
@@ -262,7 +262,7 @@ def test_students_of_quantised_teachers_start_near_the_full_weights(family, quan
         distance = ((weight - expected[name]).norm() / expected[name].norm().clamp_min(1e-9)).item()
         assert distance < error, name
         rounded += distance > error / 100
-    assert rounded >= 6  # it really was quantised
+    assert rounded >= 6  # it really was quantized
     assert not hasattr(student.config, "quantization_config") and student.dtype == torch.float32
     if used:  # and the teacher still says what it said
         with torch.no_grad():

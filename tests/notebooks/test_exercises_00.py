@@ -63,7 +63,7 @@ def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
     assert_told(exercise(*where, KNOWN)[0], answer, message)
 
 
-def test_logits_multiplied_by_the_temperature_are_recognised():
+def test_logits_multiplied_by_the_temperature_are_recognized():
     task, _ = exercise(*TEMPERATURE, KNOWN)
     taus = torch.linspace(0.001, 2, 20_000).double()
     highest = (3 * TEACHER[0].double() * taus[:, None]).softmax(-1).max(-1).values

@@ -17,7 +17,7 @@ KNOWN = {
 }
 
 
-def centred(K):
+def centered(K):
     return K - K.mean(0) - K.mean(1)[:, None] + K.mean()
 
 
@@ -53,7 +53,7 @@ def test_the_stub_is_not_done_and_the_solution_in_the_hints_passes(where):
 @pytest.mark.parametrize(
     ("where", "answer", "message"),
     [
-        (HSIC, lambda K, L: (centred(K) * centred(L)).sum() / (len(K) - 1) ** 2, "equals the biased estimator"),
+        (HSIC, lambda K, L: (centered(K) * centered(L)).sum() / (len(K) - 1) ** 2, "equals the biased estimator"),
         (HSIC, lambda K, L: debiased(K, L) * 18, "lacks the division"),
         (HSIC, lambda K, L: debiased(K, L) * 18 / 30, "divided by n(n − 1)"),
         (HSIC, lambda K, L: 1.0, "compare term by term"),

@@ -128,12 +128,12 @@ def nothing_returned(student, objective):
     ("answer", "message"),
     [
         (KNOWN["optimizer_by_hand"], "made one line too late"),
-        (students_alone, "no group of the optimiser holds it"),
+        (students_alone, "no group of the optimizer holds it"),
         (projections_alone, "the student stands still"),
         (lambda student, objective: adam(student, objective), "there is no projection yet"),
         (teacher_too, "a teacher is read, never trained"),
         (nothing_returned, "returns NoneType"),
     ],
 )
-def test_optimisers_that_leave_something_out(answer, message):
+def test_optimizers_that_leave_something_out(answer, message):
     assert_told(exercise(NOTEBOOK, BUG, KNOWN)[0], answer, message)

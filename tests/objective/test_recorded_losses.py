@@ -37,7 +37,7 @@ OBJECTIVES = {
         outputs=Outputs("logit_mse"),
     ),
     "random map": lambda: Objective(
-        LayerMap.random(2, 3, seed=5), Features("normalised_mse"), outputs=Outputs(), task=Task()
+        LayerMap.random(2, 3, seed=5), Features("normalized_mse"), outputs=Outputs(), task=Task()
     ),
 }
 FAMILIES = {"bert": 16, "gpt2": 32, "bart": 32}  # and the student's width

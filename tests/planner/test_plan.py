@@ -78,7 +78,7 @@ def test_a_plan_is_the_sum_of_its_parts(small):
     moving = {
         k: v
         for k, v in small.memory.items()
-        if k not in ("teacher weights", "student weights", "optimiser state", "overhead")
+        if k not in ("teacher weights", "student weights", "optimizer state", "overhead")
     }
     assert small.memory["overhead"] == pytest.approx(CONTEXT + FRAGMENTS * sum(moving.values()))
     assert small.peak == pytest.approx(sum(small.memory.values()))
@@ -110,7 +110,7 @@ def test_longer_rows_and_more_rows_take_more():
 def test_time_follows_from_flops_bandwidth_and_card(small):
     fast, slow = (small.seconds(name) for name in ("H100", "T4"))
     assert fast < slow
-    half = small.flops / CARDS["T4"].half / small.utilisation
+    half = small.flops / CARDS["T4"].half / small.utilization
     assert slow >= half  # no step is faster than its products
     with pytest.raises(ValueError, match=r"names none; cards: .*T4"):
         small.seconds()
@@ -189,7 +189,7 @@ def test_memory_is_an_amount_or_a_card(asked, found):
         (dict(task="translation"), "task is 'translation'; choose one of None, causal-lm, masked-lm, sequence-"),
         (dict(seq=4096), "4096 tokens a row, and .*gpt2 has 1024 positions"),
         (dict(memory="plenty"), "'plenty' is neither an amount .* known: .*T4"),
-        (dict(utilisation=40), "utilisation is 40"),
+        (dict(utilization=40), "utilization is 40"),
         (dict(terms=()), "needs at least one of"),
     ],
 )
@@ -392,15 +392,15 @@ def test_few_bits_of_a_mixture_say_what_they_leave():
     assert few.step.weight_bytes["teacher"] > 2 * experts > 0.8 * full.step.weight_bytes["teacher"]
     assert (
         f"{experts / full.step.parameters['teacher']:.0%} of the teacher's parameters are experts"
-        in few._unquantised()[0]
+        in few._unquantized()[0]
     )
-    assert not full._unquantised()
+    assert not full._unquantized()
     dense = plan(LlamaConfig(**TEXT), 2, 2, 16, device="cpu", quantize="4bit")
-    assert dense.step.stacked == 0 and not dense._unquantised()
+    assert dense.step.stacked == 0 and not dense._unquantized()
 
 
 @pytest.mark.parametrize(("stored", "other"), [("8bit", "4bit"), ("4bit", "8bit")])
-def test_a_checkpoint_that_is_quantised_already_is_planned_as_it_is_stored(stored, other):
+def test_a_checkpoint_that_is_quantized_already_is_planned_as_it_is_stored(stored, other):
     own = {"quant_method": "bitsandbytes", f"load_in_{stored}": True}
     config, plain = LlamaConfig(**TEXT, quantization_config=own), LlamaConfig(**TEXT)
     found = plan(config, 2, 2, 16)

@@ -40,7 +40,7 @@ def run(objective, teacher, student, batch) -> None:
     total.backward()
 
 
-def labelled(rows: int, tokens: int) -> dict[str, torch.Tensor]:
+def labeled(rows: int, tokens: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(5, 9_000, (rows, tokens), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
@@ -80,9 +80,9 @@ def test_flops_with_a_large_vocabulary_a_projection_and_fewer_terms(models, stud
     heads = "one-to-one" if width is None else "group-mean"
     every = {"features": Features(), "attention": Attention(heads=heads), "outputs": Outputs(), "task": Task()}
     objective = Objective(LayerMap.uniform(2, 4), **{term: every[term] for term in terms}).prepare(width or 48, 48)
-    counted = count_flops(lambda: run(objective, models, small, labelled(16, 64)))
+    counted = count_flops(lambda: run(objective, models, small, labeled(16, 64)))
     assert made.flops == pytest.approx(counted, rel=0.02)
-    assert made.step.flops["teacher forward"] <= forward_flops(models, labelled(16, 64))
+    assert made.step.flops["teacher forward"] <= forward_flops(models, labeled(16, 64))
 
 
 def test_blocks_that_nobody_looks_at_cost_what_they_cost_when_they_run(models, monkeypatch):
@@ -119,24 +119,24 @@ def test_memory_above_the_models_is_what_torch_allocates(models, layers, rows, t
     if checkpointing:
         student.activation_checkpointing_enable()
     objective = Objective(LayerMap.uniform(layers, 4), Features(), Attention(), Outputs(), Task())
-    batch = labelled(rows, tokens)
+    batch = labeled(rows, tokens)
     run(objective, models, student, batch)  # what is made once is there
     student.zero_grad()
     allocated = peak_memory(lambda: run(objective, models, student, batch))
     made = plan(LARGE, layers, rows, tokens, task="masked-lm", dtype="fp32", device="cpu", checkpointing=checkpointing)
-    fixed = ("teacher weights", "student weights", "optimiser state")
+    fixed = ("teacher weights", "student weights", "optimizer state")
     above = sum(size for part, size in made.memory.items() if part not in fixed)
     assert above == pytest.approx(allocated, rel=0.05)
 
 
 def test_the_peak_is_that_of_a_fresh_process():
-    """Resident memory as the system counts it, weights and optimiser left out of both sides: the rest is where a plan can be wrong."""
+    """Resident memory as the system counts it, weights and optimizer left out of both sides: the rest is where a plan can be wrong."""
     from benchmarks.measure import run_json
     from benchmarks.planner import predict
 
     made = predict("small")
     measured = run_json([sys.executable, "-m", "benchmarks.planner", "--case", "small"])
-    fixed = sum(made.memory[part] for part in ("teacher weights", "student weights", "optimiser state"))
+    fixed = sum(made.memory[part] for part in ("teacher weights", "student weights", "optimizer state"))
     assert made.peak - fixed == pytest.approx(measured["bytes"] - fixed, rel=0.15)
     assert made.flops == pytest.approx(measured["flops"], rel=0.02)
 
@@ -149,7 +149,7 @@ def test_checkpointing_trades_activations_for_products():
 
 
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])
-def test_a_quantised_teacher_takes_what_bitsandbytes_stores(tmp_path, quantize):
+def test_a_quantized_teacher_takes_what_bitsandbytes_stores(tmp_path, quantize):
     GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=500)).save_pretrained(tmp_path)
     teacher = load_teacher(tmp_path, "causal-lm", quantize=quantize, device="cpu")
     stored = sum(tensor.nbytes for tensor in [*teacher.parameters(), *teacher.buffers()])
@@ -163,9 +163,9 @@ def test_a_quantised_teacher_takes_what_bitsandbytes_stores(tmp_path, quantize):
 
 
 @pytest.mark.parametrize(("optimizer", "bytes_an_entry"), [("adamw", 8), ("sgd", 0)])
-def test_optimiser_state(optimizer, bytes_an_entry):
+def test_optimizer_state(optimizer, bytes_an_entry):
     found = plan(LARGE, 2, 2, 16, task="masked-lm", optimizer=optimizer).step
-    assert found.memory.get("optimiser state", 0) == bytes_an_entry * found.trainable
+    assert found.memory.get("optimizer state", 0) == bytes_an_entry * found.trainable
 
 
 def test_eight_bit_adamw_keeps_what_bitsandbytes_keeps():
@@ -203,11 +203,11 @@ def test_the_losses_blocks_are_as_they_were_after_a_plan_and_meanwhile():
     assert found[1][0] == pytest.approx(F.kl_div(*logits, log_target=True, reduction="batchmean").item(), rel=1e-4)
 
 
-def test_the_optimisers_own_workspace_counts():
+def test_the_optimizers_own_workspace_counts():
     weight = torch.nn.Parameter(torch.empty(1_000, 1_000, device="meta"))
     assert step.step_bytes("adafactor", [weight]) == 8e6 and step.step_bytes("adamw", [weight]) == 0
     assert step.optimizer_bytes("adafactor", [weight]) == 4 * 2_000
     found = plan(
         LARGE, 1, 1, 8, task="masked-lm", optimizer="adafactor", dtype="bf16", device="cpu", terms=("features",)
     ).memory
-    assert found["optimiser state"] >= 8 * 9_000 * 48  # its step is the peak of so small a batch
+    assert found["optimizer state"] >= 8 * 9_000 * 48  # its step is the peak of so small a batch

@@ -31,7 +31,7 @@ def uneven(causal: bool, rows: int = 3 * GLOBAL) -> list[dict[str, Tensor]]:
     lengths = torch.tensor([(9, 8, 9, 7), (3, 5, 4, 3)]).flatten().repeat(rows // GLOBAL)
     mask = (torch.arange(9) < lengths[:, None]).long()
     labels = given["input_ids"].masked_fill(mask == 0, -100) if causal else (given["input_ids"][:, 0] > 25).long()
-    labels[5::GLOBAL] = -100  # unlabelled text
+    labels[5::GLOBAL] = -100  # unlabeled text
     labels[6::GLOBAL] = -100
     return [
         {"input_ids": i, "attention_mask": m, "labels": y}

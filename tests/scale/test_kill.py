@@ -19,7 +19,7 @@ from tests.scale.conftest import ROOT, experiment
 
 STEPS, EVERY = 200, 20
 
-# `fakit distill` that is killed where the second checkpoint after its start is half written: weights and optimiser, nothing more
+# `fakit distill` that is killed where the second checkpoint after its start is half written: weights and optimizer, nothing more
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from transformers import Trainer

@@ -104,10 +104,10 @@ def test_fakit_distill_gives_the_run_of_one_process(two, world, tmp_path):
 def assert_same_run(alone: Path, shared: Path) -> None:
     """One record, one line a step, the same losses and the same exported student."""
     (a,), (b,) = RunStore(alone).records(), RunStore(shared).records()
-    assert (a["steps"], a["labelled"], a["unlabelled"], a["flops"]) == (
+    assert (a["steps"], a["labeled"], a["unlabeled"], a["flops"]) == (
         b["steps"],
-        b["labelled"],
-        b["unlabelled"],
+        b["labeled"],
+        b["unlabeled"],
         pytest.approx(b["flops"], rel=0.2),
     )
     steps, ours = RunStore(alone).steps(a["run_id"]), RunStore(shared).steps(b["run_id"])

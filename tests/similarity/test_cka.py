@@ -8,7 +8,7 @@ import torch
 
 from fakit.similarity import StreamingCKA, cka, cka_matrix, hsic
 from fakit.similarity.cka import draw_rows
-from fakit.similarity.hsic import centred_gram, cheaper_route, gram_scale
+from fakit.similarity.hsic import centered_gram, cheaper_route, gram_scale
 
 
 def gaussian(seed, *shape, dtype=torch.float64):
@@ -53,11 +53,11 @@ def test_both_routes_equal_the_literal_formulas(n, p, q, route):
 
 
 @pytest.mark.parametrize(("n", "p", "q"), SIZES)
-def test_u_centred_inner_product_is_the_debiased_hsic(n, p, q):
+def test_u_centered_inner_product_is_the_debiased_hsic(n, p, q):
     x, y = related(n, n, p, q)
-    k, m = (centred_gram(z @ z.T, "debiased") for z in (x, y))
+    k, m = (centered_gram(z @ z.T, "debiased") for z in (x, y))
     assert float((k * m).sum()) / gram_scale(n, "debiased") == pytest.approx(float(song(x, y)), rel=1e-10)
-    assert k.sum(0).abs().max() < 1e-10 * k.abs().max()  # rows of a U-centred matrix sum to 0
+    assert k.sum(0).abs().max() < 1e-10 * k.abs().max()  # rows of a U-centered matrix sum to 0
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0, 1e4])
@@ -71,7 +71,7 @@ def test_the_float32_gram_route_loses_everything_where_this_one_does_not():
     x, y = (z.float() + 1e4 for z in related(3, 50, 6, 9))
     exact = ratio_of(song, x.double() - 1e4, y.double() - 1e4)
     assert cka(x, y) == pytest.approx(exact, rel=1e-8)
-    k, m = (centred_gram(z @ z.T, "biased") for z in (x, y))  # in float32: |x|² ≈ 6e8 leaves no digit for the rest
+    k, m = (centered_gram(z @ z.T, "biased") for z in (x, y))  # in float32: |x|² ≈ 6e8 leaves no digit for the rest
     naive = float((k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt())
     assert abs(naive - cka(x, y, "biased")) > 0.1
 

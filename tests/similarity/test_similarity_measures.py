@@ -42,14 +42,14 @@ def test_mutual_knn_of_independent_data_is_k_over_n_minus_one():
 
 
 def test_mutual_knn_by_hand():
-    x = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])  # neighbours: 0–1, 2–3
-    y = torch.tensor([[1.0, 0], [0, 1], [0.1, 1], [1, 0.1]])  # neighbours: 0–3, 1–2
+    x = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])  # neighbors: 0–1, 2–3
+    y = torch.tensor([[1.0, 0], [0, 1], [0.1, 1], [1, 0.1]])  # neighbors: 0–3, 1–2
     assert mutual_knn(x, x, 1) == 1
     assert mutual_knn(x, y, 1) == 0
     assert mutual_knn(x, y, 3) == 1
 
 
-def test_cknna_of_all_neighbours_is_cka_of_unit_rows():
+def test_cknna_of_all_neighbors_is_cka_of_unit_rows():
     x, y = gaussian(0, 30, 5), gaussian(0, 30, 5) + gaussian(1, 30, 5)
     unit = [torch.nn.functional.normalize(z, dim=1) for z in (x, y)]
     assert cknna(x, y, 29) == pytest.approx(cka(*unit), rel=1e-9)
@@ -126,7 +126,7 @@ def test_a_constant_side_has_no_correlation_and_the_reason_is_said(measure):
 @pytest.mark.parametrize(
     "x", [CONSTANT, torch.zeros(30, 3), torch.linspace(0.5, 2, 30)[:, None] * torch.tensor([0.3, 0.7, 0.2]).double()]
 )
-def test_rows_of_one_direction_have_no_nearest_neighbours(measure, x):
+def test_rows_of_one_direction_have_no_nearest_neighbors(measure, x):
     with pytest.warns(RuntimeWarning, match=f"{measure.__name__} is NaN: all 30 rows of x point one way"):
         assert math.isnan(measure(x, gaussian(0, 30, 4), 5))
 
@@ -172,7 +172,7 @@ def test_sides_on_two_devices_and_nan_are_refused_by_name(measure):
         (lambda: svcca(torch.ones(9, 3), torch.ones(9, 5), variance=0), "variance is 0"),
         (lambda: procrustes(torch.ones(5, 3), gaussian(0, 5, 3)), "x is constant over its 5 rows"),
         (lambda: procrustes(gaussian(0, 5, 3), gaussian(0, 6, 3)), "x has 5 rows and y has 6"),
-        (lambda: mutual_knn(torch.ones(5, 3), torch.ones(5, 3), 5), "5 neighbours among 5 rows: choose 1 … 4"),
+        (lambda: mutual_knn(torch.ones(5, 3), torch.ones(5, 3), 5), "5 neighbors among 5 rows: choose 1 … 4"),
         (lambda: cknna(gaussian(0, 3, 3), gaussian(1, 3, 3), 1), "at least 4 rows, found 3"),
         (lambda: rsa(torch.ones(2, 3), torch.ones(2, 3)), "at least 3 rows, found 2"),
         (lambda: rsa(gaussian(0, 4, 3), torch.ones(4, 3)), "row 0 of y is constant"),

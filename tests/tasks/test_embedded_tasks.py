@@ -1,4 +1,4 @@
-"""The shipped tasks: sizes, balance, disjoint splits, labelled subsets, checksums."""
+"""The shipped tasks: sizes, balance, disjoint splits, labeled subsets, checksums."""
 
 import gzip
 import json
@@ -45,7 +45,7 @@ def test_the_held_out_texts_and_the_pool_are_new_to_the_teacher(task):
 
 
 @pytest.mark.parametrize("name", ["reviews", "glosses"])
-def test_labelled_subsets_are_stratified_seeded_nested_and_of_the_teachers_world(name):
+def test_labeled_subsets_are_stratified_seeded_nested_and_of_the_teachers_world(name):
     few, more, other = load_task(name, labels=210), load_task(name, labels=420), load_task(name, labels=210, seed=1)
     shares = Counter(load_task(name).teacher_train["label"])
     for label, count in Counter(few.train["label"]).items():
@@ -121,11 +121,11 @@ def test_a_directory_without_a_manifest_is_no_data_directory(tmp_path, monkeypat
         data_dir()
 
 
-def test_every_file_in_data_is_in_the_manifest_with_origin_licence_script_and_size():
+def test_every_file_in_data_is_in_the_manifest_with_origin_license_script_and_size():
     entries = json.loads((data_dir() / "manifest.json").read_text())["files"]
     for entry in entries:
         assert checked_file(entry["file"]).stat().st_size == entry["bytes"] < 5_000_000
-        assert entry["source"] and entry["licence"]
+        assert entry["source"] and entry["license"]
         assert (data_dir().parent / entry["script"].split()[0]).is_file()
     listed = {entry["file"] for entry in entries}
     assert {"reviews.jsonl.gz", "glosses.jsonl.gz", "scans.jsonl.gz"} <= listed

@@ -30,7 +30,7 @@ def test_every_pair_of_scans_fits_in_the_teachers_positions(characters):
     assert max(map(len, task.encode("test", characters, max_length=10_000)["input_ids"])) <= 112
 
 
-def test_an_unlabelled_pair_is_its_prompt(characters):
+def test_an_unlabeled_pair_is_its_prompt(characters):
     row = load_task("scans", labels=10).encode(PAIRS.remove_columns("target"), characters)[0]
     assert characters.decode(row["input_ids"]) == "tbe  end\n"
     assert row["labels"] == [-100] * 9
@@ -124,7 +124,7 @@ def test_pairs_carry_segments(words):
     assert row["token_type_ids"][0] == 0 and row["token_type_ids"][-2:] == [1, 1]
 
 
-def test_unlabelled_rows_get_the_ignored_label(words):
+def test_unlabeled_rows_get_the_ignored_label(words):
     classes = task_from(rows(40, label=[0, 1] * 20), name="toy", pool=6)
     assert classes.pool.column_names == ["text"] and classes.encode("pool", words)["labels"][:] == [-100] * 6
     scores = task_from(rows(40, label=[i / 7 for i in range(40)]), name="toy", pool=6)

@@ -28,7 +28,7 @@ def test_the_decoder_undoes_most_of_the_errors():
     assert scores["perplexity"] < 1.1
 
 
-def test_a_quantised_teacher_agrees_with_the_full_one():
+def test_a_quantized_teacher_agrees_with_the_full_one():
     task = load_task("glosses")
     full, tokenizer = embedded_teacher("glosses")
     eight, _ = embedded_teacher("glosses", quantize="8bit")

@@ -203,7 +203,7 @@ def test_the_mean_over_heads():
     assert viewer.name("teacher") == "teacher, T6 mean over heads"
 
 
-def test_sinks_left_out_rows_are_renormalised():
+def test_sinks_left_out_rows_are_renormalized():
     viewer = two()
     viewer.teacher_head = 1
     viewer.without_sinks = True

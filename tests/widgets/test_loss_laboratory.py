@@ -220,8 +220,8 @@ def test_without_outputs_there_is_no_temperature_and_without_labels_no_task(mode
     objective, teacher, student = models
     alone = loss_laboratory(Objective(task=Task()), None, student, some())
     assert alone.temperature is None and list(alone.sliders) == ["task"] and "no two terms" in alone.figure.summary
-    unlabelled = {k: v for k, v in some().items() if k != "labels"}
-    lab = loss_laboratory(objective, teacher, student, unlabelled, temperatures=[1.0])
+    unlabeled = {k: v for k, v in some().items() if k != "labels"}
+    lab = loss_laboratory(objective, teacher, student, unlabeled, temperatures=[1.0])
     assert list(lab.sliders) == TERMS[:3]
     lab.balance.click()
     assert "w_i = w_features" in lab._formula.value
@@ -229,7 +229,7 @@ def test_without_outputs_there_is_no_temperature_and_without_labels_no_task(mode
     assert objective.weights["task"] == 0.7
 
 
-def test_every_control_is_labelled_and_the_page_without_a_kernel_has_a_picture(lab):
+def test_every_control_is_labeled_and_the_page_without_a_kernel_has_a_picture(lab):
     assert all(
         not slider.continuous_update and slider.description for slider in [*lab.sliders.values(), lab.temperature]
     )

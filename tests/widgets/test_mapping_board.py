@@ -78,7 +78,7 @@ def test_all_to_one_has_a_layer_to_choose():
     assert board.pairs == [(1, 6), (2, 6), (3, 6)]
 
 
-def test_toggling_connects_and_disconnects_and_a_preset_is_recognised():
+def test_toggling_connects_and_disconnects_and_a_preset_is_recognized():
     board = mapping_board(3, 6)
     ask(board, "toggle", student_layer=2, teacher_layer=5)
     assert board.pairs == [(1, 2), (2, 4), (2, 5), (3, 6)] and board.view["preset"] == ""

@@ -46,7 +46,7 @@ def test_the_sentence_is_announced_and_escaped():
     assert 'aria-live="polite"' in value and "‘&lt;b&gt;’" in value and "<b>" not in value
 
 
-def test_every_control_is_labelled_and_waits_for_the_end_of_a_drag(explorer):
+def test_every_control_is_labeled_and_waits_for_the_end_of_a_drag(explorer):
     sliders = [child for child in explorer.children if hasattr(child, "continuous_update")]
     assert sliders and all(not slider.continuous_update for slider in sliders)
     assert all(slider.description for slider in sliders)

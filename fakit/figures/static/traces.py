@@ -55,19 +55,19 @@ def plain(text: str) -> str:
     return re.sub(r"<[^>]+>", "", re.sub(r"<br\s*/?>", "\n", str(text))).replace("&lt;", "<").replace("&amp;", "&")
 
 
-def rgba(colour: str) -> Rgba:
-    """A CSS colour (`#rrggbb`, a name, `rgb(…)`, `rgba(…)`) as four floats."""
-    match = re.fullmatch(r"rgba?\(([^)]*)\)", colour.replace(" ", ""))
+def rgba(color: str) -> Rgba:
+    """A CSS color (`#rrggbb`, a name, `rgb(…)`, `rgba(…)`) as four floats."""
+    match = re.fullmatch(r"rgba?\(([^)]*)\)", color.replace(" ", ""))
     if match is None:
-        return to_rgba(colour)
+        return to_rgba(color)
     red, green, blue, *alpha = (float(part) for part in match[1].split(","))
     return red / 255, green / 255, blue / 255, alpha[0] if alpha else 1.0
 
 
-def colour_map(scale: Any) -> LinearSegmentedColormap:
-    """A plotly colorscale, [[position, colour], …], as a matplotlib colour map; NaN is transparent."""
+def color_map(scale: Any) -> LinearSegmentedColormap:
+    """A plotly colorscale, [[position, color], …], as a matplotlib color map; NaN is transparent."""
     return LinearSegmentedColormap.from_list(
-        "scale", [(stop, rgba(colour)) for stop, colour in scale], N=512
+        "scale", [(stop, rgba(color)) for stop, color in scale], N=512
     ).with_extremes(bad=(0, 0, 0, 0))
 
 
@@ -90,12 +90,12 @@ def handle(trace: Any) -> Any:
     if trace.fill == "toself":
         return Patch(facecolor=rgba(trace.fillcolor), linewidth=0)
     mode = trace.mode or "lines"
-    colour = trace.line.color if "lines" in mode else trace.marker.color
-    colour = rgba(colour) if isinstance(colour, str) else rgba(TEXT)
+    color = trace.line.color if "lines" in mode else trace.marker.color
+    color = rgba(color) if isinstance(color, str) else rgba(TEXT)
     return Line2D(
         [],
         [],
-        color=colour,
+        color=color,
         linestyle=DASHES[trace.line.dash or "solid"] if "lines" in mode else "none",
         linewidth=(trace.line.width or 2) * PT,
         marker=SYMBOLS[trace.marker.symbol or "circle"] if "markers" in mode else "none",
@@ -142,8 +142,8 @@ def _scatter(twin: Drawing, trace: Any, axes: Any) -> None:
 
 def _markers(trace: Any, axes: Any, x: np.ndarray, y: np.ndarray) -> None:
     marker = trace.marker
-    colour = marker.color if marker.color is not None else TEXT
-    colours = [rgba(colour)] * len(x) if isinstance(colour, str) else [rgba(each) for each in colour]
+    color = marker.color if marker.color is not None else TEXT
+    colors = [rgba(color)] * len(x) if isinstance(color, str) else [rgba(each) for each in color]
     size = 6 if marker.size is None else marker.size
     sizes = np.broadcast_to(np.asarray(size, float), x.shape)
     symbol = marker.symbol or "circle"
@@ -156,7 +156,7 @@ def _markers(trace: Any, axes: Any, x: np.ndarray, y: np.ndarray) -> None:
             x[rows],
             y[rows],
             s=(sizes[rows] * PT) ** 2 * (0.8 if kind == "diamond" else 1.0),
-            c=[colours[i] for i in rows],
+            c=[colors[i] for i in rows],
             marker=SYMBOLS[kind],
             alpha=opacity,
             edgecolors=rgba(edge) if edge and width else "face",
@@ -171,8 +171,8 @@ def _labels(trace: Any, axes: Any, x: np.ndarray, y: np.ndarray) -> None:
     texts = [trace.text] * len(x) if isinstance(trace.text, str) else trace.text
     size = trace.marker.size if isinstance(trace.marker.size, (int, float)) and "markers" in trace.mode else 0
     gap = (size / 2 + 4) * PT
-    colour = trace.textfont.color or TEXT
-    colours = [colour] * len(x) if isinstance(colour, str) else list(colour)
+    color = trace.textfont.color or TEXT
+    colors = [color] * len(x) if isinstance(color, str) else list(color)
     for i, text in enumerate(texts):
         vertical, horizontal = places[i].split()
         shift_x = {"left": -gap, "right": gap, "center": 0}[horizontal] * (0.9 if vertical == "middle" else 0.5)
@@ -183,7 +183,7 @@ def _labels(trace: Any, axes: Any, x: np.ndarray, y: np.ndarray) -> None:
             textcoords="offset points",
             ha={"left": "right", "right": "left", "center": "center"}[horizontal],
             va={"top": "bottom", "bottom": "top", "middle": "center_baseline"}[vertical],
-            color=rgba(colours[i]),
+            color=rgba(colors[i]),
             fontsize=(trace.textfont.size or SMALL) * PT,
             zorder=4,
         )
@@ -196,50 +196,50 @@ def _bar(twin: Drawing, trace: Any, axes: Any) -> None:
     across = trace.orientation == "h"
     places, lengths = (trace.y, trace.x) if across else (trace.x, trace.y)
     axis_ids = (trace.yaxis or "y", trace.xaxis or "x") if across else (trace.xaxis or "x", trace.yaxis or "y")
-    centre, length = twin.position(axis_ids[0], places), twin.position(axis_ids[1], lengths)
+    center, length = twin.position(axis_ids[0], places), twin.position(axis_ids[1], lengths)
     mates = [t for t in twin.traces if t.type == "bar" and (t.xaxis, t.yaxis) == (trace.xaxis, trace.yaxis)]
-    step = np.diff(np.unique(centre)).min() if len(np.unique(centre)) > 1 else 1.0
+    step = np.diff(np.unique(center)).min() if len(np.unique(center)) > 1 else 1.0
     gap = 0.2 if twin.layout.bargap is None else twin.layout.bargap
     width, base = step * (1 - gap), np.zeros_like(length)
     mode = twin.layout.barmode or "group"
     number = next(i for i, mate in enumerate(mates) if mate is trace)
     if mode == "group":
         width = width / len(mates)
-        centre = centre + (number - (len(mates) - 1) / 2) * width
+        center = center + (number - (len(mates) - 1) / 2) * width
     elif mode == "stack":
         for mate in mates[:number]:
             below = dict(zip(mate.y if across else mate.x, mate.x if across else mate.y, strict=True))
             base = base + np.array([below.get(place, 0.0) or 0.0 for place in places])
     if trace.width is not None:
         width = trace.width
-    colour = trace.marker.color or TEXT
-    faces = [rgba(colour)] * len(centre) if isinstance(colour, str) else [rgba(each) for each in colour]
+    color = trace.marker.color or TEXT
+    faces = [rgba(color)] * len(center) if isinstance(color, str) else [rgba(each) for each in color]
     inner = width * 0.96
     draw = axes.barh if across else axes.bar
     start = {"left" if across else "bottom": base}
-    draw(centre, length, inner, color=faces, linewidth=0, zorder=2, alpha=trace.opacity, **start)
+    draw(center, length, inner, color=faces, linewidth=0, zorder=2, alpha=trace.opacity, **start)
     if hatch := HATCHES[trace.marker.pattern.shape or ""]:
-        draw(centre, length, inner, color="none", edgecolor="white", linewidth=0, hatch=hatch, zorder=2.1, **start)
+        draw(center, length, inner, color="none", edgecolor="white", linewidth=0, hatch=hatch, zorder=2.1, **start)
     error = trace.error_x if across else trace.error_y
     if error.array is not None:
         above = np.asarray(error.array, float)
         spread = np.stack([above if error.arrayminus is None else np.asarray(error.arrayminus, float), above])
-        ends = (base + length, centre) if across else (centre, base + length)
+        ends = (base + length, center) if across else (center, base + length)
         name = "xerr" if across else "yerr"
         style = {"ecolor": rgba(error.color or TEXT), "elinewidth": 1.5 * PT, "capthick": 1.5 * PT, "capsize": 3 * PT}
         axes.errorbar(*ends, fmt="none", zorder=3, **{name: spread}, **style)
     if trace.text is not None:
-        _bar_text(trace, axes, centre, base, length, across)
+        _bar_text(trace, axes, center, base, length, across)
 
 
-def _bar_text(trace: Any, axes: Any, centre: np.ndarray, base: np.ndarray, length: np.ndarray, across: bool) -> None:
+def _bar_text(trace: Any, axes: Any, center: np.ndarray, base: np.ndarray, length: np.ndarray, across: bool) -> None:
     outside = trace.textposition == "outside"
     for i, text in enumerate(trace.text):
         point = base[i] + (length[i] if outside else length[i] / 2)
         shift = 4 * PT if outside else 0
         axes.annotate(
             plain(text),
-            (point, centre[i]) if across else (centre[i], point),
+            (point, center[i]) if across else (center[i], point),
             xytext=(shift, 0) if across else (0, shift),
             textcoords="offset points",
             ha="left" if across and outside else "center",
@@ -262,9 +262,9 @@ def _heatmap(twin: Drawing, trace: Any, axes: Any) -> None:
         raise ValueError(
             "a heatmap of the kit fixes its colorscale, zmin and zmax; found one that leaves them to plotly"
         )
-    palette, norm = colour_map(trace.colorscale), Normalize(trace.zmin, trace.zmax)
-    for name, centres in (("x", x), ("y", y)):
-        if len(centres) > 2 and np.ptp(np.diff(centres)) > 1e-6:
+    palette, norm = color_map(trace.colorscale), Normalize(trace.zmin, trace.zmax)
+    for name, centers in (("x", x), ("y", y)):
+        if len(centers) > 2 and np.ptp(np.diff(centers)) > 1e-6:
             raise ValueError(
                 f"the static twin draws heatmaps of equal cells; the {name} of this one are unevenly spaced"
             )
@@ -286,11 +286,11 @@ def _heatmap(twin: Drawing, trace: Any, axes: Any) -> None:
             ink = TEXT if alpha == 0 else "#000000" if light else "#FFFFFF"
             axes.text(x[j], y[i], plain(trace.text[i][j]), ha="center", va="center", color=ink, fontsize=size, zorder=4)
     if trace.showscale is not False:
-        _colour_bar(twin, trace.colorbar, ScalarMappable(norm, palette))
+        _color_bar(twin, trace.colorbar, ScalarMappable(norm, palette))
 
 
-def _colour_bar(twin: Drawing, source: Any, scale: ScalarMappable) -> None:
-    """A colour bar where plotly puts it: x, y in paper coordinates, length a fraction, thickness in px."""
+def _color_bar(twin: Drawing, source: Any, scale: ScalarMappable) -> None:
+    """A color bar where plotly puts it: x, y in paper coordinates, length a fraction, thickness in px."""
     across = source.orientation == "h"
     thickness, length = source.thickness or 14, 1.0 if source.len is None else source.len
     if across:

@@ -216,28 +216,28 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
     N, device = hidden.shape[0], hidden.device
     nowhere = torch.zeros(N, dtype=torch.bool, device=device)
     compared = nowhere if not plan.weights[0] else ~nowhere if mask is None else mask.bool()
-    labelled = nowhere if labels is None else labels != -100
+    labeled = nowhere if labels is None else labels != -100
 
     # Rows with a label come first, rows that count nowhere are left out. An accelerator would have to stop and count them: it takes all.
-    rows, labelled_rows = None, 0 if labels is None else N
-    if values_known(labelled):
-        with_label = labelled.nonzero().squeeze(1)
-        rows = torch.cat([with_label, (compared & ~labelled).nonzero().squeeze(1)])
-        labelled_rows = with_label.shape[0]
-        if rows.shape[0] == N and labelled_rows in (0, N):
+    rows, labeled_rows = None, 0 if labels is None else N
+    if values_known(labeled):
+        with_label = labeled.nonzero().squeeze(1)
+        rows = torch.cat([with_label, (compared & ~labeled).nonzero().squeeze(1)])
+        labeled_rows = with_label.shape[0]
+        if rows.shape[0] == N and labeled_rows in (0, N):
             rows = None  # all of them, in their order
-    student = ChunkedHead(Head(hidden, weight, bias, plan.finish[0]), plan, compared | labelled, rows)
+    student = ChunkedHead(Head(hidden, weight, bias, plan.finish[0]), plan, compared | labeled, rows)
     if plan.weights[0]:
         cut = slice(plan.vocab_size)
         teacher_bias = None if teacher_bias is None else teacher_bias[cut]
         teacher = Head(teacher_hidden, teacher_weight[cut], teacher_bias, plan.finish[1])
         teacher = ChunkedHead(teacher, plan, compared, rows)
     if rows is not None:
-        compared, labelled = compared[rows], labelled[rows]
+        compared, labeled = compared[rows], labeled[rows]
         labels = None if labels is None else labels[rows]
     # every row's part of its term's mean, 0 where it does not count
     outputs_share = compared.to(student.dtype) / compared.sum().clamp_min(1)
-    task_share = labelled.to(student.dtype) / labelled.sum().clamp_min(1)
+    task_share = labeled.to(student.dtype) / labeled.sum().clamp_min(1)
 
     sums = [torch.zeros((), dtype=student.dtype, device=device) for _ in range(2)]
     grads = student.zero_grads(wanted)
@@ -253,11 +253,11 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
             sums[0] += torch.dot(values.masked_fill(~compared[chunk], 0.0), outputs_share[chunk])
             g.mul_((outputs_share[chunk] * factors[0]).unsqueeze(-1))
             g = F.pad(g, (0, z.shape[1] - g.shape[1])) if g.shape[1] < z.shape[1] else g
-        n = min(max(labelled_rows - start, 0), z.shape[0])
+        n = min(max(labeled_rows - start, 0), z.shape[0])
         if labels is not None and n:
             part = slice(start, start + n)
-            values, ce = _cross_entropy_step(z[:n], labels[part].long().masked_fill(~labelled[part], 0), work[0])
-            sums[1] += torch.dot(values.masked_fill(~labelled[part], 0.0), task_share[part])
+            values, ce = _cross_entropy_step(z[:n], labels[part].long().masked_fill(~labeled[part], 0), work[0])
+            sums[1] += torch.dot(values.masked_fill(~labeled[part], 0.0), task_share[part])
             share = (task_share[part] * factors[1]).unsqueeze(-1)
             if g is None:
                 g = ce.mul_(share)

@@ -55,7 +55,7 @@ def streamed_loss(
         loss: "kl" or "mse".
         student, teacher: attention inputs with one B and T on both sides; d_head and H_kv may differ.
         mask: bool (B, T), True = counts, as query and as key.
-        heads: average neighbouring heads' maps down to this many on both sides first; None compares head h with head h.
+        heads: average neighboring heads' maps down to this many on both sides first; None compares head h with head h.
 
     Maps are over the keys that count, whether or not the layer itself masks the padding. The KL takes no account of attention sinks (its
     rows sum to 1 over the tokens, as in `map_kl`); the MSE compares maps that a sink has taken its share of. A pair that both sides mask

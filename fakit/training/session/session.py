@@ -205,7 +205,7 @@ class TrainSession:
         self._ask("set", TEMPERATURE, float(value))
 
     def checkpoint(self, wait: bool = True) -> Path | None:
-        """Save student, projections, optimiser, random state and this session's records, to resume from exactly.
+        """Save student, projections, optimizer, random state and this session's records, to resume from exactly.
 
         Args:
             wait: until it is written (one step at most); else return None at once: `log` says when it is there.

@@ -112,7 +112,7 @@ def _longest_row(teacher: str, dataset, columns: list[str]) -> int:
         if ids is None:
             raise ValueError(
                 f"row {number} of the data set holds {sorted(row) if isinstance(row, Mapping) else type(row).__name__}; a cache is made of "
-                "tokenised rows, with input_ids (T,): tokenise the data set first."
+                "tokenized rows, with input_ids (T,): tokenize the data set first."
             )
         length = int(_mask(row).sum())
         if length == 0:
@@ -159,7 +159,7 @@ def make_shard(
     kept: list[dict[str, Tensor] | None] = [None] * len(rows)
     order = sorted(
         range(len(rows)), key=lambda i: len(rows[i]["input_ids"])
-    )  # neighbours of one length need little padding
+    )  # neighbors of one length need little padding
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         trace = _run(teacher, [rows[i] for i in indices], columns, content, padding_side)

@@ -38,7 +38,7 @@ _SHARD_BYTES = 2**28  # what a shard may need in memory while it is made
 
 
 class TeacherCache:
-    """Teacher traces of a tokenised data set. Make one with `build`, reopen it with `open`, read it with `trace`.
+    """Teacher traces of a tokenized data set. Make one with `build`, reopen it with `open`, read it with `trace`.
 
     >>> cache = TeacherCache.build("cache/", teacher, dataset, objective)  # doctest: +SKIP
     >>> trainer = DistillationTrainer(None, student, objective, args, train_dataset=dataset, teacher_cache=cache)  # doctest: +SKIP
@@ -90,7 +90,7 @@ class TeacherCache:
         Args:
             folder: made if missing. A finished cache of the same teacher, data and content is opened and returned; one that another process
                 is building is waited for.
-            teacher: frozen, in eval mode; it may be quantised.
+            teacher: frozen, in eval mode; it may be quantized.
             dataset: rows with input_ids (T,) and optionally what else the teacher's forward pass takes, an entry for each token
                 (attention_mask, token_type_ids, position_ids, …); a `datasets.Dataset` or a list of dicts. Padding that a row carries is not
                 stored. A row may pack several documents (position_ids that start again), if the teacher keeps them apart.
@@ -192,7 +192,7 @@ class TeacherCache:
             verify: read every file whole, to compare its sha256; False looks at sizes alone.
 
         Raises:
-            ValueError: no cache there, an unfinished one, one of another version, teacher, data set or tokeniser, a truncated or corrupt
+            ValueError: no cache there, an unfinished one, one of another version, teacher, data set or tokenizer, a truncated or corrupt
                 shard.
         """
         folder = Path(folder)
@@ -329,7 +329,7 @@ class TeacherCache:
         for row, found, length in zip(rows, lengths, wanted, strict=True):
             if found != length:
                 raise ValueError(
-                    f"row {row} of the cache has {found} tokens, the batch has {length}: the batch was tokenised or truncated "
+                    f"row {row} of the cache has {found} tokens, the batch has {length}: the batch was tokenized or truncated "
                     "differently, or its rows are numbered differently, from the data set that the cache was built from."
                 )
 
@@ -365,7 +365,7 @@ class TeacherCache:
         if foreign:
             raise ValueError(
                 f"{len(foreign)} of the data set's {len(found)} rows (the first is row {foreign[0]}) are not among the {len(self)} rows of the "
-                f"cache at {self.folder}: another data set, tokeniser or truncation. TeacherCache.build(folder, teacher, dataset) caches this one."
+                f"cache at {self.folder}: another data set, tokenizer or truncation. TeacherCache.build(folder, teacher, dataset) caches this one."
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Whose cache is it: fingerprints of a teacher, a tokenised data set and a tokeniser."""
+"""Whose cache is it: fingerprints of a teacher, a tokenized data set and a tokenizer."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ _ASIDE = {
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of all weights (of a quantised model: codes and scales) and over the configuration."""
+    """sha256 over the names, shapes, dtypes and bytes of all weights (of a quantized model: codes and scales) and over the configuration."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
@@ -81,7 +81,7 @@ def row_hashes(dataset, columns: Sequence[str] = MODEL_INPUTS) -> list[int]:
 
 
 def data_fingerprint(dataset) -> str:
-    """sha256 over `row_hashes`: tokeniser, truncation and order are all in it."""
+    """sha256 over `row_hashes`: tokenizer, truncation and order are all in it."""
     return combined(row_hashes(dataset))
 
 
@@ -113,7 +113,7 @@ def _canonical(row: Mapping, columns: Sequence[str]) -> bytes:
     values = {name: _list(row[name]) for name in columns if row.get(name) is not None}
     if "input_ids" not in values:
         raise ValueError(
-            f"a row of the data set holds {sorted(row)}; a cache is made of tokenised rows, with input_ids (T,): tokenise the data set first."
+            f"a row of the data set holds {sorted(row)}; a cache is made of tokenized rows, with input_ids (T,): tokenize the data set first."
         )
     values.setdefault("attention_mask", [1] * len(values["input_ids"]))
     return json.dumps(values, sort_keys=True).encode()

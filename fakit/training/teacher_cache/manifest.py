@@ -43,8 +43,8 @@ def refuse_foreign(folder: Path, found: dict, asked: dict) -> None:
     names = {
         "version": "format version",
         "teacher": "teacher weights",
-        "tokenizer": "tokeniser",
-        "data": "tokenised data",
+        "tokenizer": "tokenizer",
+        "data": "tokenized data",
         "rows": "number of rows",
         "content": "content",
         "padding_side": "side of the padding",

@@ -16,18 +16,18 @@ const short = token => token.length > 12 ? token.slice(0, 11) + "…" : token;
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const signed = value => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
 
-/** 256 colours (r, g, b) along stops [[0, "#rrggbb"], …]. */
+/** 256 colors (r, g, b) along stops [[0, "#rrggbb"], …]. */
 function ramp(stops) {
-  const colours = new Uint8Array(256 * 3);
+  const colors = new Uint8Array(256 * 3);
   for (let i = 0; i < 256; i++) {
     const at = i / 255, right = Math.max(1, stops.findIndex(([place]) => place >= at));
     const [[p0, c0], [p1, c1]] = [stops[right - 1], stops[right]];
     for (let k = 0; k < 3; k++) {
-      const [a, b] = [c0, c1].map(colour => parseInt(colour.slice(1 + 2 * k, 3 + 2 * k), 16));
-      colours[3 * i + k] = Math.round(a + (b - a) * (at - p0) / (p1 - p0));
+      const [a, b] = [c0, c1].map(color => parseInt(color.slice(1 + 2 * k, 3 + 2 * k), 16));
+      colors[3 * i + k] = Math.round(a + (b - a) * (at - p0) / (p1 - p0));
     }
   }
-  return colours;
+  return colors;
 }
 
 /** One head of a page, or the mean over heads (null): Float32Array, NaN where masked; null where the page is of another shape. */
@@ -44,13 +44,13 @@ function cells(page, heads, length, head) {
 }
 
 /** A bitmap of `length`² pixels; what is masked is left clear. */
-function bitmap(values, length, low, high, colours) {
+function bitmap(values, length, low, high, colors) {
   const canvas = make("canvas", { width: length, height: length }), context = canvas.getContext("2d");
   const image = context.createImageData(length, length);
   values.forEach((value, i) => {
     if (Number.isNaN(value)) return;
     const at = 3 * Math.round(clamp((value - low) / (high - low), 0, 1) * 255);
-    image.data.set([colours[at], colours[at + 1], colours[at + 2], 255], 4 * i);
+    image.data.set([colors[at], colors[at + 1], colors[at + 2], 255], 4 * i);
   });
   context.putImageData(image, 0, 0);
   return canvas;
@@ -75,7 +75,7 @@ function hatch(context, values, length, size, ink) {
   }
 }
 
-/** A canvas of CSS size width × height, cleared, in CSS pixels, with the page's text colour. */
+/** A canvas of CSS size width × height, cleared, in CSS pixels, with the page's text color. */
 function sheet(canvas, width, height) {
   const ratio = window.devicePixelRatio || 1, context = canvas.getContext("2d");
   canvas.width = Math.round(width * ratio);
@@ -89,8 +89,8 @@ function sheet(canvas, width, height) {
 }
 
 function frame(context, x, y, width, height) {  // shows on dark and on light cells
-  for (const [colour, line] of [["#000", 4], ["#fff", 1.6]]) {
-    Object.assign(context, { strokeStyle: colour, lineWidth: line });
+  for (const [color, line] of [["#000", 4], ["#fff", 1.6]]) {
+    Object.assign(context, { strokeStyle: color, lineWidth: line });
     context.strokeRect(x, y, width, height);
   }
 }
@@ -99,7 +99,7 @@ function frame(context, x, y, width, height) {  // shows on dark and on light ce
 class Grid {
   constructor(view, side) {
     const spec = view.model.get("spec")[side], what = `${side[0].toUpperCase()}${side.slice(1)}`;
-    Object.assign(this, { view, side, spec, colours: ramp(spec.ramp), what, pixels: 0 });
+    Object.assign(this, { view, side, spec, colors: ramp(spec.ramp), what, pixels: 0 });
     this.most = Math.max(...spec.layers.map(([, heads]) => heads));
     this.canvas = make("canvas");
     this.box = make("div", {
@@ -160,7 +160,7 @@ class Grid {
         const values = head === count ? mean : Float32Array.from(bytes.subarray(at, at + small * small), b => b === MASKED ? NaN : b / LEVELS);
         if (head < count) { values.forEach((value, i) => { mean[i] += value / count; }); at += small * small; }
         const x = left + (head === count ? most : head) * step + (head === count ? 4 : 0);
-        context.drawImage(bitmap(values, small, 0, 1, this.colours), x, y, size, size);
+        context.drawImage(bitmap(values, small, 0, 1, this.colors), x, y, size, size);
         if (row === this.row && head === this.column) frame(context, x, y, size, size);
       }
     });
@@ -175,7 +175,7 @@ class View {
   constructor(model, el) {
     Object.assign(this, { model, spec: model.get("spec"), busy: null });
     this.sides = SIDES.filter(side => this.spec[side]);
-    this.colours = [...this.sides.map(side => ramp(this.spec[side].ramp)), ramp(this.spec.difference)];
+    this.colors = [...this.sides.map(side => ramp(this.spec[side].ramp)), ramp(this.spec.difference)];
     this.grids = this.sides.map(side => new Grid(this, side));
     this.bar = make("div", { className: "bar", role: "group", "aria-label": "What is shown" }, ...this.controls());
     this.canvases = (this.sides.length > 1 ? [...SIDES, "difference"] : SIDES.slice(0, 1)).map(name => make("canvas", { className: name }));
@@ -317,11 +317,11 @@ class View {
       const [low, high] = i < this.sides.length ? [0, top] : [-reach, reach];
       context.save();
       context.translate(lefts[i], TOP);
-      context.drawImage(bitmap(map, length, low, high, this.colours[i === this.sides.length ? this.colours.length - 1 : i]), 0, 0, size, size);
+      context.drawImage(bitmap(map, length, low, high, this.colors[i === this.sides.length ? this.colors.length - 1 : i]), 0, 0, size, size);
       hatch(context, map, length, size, this.spec.hatch);
       this.ticks(context, labels, cell, cursor, size, lefts[i] === label, ink);
       frame(context, cursor[1] * cell, cursor[0] * cell, Math.max(cell, 4), Math.max(cell, 4));
-      this.legend(context, this.colours[i], size, size + label + 6, [low, (low + high) / 2, high], ink);
+      this.legend(context, this.colors[i], size, size + label + 6, [low, (low + high) / 2, high], ink);
       context.restore();
       this.captions[i].textContent = this.title(i);
       return { left: lefts[i], cell };
@@ -348,9 +348,9 @@ class View {
     context.strokeRect(key * cell, 0, cell, size);
     context.globalAlpha = 1;
   }
-  legend(context, colours, size, y, stops, ink) {
+  legend(context, colors, size, y, stops, ink) {
     const strip = context.createLinearGradient(0, 0, size, 0);
-    for (let i = 0; i <= 16; i++) strip.addColorStop(i / 16, `rgb(${colours.subarray(3 * Math.round(i / 16 * 255)).slice(0, 3).join()})`);
+    for (let i = 0; i <= 16; i++) strip.addColorStop(i / 16, `rgb(${colors.subarray(3 * Math.round(i / 16 * 255)).slice(0, 3).join()})`);
     context.fillStyle = strip;
     context.fillRect(0, y, size, 10);
     Object.assign(context, { fillStyle: ink, font: FONT, textBaseline: "top" });
@@ -369,7 +369,7 @@ class View {
     const text = `${shown.tokens[query]} → ${shown.tokens[key]}: ${masked ? why : parts.join(", ")}.`;
     if (this.said.textContent !== text) this.said.textContent = text;
     const notes = ["Row = query, column = key. Hatched: no data (padding or future), not zero. Teacher and student share one scale."];
-    if (shown.without_sinks) notes.unshift(`Sinks are left out (${this.sinks}): their columns are hatched, and every row is renormalised to sum to 1.`);
+    if (shown.without_sinks) notes.unshift(`Sinks are left out (${this.sinks}): their columns are hatched, and every row is renormalized to sum to 1.`);
     if (sides.length > 1 && shown.view === "heads" && model.get("teacher_head") !== null) {
       const pair = shown.match?.find(([, teacher]) => teacher === model.get("teacher_head"));
       const over = shown.matched_on > 1 ? ` over ${shown.matched_on} sequences` : "";

@@ -36,7 +36,7 @@ class AttentionViewer(anywidget.AnyWidget):
         teacher_head, student_head: from 0; None is the mean over heads.
         cursor: (query, key), positions in the sequence's tokens.
         linked: whether a teacher layer chooses the student layer that the map gives it, and a teacher head its best match.
-        without_sinks: whether keys that are sinks are left out and rows renormalised.
+        without_sinks: whether keys that are sinks are left out and rows renormalized.
         view: "heads", or "rollout" through layers 1 … the chosen ones.
         error: why the page shows no map; empty where all is well.
     """
@@ -377,7 +377,7 @@ def attention_viewer(
     if student is not None and sources[1].size != (batch, length):
         raise ValueError(
             f"the teacher looked at {batch} sequences of {length} tokens, the student at {sources[1].size[0]} of "
-            f"{sources[1].size[1]}: give both models the same batch, tokenised alike"
+            f"{sources[1].size[1]}: give both models the same batch, tokenized alike"
         )
     rows = [list(tokens)] if all(isinstance(token, str) for token in tokens) else [list(row) for row in tokens]
     if [len(row) for row in rows] != [length] * batch:

@@ -161,7 +161,7 @@ export function render({ model, el }) {
   // -- drawing ------------------------------------------------------------------------------------------------------------
   const similarity = (s, t) => setup.similarity?.[s][t] ?? null;  // null: not measured; below 0 it was
 
-  function colour(value) {  // of the scale's colours, which lie evenly over 0…1
+  function color(value) {  // of the scale's colors, which lie evenly over 0…1
     const at = Math.min(Math.max(value, 0), 1) * (setup.scale.length - 1), low = Math.floor(at);
     const next = setup.scale[Math.min(low + 1, setup.scale.length - 1)];
     return `color-mix(in srgb, ${next} ${100 * (at - low)}%, ${setup.scale[low]})`;
@@ -175,7 +175,7 @@ export function render({ model, el }) {
       const line = svgElement("g", { class: "link", "data-pair": `${s}-${t}` });
       const width = value === null ? 3 : 3 + 5 * Math.max(0, value);
       line.append(svgElement("path", { d, class: "casing", "stroke-width": width + 2 }));
-      line.append(svgElement("path", { d, class: "line", "stroke-width": width, ...(value === null ? {} : { style: `stroke:${colour(value)}` }) }));
+      line.append(svgElement("path", { d, class: "line", "stroke-width": width, ...(value === null ? {} : { style: `stroke:${color(value)}` }) }));
       line.append(svgElement("path", { d, class: "reach" }));
       line.addEventListener("click", () => ask("unlink", { student_layer: s, teacher_layer: t }));
       links.append(line);
@@ -194,7 +194,7 @@ export function render({ model, el }) {
         node.setAttribute("aria-pressed", String(isPicked));
         const shown = node.querySelector(".alike");
         shown.textContent = value === null ? "" : value.toFixed(2);
-        shown.style.setProperty("--alike", value === null ? "transparent" : colour(value));
+        shown.style.setProperty("--alike", value === null ? "transparent" : color(value));
         const name = `${side === "S" ? "student" : "teacher"} layer ${layer}${layer === 0 ? ", embeddings" : ""}`;
         const linked = partners.length ? `connected with ${partners.join(" and ")}` : "not connected";
         const told = value === null ? "" : `, similarity to ${from.side}${from.layer} ${value.toFixed(2)}`;
@@ -214,7 +214,7 @@ export function render({ model, el }) {
     notes.replaceChildren(...view.notes.map(note => element("li", { class: note.level }, element("b", {}, marks[note.level]), ` ${note.text}`)));
     alike.replaceChildren(...pairs.map(([s, t]) => {
       const value = similarity(s, t);
-      const chip = value === null ? "" : element("i", { style: `background:${colour(value)}` });
+      const chip = value === null ? "" : element("i", { style: `background:${color(value)}` });
       return element("li", {}, chip, `S${s} ← T${t}  ${value === null ? "not measured" : value.toFixed(2)}`);
     }));
     cost.replaceChildren(...view.cost.map(line => element("li", {}, `· ${line}`)));

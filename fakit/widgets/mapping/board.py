@@ -46,7 +46,7 @@ class MappingBoard(anywidget.AnyWidget):
     _esm = HERE / "board.js"
     _css = HERE / "board.css"
     pairs = Pairs(help="(student layer, teacher layer)").tag(sync=True)
-    setup = traitlets.Dict(help="what stays: depths, similarity, presets, colours").tag(sync=True)
+    setup = traitlets.Dict(help="what stays: depths, similarity, presets, colors").tag(sync=True)
     view = traitlets.Dict(help="what follows from the pairs: preset, sentence, notes, cost, refusal").tag(sync=True)
 
     def __init__(
@@ -200,7 +200,7 @@ class MappingBoard(anywidget.AnyWidget):
             "student_layers": S,
             "teacher_layers": T,
             "similarity": values,
-            "scale": [colour for _, colour in SIMILARITY],
+            "scale": [color for _, color in SIMILARITY],
             "presets": list(self._maps),
             "refused": f"Not offered here: {', '.join(self.refused)}. {' '.join(reasons)}" if self.refused else "",
             "step": f"Cost of a step of {B} sequences × {tokens} tokens, float32",
@@ -294,7 +294,7 @@ def mapping_board(
     Args:
         student_layers: depth S of the student, embeddings not counted.
         teacher_layers: depth T of the teacher.
-        similarity: (S + 1, T + 1) by layer number, as CKA gives it, up to 1; colours the links, is written beside the layers, and adds
+        similarity: (S + 1, T + 1) by layer number, as CKA gives it, up to 1; colors the links, is written beside the layers, and adds
             the two presets made from it. Debiased CKA may fall below 0, and is drawn as 0; NaN is "not measured".
         start: a preset's name, or a `LayerMap`.
         widths: (d_S, d_T), for the cost in numbers and for what unequal widths mean.

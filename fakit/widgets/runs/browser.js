@@ -83,12 +83,12 @@ export function render({ model, el }) {
     if (group.dataset.names !== names) {
       group.dataset.names = names;
       group.replaceChildren(...(label ? [element("span", { class: "label" }, label)] : []));
-      for (const { name, label: text = name, symbol, colour } of wanted) {
+      for (const { name, label: text = name, symbol, color } of wanted) {
         const button = element("button", { type: "button" });
         button.dataset.name = name;
         if (symbol) {
           const mark = svgElement("svg", { width: 16, height: 14, viewBox: "-8 -7 16 14", "aria-hidden": "true" });
-          mark.append(svgElement("path", { d: SYMBOLS[symbol] ?? SYMBOLS.circle, fill: colour, stroke: "#fff", "stroke-width": 1 }));
+          mark.append(svgElement("path", { d: SYMBOLS[symbol] ?? SYMBOLS.circle, fill: color, stroke: "#fff", "stroke-width": 1 }));
           button.append(mark);
         }
         button.append(text);
@@ -176,17 +176,17 @@ export function render({ model, el }) {
     axes(curves, view.lines.x, view.lines.y);
     for (const { id, points } of [...view.lines.lines].sort(last)) {
       const d = points.map(([x, y], i) => `${i ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`).join("");
-      const { colour, dash } = style[arm[id]];
-      mark(curves, id, [svgElement("path", { class: "reach", d }), svgElement("path", { class: "curve", d, stroke: colour, "stroke-dasharray": DASHES[dash] ?? "" })]);
+      const { color, dash } = style[arm[id]];
+      mark(curves, id, [svgElement("path", { class: "reach", d }), svgElement("path", { class: "curve", d, stroke: color, "stroke-dasharray": DASHES[dash] ?? "" })]);
     }
     front.replaceChildren();
     axes(front, view.points.x, view.points.y);
     const steps = view.points.front.map(([x, y], i, all) => (i ? `H${px(x)}V${py(y)}` : `M${px(x)} ${py(y)}`)).join("");
     if (steps) front.append(svgElement("path", { class: "front", d: steps }));
     for (const { id, x, y } of [...view.points.points].sort(last)) {
-      const { colour, symbol } = style[arm[id]];
+      const { color, symbol } = style[arm[id]];
       const place = `translate(${px(x)} ${py(y)})`;
-      mark(front, id, [svgElement("path", { class: "point", d: SYMBOLS[symbol] ?? SYMBOLS.circle, fill: colour, transform: place })]);
+      mark(front, id, [svgElement("path", { class: "point", d: SYMBOLS[symbol] ?? SYMBOLS.circle, fill: color, transform: place })]);
     }
     for (const [drawing, missing] of [[curves, view.lines.missing], [front, view.points.missing]]) {
       if (missing) drawing.append(svgElement("text", { class: "missing", x: BOX.right, y: 14, "text-anchor": "end" }, `${missing} without this record`));

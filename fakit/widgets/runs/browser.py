@@ -343,7 +343,7 @@ def _lines(curves: dict[str, tuple[Sequence[float], Sequence[float]]], label: st
 
 def _style(name: str) -> dict[str, str]:
     role = run_role(name)
-    return {"colour": role.colour, "dash": role.dash, "symbol": role.symbol}
+    return {"color": role.color, "dash": role.dash, "symbol": role.symbol}
 
 
 def _numeric(column: pd.Series) -> bool:
