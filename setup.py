@@ -1,4 +1,6 @@
-"""What pyproject.toml cannot say: the notebooks, and what they read, travel inside the wheel. `fakit.files.shipped` finds them."""
+"""What pyproject.toml cannot say: the notebooks, and what they read, travel inside the wheel.
+`fakit.files.shipped` finds them.
+"""
 
 import shutil
 from pathlib import Path

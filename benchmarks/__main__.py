@@ -1,4 +1,5 @@
-"""`make bench`: what the kit costs beside a hand-written loop, a floor without alignment, and other libraries, on this machine.
+"""`make bench`: what the kit costs beside a hand-written loop, a floor without alignment, and other libraries,
+on this machine.
 
 Ways of one row compute the same number, which is checked first. Table, JSON and figure go to reports/bench/.
 """

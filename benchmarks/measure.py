@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from benchmarks.models import Batch
 
 ROOT = Path(__file__).parents[1]
-# Every tensor above 64 KiB is mapped by itself and given back when it is freed, so that resident memory is memory in use.
+# Every tensor above 64 KiB is mapped by itself and given back when it is freed, so that resident memory is memory in
+# use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclass
 class Way:
-    """One way to do a piece of work: from a batch to a loss, and the parameters that its backward pass gives gradients to."""
+    """One way to do a piece of work: from a batch to a loss,
+    and the parameters that its backward pass gives gradients to.
+    """
 
     loss: Callable[[Batch], Tensor]
     parameters: list[nn.Parameter]
@@ -73,7 +76,8 @@ def seconds(ways: Mapping[str, Way], batch: Batch, repeats: int, same: tuple[str
 
 
 def peak_mebibytes(way: Way, batch: Batch, warm_up: Batch) -> tuple[float, float]:
-    """Peak resident memory of one step above what models, gradients and batch take, in MiB, and the loss. In a fresh process.
+    """Peak resident memory of one step above what models, gradients and batch take, in MiB, and the loss.
+    In a fresh process.
 
     A step on the small batch comes first: libraries are loaded and gradients allocated before anything is measured.
 

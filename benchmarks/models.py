@@ -1,4 +1,6 @@
-"""What every way is given: teacher, student and batch, of one size and one seed. Imports torch and transformers alone."""
+"""What every way is given: teacher, student and batch, of one size and one seed.
+Imports torch and transformers alone.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def models(
 
 
 def random_batch(size: Size, rows: int, tokens: int, seed: int = 0) -> Batch:
-    """input_ids, attention_mask and MLM labels on 15 % of the tokens, (B, T) each. Of several rows, the last is a quarter padding."""
+    """input_ids, attention_mask and MLM labels on 15 % of the tokens, (B, T) each. Of several rows,
+    the last is a quarter padding.
+    """
     random = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(1000, size.vocabulary, (rows, tokens), generator=random)
     attention_mask = torch.ones_like(input_ids)

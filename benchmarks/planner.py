@@ -1,4 +1,5 @@
-"""What the planner says beside what a training step takes: peak resident memory of a fresh process, and torch's count of FLOPs.
+"""What the planner says beside what a training step takes: peak resident memory of a fresh process,
+and torch's count of FLOPs.
 
 python -m benchmarks.planner                          every case; the table goes to reports/bench/planner.md, too
 python -m benchmarks.planner --only base,llama        these
@@ -102,8 +103,8 @@ CASES = {
 def measure(name: str) -> dict[str, float]:
     """{"bytes", "flops"} of a step.
 
-    Bytes: the peak of resident memory over a second training step, optimizer included, above what the process had before any model was
-    made. FLOPs by torch's counter; NaN with a quantized teacher, whose kernels it does not see.
+    Bytes: the peak of resident memory over a second training step, optimizer included, above what the process had
+    before any model was made. FLOPs by torch's counter; NaN with a quantized teacher, whose kernels it does not see.
     """
     case = CASES[name]
     options = {"dtype": "fp32", "terms": ("features", "attention", "outputs", "task")} | case.options
@@ -235,8 +236,9 @@ def row(name: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = """| case: teacher, layers → student, batch × length | planned MiB | measured MiB | off | without weights and optimizer | FLOPs off |
-|---|---:|---:|---:|---:|---:|"""
+HEAD = """\
+| case: teacher, layers → student, batch × length | planned MiB | measured MiB | off | without weights and optimizer | FLOPs off |
+|---|---:|---:|---:|---:|---:|"""  # noqa: E501
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,8 +24,8 @@ def conditions(quick: bool, repeats: int) -> str:
     return (
         f"{sizes}; random weights, dropout 0, float32, forward and backward, no optimizer step except in `trainer`. "
         f"{machine['processor']}, {machine['threads']} threads, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}. Seconds: median of {repeats} turns in one process. Memory: peak resident MiB of a "
-        "step above models, gradients and batch, each way in a fresh process."
+        f"{versions['transformers']}. Seconds: median of {repeats} turns in one process. Memory: peak resident MiB of "
+        "a step above models, gradients and batch, each way in a fresh process."
     )
 
 
@@ -35,13 +35,16 @@ def markdown(results: Sequence[Result], said: str) -> str:
     for r in results:
         verdict = "reached" if r.reached else "missed"
         lines.append(
-            f"| {r.name} | {r.work} | {r.against} | {r.ours:.3g} {r.unit} | {r.theirs:.3g} {r.unit} | {r.ratio:.2f} | ≤ {r.bar:.2f} | {verdict} |"
+            f"| {r.name} | {r.work} | {r.against} | {r.ours:.3g} {r.unit} | {r.theirs:.3g} {r.unit} | {r.ratio:.2f} | "
+            f"≤ {r.bar:.2f} | {verdict} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def peers_markdown(peers: Sequence[dict]) -> str:
-    """Peers and fakit, each as a ratio to the hand-written loop that does the same work; a peer's loop runs in the peer's process."""
+    """Peers and fakit, each as a ratio to the hand-written loop that does the same work;
+    a peer's loop runs in the peer's process.
+    """
     lines = ["| peer | work | seconds | fakit's | memory | fakit's | |", "|---|---|---|---|---|---|---|"]
     for peer in peers:
         its = ("–", "–") if "error" in peer else (f"{peer['seconds_ratio']:.2f}", f"{peer['memory_ratio']:.2f}")

@@ -1,4 +1,6 @@
-"""What similarity costs: a streaming pass beside the forward passes that feed it, and all layer pairs beside torch-cka's way."""
+"""What similarity costs: a streaming pass beside the forward passes that feed it,
+and all layer pairs beside torch-cka's way.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def all_pairs_against_torch_cka(layers: tuple[int, int], n: int, width: int, rep
 
 
 def torch_cka(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-    """What torch-cka 0.21 does for one batch: Gram matrices and HSIC₁ anew for every pair, trace(K @ L) as a full product."""
+    """What torch-cka 0.21 does for one batch: Gram matrices and HSIC₁ anew for every pair, trace(K @ L)
+    as a full product.
+    """
 
     def gram(x: Tensor) -> Tensor:
         return (x @ x.T).fill_diagonal_(0.0)

@@ -1,4 +1,6 @@
-"""Whole training loops: the trainer beside a bare loop, and an epoch from the teacher's cache beside one with the live teacher."""
+"""Whole training loops: the trainer beside a bare loop, and an epoch from the teacher's cache beside one with the live
+teacher.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class _Clock(TrainerCallback):
 
 
 def trainer_against_loop(size: Size, rows: int, tokens: int, steps: int, repeats: int) -> dict[str, float]:
-    """Seconds of a step, optimizer included, the first one left out: {"by hand", "fakit"}. The same objective on both sides."""
+    """Seconds of a step, optimizer included, the first one left out: {"by hand", "fakit"}.
+    The same objective on both sides.
+    """
     dataset = rows_of(size, rows * steps, tokens)
 
     def bare() -> Run:
@@ -97,11 +101,13 @@ def trainer_against_loop(size: Size, rows: int, tokens: int, steps: int, repeats
 
 
 def cache_against_live(size: Size, rows: int, tokens: int, steps: int, repeats: int, head: str) -> dict[str, float]:
-    """Seconds of an epoch: {"live teacher", "fakit"}. The cache in bf16, rows shuffled; building it is not counted: one pass of the teacher, once.
+    """Seconds of an epoch: {"live teacher", "fakit"}. The cache in bf16, rows shuffled; building it is not counted:
+    one pass of the teacher, once.
 
     Args:
-        head: "classes", all four terms under a head of two classes; or "vocabulary", features, attention and masked tokens under a head of
-            `size.vocabulary`, which costs the student as much as seven of its layers, with a teacher or without.
+        head: "classes", all four terms under a head of two classes; or "vocabulary", features, attention and masked
+            tokens under a head of `size.vocabulary`, which costs the student as much as seven of its layers,
+            with a teacher or without.
     """
     depth = size.teacher_layers
     pairs = [(s, s * depth // size.student_layers) for s in range(1, size.student_layers + 1)]

@@ -69,7 +69,9 @@ def by_fakit(objective: Callable[[], Objective], size: Size) -> Way:
 
 
 def heads(whole: bool, size: Size) -> Way:
-    """The output loss from hidden states (N, d) and two heads (V, d): through whole logits, or a chunk of tokens at a time."""
+    """The output loss from hidden states (N, d) and two heads (V, d): through whole logits,
+    or a chunk of tokens at a time.
+    """
     vocabulary = 151_936 if size == FULL else size.vocabulary
     torch.manual_seed(0)
     teacher = torch.randn(vocabulary, size.width) / size.width**0.5

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# bitsandbytes warns of an optional kernel package it does not need, and of each cast to fp16 that its 8-bit kernels make
+# bitsandbytes warns of an optional kernel package it does not need, and of each cast to fp16 that its 8-bit kernels
+# make
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Public name → the module that defines it; the block above says the same to type checkers.

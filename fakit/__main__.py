@@ -1,4 +1,6 @@
-"""The commands: `fakit run`, `distill`, `study`, `plan` and `report`; each calls the function that a notebook would call."""
+"""The commands: `fakit run`, `distill`, `study`, `plan` and `report`;
+each calls the function that a notebook would call.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,12 @@ _NO_SPACE = re.compile(
     r"No space left on device|PytorchStreamWriter failed|os error 28|Disk quota exceeded", re.IGNORECASE
 )
 MEMORY = (
-    "the memory is used up: {said} Lower training.batch_size (and raise training.accumulation by as much), training.max_length or the student's "
-    "size, or give teacher.quantize; `fakit plan` says beforehand what fits."
+    "the memory is used up: {said} Lower training.batch_size (and raise training.accumulation by as much), "
+    "training.max_length or the student's size, or give teacher.quantize; `fakit plan` says beforehand what fits."
 )
 DISK = (
-    "the disk is full{where}: free space, or name another folder (--out, out:); with training.save_every set, --resume goes on from the last "
-    "whole checkpoint."
+    "the disk is full{where}: free space, or name another folder (--out, out:); with training.save_every set, --resume "
+    "goes on from the last whole checkpoint."
 )
 
 
@@ -142,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        its exit status: 1 a notebook failed or a plan does not fit, 2 something asked for cannot be done, 130 stopped by Ctrl-C.
+        its exit status: 1 a notebook failed or a plan does not fit, 2 something asked for cannot be done,
+        130 stopped by Ctrl-C.
 
     Raises:
         Exception: what nobody foresaw, with its traceback: a bug. With --debug (or FAKIT_TRACEBACK=1) every error.
@@ -179,7 +182,9 @@ def _say(sentence: str) -> None:
 
 
 def in_a_sentence(error: BaseException) -> str | None:
-    """The sentence for an error, notes included; None for one that nobody foresaw: a bug, to be shown with its traceback."""
+    """The sentence for an error, notes included; None for one that nobody foresaw: a bug,
+    to be shown with its traceback.
+    """
     said = _said(error)
     if said is None:
         return None
@@ -208,8 +213,8 @@ def _said(error: BaseException) -> str | None:
         )
     if type(error).__name__ == "BrokenProcessPool":
         return (
-            "a worker process ended without a word, as where the system kills one that takes too much memory; lower --workers. What is recorded "
-            "stays, and the same command goes on from there."
+            "a worker process ended without a word, as where the system kills one that takes too much memory; lower "
+            "--workers. What is recorded stays, and the same command goes on from there."
         )
     return None
 

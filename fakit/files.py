@@ -15,7 +15,9 @@ from filelock import FileLock, Timeout
 
 
 def shipped(name: str) -> Path:
-    """The folder `data`, `notebooks`, `configs` or `docs` of the kit: inside an installed wheel, or beside `fakit/` in a clone."""
+    """The folder `data`, `notebooks`, `configs` or `docs` of the kit: inside an installed wheel,
+    or beside `fakit/` in a clone.
+    """
     package = Path(__file__).parent
     inside = package / "_shipped" / name  # setup.py puts it there
     return inside if inside.is_dir() else package.parent / name
@@ -109,8 +111,8 @@ def check_room(folder: str | Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"{folder}, where {what} would go, has {_size(free)} free on its disk, and about {_size(needed)} are needed; "
-            "free some space, or choose a folder on another disk."
+            f"{folder}, where {what} would go, has {_size(free)} free on its disk, and about {_size(needed)} are "
+            "needed; free some space, or choose a folder on another disk."
         )
 
 

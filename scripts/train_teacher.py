@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python scripts/train_teacher.py reviews|glosses|scans [--steps N]
 
-reviews, glosses: all-MiniLM-L6-v2 with LoRA on every linear layer of the encoder; pooler and classifier are trained in full.
-scans: a character-level GPT-2 from scratch, with fresh noise each epoch.
+reviews, glosses: all-MiniLM-L6-v2 with LoRA on every linear layer of the encoder; pooler and classifier are trained in
+full. scans: a character-level GPT-2 from scratch, with fresh noise each epoch.
 Both are trained on `teacher_train` only; validation is printed, test is measured once, at the end, on what was saved.
 """
 
@@ -55,7 +55,9 @@ def fit(
     loss_of: Callable[[nn.Module, dict[str, Tensor]], Tensor],
     validate: Callable[[nn.Module], dict[str, float]],
 ) -> None:
-    """AdamW with a warm-up, then a cosine; bf16 autocast where it is the faster; gradients clipped to norm 1. `epochs` yields encoded examples, epoch by epoch."""
+    """AdamW with a warm-up, then a cosine; bf16 autocast where it is the faster; gradients clipped to norm 1. `epochs`
+    yields encoded examples, epoch by epoch.
+    """
 
     def factor(step: int) -> float:
         if step < recipe.warmup:
@@ -91,7 +93,9 @@ def fit(
 
 
 def train_adapter(task: TextTask, recipe: Recipe) -> None:
-    """MiniLM + LoRA (Hu et al. 2022, rank 16, α 32) for a classification; saves the adapter, and the config that tells the head's size."""
+    """MiniLM + LoRA (Hu et al. 2022, rank 16, α 32) for a classification; saves the adapter,
+    and the config that tells the head's size.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -134,7 +138,9 @@ def train_adapter(task: TextTask, recipe: Recipe) -> None:
 
 
 def train_decoder(task: TextTask, recipe: Recipe) -> None:
-    """GPT-2 (Radford et al. 2019), 4 layers of width 128, on characters; no dropout, since every epoch brings new noise."""
+    """GPT-2 (Radford et al. 2019), 4 layers of width 128, on characters; no dropout,
+    since every epoch brings new noise.
+    """
     from datasets import Dataset
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -3,8 +3,9 @@
     .venv/bin/python -m scripts.widget_pictures                  every widget
     .venv/bin/python -m scripts.widget_pictures mapping_board    one
 
-A widget is one entry of `CELLS`: its name → the code of a notebook cell whose last line is the widget. Where the picture should show
-more than the first sight, `ACTIONS` names what a person does before, with the page and the output's locator.
+A widget is one entry of `CELLS`: its name → the code of a notebook cell whose last line is the widget. Where the
+picture should show more than the first sight, `ACTIONS` names what a person does before,
+with the page and the output's locator.
 """
 
 from __future__ import annotations

@@ -200,7 +200,9 @@ def with_sinks(seed: int = 0) -> PreTrainedModel:
 
 
 def batch(rows: int = 2, tokens: int = 7, padding: int = 2, side: str = "right", seed: int = 1) -> dict[str, Tensor]:
-    """Random input_ids (rows, tokens) and attention_mask; the last row ends (or starts) with `padding` padding tokens."""
+    """Random input_ids (rows, tokens) and attention_mask; the last row ends (or starts)
+    with `padding` padding tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
     mask = torch.ones(rows, tokens, dtype=torch.long)
@@ -212,7 +214,9 @@ def batch(rows: int = 2, tokens: int = 7, padding: int = 2, side: str = "right",
 
 
 def batch_for(model: PreTrainedModel, rows: int = 2, tokens: int = 7, padding: int = 2) -> dict[str, Tensor]:
-    """`batch` with labels, as a collator would make it for the model: classes, next or same tokens, a target text; or images."""
+    """`batch` with labels, as a collator would make it for the model: classes, next or same tokens, a target text;
+    or images.
+    """
     generator = torch.Generator().manual_seed(5)
     classes = torch.arange(rows) % 2
     if model.main_input_name == "pixel_values":
@@ -234,7 +238,9 @@ def objective_for(student, teacher) -> Objective:
 
 
 def step(student, teacher, inputs) -> None:
-    """One step of all four terms: each finite and above 0, and each stack of the student and its projections are reached."""
+    """One step of all four terms: each finite and above 0, and each stack of the student and its projections are
+    reached.
+    """
     objective = objective_for(student, teacher)
     needs = {side: objective.needs(side) for side in ("student", "teacher")}
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""The attention term over every family: what is computed in blocks from queries and keys equals the loss of the maps in full."""
+"""The attention term over every family: what is computed in blocks from queries and keys equals the loss of the maps in
+full.
+"""
 
 import pytest
 import torch

@@ -65,7 +65,8 @@ def test_run_fails_where_a_notebook_fails(asked):
     assert main(["run"]) == 1
 
 
-# --- distill, report ---------------------------------------------------------------------------------------------------
+# --- distill, report
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_distill_exports_records_and_report_reads(experiment, tmp_path, capsys):

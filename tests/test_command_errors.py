@@ -1,4 +1,6 @@
-"""What the command line says of an error: one sentence for inputs and machines, the traceback for a bug; never unsafe advice."""
+"""What the command line says of an error: one sentence for inputs and machines, the traceback for a bug;
+never unsafe advice.
+"""
 
 import errno
 

@@ -1,4 +1,6 @@
-"""Pages in docs/: the instructor guide knows every exercise, the map study's page says what is recorded, links lead somewhere."""
+"""Pages in docs/: the instructor guide knows every exercise, the map study's page says what is recorded,
+links lead somewhere.
+"""
 
 import re
 from itertools import pairwise

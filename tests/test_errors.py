@@ -1,4 +1,6 @@
-"""Every error of the contract: raised before any work, with what was asked, what was found on both sides, and the fix."""
+"""Every error of the contract: raised before any work, with what was asked, what was found on both sides,
+and the fix.
+"""
 
 import json
 import math
@@ -336,7 +338,8 @@ def test_a_directory_that_is_no_checkpoint(tmp_path):
     trainer = make_trainer(teacher, shrink(teacher, 2), objective, tmp_path / "run", train_dataset=[{"input_ids": [1]}])
     trainer.save_model(str(tmp_path / "exported"))
     with refuses(
-        "exported is no checkpoint of a DistillationTrainer: projections.safetensors, objective.json missing.*checkpoint-N"
+        "exported is no checkpoint of a DistillationTrainer: projections.safetensors, objective.json "
+        "missing.*checkpoint-N"
     ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "exported"))
 

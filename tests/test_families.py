@@ -1,4 +1,6 @@
-"""Every family as teacher and as student: one step of all terms, export and reload; pairs across families; what each one's ways ask for."""
+"""Every family as teacher and as student: one step of all terms, export and reload; pairs across families;
+what each one's ways ask for.
+"""
 
 import sys
 
@@ -173,7 +175,8 @@ def test_a_decoder_that_gets_nothing_is_named():
     assert capture(tiny("t5"), batch(), [3], logits=False).hidden_states[3].shape == (2, 7, WIDTH)  # not needed there
 
 
-# -- blocks that work on (T, B, d), blocks that serve all layers --------------------------------------------------------
+# -- blocks that work on (T, B, d), blocks that serve all layers
+# --------------------------------------------------------
 
 
 def fsmt() -> hf.PreTrainedModel:
@@ -240,7 +243,8 @@ def test_a_shorter_albert_repeats_its_block_less_often():
         assert torch.equal(ours.hidden_states[i], theirs.hidden_states[i])
 
 
-# -- attention that the model computes with torch's own function ---------------------------------------------------------
+# -- attention that the model computes with torch's own function
+# ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{}, {"alibi": True, "multi_query": False}], ids=["rotary", "alibi"])

@@ -1,7 +1,7 @@
 """The kit as others install it: an sdist, a wheel of it, and environments outside of the clone that hold the wheel.
 
-What an environment may import beside the wheel is linked from the one that runs the tests, so nothing is fetched: in `bare` what
-`pip install fakit` brings, in `full` all of it.
+What an environment may import beside the wheel is linked from the one that runs the tests, so nothing is fetched: in
+`bare` what `pip install fakit` brings, in `full` all of it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def environment(folder: Path, wheel: Path, *packages: str | Path) -> Path:
     options = ("--no-deps", "--no-index", "--no-compile", "--quiet")
     checked(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel)
     site = Path(checked(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # only now, so that pip does not meet the clone's own install; a path in a .pth file is read without the .pth files there
+    # only now, so that pip does not meet the clone's own install; a path in a .pth file is read without the .pth files
+    # there
     (site / "packages.pth").write_text("".join(f"{folder}\n" for folder in packages))
     return python
 
@@ -214,7 +215,9 @@ def test_a_command_of_a_missing_part_ends_in_that_line(bare, tmp_path):
 
 
 def test_fakit_run_finds_the_notebooks_that_were_installed(full, tmp_path):
-    """They are cut after the cell that loads data, teacher or recorded runs: the whole sequence is run by tests/browser."""
+    """They are cut after the cell that loads data, teacher or recorded runs:
+    the whole sequence is run by tests/browser.
+    """
     code = "from fakit.files import shipped; print(shipped('notebooks'))"
     folder = Path(checked(full, "-c", code, cwd=tmp_path, env=outside()).strip())
     assert folder.is_relative_to(full.parents[1])

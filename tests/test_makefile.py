@@ -37,8 +37,8 @@ def folder(tmp_path):
 def make(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[str]]:
     """Run make with the stand-in; returns the result and the calls of Python, without the checks of its version.
 
-    These tests run under make themselves, which hands its variables (`make test JOBS=4 ARGS=-x`) on to every make below it, by
-    MAKEFLAGS and by name: nothing of the outer environment but PATH reaches the inner one.
+    These tests run under make themselves, which hands its variables (`make test JOBS=4 ARGS=-x`) on to every make below
+    it, by MAKEFLAGS and by name: nothing of the outer environment but PATH reaches the inner one.
     """
     log = folder.parent / "log"
     log.unlink(missing_ok=True)

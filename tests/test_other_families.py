@@ -1,4 +1,6 @@
-"""Families that no code names: they work by the same rules, or the error says what cannot be had and what to do instead."""
+"""Families that no code names: they work by the same rules,
+or the error says what cannot be had and what to do instead.
+"""
 
 from collections.abc import Callable
 

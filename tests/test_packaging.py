@@ -164,7 +164,9 @@ def required(path: Path) -> dict[str, set[str]]:
 
 
 def test_everything_the_kit_imports_is_of_the_core_or_asked_for_first():
-    """Core packages are simply imported; of another one `require` asks in the file, or in the `__init__` of its room."""
+    """Core packages are simply imported; of another one `require` asks in the file,
+    or in the `__init__` of its room.
+    """
     asked_anywhere = set()
     for path in sorted((ROOT / "fakit").rglob("*.py")):
         at_home = ROOT / "fakit" / path.relative_to(ROOT / "fakit").parts[0] / "__init__.py"
@@ -226,7 +228,9 @@ def test_type_checkers_see_the_same_names_from_the_same_modules():
 
 @pytest.mark.slow
 def test_every_module_is_a_module_and_nothing_hides_it():
-    """`fakit.capture` is a function, its module `fakit.tracing.capture`: the import system cannot put one in the other's place."""
+    """`fakit.capture` is a function, its module `fakit.tracing.capture`:
+    the import system cannot put one in the other's place.
+    """
     said = "from fakit import capture; print(type(fakit.tracing.capture).__name__, type(capture).__name__)"
     for first in ("import fakit.tracing.capture", "import fakit.training.trainer", "from fakit import capture"):
         assert python(f"{first}; import fakit.tracing.capture; {said}") == "module function\n"
@@ -281,7 +285,8 @@ def test_imported_sees_relative_nested_and_from_imports():
     }
 
 
-# The floors of the house, from the ground up: an import points to a lower floor or stays in its room, type-only imports included.
+# The floors of the house, from the ground up: an import points to a lower floor or stays in its room, type-only imports
+# included.
 FLOORS = [
     ["files", "losses", "layer_maps"],
     ["similarity", "models", "figures"],
@@ -293,7 +298,8 @@ FLOORS = [
     ["__main__"],
 ]
 FLOOR = {f"fakit.{room}": number for number, rooms in enumerate(FLOORS) for room in rooms}
-# A room → what it may import beside the standard library and the kit; and what a function of it may, when called (numerics only).
+# A room → what it may import beside the standard library and the kit; and what a function of it may, when called
+# (numerics only).
 NUMERICS = ["numpy", "scipy"]
 PACKAGES = {
     "files": (["filelock"], []),

@@ -1,4 +1,6 @@
-"""bf16 or float32: one decision, right on processors and GPUs of both kinds, the same for every process, and on record."""
+"""bf16 or float32: one decision, right on processors and GPUs of both kinds, the same for every process,
+and on record.
+"""
 
 import os
 import platform

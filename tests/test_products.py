@@ -1,4 +1,6 @@
-"""Products by oneDNN: the same numbers, counted by torch's FLOP counter, and torch's own where oneDNN does not serve."""
+"""Products by oneDNN: the same numbers, counted by torch's FLOP counter,
+and torch's own where oneDNN does not serve.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""TrainSession: the run nobody touches is the trainer's to the last bit; what is asked happens between two steps and is written down."""
+"""TrainSession: the run nobody touches is the trainer's to the last bit;
+what is asked happens between two steps and is written down.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""A cache of every family that has one: hidden states, maps and logits of the live teacher; the others are refused by name, before any work."""
+"""A cache of every family that has one: hidden states, maps and logits of the live teacher;
+the others are refused by name, before any work.
+"""
 
 import pytest
 import torch

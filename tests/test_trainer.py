@@ -153,7 +153,8 @@ def test_student_and_projections_are_trained_and_the_teacher_is_not(tmp_path):
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
-# -- the Trainer's own doings -------------------------------------------------------------------------------------------
+# -- the Trainer's own doings
+# -------------------------------------------------------------------------------------------
 
 
 def test_evaluation_is_the_tasks_loss_and_the_students_logits(tmp_path):

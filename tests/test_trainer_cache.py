@@ -1,4 +1,6 @@
-"""Training from a cache of the teacher against training with the live one: the same losses, the same weights; what does not fit is refused."""
+"""Training from a cache of the teacher against training with the live one: the same losses, the same weights;
+what does not fit is refused.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,6 @@
-"""A NaN is said to be whose it is: the teacher's or the student's, by term and layer, live, cached and before training."""
+"""A NaN is said to be whose it is: the teacher's or the student's, by term and layer, live,
+cached and before training.
+"""
 
 import copy
 

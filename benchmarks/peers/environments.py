@@ -58,11 +58,12 @@ PEERS = {
 
 
 def environment(name: str) -> Path:
-    """The Python of a peer's environment in .bench/NAME; made first, where there is none or it was made for something else.
+    """The Python of a peer's environment in .bench/NAME; made first,
+    where there is none or it was made for something else.
 
     Raises:
-        ValueError: the installation failed; with the end of its message. Or torchvision came along, which breaks transformers beside a
-            torch for CPUs.
+        ValueError: the installation failed; with the end of its message. Or torchvision came along, which breaks
+            transformers beside a torch for CPUs.
     """
     peer, folder = PEERS[name], FOLDER / name
     python, stamp = folder / "bin" / "python", folder / ".installed"

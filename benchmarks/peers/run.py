@@ -1,4 +1,5 @@
-"""What the scripts of the peers share: seconds of the peer's step and of the hand-written loop in turns, or peak memory of one of them.
+"""What the scripts of the peers share: seconds of the peer's step and of the hand-written loop in turns,
+or peak memory of one of them.
 
 Imports torch and transformers alone: fakit is not installed in a peer's environment.
 """

@@ -1,4 +1,6 @@
-"""SilverSpoon-KD: hidden states, logits and labels, with `HolisticDistiller`. It has no loss of attention maps, and no padding mask."""
+"""SilverSpoon-KD: hidden states, logits and labels, with `HolisticDistiller`. It has no loss of attention maps,
+and no padding mask.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from benchmarks.peers.run import run
 
 
 def silverspoon(size: Size) -> Way:
-    """Blocks by name with `mse`, the head with `kl_divergence` at τ = 2, half of the weight on the student's own loss."""
+    """Blocks by name with `mse`, the head with `kl_divergence` at τ = 2,
+    half of the weight on the student's own loss.
+    """
     teacher, student = models(size)
     alignments = []
     for s, t in hand_written.PAIRS:

@@ -27,7 +27,9 @@ def adaptor(batch, outputs) -> dict:
 
 
 def textbrewer(size: Size, attention: str = "eager") -> Way:
-    """Its nearest losses: `hidden_mse`, `attention_ce` (a cross-entropy of softmax(maps)), `ce` at τ = 2, and the model's own loss."""
+    """Its nearest losses: `hidden_mse`, `attention_ce` (a cross-entropy of softmax(maps)), `ce` at τ = 2,
+    and the model's own loss.
+    """
     teacher, student = models(size, attention)
     matches = [
         match

@@ -170,8 +170,8 @@ def compare(first: Attributions, second: Attributions) -> dict[str, np.ndarray]:
     for index in range(len(first)):
         if not np.array_equal(first.input_ids[index], second.input_ids[index]):
             raise ValueError(
-                f"compare: text {index} has tokens {first.tokens[index][:6]}… on one side, "
-                f"{second.tokens[index][:6]}… on the other; attribute the same texts with the same tokenizer and max_length"
+                f"compare: text {index} has tokens {first.tokens[index][:6]}… on one side, {second.tokens[index][:6]}… "
+                "on the other; attribute the same texts with the same tokenizer and max_length"
             )
     if not np.array_equal(first.targets, second.targets):
         index = int(np.flatnonzero(first.targets != second.targets)[0])
@@ -205,8 +205,8 @@ def deletion(
 
     Returns:
         "fraction" (steps + 1,) share of tokens deleted, 0…1;
-        "ordered" (N, steps + 1), "random" (N, random_orders, steps + 1): P(target), or a regressor's output, on the way;
-        "gain" (N,): mean over the way of random − ordered; above 0: faithful beyond chance.
+        "ordered" (N, steps + 1), "random" (N, random_orders, steps + 1): P(target), or a regressor's output, on the
+        way; "gain" (N,): mean over the way of random − ordered; above 0: faithful beyond chance.
     """
     if steps < 1 or random_orders < 1:
         raise ValueError(f"deletion: steps={steps}, random_orders={random_orders} were asked; use at least 1 each")

@@ -32,7 +32,9 @@ def to_device(batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def inputs_of(model: nn.Module, batch) -> dict:
-    """What a forward pass of `model` is given of a batch: of a transformers model its own columns, without labels and cache."""
+    """What a forward pass of `model` is given of a batch: of a transformers model its own columns,
+    without labels and cache.
+    """
     from transformers import PreTrainedModel
 
     from fakit.models.blocks import without_adapter

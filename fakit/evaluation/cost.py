@@ -141,9 +141,9 @@ def latency(model: nn.Module, batch: dict[str, Tensor], runs: int = 30, warmup: 
 def peak_memory(step: Callable[[], object], device: str | torch.device = "cpu") -> int:
     """Bytes of tensors alive at once while `step` runs, beyond those alive before it (so weights are not counted).
 
-    CUDA: torch.cuda.max_memory_allocated. CPU: the highest running sum of what torch allocates and releases meanwhile, as
-    its profiler records it; the resident size of the process would miss memory that is reused and add what other threads
-    do. Both leave out scratch memory that a library takes without torch.
+    CUDA: torch.cuda.max_memory_allocated. CPU: the highest running sum of what torch allocates and releases meanwhile,
+    as its profiler records it; the resident size of the process would miss memory that is reused and add what other
+    threads do. Both leave out scratch memory that a library takes without torch.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -216,7 +216,8 @@ def _check_countable(model: nn.Module) -> None:
     if _is_quantized(model):
         raise ValueError(
             "FLOPs: the model has bitsandbytes layers (8-bit or 4-bit), whose kernels torch's counter does not see: it "
-            "would count attention alone; count the same model loaded without quantize=, the products have the same shapes"
+            "would count attention alone; count the same model loaded without quantize=, the products have the same "
+            "shapes"
         )
 
 

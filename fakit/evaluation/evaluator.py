@@ -45,8 +45,8 @@ def evaluate(
     mor@5 too; for regression teacher_pearson and teacher_mse.
 
     Batches go by length, dropout is off, and models keep their device and training mode. Rows with label -100 count for
-    the agreement with the teacher only; for causal-lm the labeled tokens alone count, everywhere. A model that gives NaN for
-    a row has no predictions: every number is NaN, not the share of class 0.
+    the agreement with the teacher only; for causal-lm the labeled tokens alone count, everywhere. A model that gives
+    NaN for a row has no predictions: every number is NaN, not the share of class 0.
 
     Args:
         model: a transformers model. dataset: encoded examples (input_ids, attention_mask, labels).
@@ -54,13 +54,13 @@ def evaluate(
         task: a TextTask; its kind, label_names and columns are read.
         tokenizer: to decode generated text (None leaves cer out), and where teacher and student pad their vocabulary
             to different sizes, to know the size that they share.
-        teacher: compared on the same batches; same classes or vocabulary. For classification and regression also its `predictions`
-            on this dataset, (N, C), which many students may share.
+        teacher: compared on the same batches; same classes or vocabulary. For classification and regression also its
+            `predictions` on this dataset, (N, C), which many students may share.
         max_examples: generate for the first so many lines.
 
     Raises:
-        ValueError: unknown kind, an empty or unlabeled dataset, logits of another size than labels or teacher, a model whose class names are
-            the task's in another order.
+        ValueError: unknown kind, an empty or unlabeled dataset, logits of another size than labels or teacher, a model
+            whose class names are the task's in another order.
     """
     if task.kind not in KINDS:
         raise ValueError(f"evaluate: the task's kind is {task.kind!r}; known are {', '.join(KINDS)}")
@@ -77,8 +77,9 @@ def evaluate(
     problem = problem_type(model.config) if hasattr(model, "config") else None
     if (problem is not None and (problem == REGRESSION) != (task.kind == "regression")) or problem == SEVERAL_LABELS:
         raise ValueError(
-            f"evaluate: the task's kind is {task.kind!r}, and the model's problem_type is {problem!r}: its logits are not what these metrics "
-            "measure. Evaluate a model of the task's kind; for several labels a text take `predictions` and a metric of your own."
+            f"evaluate: the task's kind is {task.kind!r}, and the model's problem_type is {problem!r}: its logits are "
+            "not what these metrics measure. Evaluate a model of the task's kind; for several labels a text take "
+            "`predictions` and a metric of your own."
         )
     for name, one in (("model", model), ("teacher", teacher)):
         _check_classes(name, one, task)
@@ -137,8 +138,9 @@ def _check_classes(who: str, model, task) -> None:
     order, _ = class_order(found, task.label_names)
     if order != sorted(order):
         raise ValueError(
-            f"evaluate: the {who}'s classes are {', '.join(found)}, the task's {', '.join(task.label_names)}: the same ones in another order. "
-            "fakit.models.class_names.order_classes(model, task.label_names) puts the model's into the task's order."
+            f"evaluate: the {who}'s classes are {', '.join(found)}, the task's {', '.join(task.label_names)}: the same "
+            "ones in another order. fakit.models.class_names.order_classes(model, task.label_names) puts the model's "
+            "into the task's order."
         )
 
 

@@ -97,8 +97,9 @@ class Agreement:
 
 
 def _kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of each row, (n, V) → (n,). In float64: its summands, of both signs, are larger than their sum by far where two
-    models hardly differ, and float32 would leave three or four digits of it."""
+    """KL(teacher ‖ student) of each row, (n, V) → (n,). In float64: its summands, of both signs, are larger than their
+    sum by far where two models hardly differ, and float32 would leave three or four digits of it.
+    """
     log_p, log_q = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
     p = log_p.exp()
     # Where the teacher gives no probability at all (a logit of -inf) the term is 0, not 0 · inf. NaN stays NaN.

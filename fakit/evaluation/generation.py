@@ -150,13 +150,16 @@ def split_prompts(rows: Sequence[dict], eos_token_id: int) -> tuple[list[list[in
 
 
 def check_references(rows: Sequence[dict], eos_token_id: int) -> None:
-    """Raise ValueError where a target does not end: it was cut, and a whole text would be compared with a part of its reference."""
+    """Raise ValueError where a target does not end: it was cut,
+    and a whole text would be compared with a part of its reference.
+    """
     cut = [number for number, row in enumerate(rows) if row["labels"][-1] not in (-100, eos_token_id)]
     if cut:
         longest = max(len(row["input_ids"]) for row in rows)
         raise ValueError(
-            f"{len(cut)} of {len(rows)} targets do not end with the eos token {eos_token_id} (row {cut[0]}, say): they were cut to fit {longest} tokens. "
-            "Generated texts cannot be scored against parts of their references; encode with a larger max_length, or leave these rows out."
+            f"{len(cut)} of {len(rows)} targets do not end with the eos token {eos_token_id} (row {cut[0]}, say): they "
+            f"were cut to fit {longest} tokens. Generated texts cannot be scored against parts of their references; "
+            "encode with a larger max_length, or leave these rows out."
         )
 
 

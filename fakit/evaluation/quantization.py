@@ -1,4 +1,6 @@
-"""What quantizing does to a teacher: its hidden states, attention maps and logits against those of the full one, layer by layer."""
+"""What quantizing does to a teacher: its hidden states, attention maps and logits against those of the full one,
+layer by layer.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ class LayerFidelity:
         layer: its number, 0 = embeddings.
         relative_error: ‖Ĥ − H‖ / ‖H‖ (Frobenius) over the tokens that count; 0 = exact.
         cosine: of a token's two hidden states, mean over the tokens that count.
-        attention_jsd: Jensen–Shannon divergence of the attention maps in nats (0…log 2), mean over heads and the queries that count;
-            None for the embeddings, and where attention was left out.
+        attention_jsd: Jensen–Shannon divergence of the attention maps in nats (0…log 2), mean over heads and the
+            queries that count; None for the embeddings, and where attention was left out.
     """
 
     layer: int
@@ -44,7 +46,8 @@ class QuantizationFidelity:
 
     Attributes:
         layers: one `LayerFidelity` a layer, by number.
-        kl: KL(full ‖ quantized) of the outputs in nats, mean over positions; None without logits, or where there is one class only (regression).
+        kl: KL(full ‖ quantized) of the outputs in nats, mean over positions; None without logits, or where there is one
+            class only (regression).
         agreement: share of positions with the same top-1; None as above.
         largest_logit_difference: max |ẑ − z| over all logits that count; None without logits.
         full_mib, quantized_mib: what the weights take, with the scales of quantized ones, in MiB.
@@ -73,7 +76,9 @@ class QuantizationFidelity:
         raise ValueError(f"layer {layer} was not compared; compared were {[row.layer for row in self.layers]}")
 
     def rows(self) -> list[dict]:
-        """One dict a layer: layer, relative_error, cosine, attention_jsd. What `figures.quantization_by_layer` draws."""
+        """One dict a layer: layer, relative_error, cosine, attention_jsd.
+        What `figures.quantization_by_layer` draws.
+        """
         return [asdict(row) for row in self.layers]
 
     def _title(self) -> str:
@@ -123,22 +128,26 @@ def quantization_fidelity(
     attentions: bool = True,
     logits: bool = True,
 ) -> QuantizationFidelity:
-    """Compare a quantized model with the full one on the same batches: hidden states and attention maps by layer, and logits.
+    """Compare a quantized model with the full one on the same batches: hidden states and attention maps by layer,
+    and logits.
 
-    Nothing has to be quantized: any two models of one shape may be compared (bfloat16 with float32, before with after pruning), and `full`
-    is the one that errors are relative to. Both run in evaluation mode and are left as they were found. Sums alone are kept from batch to
-    batch; within one, the hidden states of all layers asked for and one layer's maps (B, H, T, T) at a time. Padding takes no part.
+    Nothing has to be quantized: any two models of one shape may be compared (bfloat16 with float32, before with after
+    pruning), and `full` is the one that errors are relative to. Both run in evaluation mode and are left as they were
+    found. Sums alone are kept from batch to batch; within one, the hidden states of all layers asked for and one
+    layer's maps (B, H, T, T) at a time. Padding takes no part.
 
     Args:
         full: the model in full precision.
         quantized: the same model in another form, as by `load_teacher(..., quantize="8bit")`; may be on another device.
         batches: what the tokenizer or a collator returns: input_ids (B, T), attention_mask (B, T).
-        layers: layer numbers 0…L to compare; None compares all. In an encoder-decoder the decoder's follow the encoder's.
+        layers: layer numbers 0…L to compare; None compares all. In an encoder-decoder the decoder's follow the
+            encoder's.
         attentions: False leaves the maps out, for models that have none to show.
         logits: False leaves the outputs out, and ends the forward pass after the last layer.
 
     Raises:
-        ValueError: before any work, for models of different shapes or a layer that they do not have; for batches that hold no token.
+        ValueError: before any work, for models of different shapes or a layer that they do not have;
+            for batches that hold no token.
 
     >>> full, tokenizer = embedded_teacher("glosses")  # doctest: +SKIP
     >>> print(quantization_fidelity(full, embedded_teacher("glosses", quantize="8bit")[0], batches))  # doctest: +SKIP
@@ -184,9 +193,11 @@ def quantization_fidelity(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of the weights, each shared one once, with what bitsandbytes keeps beside quantized ones: a scale a row (8 bits) or a block (4 bits).
+    """Bytes of the weights, each shared one once, with what bitsandbytes keeps beside quantized ones:
+    a scale a row (8 bits) or a block (4 bits).
 
-    `model.get_memory_footprint()` leaves those scales out: an eighth of the 4-bit weights' bytes, where they are float32 and blocks have 64.
+    `model.get_memory_footprint()` leaves those scales out: an eighth of the 4-bit weights' bytes,
+    where they are float32 and blocks have 64.
     """
     kept = {id(tensor): tensor for tensor in model.parameters()}
     for module in model.modules():
@@ -288,7 +299,8 @@ def _check_one_shape(full: nn.Module, quantized: nn.Module) -> None:
     different = [f"{name} {theirs[name]} and {ours[name]}" for name in theirs if theirs[name] != ours[name]]
     if different:
         raise ValueError(
-            f"fidelity is measured place by place, and the full model ({type(full).__name__}) and the quantized one ({type(quantized).__name__}) "
-            f"differ in {'; '.join(different)}. Load both from one checkpoint: load_teacher(name) and load_teacher(name, quantize='8bit'). "
-            "For a student of another shape use fakit.similarity or evaluate(student, ..., teacher=teacher)."
+            f"fidelity is measured place by place, and the full model ({type(full).__name__}) and the quantized one "
+            f"({type(quantized).__name__}) differ in {'; '.join(different)}. Load both from one checkpoint: "
+            "load_teacher(name) and load_teacher(name, quantize='8bit'). For a student of another shape use "
+            "fakit.similarity or evaluate(student, ..., teacher=teacher)."
         )

@@ -34,8 +34,8 @@ def batch_plan(
     Without a pool, all rows are labeled.
 
     Args:
-        lengths: tokens of every row, labeled ones first. Batches then hold rows of like length, so that little of them is padding: each
-            `WINDOW` batches in turn exchange rows among themselves, and come in shuffled order.
+        lengths: tokens of every row, labeled ones first. Batches then hold rows of like length, so that little of them
+            is padding: each `WINDOW` batches in turn exchange rows among themselves, and come in shuffled order.
 
     Returns:
         int64 (batches, batch_size); the labeled rows of a batch come first.
@@ -56,14 +56,17 @@ def batch_plan(
     if lengths is not None:
         if len(lengths) != labeled + pool:
             raise ValueError(
-                f"{len(lengths)} lengths were given for {labeled} labeled and {pool} unlabeled rows; give one for every row."
+                f"{len(lengths)} lengths were given for {labeled} labeled and {pool} unlabeled rows; give one for "
+                "every row."
             )
         _group_by_length(plan, each, np.asarray(lengths), np.random.default_rng([seed, 2]))
     return plan
 
 
 def _group_by_length(plan: np.ndarray, each: int, lengths: np.ndarray, rng: np.random.Generator) -> None:
-    """Exchange rows between the batches of a window, in place: labeled rows (the first `each` columns) for labeled ones."""
+    """Exchange rows between the batches of a window, in place: labeled rows (the first `each` columns)
+    for labeled ones.
+    """
     for start in range(0, len(plan), WINDOW):
         window = plan[start : start + WINDOW]
         for part in (window[:, :each], window[:, each:]):

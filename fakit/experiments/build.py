@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 def build_task(config: ExperimentConfig) -> TextTask:
     """The task with its labeled subset, chosen by `task.seed`.
 
-    By default that is the run's seed for the kit's own tasks, whose held-out texts are fixed. Elsewhere it is 0, because
-    there the same seed may carve the test split: it must not change between runs, nor reach what a teacher was trained on.
+    By default that is the run's seed for the kit's own tasks, whose held-out texts are fixed. Elsewhere it is 0,
+    because there the same seed may carve the test split: it must not change between runs,
+    nor reach what a teacher was trained on.
     """
     from fakit.tasks import load_task
     from fakit.tasks.embedded import EMBEDDED
@@ -62,8 +63,8 @@ def build_teacher(
     """The frozen teacher and its tokenizer.
 
     Raises:
-        ValueError: "embedded" for a task without an embedded teacher, or a classifier of other classes. The same classes in another order
-            are put into the task's.
+        ValueError: "embedded" for a task without an embedded teacher, or a classifier of other classes. The same
+            classes in another order are put into the task's.
     """
     from fakit.models.class_names import class_names, order_classes
     from fakit.tasks.embedded import EMBEDDED, embedded_teacher
@@ -91,8 +92,9 @@ def build_teacher(
     if task.num_labels is not None and teacher.config.num_labels != task.num_labels:
         raise ValueError(
             f"the teacher {config.teacher.id} has {teacher.config.num_labels} outputs, the task {task.name} has "
-            f"{task.num_labels} ({', '.join(map(str, (task.label_names or ['one score'])[:4]))} …); "
-            f"fine-tune the teacher on this task first, or give the adapter that does. The teacher's outputs are {', '.join(class_names(teacher.config)[:8])}."
+            f"{task.num_labels} ({', '.join(map(str, (task.label_names or ['one score'])[:4]))} …); fine-tune the "
+            "teacher on this task first, or give the adapter that does. The teacher's outputs are "
+            f"{', '.join(class_names(teacher.config)[:8])}."
         )
     if task.label_names:
         order_classes(teacher, task.label_names, f"the teacher {config.teacher.id}")
@@ -110,8 +112,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
     special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
     if not {token for token in tokenizer.get_vocab() if token.strip("▁Ġ ")} - special:
         raise ValueError(
-            f"{whose} has no tokenizer: transformers made a {type(tokenizer).__name__} of {len(special)} special tokens and no words, to which "
-            "every text is the same. Save the teacher's tokenizer beside it (tokenizer.save_pretrained), or name a folder that has one."
+            f"{whose} has no tokenizer: transformers made a {type(tokenizer).__name__} of {len(special)} special "
+            "tokens and no words, to which every text is the same. Save the teacher's tokenizer beside it "
+            "(tokenizer.save_pretrained), or name a folder that has one."
         )
 
 
@@ -132,7 +135,9 @@ class Prepared:
     _logits: Tensor | None = None
 
     def reference(self) -> PreTrainedModel | Tensor:
-        """What students are compared with on the test split: a classifier's logits (N, C), asked once; else the teacher itself."""
+        """What students are compared with on the test split: a classifier's logits (N, C), asked once;
+        else the teacher itself.
+        """
         if self.task.kind == "causal-lm":
             return self.teacher
         if self._logits is None:
@@ -205,7 +210,9 @@ def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: Text
 
 
 def student_tokenizer(config: ExperimentConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside the model at `student.path`; None where none does, or the student is cut from the teacher."""
+    """The tokenizer that lies beside the model at `student.path`; None where none does,
+    or the student is cut from the teacher.
+    """
     if config.student.path is None:
         return None
     from fakit.models.load import load_tokenizer, resolve_model
@@ -225,8 +232,8 @@ def check_lengths(rows: Dataset, max_length: int, **models: PreTrainedModel) -> 
         positions = longest_row(model)
         if positions is not None and longest > positions:
             raise ValueError(
-                f"a text has {longest} tokens at training.max_length: {max_length}, and the {side} ({type(model).__name__}) has {positions} positions; "
-                f"set training.max_length to at most {positions}."
+                f"a text has {longest} tokens at training.max_length: {max_length}, and the {side} "
+                f"({type(model).__name__}) has {positions} positions; set training.max_length to at most {positions}."
             )
 
 
@@ -311,13 +318,16 @@ def build_training_rows(
         labeled_fraction=training.labeled_fraction,
         seed=config.seed,
     )
-    # a step's rows are dealt out like cards, so that they, and each batch's share of labels, do not depend on who takes them
+    # a step's rows are dealt out like cards, so that they, and each batch's share of labels, do not depend on who takes
+    # them
     dealt = plan.reshape(training.steps, training.batch_size, each).swapaxes(1, 2)
     return TrainingRows(rows, dealt.reshape(-1, training.batch_size), labeled)
 
 
 def check_plan(config: ExperimentConfig, processes: int = 1) -> None:
-    """Raise ValueError where the order of all rows of all steps, which is laid out beforehand, does not fit into the free memory."""
+    """Raise ValueError where the order of all rows of all steps, which is laid out beforehand,
+    does not fit into the free memory.
+    """
     import psutil
 
     training = config.training
@@ -325,9 +335,10 @@ def check_plan(config: ExperimentConfig, processes: int = 1) -> None:
     needed, free = rows * BYTES_A_ROW, psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
-            f"training.steps {training.steps:,} × batch_size {training.batch_size:,} × accumulation {training.accumulation:,} are {rows:,.0f} "
-            f"rows, and their order alone takes {needed / 1e9:,.1f} GB; {free / 1e9:,.1f} GB are free. Lower training.steps: resume or start "
-            "another run from the student for more."
+            f"training.steps {training.steps:,} × batch_size {training.batch_size:,} × accumulation "
+            f"{training.accumulation:,} are {rows:,.0f} rows, and their order alone takes {needed / 1e9:,.1f} GB; "
+            f"{free / 1e9:,.1f} GB are free. Lower training.steps: resume or start another run from the student for "
+            "more."
         )
 
 

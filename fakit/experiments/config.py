@@ -111,8 +111,8 @@ class TrainingConfig(Section):
     def _check(self) -> None:
         if self.warmup > max(1, self.steps):
             raise ValueError(
-                f"training.warmup: found {self.warmup} steps of training.steps: {self.steps}, so the learning rate would never be reached; give "
-                "fewer, or a share of all steps (below 1)."
+                f"training.warmup: found {self.warmup} steps of training.steps: {self.steps}, so the learning rate "
+                "would never be reached; give fewer, or a share of all steps (below 1)."
             )
         if isinstance(self.warmup, float) and self.warmup >= 1 and not self.warmup.is_integer():
             raise ValueError(

@@ -1,4 +1,6 @@
-"""The report of a map study: every map's score and student, what the controls reach, and whether the one predicts the other."""
+"""The report of a map study: every map's score and student, what the controls reach,
+and whether the one predicts the other.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from fakit.layer_maps import LayerMap
 
 
 def map_correlations(table: pd.DataFrame) -> dict[str, Interval]:
-    """Task → Spearman's ρ of CKA and test score over the increasing maps of `map_scores`; positive: similar maps teach better."""
+    """Task → Spearman's ρ of CKA and test score over the increasing maps of `map_scores`; positive:
+    similar maps teach better.
+    """
     found = {}
     for task, rows in table[table["kind"] == "increasing"].groupby("task", sort=False):
         sign = 1 if rows["higher_is_better"].iloc[0] else -1
@@ -34,7 +38,8 @@ def map_report(store: RunStore) -> tuple[pd.DataFrame, str, dict[str, Figure]]:
     head = [
         f"# {manifest['what']}",
         "",
-        f"{len(store)} runs, seeds {', '.join(map(str, seeds))}, made {manifest['created']} on {manifest['machine']['processor']}.",
+        f"{len(store)} runs, seeds {', '.join(map(str, seeds))}, made {manifest['created']} on "
+        f"{manifest['machine']['processor']}.",
         "",
     ]
     if unfinished := whole_seeds(store.path)[1]:
@@ -44,7 +49,8 @@ def map_report(store: RunStore) -> tuple[pd.DataFrame, str, dict[str, Figure]]:
 
 
 def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similarity: dict[str, list]) -> str:
-    """For each task: the correlation, what CKA would have chosen, and all maps from best to worst with paired gains over "none".
+    """For each task: the correlation, what CKA would have chosen,
+    and all maps from best to worst with paired gains over "none".
 
     Raises:
         ValueError: a map that would have been chosen is not in the table.
@@ -66,12 +72,16 @@ def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similar
             for name, layer_map in chosen.items()
         ]
         rho = correlations[task]
-        verdict = "more similar maps teach better" if rho.low > 0 else "more similar maps teach worse" if rho.high < 0 else "no relation that can be told from none"  # fmt: skip
+        verdict = "not significantly different from 0"
+        if rho.low > 0 or rho.high < 0:
+            verdict = f"more similar maps teach {'better' if rho.low > 0 else 'worse'}"
         lines += [
-            f"**{task}**: Spearman's ρ of CKA and test {rows['metric'].iloc[0]} over {rho.n} increasing maps is {rho.format(digits=2, sign=True)}: "
-            f"{verdict}. Of the {rho.n}, {'; '.join(places)}.",
+            f"**{task}**: Spearman's ρ of CKA and test {rows['metric'].iloc[0]} over {rho.n} increasing maps is "
+            f"{rho.format(digits=2, sign=True)}: {verdict}. Of the {rho.n}, {'; '.join(places)}.",
             "",
-            f"| {task}: S1-S2-… learn from T | mean CKA | test {rows['metric'].iloc[0]}{unit}{'' if sign > 0 else ' (lower is better)'} | paired gain over none | agreement |",
+            f"| {task}: S1-S2-… learn from T | mean CKA | test "
+            f"{rows['metric'].iloc[0]}{unit}{'' if sign > 0 else ' (lower is better)'} | paired gain over none | "
+            "agreement |",
             "|---|---|---|---|---|",
         ]
         none = rows[rows["map"] == "none"].iloc[0]["scores"]
@@ -90,8 +100,9 @@ def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similar
 def _place(name: str, increasing: list[str], task: str) -> int:
     if name not in increasing:
         raise ValueError(
-            f"map {name} is not among the {len(increasing)} increasing maps of {task}: the table and the similarity are of different "
-            "studies, or rows were taken out. Give both as `map_scores` and `recorded_similarity` of one folder."
+            f"map {name} is not among the {len(increasing)} increasing maps of {task}: the table and the similarity "
+            "are of different studies, or rows were taken out. Give both as `map_scores` and `recorded_similarity` of "
+            "one folder."
         )
     return increasing.index(name) + 1
 

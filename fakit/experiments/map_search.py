@@ -48,8 +48,9 @@ class MapSearch:
     def __str__(self) -> str:
         first, last = self.rounds[0], self.rounds[-1]
         return (
-            f"{self.best.name} of {len(first.scores)} maps, {last.scores[0][1]:.4g} after {last.steps} steps; {self.steps} "
-            f"steps in {len(self.rounds)} rounds, chosen on {self.choosing} texts, to be judged on {self.evaluation} others"
+            f"{self.best.name} of {len(first.scores)} maps, {last.scores[0][1]:.4g} after {last.steps} steps; "
+            f"{self.steps} steps in {len(self.rounds)} rounds, chosen on {self.choosing} texts, to be judged on "
+            f"{self.evaluation} others"
         )
 
     def _repr_markdown_(self) -> str:
@@ -73,22 +74,23 @@ def search_maps(
     evaluation: Iterable[str],
     keep: float = 0.5,
 ) -> MapSearch:
-    """Successive halving (Jamieson & Talwalkar 2016): each round takes an equal share of the budget and keeps the better maps.
+    """Successive halving (Jamieson & Talwalkar 2016): each round takes an equal share of the budget and keeps the
+    better maps.
 
     Args:
         candidates: at least two different maps.
-        train_and_score: trains a student with a map for so many steps, from the same start every time, and scores it on the
-            texts of `choosing`, larger is better. A round's students start anew. Where it has a method `check`, that is asked
-            about every map first, and raises where it could not train with one.
+        train_and_score: trains a student with a map for so many steps, from the same start every time, and scores it on
+            the texts of `choosing`, larger is better. A round's students start anew. Where it has a method `check`,
+            that is asked about every map first, and raises where it could not train with one.
         budget: training steps in all, over all maps and rounds.
         choosing: the texts that `train_and_score` scores on.
         evaluation: the texts that the chosen map is going to be judged on.
         keep: the share of maps that go on to the next round.
 
     Raises:
-        ValueError: before any training: texts that choose and evaluate, fewer than two maps, a map given twice, a budget
-            that gives a map no step, `keep` not in (0, 1), a map that `train_and_score.check` refuses. During the search: a
-            score that is not finite.
+        ValueError: before any training: texts that choose and evaluate, fewer than two maps, a map given twice, a
+            budget that gives a map no step, `keep` not in (0, 1), a map that `train_and_score.check` refuses. During
+            the search: a score that is not finite.
 
     >>> maps = [LayerMap([(1, t)], name=f"T{t}") for t in range(1, 5)]
     >>> found = search_maps(maps, lambda m, steps: -abs(m.pairs[0][1] - 3), 80, choosing=["a"], evaluation=["b"])
@@ -139,16 +141,19 @@ def check_disjoint(choosing: Iterable[str], evaluation: Iterable[str]) -> None:
             raise ValueError(f"{name}: no texts; a map is chosen on some examples and judged on others.")
     if both := sides[0].keys() & sides[1].keys():
         raise ValueError(
-            f"{len(both)} of {len(sides[0])} texts that choose the map would also judge it, e.g. {sides[0][min(both)]!r}: "
-            "a choice looks better than it is on what it was made on. Take them out of one side."
+            f"{len(both)} of {len(sides[0])} texts that choose the map would also judge it, e.g. "
+            f"{sides[0][min(both)]!r}: a choice looks better than it is on what it was made on. Take them out of one "
+            "side."
         )
 
 
 def experiment_scorer(config: ExperimentConfig, prepared: Prepared | None = None) -> Score:
-    """`train_and_score` by `run_experiment`: the configuration with its map and steps replaced, scored on the validation split.
+    """`train_and_score` by `run_experiment`: the configuration with its map and steps replaced,
+    scored on the validation split.
 
-    Choose on `task.validation`, judge on `task.test`. Error rates are turned round, so that larger is better. A map whose pairs
-    weigh differently (`LayerMap.emd`) or are drawn anew every epoch (`LayerMap.random`) is a ValueError before any training.
+    Choose on `task.validation`, judge on `task.test`. Error rates are turned round, so that larger is better. A map
+    whose pairs weigh differently (`LayerMap.emd`) or are drawn anew every epoch (`LayerMap.random`)
+    is a ValueError before any training.
     """
     return _ExperimentScorer(config, prepared)
 
@@ -168,9 +173,10 @@ class _ExperimentScorer:
         else:
             return
         raise ValueError(
-            f"map {layer_map.name} {what}, and is written into `layer_map` of an ExperimentConfig as its pairs alone, of equal weight "
-            f"and the same all along: another map would be scored under its name. Search among LayerMap(layer_map.pairs, name={layer_map.name!r}), "
-            "which is fixed and unweighted, or score it with a function of your own that trains with the map itself."
+            f"map {layer_map.name} {what}, and is written into `layer_map` of an ExperimentConfig as its pairs alone, "
+            "of equal weight and the same all along: another map would be scored under its name. Search among "
+            f"LayerMap(layer_map.pairs, name={layer_map.name!r}), which is fixed and unweighted, or score it with a "
+            "function of your own that trains with the map itself."
         )
 
     def __call__(self, layer_map: LayerMap, steps: int) -> float:

@@ -1,7 +1,9 @@
-"""Does the CKA score of a layer map predict the student's quality? Every increasing map, trained and tested, beside three controls.
+"""Does the CKA score of a layer map predict the student's quality? Every increasing map, trained and tested,
+beside three controls.
 
-A map's score is the mean similarity of its pairs, student layer to teacher layer, measured on unlabeled texts before any training; its
-quality is the test score of the student trained with it. Nothing is scored and tested on the same text, and the teacher was trained on neither.
+A map's score is the mean similarity of its pairs, student layer to teacher layer, measured on unlabeled texts before
+any training; its quality is the test score of the student trained with it. Nothing is scored and tested on the same
+text, and the teacher was trained on neither.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 def increasing_maps(student_layers: int, teacher_layers: int) -> list[LayerMap]:
-    """Every map that gives each student layer a teacher layer of its own, deeper ones to deeper layers: T over S of them.
+    """Every map that gives each student layer a teacher layer of its own, deeper ones to deeper layers:
+    T over S of them.
 
     Raises:
         ValueError: more student layers than teacher layers.
@@ -54,8 +57,8 @@ def increasing_maps(student_layers: int, teacher_layers: int) -> list[LayerMap]:
     """
     if student_layers > teacher_layers:
         raise ValueError(
-            f"each of {student_layers} student layers would have a teacher layer of its own, and the teacher has {teacher_layers}: "
-            "make the student no deeper than its teacher."
+            f"each of {student_layers} student layers would have a teacher layer of its own, and the teacher has "
+            f"{teacher_layers}: make the student no deeper than its teacher."
         )
     chosen = combinations(range(1, teacher_layers + 1), student_layers)
     return [LayerMap(enumerate(layers, start=1), name="-".join(map(str, layers))) for layers in chosen]
@@ -66,7 +69,8 @@ class MapStudyConfig(Experiments):
     """Experiments × maps × seeds.
 
     Attributes:
-        experiments: one for each task; their layer map is what varies. In a file, mappings or names of YAML files beside it.
+        experiments: one for each task; their layer map is what varies. In a file, mappings or names of YAML files
+            beside it.
         maps: which maps are trained, beside the controls; in a file, the key that tells this study from one of arms.
         seeds: each runs every map from the same student, labeled texts and batches.
         texts: unlabeled texts on which a map is scored.
@@ -179,7 +183,9 @@ def recorded_similarity(path: str | Path) -> dict[str, list[list[float]]]:
 
 @dataclass(frozen=True)
 class UnfinishedSeed:
-    """A seed of a task that lacks maps, as a study that was stopped leaves it; `seed` is None for a task without any run."""
+    """A seed of a task that lacks maps, as a study that was stopped leaves it;
+    `seed` is None for a task without any run.
+    """
 
     task: str
     seed: int | None
@@ -187,7 +193,8 @@ class UnfinishedSeed:
     planned: int
 
     def __str__(self) -> str:
-        return f"{self.task}, {'no seed' if self.seed is None else f'seed {self.seed}'} ({self.maps} of {self.planned} maps)"
+        seed = "no seed" if self.seed is None else f"seed {self.seed}"
+        return f"{self.task}, {seed} ({self.maps} of {self.planned} maps)"
 
 
 def whole_seeds(path: str | Path) -> tuple[list[dict[str, Any]], list[UnfinishedSeed]]:
@@ -203,8 +210,8 @@ def whole_seeds(path: str | Path) -> tuple[list[dict[str, Any]], list[Unfinished
     records = [record for record in RunStore(path).records() if record.get("kind", "run") == "run"]
     if foreign := sorted({record["task"] for record in records} - set(similarities)):
         raise ValueError(
-            f"{path} holds runs of {', '.join(foreign)}, and {SIMILARITY} the similarity of {', '.join(similarities)}: these are two "
-            "studies. Record each in a folder of its own."
+            f"{path} holds runs of {', '.join(foreign)}, and {SIMILARITY} the similarity of {', '.join(similarities)}: "
+            "these are two studies. Record each in a folder of its own."
         )
     whole, unfinished = [], []
     seeds = sorted({record["seed"] for record in records}) or [None]
@@ -219,8 +226,8 @@ def whole_seeds(path: str | Path) -> tuple[list[dict[str, Any]], list[Unfinished
                     continue
                 if other := found.get(record["arm"]):
                     raise ValueError(
-                        f"map {record['arm']} of {task}, seed {seed}, is recorded twice: {other['run_id']}, {record['run_id']}. These "
-                        "are two studies; record each in a folder of its own."
+                        f"map {record['arm']} of {task}, seed {seed}, is recorded twice: {other['run_id']}, "
+                        f"{record['run_id']}. These are two studies; record each in a folder of its own."
                     )
                 found[record["arm"]] = record
             if len(found) == len(planned):
@@ -236,18 +243,21 @@ def map_scores(path: str | Path) -> pd.DataFrame:
     A seed that lacks a map of the plan, as where a study was stopped, is left out, with a UserWarning that names it.
 
     Returns:
-        columns task, map, kind ("increasing" or a control), pairs, cka (mean over the map's pairs, before training; NaN without pairs), metric,
-        higher_is_better, score (mean over seeds), agreement, seeds, and scores: the tuple of the seeds' test scores, in the order of the seeds.
+        columns task, map, kind ("increasing" or a control), pairs, cka (mean over the map's pairs, before training; NaN
+        without pairs), metric, higher_is_better, score (mean over seeds), agreement, seeds, and scores: the tuple of
+        the seeds' test scores, in the order of the seeds.
 
     Raises:
-        ValueError: a folder without a map study, one that holds more than one study, or no whole seed; says what is there.
+        ValueError: a folder without a map study, one that holds more than one study, or no whole seed;
+            says what is there.
     """
     similarities = recorded_similarity(path)
     whole, unfinished = whole_seeds(path)
     missing = "; ".join(map(str, unfinished))
     if not whole:
         raise ValueError(
-            f"{path}: no seed has all the maps of the plan yet: {missing}. The same `fakit study … --out {path}` goes on where it stopped."
+            f"{path}: no seed has all the maps of the plan yet: {missing}. The same `fakit study … --out {path}` goes "
+            "on where it stopped."
         )
     if unfinished:
         warnings.warn(f"{path}: left out, since maps are missing: {missing}", stacklevel=2)

@@ -27,7 +27,8 @@ class Report:
 
     Attributes:
         path: the folder written: report.html, report.md, table.csv, runs.csv, figures/NAME.svg.
-        table: `study_table` of the runs, or `map_scores` of a map study. text: the report in markdown. figures: by name.
+        table: `study_table` of the runs, or `map_scores` of a map study. text: the report in markdown. figures:
+            by name.
     """
 
     path: Path
@@ -154,13 +155,15 @@ def _text(store: RunStore, table: pd.DataFrame, figures: dict[str, Figure]) -> s
     lines = [
         f"# {manifest['what']}",
         "",
-        f"{int(runs['n'].sum())} runs, seeds {', '.join(map(str, seeds)) or 'none'}. Made {manifest['created']} with {versions}; "
-        f"{machine['processor']}, {machine['threads']} of {machine['cores']} threads, GPU: {machine['gpu'] or 'none'}.",
+        f"{int(runs['n'].sum())} runs, seeds {', '.join(map(str, seeds)) or 'none'}. Made {manifest['created']} with "
+        f"{versions}; {machine['processor']}, {machine['threads']} of {machine['cores']} threads, GPU: "
+        f"{machine['gpu'] or 'none'}.",
         "",
         to_markdown(table),
-        "In brackets: 95 % intervals over seeds (Student t). Gains are paired by seed, in the metric's points; positive is "
-        "better. Gap closed: of the way from `none` to the teacher (Fieller's interval), – where the gap itself is not sure. "
-        "TFLOPs: all of training, the teacher's forward passes included. In italics: baselines, one evaluation each.",
+        "In brackets: 95 % intervals over seeds (Student t). Gains are paired by seed, in the metric's points; "
+        "positive is better. Gap closed: of the way from `none` to the teacher (Fieller's interval), – where the gap "
+        "itself is not sure. TFLOPs: all of training, the teacher's forward passes included. In italics: baselines, "
+        "one evaluation each.",
         "",
     ]
     if (without := runs[runs.get("no_score", 0) > 0]) is not None and len(without):
@@ -173,7 +176,9 @@ def _text(store: RunStore, table: pd.DataFrame, figures: dict[str, Figure]) -> s
 
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark }
+body {
+  font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark
+}
 table { border-collapse: collapse; font-size: 14px; margin: 1rem 0; display: block; overflow-x: auto }
 td, th { border-bottom: 1px solid #8886; padding: .3rem .6rem; text-align: left; font-variant-numeric: tabular-nums }
 figure { margin: 1.5rem 0 } svg { max-width: 100%; height: auto }

@@ -62,12 +62,16 @@ class RunResult:
         validation, test: all metrics by name; test also has the agreement with the teacher.
         steps, seconds: optimizer steps, and the wall time of training alone (of a resumed run: since it was resumed).
         flops_per_step, flops: of one optimizer step and of all, teacher included; None with a quantized teacher, whose
-            kernels no counter sees, with a cache, whose teacher worked elsewhere, and in a study that does not count them.
-        teacher_cache: the precision of the cache that stood for the teacher; None where the teacher itself answered in each step.
-        precision: what training computed in, "float32" or "bf16" (autocast): what `bf16: auto` came to. Evaluation is in float32.
+            kernels no counter sees, with a cache, whose teacher worked elsewhere,
+            and in a study that does not count them.
+        teacher_cache: the precision of the cache that stood for the teacher; None where the teacher itself answered in
+            each step.
+        precision: what training computed in, "float32" or "bf16" (autocast): what `bf16: auto` came to. Evaluation is
+            in float32.
         labeled, unlabeled: training rows.
         dropped: rows of the task's data that are in no split, by reason.
-        versions, data: what the run was made with, and the fingerprint of the texts it was evaluated on; None in records of before.
+        versions, data: what the run was made with, and the fingerprint of the texts it was evaluated on; None in
+            records of before.
         history: the logged steps. student: the trained model; None when the run was read from a store.
     """
 
@@ -147,21 +151,24 @@ def run_experiment(
 
     Args:
         store: a `RunStore` or its folder (made when missing): the finished run is added to it. None records nothing.
-        resume: a run that is recorded is returned as recorded; one whose student is in `config.out` is evaluated and recorded; one with
-            checkpoints there goes on from the last whole one. All of it must be of this run: the same configuration but for `out` and how
-            often it logs, evaluates and saves; the same data, teacher and versions. More steps are another run, whose learning rate
-            falls otherwise from the first step on.
+        resume: a run that is recorded is returned as recorded; one whose student is in `config.out` is evaluated and
+            recorded; one with checkpoints there goes on from the last whole one. All of it must be of this run: the
+            same configuration but for `out` and how often it logs, evaluates and saves; the same data, teacher and
+            versions. More steps are another run, whose learning rate falls otherwise from the first step on.
         callbacks: of transformers, passed to the trainer.
-        progress: say on standard error where the run stands: steps, loss by term, time left (`fakit.training.progress`).
-        prepared: what `prepare` gave for a configuration of the same task, teacher, seed and length, so that many runs load it once.
+        progress: say on standard error where the run stands: steps, loss by term, time left
+            (`fakit.training.progress`).
+        prepared: what `prepare` gave for a configuration of the same task, teacher, seed and length, so that many runs
+            load it once.
         count_flops: count a step's FLOPs, which costs the time of some steps.
-        teacher_cache: a folder. The teacher answers each training text once, into a `TeacherCache` there, and the steps read it; runs of
-            the same texts (task, labels, seed, length) whose terms ask for the same layers share it.
+        teacher_cache: a folder. The teacher answers each training text once, into a `TeacherCache` there, and the steps
+            read it; runs of the same texts (task, labels, seed, length) whose terms ask for the same layers share it.
         cache_dtype: how it is stored: "float32", "bfloat16", "float16" or "int8".
 
     Raises:
-        ValueError: before any training, for parts that do not fit, a run that is recorded while `resume` is off, a folder that holds
-            another run's or a finished student, that another run writes to at this moment, or that has no room.
+        ValueError: before any training, for parts that do not fit, a run that is recorded while `resume` is off, a
+            folder that holds another run's or a finished student, that another run writes to at this moment,
+            or that has no room.
     """
     store = RunStore.open(store) if isinstance(store, str | Path) else store
     if store is not None and store.has(config.run_id):
@@ -173,8 +180,8 @@ def run_experiment(
         )
     if teacher_cache is not None and not config.transfers:
         raise ValueError(
-            f"a teacher cache was asked for in {teacher_cache}, and the arm {config.arm!r} has no term that looks at a teacher (features, "
-            "attention, outputs): leave the cache out, or turn one on."
+            f"a teacher cache was asked for in {teacher_cache}, and the arm {config.arm!r} has no term that looks at a "
+            "teacher (features, attention, outputs): leave the cache out, or turn one on."
         )
     with _alone(config, store):
         return _run(config, store, resume, callbacks, progress, prepared, count_flops, teacher_cache, cache_dtype)
@@ -335,12 +342,13 @@ def _finished(config: ExperimentConfig, out: Path, resume: bool) -> dict[str, An
     if not path.is_file():
         if student:
             raise ValueError(
-                f"{out} holds a model already ({', '.join(sorted(student)[:3])}), which the student would overwrite; choose another folder for it "
-                "(out), or remove that one."
+                f"{out} holds a model already ({', '.join(sorted(student)[:3])}), which the student would overwrite; "
+                "choose another folder for it (out), or remove that one."
             )
         if saved and not resume:
             raise ValueError(
-                f"{out} holds checkpoints up to step {saved[-1][0]}; resume=True (--resume) goes on from them, or choose another `out`."
+                f"{out} holds checkpoints up to step {saved[-1][0]}; resume=True (--resume) goes on from them, or "
+                "choose another `out`."
             )
         return None
     try:
@@ -359,19 +367,24 @@ def _finished(config: ExperimentConfig, out: Path, resume: bool) -> dict[str, An
             "a finished student" if finished else f"an unfinished run, saved up to step {saved[-1][0] if saved else 0},"
         )
         raise ValueError(
-            f"{out} holds {what} of this configuration already; resume=True (--resume) goes on with it. To train anew, choose another folder "
-            "(out), or remove that one."
+            f"{out} holds {what} of this configuration already; resume=True (--resume) goes on with it. To train anew, "
+            "choose another folder (out), or remove that one."
         )
     return found if finished else None
 
 
 def _refusal(out: Path, other: dict[str, tuple]) -> str:
     lines = "\n".join(f"  {key}: {theirs} there, {ours} here" for key, (theirs, ours) in other.items())
-    return f"{out} belongs to another run:\n{lines}\nChoose another folder (out), remove that one, or resume with what it was started with."
+    return (
+        f"{out} belongs to another run:\n{lines}\n"
+        "Choose another folder (out), remove that one, or resume with what it was started with."
+    )
 
 
 def _binding(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration a run's numbers follow from: all but the folder and how often it logs, evaluates and saves."""
+    """What of a configuration a run's numbers follow from: all but the folder and how often it logs,
+    evaluates and saves.
+    """
     aside = ("log_every", "eval_every", "save_every")
     config = by_names(config, OLD_NAMES)
     training = {key: value for key, value in config["training"].items() if key not in aside}
@@ -379,17 +392,20 @@ def _binding(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path, processes: int) -> Path | None:
-    """Where a broken run goes on; None: at its start, with a warning where checkpoints were begun and none was finished.
+    """Where a broken run goes on; None: at its start, with a warning where checkpoints were begun and none was
+    finished.
 
     Raises:
-        ValueError: there were finished checkpoints and none is whole: starting over would cost what may yet be restored.
+        ValueError: there were finished checkpoints and none is whole:
+            starting over would cost what may yet be restored.
     """
     found = last_whole_checkpoint(folder, processes)
     if found is None and (all_ := checkpoints(folder)):
         if lost := [path for _, path in all_ if was_finished(path)]:
             reasons = "; ".join(f"{path.name}: {flaw(path)}" for path in lost)
             raise ValueError(
-                f"{folder} holds no whole checkpoint to go on from ({reasons}). Restore one, or remove the folder to train from the start."
+                f"{folder} holds no whole checkpoint to go on from ({reasons}). Restore one, or remove the folder to "
+                "train from the start."
             )
         logger.warning("%s holds no finished checkpoint: the run starts at step 0.", folder)
     return found
@@ -399,7 +415,9 @@ def _checkpoint(folder: Path, processes: int) -> Path | None:
 
 
 def _rehearse(student, prepared: Prepared, device) -> None:
-    """Evaluate the student on a few rows as it will be evaluated: what does not fit is said before training. Draws no random numbers."""
+    """Evaluate the student on a few rows as it will be evaluated: what does not fit is said before training.
+    Draws no random numbers.
+    """
     from fakit.models.random_state import random_state_kept
 
     task, tokenizer = prepared.task, prepared.tokenizer
@@ -504,7 +522,9 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
 
 @contextmanager
 def without_side_bars():
-    """No progress bars of loading, tokenizing and writing, which take moments here and would run through the run's own."""
+    """No progress bars of loading, tokenizing and writing, which take moments here and would run through the run's
+    own.
+    """
     import datasets
     from transformers.utils import logging
 

@@ -322,8 +322,8 @@ def _check_rules(value: Any, rules: Mapping[str, Any], path: str) -> None:
 def _check_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
     """Refuse what YAML would take without a word, and what would fill the memory; the number of values below a node.
 
-    `safe_load` keeps the last of two equal keys, reads 010 as 8 and 1:30 as 90, and fills in an anchor as often as it is named: also inside
-    itself, and nine times nine times.
+    `safe_load` keeps the last of two equal keys, reads 010 as 8 and 1:30 as 90, and fills in an anchor as often as it
+    is named: also inside itself, and nine times nine times.
 
     Args:
         sizes: of the nodes seen so far, by id; 0 while a node is being looked at.
@@ -353,11 +353,13 @@ def _check_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
         total += sum(_check_nodes(item, sizes) for item in node.value)
     elif node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and re.match(r"[-+]?0_*\d|.*:", node.value):
         raise ValueError(
-            f"line {line}: YAML reads {node.value} as a number to base 8 or 60; write it plainly, or in quotes for text."
+            f"line {line}: YAML reads {node.value} as a number to base 8 or 60; write it plainly, or in quotes for "
+            "text."
         )
     if total > LARGEST:
         raise ValueError(
-            f"line {line}: with its anchors (&, *) filled in this is more than {LARGEST:,} values; write out what is meant."
+            f"line {line}: with its anchors (&, *) filled in this is more than {LARGEST:,} values; write out what is "
+            "meant."
         )
     sizes[id(node)] = total
     return total

@@ -40,7 +40,9 @@ def differing_settings(runs: pd.DataFrame) -> list[str]:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate over n seeds (or what `of` says) with its interval; `low` and `high` are nan where n = 1 gives none."""
+    """An estimate over n seeds (or what `of` says) with its interval;
+    `low` and `high` are nan where n = 1 gives none.
+    """
 
     mean: float
     low: float
@@ -126,11 +128,12 @@ def paired_bootstrap(
 
 
 def paired_means(values: Sequence[Sequence[float]], level: float = 0.95) -> list[Interval]:
-    """The mean of each arm over paired seeds, with the interval that matters when arms are compared: free of what a seed does to all.
+    """The mean of each arm over paired seeds, with the interval that matters when arms are compared:
+    free of what a seed does to all.
 
-    Loftus & Masson (1994): seeds are taken off as the blocks of a two-way table, one residual variance serves all arms, so
-    the half width is t(ν) · s / √seeds with ν = (arms − 1)(seeds − 1). Two arms differ beyond chance, one comparison only,
-    where they are apart by more than √2 half widths.
+    Loftus & Masson (1994): seeds are taken off as the blocks of a two-way table, one residual variance serves all arms,
+    so the half width is t(ν) · s / √seeds with ν = (arms − 1)(seeds − 1). Two arms differ beyond chance, one comparison
+    only, where they are apart by more than √2 half widths.
 
     Args:
         values: (arms, seeds).
@@ -160,9 +163,9 @@ def spearman_interval(
 ) -> Interval:
     """Spearman's ρ between a score and a quality over items (layer maps), with its percentile bootstrap interval.
 
-    Each resample draws items again with replacement and, where qualities come by seed, seeds too: the same for all items,
-    since they are paired. A drawn item brings its score along. Items that share parts (maps that share pairs) are less than
-    independent, so read the interval as the least uncertainty there is.
+    Each resample draws items again with replacement and, where qualities come by seed, seeds too: the same for all
+    items, since they are paired. A drawn item brings its score along. Items that share parts (maps that share pairs)
+    are less than independent, so read the interval as the least uncertainty there is.
 
     Args:
         scores: (items,), one a map.
@@ -172,7 +175,8 @@ def spearman_interval(
         mean = ρ of all items and seeds; n = items; p: two-sided, by permuting the scores.
 
     Raises:
-        ValueError: fewer than 4 items, numbers of items that differ, values not finite, or a side that is constant (it has no ranks).
+        ValueError: fewer than 4 items, numbers of items that differ, values not finite,
+            or a side that is constant (it has no ranks).
     """
     x = _finite("scores", scores)
     y = _table("qualities", [[q] if np.ndim(q) == 0 else q for q in qualities])
@@ -289,8 +293,8 @@ def paired_table(runs: pd.DataFrame, metric: str, baseline_arm: str, level: floa
         p_holm over all comparisons of the task; pairs = seeds in common; unpaired = seeds that one of the two lacks.
 
     Raises:
-        ValueError: naming what is missing: a column, the baseline arm; a run recorded twice for one task, arm, seed; or settings or versions
-            in which the seeds of an arm differ.
+        ValueError: naming what is missing: a column, the baseline arm; a run recorded twice for one task, arm, seed; or
+            settings or versions in which the seeds of an arm differ.
     """
     for column in ("task", "arm", "seed", metric):
         if column not in runs:
@@ -309,8 +313,9 @@ def paired_table(runs: pd.DataFrame, metric: str, baseline_arm: str, level: floa
         if differing := differing_settings(group):
             values = "; ".join(f"{key}: {', '.join(sorted({str(v) for v in group[key]}))}" for key in differing)
             raise ValueError(
-                f"{task}, arm {arm}: the runs of its seeds differ in more than the seed ({values}), so they are not seeds of one arm; "
-                "choose the runs of one configuration first, or compare with study_table, which keeps them apart."
+                f"{task}, arm {arm}: the runs of its seeds differ in more than the seed ({values}), so they are not "
+                "seeds of one arm; choose the runs of one configuration first, or compare with study_table, which "
+                "keeps them apart."
             )
     rows = []
     for task, of_task in runs.groupby("task", sort=False):

@@ -6,7 +6,8 @@
       steps.jsonl     one line a logged step: run_id, step, the loss terms
 
 A record is written under a lock and synced; one that a full disk cuts short is taken back, so only a kill in the middle
-of the very last line leaves a part of it. Such a rest is never taken for data and never thrown away: the next writer moves it to `runs.jsonl.rest`, with a warning.
+of the very last line leaves a part of it. Such a rest is never taken for data and never thrown away: the next writer
+moves it to `runs.jsonl.rest`, with a warning.
 """
 
 from __future__ import annotations

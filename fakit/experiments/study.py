@@ -176,7 +176,9 @@ def run_missing(
     say: Callable[..., None],
     run: Callable[[ExperimentConfig, Path], RunResult] | None = None,
 ) -> None:
-    """Run what the store does not hold; `run` (by default `run_experiment`) trains one and records it, and is a module's function."""
+    """Run what the store does not hold; `run` (by default `run_experiment`) trains one and records it,
+    and is a module's function.
+    """
     done = {record["run_id"] for record in store.records()}
     missing = [config for config in configs if config.run_id not in done]
     if len(missing) < len(configs):

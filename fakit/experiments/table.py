@@ -25,10 +25,11 @@ _COMPARISON = {  # columns of paired_table → of study_table, {} the baseline a
 def study_table(store: RunStore, level: float = 0.95) -> pd.DataFrame:
     """One row a task and arm, then the baselines of each task.
 
-    Columns: task, arm, kind ("run" or "baseline"), metric, higher_is_better, n, seeds, scores, mean, low, high; for each
-    X of none and outputs that the task was run with: gain_over_X, …_low, …_high, gains_over_X (one a pair),
-    p_holm_over_X, pairs_with_X; gap_closed, …_low, …_high from none to the teacher (nan where not available); steps, flops (training, mean),
-    agreement (with the teacher, mean); no_score: seeds whose student gave NaN, which no mean counts.
+    Columns: task, arm, kind ("run" or "baseline"), metric, higher_is_better, n, seeds, scores, mean, low, high; for
+    each X of none and outputs that the task was run with: gain_over_X, …_low, …_high, gains_over_X (one a pair),
+    p_holm_over_X, pairs_with_X; gap_closed, …_low, …_high from none to the teacher (nan where not available); steps,
+    flops (training, mean), agreement (with the teacher, mean); no_score: seeds whose student gave NaN,
+    which no mean counts.
 
     Raises:
         ValueError: the store holds no finished run.
@@ -68,13 +69,14 @@ def _check_records(store: RunStore) -> None:
             if not isinstance(record.get(name), kind):
                 found = repr(record[name])[:60] if name in record else "nothing"
                 raise ValueError(
-                    f"{store.path / 'runs.jsonl'}: the run {record['run_id']} has {found} as its {name}, so it cannot be compared with others; "
-                    "take its line out (keep a copy), or record the run again."
+                    f"{store.path / 'runs.jsonl'}: the run {record['run_id']} has {found} as its {name}, so it cannot "
+                    "be compared with others; take its line out (keep a copy), or record the run again."
                 )
 
 
 def distinct_arms(runs: pd.DataFrame) -> pd.Series:
-    """Arm names that tell configurations and versions apart: "all", or "all · layer_map=reverse" where one arm was run in several ways.
+    """Arm names that tell configurations and versions apart: "all",
+    or "all · layer_map=reverse" where one arm was run in several ways.
 
     Runs that differ in more than the seed are never seeds of one arm.
     """
@@ -85,7 +87,9 @@ def distinct_arms(runs: pd.DataFrame) -> pd.Series:
 
 
 def distinct_tasks(runs: pd.DataFrame) -> pd.Series:
-    """Task names that tell tasks apart: the name, with what differs where two files of one name, options or texts stand behind it."""
+    """Task names that tell tasks apart: the name, with what differs where two files of one name,
+    options or texts stand behind it.
+    """
     names = runs["task"].copy()
     asked = [column for column in runs if column == "config.task.name" or column.startswith("config.task.options")]
     for _, group in runs.groupby("task", sort=False):

@@ -132,14 +132,16 @@ def check_further_terms(terms: Mapping[str, Any]) -> None:
 
 
 def build_further_term(name: str, given: Any, map_of: MapOf) -> Term:
-    """A term of `terms:` in a file: a kind of the kit's, or a class of one's own as "package.module:Class", and its settings.
+    """A term of `terms:` in a file: a kind of the kit's, or a class of one's own as "package.module:Class",
+    and its settings.
 
     Raises:
         ValueError: no mapping with a kind, a kind or a class that is not there, settings that it does not take.
     """
     if not isinstance(given, Mapping) or not isinstance(given.get("kind"), str):
         raise ValueError(
-            f"terms.{name}: found {describe(given)}, expected a mapping with a kind: {', '.join(KINDS)}, or package.module:Class."
+            f"terms.{name}: found {describe(given)}, expected a mapping with a kind: {', '.join(KINDS)}, or "
+            "package.module:Class."
         )
     kind, settings = given["kind"], {key: value for key, value in given.items() if key != "kind"}
     if kind in KINDS:
@@ -163,7 +165,8 @@ def _class_of(name: str, kind: str) -> type[Term]:
     module, colon, attribute = kind.partition(":")
     if not colon:
         raise ValueError(
-            f"terms.{name}.kind: {kind!r} is not one of {', '.join(KINDS)}, and no package.module:Class.{did_you_mean(kind, KINDS)}"
+            f"terms.{name}.kind: {kind!r} is not one of {', '.join(KINDS)}, and no "
+            f"package.module:Class.{did_you_mean(kind, KINDS)}"
         )
     try:
         found = getattr(importlib.import_module(module), attribute, None)

@@ -162,8 +162,8 @@ def attention_pair(
     q, k = np.unravel_index(gap, (length, length))
     total = 0.5 * np.nansum(np.abs(drawn[2]), axis=1)[counts.any(1)].mean()
     summary = (
-        f"Teacher and student maps differ by a total variation of {total:.2f} a row on average; most at {tokens[q]} → {tokens[k]} "
-        f"(teacher {teacher[q, k]:.2f}, student {student[q, k]:.2f})."
+        f"Teacher and student maps differ by a total variation of {total:.2f} a row on average; most at {tokens[q]} → "
+        f"{tokens[k]} (teacher {teacher[q, k]:.2f}, student {student[q, k]:.2f})."
     )
     return Figure(
         figure, summary, f"Rows are queries, columns keys. {hidden}Teacher and student share one scale, 0 to {top:.2f}."
@@ -175,7 +175,8 @@ def head_matching(
     assignment: Sequence[tuple[int, int]] | None = None,
     title: str = "Distance between heads (Jensen–Shannon)",
 ) -> Figure:
-    """Student heads (rows) against teacher heads (columns): bright = alike; a dot marks each row's nearest, a frame the chosen match.
+    """Student heads (rows) against teacher heads (columns): bright = alike; a dot marks each row's nearest,
+    a frame the chosen match.
 
     Args:
         distances: (H_S, H_T) Jensen–Shannon distances in [0, 1] (square root of the divergence in bits).

@@ -48,7 +48,8 @@ def reliability(bins: Mapping[str, Any], title: str = "Calibration") -> Figure:
             line=role.line(),
             marker=role.marker(9),
             customdata=count,
-            hovertemplate=f"{name}<br>confidence %{{x:.3f}}, accuracy %{{y:.3f}}<br>%{{customdata:.0f}} examples<extra></extra>",
+            hovertemplate=f"{name}<br>confidence %{{x:.3f}}, accuracy %{{y:.3f}}<br>"
+            "%{customdata:.0f} examples<extra></extra>",
         )
         share = count / count.sum()
         figure.add_scatter(

@@ -1,4 +1,6 @@
-"""How the terms pull: what each adds to the loss, how hard its gradient pulls, in which layer, and against which other."""
+"""How the terms pull: what each adds to the loss, how hard its gradient pulls, in which layer,
+and against which other.
+"""
 
 from __future__ import annotations
 
@@ -37,19 +39,21 @@ def term_pulls(
     limits: tuple[float, float, float] = (0.0, 0.0, 0.0),
     title: str = "How the terms pull",
 ) -> Figure:
-    """Four panels: weighted loss by term, weighted gradient norm by term, the same by layer, and cosines between the gradients.
+    """Four panels: weighted loss by term, weighted gradient norm by term, the same by layer,
+    and cosines between the gradients.
 
     Args:
         losses: term → weight × loss; 0 for a term that is off. The terms, in this order.
         norms: part of the student ("all", then "S0", "S1" … "head") → term → norm of the gradient of its weighted loss.
         cosines: (k, k), −1 to 1, symmetric; NaN where a term has no gradient, shown as –.
         where: the part of the student whose cosines these are.
-        limits: right or upper ends of the axes (loss, norm, norm by layer), so that pictures beside or after each other compare; never
-            below the data.
+        limits: right or upper ends of the axes (loss, norm, norm by layer), so that pictures beside or after each other
+            compare; never below the data.
         title: short title.
 
     Raises:
-        ValueError: nothing to draw, norms without "all" or without a term, a number that is not finite, cosines of another shape.
+        ValueError: nothing to draw, norms without "all" or without a term, a number that is not finite,
+            cosines of another shape.
     """
     check_keys(losses, "term_pulls")
     terms = list(losses)
@@ -80,7 +84,15 @@ def term_pulls(
     return Figure(figure, _summary(losses, norms["all"], values, terms, place))
 
 
-def _bars(figure: go.Figure, number: int, values: Mapping[str, float], labels: Mapping[str, str], limit: float, axis: str, across):  # fmt: skip
+def _bars(
+    figure: go.Figure,
+    number: int,
+    values: Mapping[str, float],
+    labels: Mapping[str, str],
+    limit: float,
+    axis: str,
+    across,
+):
     room = 8 * max(map(len, labels.values())) / 360  # the labels stand to the right of the bars
     end = add_term_bars(figure, values, labels, limit, room, xaxis=axis_id("x", number), yaxis=axis_id("y", number))
     figure.update_layout(
@@ -162,7 +174,8 @@ def _summary(losses: Mapping, norms: Mapping, values: np.ndarray, terms: list[st
     share = f", {100 * losses[largest] / total:.0f} % of it {largest}" if total else ""
     pulling = [value for value in norms.values() if value > 0]
     alike = len(pulling) > 1 and max(pulling) < 1.01 * min(pulling)
-    text = f"Total loss {total:.3g}{share}; {'all pull alike' if alike else f'{hardest} pulls hardest'} (gradient norm {norms[hardest]:.3g})"
+    pulls = "all pull alike" if alike else f"{hardest} pulls hardest"
+    text = f"Total loss {total:.3g}{share}; {pulls} (gradient norm {norms[hardest]:.3g})"
     pairs = [
         (values[i, j], terms[j], terms[i]) for i in range(len(terms)) for j in range(i) if np.isfinite(values[i, j])
     ]

@@ -1,7 +1,8 @@
 """The picture of a run while it trains: loss by term, CKA to the teacher over steps, and its matrix now, as one SVG.
 
-Drawn by hand. plotly draws a whole figure anew for every point, which flickers, and the matplotlib twin takes a good part of a second; this
-is text of a few kilobytes, made in a millisecond, that a page puts in place of the one before without a flicker.
+Drawn by hand. plotly draws a whole figure anew for every point, which flickers, and the matplotlib twin takes a good
+part of a second; this is text of a few kilobytes, made in a millisecond,
+that a page puts in place of the one before without a flicker.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def training_now(
         parts.append(_matrix(np.asarray(similarity[last], float), pairs, (608, 232), f"CKA at step {last}"))
     summary = _summary(found, looks, events, steps)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'font-family="{escape(FONT)}" font-size="{SMALL}" fill="{TEXT}" style="max-width:100%;height:auto">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'role="img" font-family="{escape(FONT)}" font-size="{SMALL}" fill="{TEXT}" style="max-width:100%;height:auto">'
         f"<title>Training now</title><desc>{escape(summary)}</desc>{''.join(parts)}</svg>"
     ), summary
 
@@ -155,9 +156,9 @@ def _chart(
         role = styles.get(name, EXTRA)
         path = "M" + "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in lines[name])
         parts.append(
-            f'<path d="{path}" data-line="{escape(name)}" data-points="{len(lines[name])}" stroke="{role.color}" stroke-width="2" '
-            f'stroke-dasharray="{_DASHES[role.dash]}" stroke-linejoin="round" fill="none"/>'
-            f'<circle cx="{at:.1f}" cy="{end:.1f}" r="3.5" fill="{role.color}"/>'
+            f'<path d="{path}" data-line="{escape(name)}" data-points="{len(lines[name])}" stroke="{role.color}" '
+            f'stroke-width="2" stroke-dasharray="{_DASHES[role.dash]}" stroke-linejoin="round" fill="none"/><circle '
+            f'cx="{at:.1f}" cy="{end:.1f}" r="3.5" fill="{role.color}"/>'
         )
         parts.append(_text(at + 9, labels[name] + 4, name, color=role.color))
     return "".join(parts)
@@ -176,7 +177,8 @@ def _matrix(values: np.ndarray, pairs: Sequence[tuple[int, int]], place: tuple[f
         for j in range(columns):
             at, top = left + j * cell, bottom - (i + 1) * cell
             parts.append(
-                f'<rect x="{at:.1f}" y="{top:.1f}" width="{cell:.2f}" height="{cell:.2f}" fill="{colors[i * columns + j]}">'
+                f'<rect x="{at:.1f}" y="{top:.1f}" width="{cell:.2f}" height="{cell:.2f}" '
+                f'fill="{colors[i * columns + j]}">'
                 f"<title>S{i} and T{j}: CKA {values[i, j]:.3f}</title></rect>"
             )
             if cell >= 26:  # ".87" takes 19 px: nearer to each other, the numbers of a row run together
@@ -187,8 +189,8 @@ def _matrix(values: np.ndarray, pairs: Sequence[tuple[int, int]], place: tuple[f
     parts += [_text(left + (j + 0.5) * cell, bottom + 16, f"T{j}", anchor="middle") for j in range(0, columns, every)]
     for i, j in pairs:
         parts.append(
-            f'<rect x="{left + j * cell + 1:.1f}" y="{bottom - (i + 1) * cell + 1:.1f}" width="{cell - 2:.2f}" height="{cell - 2:.2f}" '
-            f'fill="none" stroke="#D55E00" stroke-width="2.5"/>'
+            f'<rect x="{left + j * cell + 1:.1f}" y="{bottom - (i + 1) * cell + 1:.1f}" width="{cell - 2:.2f}" '
+            f'height="{cell - 2:.2f}" fill="none" stroke="#D55E00" stroke-width="2.5"/>'
         )
     return "".join(parts)
 
@@ -224,13 +226,17 @@ def _apart(heights: Mapping[str, float], top: float, bottom: float, gap: float =
 
 
 def _end(steps: int, last: float) -> int:
-    """Right end of the axis: a round number well ahead of the last step, all of them at most, so that a long run is seen early."""
+    """Right end of the axis: a round number well ahead of the last step, all of them at most,
+    so that a long run is seen early.
+    """
     _, ahead = enclosing(1, max(20, 2 * last))
     return int(ahead if steps < 1 else min(ahead, max(steps, last)))
 
 
 def _net(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Changes of one setting at one step as one: where a hand turned a knob in several goes, the first old and the last new value."""
+    """Changes of one setting at one step as one: where a hand turned a knob in several goes,
+    the first old and the last new value.
+    """
     merged: dict[tuple[int, str], dict[str, Any]] = {}
     for event in events:
         known = merged.setdefault((event["step"], event["name"]), dict(event))

@@ -35,19 +35,20 @@ def map_experiment(
     """Test quality against the mean CKA of a map's pairs: one panel a task, one point a map, the controls marked.
 
     Args:
-        table: rows task, map (its name), kind ("increasing", "none", "reverse", "random"), cka (mean over the map's pairs,
-            student at its start; NaN for "none", which becomes a line) and score (mean over paired seeds); where known low
-            and high, its interval, and scores, the single seeds, shown on hover; higher_is_better, one value a task, False for
-            error rates, whose axis is reversed so that the better map is the upper one, True unless given.
-            `fakit.experiments.map_scores` gives it.
-        correlations: task → Spearman's ρ of CKA and quality (an error rate with its sign turned) over the increasing maps, with
-            .mean, .low, .high and .n (`fakit.experiments.map_report.map_correlations`); written in the panel.
+        table: rows task, map (its name), kind ("increasing", "none", "reverse", "random"), cka (mean over the map's
+            pairs, student at its start; NaN for "none", which becomes a line) and score (mean over paired seeds); where
+            known low and high, its interval, and scores, the single seeds, shown on hover; higher_is_better, one value
+            a task, False for error rates, whose axis is reversed so that the better map is the upper one, True unless
+            given. `fakit.experiments.map_scores` gives it.
+        correlations: task → Spearman's ρ of CKA and quality (an error rate with its sign turned) over the increasing
+            maps, with .mean, .low, .high and .n (`fakit.experiments.map_report.map_correlations`);
+            written in the panel.
         metrics: task → axis title, by default "test score".
         title: short title.
 
     Raises:
-        ValueError: no rows or missing columns, a kind that is not known, a correlation of a task that is not there, a map other
-            than "none" without a CKA, or a task whose scores are better both ways.
+        ValueError: no rows or missing columns, a kind that is not known, a correlation of a task that is not there, a
+            map other than "none" without a CKA, or a task whose scores are better both ways.
     """
     rows = records(table, COLUMNS, "map_experiment")
     tasks, correlations = distinct(row["task"] for row in rows), dict(correlations or {})
@@ -75,7 +76,8 @@ def map_experiment(
             hover = [_hover(row) for row in of_kind]
             if kind == "none":
                 score = of_kind[0]["score"]
-                figure.add_scatter(x=[low, high], y=[score] * 2, mode="lines", line=role.line(), hovertext=hover * 2, hoverinfo="text", **look)  # fmt: skip
+                level = {"x": [low, high], "y": [score] * 2, "hovertext": hover * 2}
+                figure.add_scatter(**level, mode="lines", line=role.line(), hoverinfo="text", **look)
                 continue
             score = [row["score"] for row in of_kind]
             bars = [[row.get(end, row["score"]) for row in of_kind] for end in ("low", "high")]
@@ -96,8 +98,20 @@ def map_experiment(
             bottom, top, title_y = top, bottom, f"{title_y} (reversed: lower is better)"
         figure.update_layout(
             {
-                axis_key("x", number): {"domain": domain, "anchor": y, "range": (low, high), "nticks": 6, "title": {"text": "mean CKA of the map's pairs"}},
-                axis_key("y", number): {"anchor": x, "range": (bottom, top), "zeroline": False, "nticks": 7, "title": {"text": title_y}},
+                axis_key("x", number): {
+                    "domain": domain,
+                    "anchor": y,
+                    "range": (low, high),
+                    "nticks": 6,
+                    "title": {"text": "mean CKA of the map's pairs"},
+                },
+                axis_key("y", number): {
+                    "anchor": x,
+                    "range": (bottom, top),
+                    "zeroline": False,
+                    "nticks": 7,
+                    "title": {"text": title_y},
+                },
             }
         )  # fmt: skip
         said = f"<b>{task}</b>"
@@ -178,7 +192,8 @@ def _sentence(task: str, rows: list[dict], found: Any, higher: bool) -> str:
     said = f"{task}: " if higher else f"{task} (lower is better): "
     if found is not None:
         said += f"Spearman ρ {found.mean:.2f} (95 % interval {found.low:.2f} to {found.high:.2f}) over {found.n} maps; "
-    said += f"the map of the largest CKA, {chosen['map']}, scores {chosen['score']:.4g} and comes {_ordinal(place)} of {len(increasing)}, "
+    said += f"the map of the largest CKA, {chosen['map']}, scores {chosen['score']:.4g} "
+    said += f"and comes {_ordinal(place)} of {len(increasing)}, "
     said += f"the best, {best['map']}, {best['score']:.4g}"
     controls = [f"{row['kind']} {row['score']:.4g}" for row in rows if row["kind"] != "increasing"]
     return said + (f"; {', '.join(controls)}." if controls else ".")

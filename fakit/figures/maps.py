@@ -20,7 +20,8 @@ def layer_map(
     similarity: Any = None,
     title: str = "Layer map",
 ) -> Figure:
-    """Two rows of layers and a link for each pair of the map; with `similarity`, links as wide as the layers are similar.
+    """Two rows of layers and a link for each pair of the map; with `similarity`,
+    links as wide as the layers are similar.
 
     Args:
         pairs: (student layer, teacher layer), 0 = embeddings, as in `LayerMap.pairs`.
@@ -36,8 +37,8 @@ def layer_map(
         similarity = matrix(similarity, "similarity")
         if similarity.shape != (student_layers + 1, teacher_layers + 1):
             raise ValueError(
-                f"similarity has shape {similarity.shape}; a student of {student_layers} and a teacher of {teacher_layers} "
-                f"layers need {(student_layers + 1, teacher_layers + 1)}: embeddings are layer 0"
+                f"similarity has shape {similarity.shape}; a student of {student_layers} and a teacher of "
+                f"{teacher_layers} layers need {(student_layers + 1, teacher_layers + 1)}: embeddings are layer 0"
             )
     widest = max(student_layers, teacher_layers)
     figure = canvas(title, (720, 320), {"l": 90, "r": 24, "t": 60, "b": 20}, showlegend=False)

@@ -84,7 +84,9 @@ def memory_plan(
 
 
 def _spread(cards: Mapping[str, float], limit: float, top: float) -> list[tuple[str, float]]:
-    """Cards whose lines lie within the picture and not too near each other or the limit's: their labels would overlap."""
+    """Cards whose lines lie within the picture and not too near each other or the limit's:
+    their labels would overlap.
+    """
     shown: list[tuple[str, float]] = []
     taken = [limit]
     for name, size in sorted(cards.items(), key=lambda item: item[1]):

@@ -24,13 +24,14 @@ def quantization_by_layer(
     letter: str = "T",
     title: str = "What quantizing does, layer by layer",
 ) -> Figure:
-    """One line a form of the teacher: the error of its hidden states, and beside it the divergence of its attention maps.
+    """One line a form of the teacher: the error of its hidden states,
+    and beside it the divergence of its attention maps.
 
     Args:
-        forms: name (8bit, 4bit …) → one row a layer: layer (0 = embeddings), relative_error, attention_jsd in nats (None where there is
-            none); `QuantizationFidelity.rows()` gives them.
-        references: name → teacher layer → relative error: what the errors are to be judged by, such as a student's distance to the full teacher.
-            Drawn dotted among the hidden states.
+        forms: name (8bit, 4bit …) → one row a layer: layer (0 = embeddings), relative_error, attention_jsd in nats
+            (None where there is none); `QuantizationFidelity.rows()` gives them.
+        references: name → teacher layer → relative error: what the errors are to be judged by, such as a student's
+            distance to the full teacher. Drawn dotted among the hidden states.
         letter: of the layers' names: T0, T1 …
         title: short title.
 
@@ -117,7 +118,9 @@ def _line(figure, number: int, name: str, layers: list[int], values: np.ndarray,
 
 
 def _sentence(short: str, values: Mapping[str, np.ndarray], layers: list[int], letter: str) -> str:
-    """`relative error 8bit 0.02 (T1) to 0.05 (T6), 4bit …`: the smallest and the largest above 0 where there are any."""
+    """`relative error 8bit 0.02 (T1) to 0.05 (T6), 4bit …`:
+    the smallest and the largest above 0 where there are any.
+    """
     parts = []
     for name, errors in values.items():
         places = [place for place, error in enumerate(errors) if error > 0]

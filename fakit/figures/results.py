@@ -1,7 +1,7 @@
 """Results of a study: paired differences, scores, retention, cost against quality, sensitivity to the weights.
 
-All tables are DataFrames or lists of dicts with one row a (task, arm): `mean`, `low`, `high` are an estimate with its 95 %
-interval, computed elsewhere (`fakit.experiments.statistics`), and `seeds` holds the single values behind it.
+All tables are DataFrames or lists of dicts with one row a (task, arm): `mean`, `low`, `high` are an estimate with its
+95 % interval, computed elsewhere (`fakit.experiments.statistics`), and `seeds` holds the single values behind it.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def paired_differences(
     worse = sum(row["high"] < 0 for row in rows)
     counts = sorted({len(_seeds(row)) for row in rows} - {0})
     summary = (
-        f"{len(sure)} of {len(rows)} differences from {baseline} lie above 0 with their whole 95 % interval, {worse} below"
-        + (f": {'; '.join(sure)}." if sure else ".")
+        f"{len(sure)} of {len(rows)} differences from {baseline} lie above 0 with their whole 95 % interval, {worse} "
+        "below" + (f": {'; '.join(sure)}." if sure else ".")
     )
     caption = "Bars: 95 % intervals of the paired difference; to the right of the dotted line is better."
     if counts:

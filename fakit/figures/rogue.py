@@ -21,12 +21,15 @@ def rogue_scrub(
     mode: str = "drop",
     title: str = "Without the largest dimensions",
 ) -> Figure:
-    """Two panels over the number of dimensions taken care of: CKA of pairs of layers, and the variance these dimensions carry.
+    """Two panels over the number of dimensions taken care of: CKA of pairs of layers,
+    and the variance these dimensions carry.
 
-    A layer has the color of its pair, and the teacher's line is solid, the student's dashed; its name stands at its end.
+    A layer has the color of its pair, and the teacher's line is solid, the student's dashed;
+    its name stands at its end.
 
     Args:
-        cka: name of a pair ("S3 and T6"), in the order of the map → (K + 1,), CKA with 0 … K dimensions dropped or z-scored; NaN is a gap.
+        cka: name of a pair ("S3 and T6"), in the order of the map → (K + 1,), CKA with 0 … K dimensions dropped or
+            z-scored; NaN is a gap.
         shares: layer (T6, S3 …) → (K + 1,), the variance share of its 0 … K largest dimensions.
         k: where one stands, 0 … K; marked by a line.
         mode: what was done to them, "drop" or "z-score".
@@ -50,13 +53,14 @@ def rogue_scrub(
     figure.update_layout(
         xaxis={"domain": left, "anchor": "y"},
         xaxis2={"domain": right, "anchor": "y2"},
-        yaxis={"anchor": "x", "title": {"text": "CKA"}, "range": (min(0, *(_least(line) for line in cka.values())) * 1.1, 1.02)},
+        yaxis={"anchor": "x", "title": {"text": "CKA"}, "range": (1.1 * min(0, *map(_least, cka.values())), 1.02)},
         yaxis2={"anchor": "x2", "title": {"text": "share of variance (%)"}, "range": (0, top)},
     )  # fmt: skip
     for position, (name, line) in enumerate(cka.items()):
         role = pair_role(position)
         hover = f"{name}<br>%{{x}} {done}: CKA %{{y:.3f}}<extra></extra>"
-        figure.add_scatter(x=steps, y=list(line), name=name, mode="lines+markers", line=role.line(), marker=role.marker(7), hovertemplate=hover)  # fmt: skip
+        look = {"mode": "lines+markers", "line": role.line(), "marker": role.marker(7)}
+        figure.add_scatter(x=steps, y=list(line), name=name, hovertemplate=hover, **look)
     ends = _apart({name: 100 * line[-1] for name, line in shares.items()}, 0.06 * top)
     for name, line in shares.items():
         role = _layer_role(name, list(cka))

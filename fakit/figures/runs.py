@@ -1,4 +1,6 @@
-"""Runs side by side: their curves over the steps, and what each costs against how good it is; the chosen ones stand out."""
+"""Runs side by side: their curves over the steps, and what each costs against how good it is;
+the chosen ones stand out.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ COLUMNS = ("run_id", "arm", "seed", "cost", "quality", "steps", "values", "chose
 
 
 def run_role(name: str) -> Role:
-    """How an arm's runs are drawn: a study's arms as everywhere; the teacher and other baselines, which have no curve, by marks of their own."""
+    """How an arm's runs are drawn: a study's arms as everywhere; the teacher and other baselines,
+    which have no curve, by marks of their own.
+    """
     if name.split()[0].strip(",") in ARMS:
         return arm(name)
     return replace(TEACHER, symbol="x") if "teacher" in name else replace(BASELINE, symbol="triangle-down")
@@ -31,11 +35,12 @@ def runs_overview(
     higher_is_better: bool = True,
     title: str = "Runs",
 ) -> Figure:
-    """Two panels: one line a run over its steps, and one point a run, cost against quality; the dotted line is the front.
+    """Two panels: one line a run over its steps, and one point a run, cost against quality;
+    the dotted line is the front.
 
     Args:
-        runs: rows run_id, arm, seed, cost (None or NaN: not recorded, no point), quality (likewise), steps and values (the curve, may be empty), chosen.
-            Where some are chosen the others fade.
+        runs: rows run_id, arm, seed, cost (None or NaN: not recorded, no point), quality (likewise), steps and values
+            (the curve, may be empty), chosen. Where some are chosen the others fade.
         front: (cost, quality) by rising cost, joined by the step line.
         curve_label, cost_label, quality_label: axis titles with units.
         higher_is_better: False turns the quality axis around, so that up is better in any case.

@@ -113,7 +113,8 @@ def similarity_panels(
     title: str = "Similarity of layers",
     measure: str = "CKA",
 ) -> Figure:
-    """Two or three heatmaps of one pair of depths side by side, on one scale from 0 to 1: estimators, students, before and after.
+    """Two or three heatmaps of one pair of depths side by side, on one scale from 0 to 1: estimators, students,
+    before and after.
 
     Args:
         values: heading of a panel → (S + 1, T + 1), rows and columns by layer number.

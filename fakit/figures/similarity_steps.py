@@ -17,7 +17,9 @@ _AGAIN = (("solid", "circle"), ("dash", "x"), ("longdashdot", "star"))  # the sa
 
 
 def pair_role(position: int) -> Role:
-    """How the `position`-th pair of a layer map is drawn, in every figure that draws pairs; six differ, then they come again."""
+    """How the `position`-th pair of a layer map is drawn, in every figure that draws pairs; six differ,
+    then they come again.
+    """
     turn, kind = divmod(position, len(_KINDS))
     role = _KINDS[kind]
     dash, symbol = (role.dash, role.symbol) if turn % 2 == 0 else _AGAIN[kind]

@@ -171,8 +171,8 @@ def softened(
                 continue
             if len(values) != len(labels) or abs(float(np.sum(values)) - 1) > 1e-3:
                 raise ValueError(
-                    f"the {role.name}'s distribution at temperature {temperature:g} has {len(values)} values that sum to "
-                    f"{float(np.sum(values)):.3f}; {len(labels)} labels need {len(labels)} probabilities with sum 1"
+                    f"the {role.name}'s distribution at temperature {temperature:g} has {len(values)} values that sum "
+                    f"to {float(np.sum(values)):.3f}; {len(labels)} labels need {len(labels)} probabilities with sum 1"
                 )
     wide = len(probabilities) > 2
     turn = any(label_width([label]) > (860 if wide else 600) / len(probabilities) / len(labels) for label in labels)

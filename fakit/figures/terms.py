@@ -22,12 +22,13 @@ def loss_bars(
     Args:
         terms: term → its loss before weighting; a term that was not computed (weight 0) may be missing.
         weights: term → weight ≥ 0; these are the terms drawn, in this order.
-        limit: right end of the axis in units of loss, so that pictures beside or after each other compare; from the data
-            where None, and never below them.
+        limit: right end of the axis in units of loss, so that pictures beside or after each other compare; from the
+            data where None, and never below them.
         title: short title.
 
     Raises:
-        ValueError: nothing to draw, a loss without weight, a weight above 0 without loss, or a number that is not finite.
+        ValueError: nothing to draw, a loss without weight, a weight above 0 without loss,
+            or a number that is not finite.
     """
     check_keys(weights, "loss_bars")
     if unknown := [name for name in terms if name not in weights]:

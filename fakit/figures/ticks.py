@@ -8,7 +8,9 @@ from typing import Any
 
 
 def linear(low: float, high: float, intervals: int = 6, whole: bool = False) -> list[float]:
-    """Numbers from low to high at a distance of 1, 2 or 5 · 10ᵏ, with so many intervals at most; `whole`: whole numbers only."""
+    """Numbers from low to high at a distance of 1, 2 or 5 · 10ᵏ, with so many intervals at most; `whole`:
+    whole numbers only.
+    """
     from matplotlib.ticker import MaxNLocator
 
     found = MaxNLocator(intervals, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high)
@@ -19,8 +21,8 @@ def linear(low: float, high: float, intervals: int = 6, whole: bool = False) -> 
 def logarithmic(low: float, high: float, least: int = 3, most: int = 8) -> list[float]:
     """Numbers from low to high (> 0) for a logarithmic axis: 1, 2 and 5 of each power of ten.
 
-    Where these are more than `most`, powers alone; where fewer than `least`, as between near values, 3 of each power too, or
-    the linear ones.
+    Where these are more than `most`, powers alone; where fewer than `least`, as between near values, 3 of each power
+    too, or the linear ones.
     """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
 

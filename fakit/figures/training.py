@@ -50,7 +50,8 @@ def add_term_bars(
     room: float,
     **place: str,
 ) -> float:
-    """A bar a term, first on top, its label at its end. Returns the right end of an axis that starts at 0 and holds bars and labels.
+    """A bar a term, first on top, its label at its end. Returns the right end of an axis that starts at 0 and holds
+    bars and labels.
 
     Args:
         limit: the axis reaches at least so far.
@@ -84,7 +85,8 @@ def loss_curves(
     """One line a loss term over the optimizer's steps.
 
     Args:
-        history: DataFrame or list of dicts with `step` and one column a term (rows may lack a term: it is skipped there).
+        history: DataFrame or list of dicts with `step` and one column a term (rows may lack a term: it is skipped
+            there).
         terms: columns to draw; by default every numeric one but step, epoch, learning rate and the like.
         weighted: whether the columns carry their weights (it names the axis).
         events: changes of weight while training, {step, name, old, new}: dotted lines.
@@ -170,7 +172,8 @@ def gradient_bars(norms: Mapping[str, float], title: str = "Gradient norm by ter
     share = norms[first] / (sum(norms.values()) or 1.0)
     return Figure(
         figure,
-        f"The {first} term pulls hardest: norm {norms[first]:.3g}, {100 * share:.0f} % of the sum of {len(terms)} norms.",
+        f"The {first} term pulls hardest: norm {norms[first]:.3g}, {100 * share:.0f} % of the sum of {len(terms)} "
+        "norms.",
     )
 
 

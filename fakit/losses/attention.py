@@ -1,8 +1,9 @@
 """Attention alignment: does the student look where the teacher looks?
 
-Every function takes student maps (B, H, T, T), teacher maps (B, H, T, T), rows = queries summing to 1 over keys, and mask, bool
-(B, T), True = counts: a pair takes part when its query and its key both count. Or mask says it pair by pair, bool (B, 1, T, T), for causal
-models whose queries see no later keys. The mean is over queries that count (KL) or pairs that count (MSE).
+Every function takes student maps (B, H, T, T), teacher maps (B, H, T, T), rows = queries summing to 1 over keys, and
+mask, bool (B, T), True = counts: a pair takes part when its query and its key both count. Or mask says it pair by pair,
+bool (B, 1, T, T), for causal models whose queries see no later keys. The mean is over queries that count (KL)
+or pairs that count (MSE).
 """
 
 import torch
@@ -31,7 +32,8 @@ def over_valid_keys(maps: Tensor, valid: Tensor) -> Tensor:
     """Maps whose rows sum to 1 over the valid keys, so that the others take no part in the softmax either.
 
     Args:
-        maps: (…, T, T), rows are queries. What stands at a key that is not valid is replaced, not multiplied: it may be NaN.
+        maps: (…, T, T), rows are queries. What stands at a key that is not valid is replaced, not multiplied: it may be
+            NaN.
         valid: bool, True = counts; broadcast against `maps`, so (B, 1, 1, T) masks keys and (B, 1, T, T) pairs.
 
     Returns:
@@ -45,7 +47,8 @@ def over_valid_keys(maps: Tensor, valid: Tensor) -> Tensor:
 def map_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(A_T ‖ A_S) = Σ_k a_T log(a_T / a_S), mean over batch, heads and valid queries. MiniLM (Wang et al. 2020).
 
-    Where the teacher looks and the student gives exactly 0, the smallest normal float stands in, so the loss is large and finite.
+    Where the teacher looks and the student gives exactly 0, the smallest normal float stands in,
+    so the loss is large and finite.
     """
     student, teacher, pairs = _prepare("map_kl", student, teacher, mask)
     if pairs is not None:
@@ -57,7 +60,9 @@ def map_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tens
 
 
 def map_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean of (a_S - a_T)² over batch, heads and valid (query, key) pairs: ‖A_S - A_T‖²_F of arXiv 2412.19449, as a mean."""
+    """Mean of (a_S - a_T)² over batch, heads and valid (query, key) pairs: ‖A_S - A_T‖²_F of arXiv 2412.19449,
+    as a mean.
+    """
     student, teacher, pairs = _prepare("map_mse", student, teacher, mask)
     if pairs is not None:  # before the square, whose gradient would carry a NaN of padding
         student, teacher = student.masked_fill(~pairs, 0.0), teacher.masked_fill(~pairs, 0.0)
@@ -68,8 +73,9 @@ def group_mean(maps: Tensor, heads: int) -> Tensor:
     """Average neighboring heads down to `heads`. (B, H, T, T) -> (B, heads, T, T); H must be a multiple of `heads`."""
     if maps.shape[1] % heads:
         raise ValueError(
-            f"group-mean averages {maps.shape[1]} heads in equal groups, and {maps.shape[1]} is no multiple of {heads}. "
-            f"Choose a student whose head count divides the teacher's, or heads='best-match', or Attention('relations')."
+            f"group-mean averages {maps.shape[1]} heads in equal groups, and {maps.shape[1]} is no multiple of "
+            f"{heads}. Choose a student whose head count divides the teacher's, or heads='best-match', or "
+            "Attention('relations')."
         )
     return maps.unflatten(1, (heads, maps.shape[1] // heads)).mean(2)
 

@@ -1,11 +1,12 @@
 """Feature matching: how far are the student's hidden states from the teacher's?
 
-Every function takes student (B, T, d), teacher (B, T, d) and mask, bool (B, T), True = counts (None = all count), and returns
-the mean over valid tokens, a scalar in float32 or better. Shapes that differ raise ValueError. The teacher gets no gradient from
-`Objective`, which detaches it; the functions themselves are symmetric in what they differentiate.
+Every function takes student (B, T, d), teacher (B, T, d) and mask, bool (B, T), True = counts (None = all count), and
+returns the mean over valid tokens, a scalar in float32 or better. Shapes that differ raise ValueError. The teacher gets
+no gradient from `Objective`, which detaches it; the functions themselves are symmetric in what they differentiate.
 
-Which one? Some dimensions of a language model's residual stream are hundreds of times larger than the rest, and plain `mse` sees
-little else; `cosine` and `layernorm_mse` are not led by the scale of a token, `fakit.similarity.rogue_dimensions` shows whether it matters.
+Which one? Some dimensions of a language model's residual stream are hundreds of times larger than the rest, and plain
+`mse` sees little else; `cosine` and `layernorm_mse` are not led by the scale of a token,
+`fakit.similarity.rogue_dimensions` shows whether it matters.
 """
 
 import torch
@@ -68,7 +69,8 @@ def normalized_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
 def layernorm_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error of LayerNorm states without affine. MobileBERT's feature map transfer (Sun et al. 2020).
 
-    Each token is centered and scaled to unit variance over its d dimensions first, so neither its offset nor its scale counts.
+    Each token is centered and scaled to unit variance over its d dimensions first,
+    so neither its offset nor its scale counts.
     """
     student, teacher = _prepare("layernorm_mse", student, teacher, mask)
     width = student.shape[-1:]

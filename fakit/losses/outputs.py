@@ -1,15 +1,17 @@
 """Output-distribution matching: does the student answer as the teacher does?
 
-Every function takes student logits and teacher logits, (B, T, V) with mask bool (B, T), or (B, C) with mask bool (B,) or None, and a
-temperature τ > 0. P = softmax(z_T/τ) is the teacher, Q = softmax(z_S/τ) the student. The result is the sum over classes, the mean over
-valid positions, times τ², which keeps the gradient's size as τ grows (Hinton et al. 2015). 0 where the two agree, for each of them.
+Every function takes student logits and teacher logits, (B, T, V) with mask bool (B, T), or (B, C) with mask bool (B,)
+or None, and a temperature τ > 0. P = softmax(z_T/τ) is the teacher, Q = softmax(z_S/τ) the student. The result is the
+sum over classes, the mean over valid positions, times τ², which keeps the gradient's size as τ grows (Hinton et al.
+2015). 0 where the two agree, for each of them.
 
-A logit of -inf takes its class out of the vocabulary (a head padded to a round size, constrained decoding). Out on both sides, it counts 0
-and gets no gradient. Out on one side alone, a divergence that is infinite there (forward KL where Q = 0 < P, reverse KL where P = 0 < Q, the
-squared difference) is huge or inf: about 1e37 times the mass in float32. The Jensen-Shannon divergence stays below ln 2.
+A logit of -inf takes its class out of the vocabulary (a head padded to a round size, constrained decoding). Out on both
+sides, it counts 0 and gets no gradient. Out on one side alone, a divergence that is infinite there (forward KL where Q
+= 0 < P, reverse KL where P = 0 < Q, the squared difference) is huge or inf: about 1e37 times the mass in float32. The
+Jensen-Shannon divergence stays below ln 2.
 
-`PER_POSITION` holds each formula by itself, from logits that are already divided by τ to one number a position; `fakit.losses.fused.chunked` uses
-the same ones.
+`PER_POSITION` holds each formula by itself, from logits that are already divided by τ to one number a position;
+`fakit.losses.fused.chunked` uses the same ones.
 """
 
 import math
@@ -22,7 +24,10 @@ from torch import Tensor
 
 from fakit.losses.reduce import at_least_float32, check_mask, masked_mean, values_known
 
-_FIX = "Different vocabularies: pad-only differences are cut with Outputs(vocab_size=N); different tokenizers cannot be matched token by token."
+_FIX = (
+    "Different vocabularies: pad-only differences are cut with Outputs(vocab_size=N); different tokenizers cannot be "
+    "matched token by token."
+)
 
 
 def _prepare(
@@ -30,7 +35,8 @@ def _prepare(
 ) -> tuple[Tensor, Tensor]:
     if student.shape != teacher.shape or student.dim() not in (2, 3):
         raise ValueError(
-            f"{name} compares logits of one shape, (B, T, V) or (B, C); student has {tuple(student.shape)}, teacher has {tuple(teacher.shape)}. {_FIX}"
+            f"{name} compares logits of one shape, (B, T, V) or (B, C); student has {tuple(student.shape)}, teacher "
+            f"has {tuple(teacher.shape)}. {_FIX}"
         )
     check_mask(name, mask, student.shape[:-1])
     check_temperature(name, temperature)
@@ -59,9 +65,9 @@ def check_vocabularies(student: int, teacher: int, vocab_size: int | None) -> No
     """
     if vocab_size is None and student != teacher:
         raise ValueError(
-            f"vocabulary sizes differ: the student's logits have {student} entries, the teacher's {teacher}. If one head "
-            f"is only padded, Outputs(vocab_size={min(student, teacher)}) cuts both to the shared true vocabulary; if the "
-            "tokenizers differ, outputs cannot be matched token by token."
+            f"vocabulary sizes differ: the student's logits have {student} entries, the teacher's {teacher}. If one "
+            f"head is only padded, Outputs(vocab_size={min(student, teacher)}) cuts both to the shared true "
+            "vocabulary; if the tokenizers differ, outputs cannot be matched token by token."
         )
     if vocab_size is not None and not 1 <= vocab_size <= min(student, teacher):
         raise ValueError(
@@ -79,7 +85,9 @@ def lowest(dtype: torch.dtype) -> float:
 
 
 def _kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(softmax(teacher) ‖ softmax(student)) over the last dimension, also where the two hardly differ. (..., V) -> (...)"""
+    """KL(softmax(teacher) ‖ softmax(student)) over the last dimension, also where the two hardly differ. (..., V)
+    -> (...)
+    """
     return _KL.apply(teacher, student)
 
 
@@ -103,12 +111,15 @@ class _KL(torch.autograd.Function):
 
 
 def _log_ratio(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """log p and u = log q - log p, the logits subtracted first: logarithms of small probabilities would swallow their difference."""
+    """log p and u = log q - log p, the logits subtracted first:
+    logarithms of small probabilities would swallow their difference.
+    """
     above = [z.logsumexp(-1, keepdim=True) for z in (teacher, student)]
     return teacher - above[0], (student - teacher) - (above[1] - above[0])
 
 
-# Below it a KL is summed up anew: in float32 Σ p (log p - log q) is right to some 1e-6 over a large vocabulary, however small it is itself.
+# Below it a KL is summed up anew: in float32 Σ p (log p - log q) is right to some 1e-6 over a large vocabulary, however
+# small it is itself.
 _SMALL = 0.03
 # Elements of one block of the sum; its few intermediate results stay in a CPU's caches.
 _BLOCK = 2**17
@@ -117,8 +128,8 @@ _BLOCK = 2**17
 def small_kl(values: Tensor, p: Tensor, u: Tensor, q_of: Callable) -> Tensor:
     """KL divergences, the small ones computed anew without cancellation.
 
-    With v = u - Σ p u and φ(v) = eᵛ - 1 - v ≥ 0, KL(p ‖ q) = log(1 + Σ p φ(v)): every summand is small where the KL is, and a number that is
-    added to all u, such as the error of a log-sum-exp, changes nothing.
+    With v = u - Σ p u and φ(v) = eᵛ - 1 - v ≥ 0, KL(p ‖ q) = log(1 + Σ p φ(v)): every summand is small where the KL is,
+    and a number that is added to all u, such as the error of a log-sum-exp, changes nothing.
 
     Args:
         values: (...), Σ -p u.
@@ -139,7 +150,9 @@ def small_kl(values: Tensor, p: Tensor, u: Tensor, q_of: Callable) -> Tensor:
 
 
 def _around_zero(p: Tensor, u: Tensor, q_of: Callable, rows: slice) -> Tensor:
-    """log(1 + Σ p φ(v)): φ by its series near 0, where the difference would cancel; by q where eᵛ would overflow. (n, V) -> (n,)"""
+    """log(1 + Σ p φ(v)): φ by its series near 0, where the difference would cancel; by q where eᵛ would overflow.
+    (n, V) -> (n,)
+    """
     mean = torch.linalg.vecdot(p, u).unsqueeze(-1)
     v = u - mean
     near = torch.finfo(u.dtype).eps ** 0.25
@@ -209,7 +222,8 @@ def jsd(
 
 
 def logit_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-    """Mean over classes of (z_S - z_T)². Kim et al. 2021. τ² cancels against the (1/τ)², so the temperature does not change it.
+    """Mean over classes of (z_S - z_T)². Kim et al. 2021. τ² cancels against the (1/τ)²,
+    so the temperature does not change it.
 
     The one loss here that a single regression output (B, 1) can have.
     """
@@ -218,11 +232,13 @@ def logit_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temp
 
 
 def bernoulli(logits: Tensor) -> Tensor:
-    """Logits of C independent labels as C distributions over (yes, no): sigmoid(z) = softmax((z, 0))[0]. (..., C) -> (..., C, 2)
+    """Logits of C independent labels as C distributions over (yes, no): sigmoid(z) = softmax((z, 0))[0]. (..., C)
+    -> (..., C, 2)
 
-    Several labels a text are no distribution over the C classes: a softmax sees no difference between "all three" and "none". The functions
-    above, given both sides so, are means over the labels, as the binary cross-entropy of the task is; with teacher P and student Q,
-    forward_kl = τ² mean_c [p log(p/q) + (1 - p) log((1 - p)/(1 - q))] with p = sigmoid(z_T/τ), q = sigmoid(z_S/τ).
+    Several labels a text are no distribution over the C classes: a softmax sees no difference between "all three" and
+    "none". The functions above, given both sides so, are means over the labels, as the binary cross-entropy of the task
+    is; with teacher P and student Q, forward_kl = τ² mean_c [p log(p/q) + (1 - p) log((1 - p)/(1 - q))] with p =
+    sigmoid(z_T/τ), q = sigmoid(z_S/τ).
 
     >>> import torch
     >>> everything, nothing = torch.full((1, 3), 4.0), torch.full((1, 3), -4.0)
@@ -234,7 +250,8 @@ def bernoulli(logits: Tensor) -> Tensor:
 
 LOSSES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "logit_mse": logit_mse}
 
-# (student logits / τ, teacher logits / τ), (..., V) each, without -inf -> (...); τ² and the mean over positions are the caller's
+# (student logits / τ, teacher logits / τ), (..., V) each, without -inf -> (...); τ² and the mean over positions are the
+# caller's
 PER_POSITION = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "logit_mse": _logit_mse}
 
 

@@ -57,8 +57,9 @@ def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
         return
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(
-            f"{name} wants a bool mask (True = counts), or one of 0 and 1; this one is {mask.dtype} and holds other numbers, such as "
-            f"{mask[(mask != 0) & (mask != 1)].flatten()[0].item():g}. An additive mask is turned by mask == 0, weights of tokens have no place here."
+            f"{name} wants a bool mask (True = counts), or one of 0 and 1; this one is {mask.dtype} and holds other "
+            f"numbers, such as {mask[(mask != 0) & (mask != 1)].flatten()[0].item():g}. An additive mask is turned by "
+            "mask == 0, weights of tokens have no place here."
         )
     if not mask.any():
         raise ValueError(
@@ -79,17 +80,17 @@ def check_labels(name: str, labels: Tensor, classes: int) -> None:
         return
     wrong = labels[~known]
     raise ValueError(
-        f"{name} wants labels from 0 to {classes - 1}, or -100 where one takes no part; found {wrong.unique().tolist()[:5]} at "
-        f"{len(wrong)} of {labels.numel()} positions. Only -100 means 'no label': look at the collator's padding value, and whether "
-        "model and labels agree on the number of classes."
+        f"{name} wants labels from 0 to {classes - 1}, or -100 where one takes no part; found "
+        f"{wrong.unique().tolist()[:5]} at {len(wrong)} of {labels.numel()} positions. Only -100 means 'no label': "
+        "look at the collator's padding value, and whether model and labels agree on the number of classes."
     )
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of `values` where `mask` is True; the mask is broadcast from the left. () float.
 
-    Masked entries are replaced before the sum, not multiplied by 0, so that NaN or inf in padding stays in padding, forward and
-    backward.
+    Masked entries are replaced before the sum, not multiplied by 0, so that NaN or inf in padding stays in padding,
+    forward and backward.
     """
     if mask is None:
         return values.mean()

@@ -22,12 +22,13 @@ def task_loss(logits: Tensor, labels: Tensor, causal: bool = False, problem_type
         logits: what the model says.
         labels: -100, or NaN among floats, takes no part.
         causal: logits at t predict the label at t + 1.
-        problem_type: "single_label_classification", "multi_label_classification" or "regression", of logits (B, C). None: one output is a
-            regression, floats (B, C) are several labels, everything else is classes, as in transformers.
+        problem_type: "single_label_classification", "multi_label_classification" or "regression", of logits (B, C).
+            None: one output is a regression, floats (B, C) are several labels, everything else is classes,
+            as in transformers.
 
     Raises:
-        ValueError: no logits, labels of another shape, floats for classes, or (on the CPU, where looking costs nothing) a label that is no
-            class and not -100, or of several outside 0 … 1.
+        ValueError: no logits, labels of another shape, floats for classes, or (on the CPU, where looking costs nothing)
+            a label that is no class and not -100, or of several outside 0 … 1.
     """
     if logits is None:
         raise ValueError("the task loss needs the student's logits, and its trace has none; capture(..., logits=True).")
@@ -50,8 +51,9 @@ def task_loss(logits: Tensor, labels: Tensor, causal: bool = False, problem_type
         )
     if labels.is_floating_point():
         raise ValueError(
-            f"labels are {str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}, and the head has {logits.shape[-1]} classes, which are "
-            "integers. Cast the labels to integers; a regression has one output (num_labels=1), several labels a text are floats (B, C)."
+            f"labels are {str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}, and the head has "
+            f"{logits.shape[-1]} classes, which are integers. Cast the labels to integers; a regression has one output "
+            "(num_labels=1), several labels a text are floats (B, C)."
         )
     check_labels("task_loss", labels, logits.shape[-1])
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=-100, reduction="sum")
@@ -62,8 +64,8 @@ def _by_entry(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
     """The mean over all entries of (B, C) that carry a label."""
     if logits.shape != labels.shape:
         raise ValueError(
-            f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)} of {problem_type}: one label an output. "
-            "Classes are integers (B,) and problem_type='single_label_classification'."
+            f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)} of {problem_type}: one label an "
+            "output. Classes are integers (B,) and problem_type='single_label_classification'."
         )
     valid = (labels != -100) & ~labels.isnan()
     labels = labels.masked_fill(~valid, 0).to(logits.dtype)
@@ -81,6 +83,6 @@ def _check_several(labels: Tensor) -> None:
     wrong = labels[(labels < 0) | (labels > 1)]
     if len(wrong):
         raise ValueError(
-            f"labels of several a text are 0 to 1, one for each class, or -100 where one takes no part; found {wrong.unique().tolist()[:5]} at "
-            f"{len(wrong)} of {labels.numel()} places."
+            "labels of several a text are 0 to 1, one for each class, or -100 where one takes no part; found "
+            f"{wrong.unique().tolist()[:5]} at {len(wrong)} of {labels.numel()} places."
         )

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# What configurations call the depth of one of two stacks; every other depth is called num_hidden_layers (which n_layer, n_layers … answer to).
+# What configurations call the depth of one of two stacks; every other depth is called num_hidden_layers (which n_layer,
+# n_layers … answer to).
 _ENCODER_DEPTHS = ("encoder_layers", "num_encoder_layers")
 _DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
 
@@ -23,13 +24,15 @@ class Stack:
 def find_stacks(model: nn.Module) -> list[Stack]:
     """The model's one stack of blocks; of an encoder-decoder the encoder's and the decoder's.
 
-    The rule: a stack is the outermost `nn.ModuleList` with as many members as the configuration counts layers; lists whose members are of
-    one class go before mixed ones, and transformers' checkpointed layers before other modules. In an encoder-decoder it is looked for inside `get_encoder()` and inside `get_decoder()`. Where the
-    configuration counts fewer `num_hidden_groups` than layers, the list is as long as those, and each member serves a run of layers. In a
-    decoder that also sees or hears, it is looked for inside the language model.
+    The rule: a stack is the outermost `nn.ModuleList` with as many members as the configuration counts layers; lists
+    whose members are of one class go before mixed ones, and transformers' checkpointed layers before other modules. In
+    an encoder-decoder it is looked for inside `get_encoder()` and inside `get_decoder()`. Where the configuration
+    counts fewer `num_hidden_groups` than layers, the list is as long as those, and each member serves a run of layers.
+    In a decoder that also sees or hears, it is looked for inside the language model.
 
     Raises:
-        ValueError: no such list (the message shows the lists there are), or several at the same depth of the module tree.
+        ValueError: no such list (the message shows the lists there are),
+            or several at the same depth of the module tree.
     """
     if is_encoder_decoder(model):
         return [
@@ -42,12 +45,16 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks, first to last, an encoder's before its decoder's: `find_blocks(model)[i - 1]` makes layer i. See `find_stacks`."""
+    """The model's blocks, first to last, an encoder's before its decoder's:
+    `find_blocks(model)[i - 1]` makes layer i. See `find_stacks`.
+    """
     return [block for stack in find_stacks(model) for block in stack.blocks]
 
 
 def depth(model: nn.Module) -> int:
-    """Number of layers; of an encoder-decoder those of both stacks, its decoder's first layer being number encoder_layers + 1."""
+    """Number of layers; of an encoder-decoder those of both stacks,
+    its decoder's first layer being number encoder_layers + 1.
+    """
     return len(find_blocks(model))
 
 
@@ -72,9 +79,11 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def _language_model(model: nn.Module) -> nn.Module:
-    """The part that the layers are looked for in: of a decoder that also sees or hears (LLaVA, InternVL) the language model.
+    """The part that the layers are looked for in: of a decoder that also sees or hears (LLaVA, InternVL)
+    the language model.
 
-    All that it is given goes through that one; towers for images and sounds may be as deep. Any other model is looked through as a whole.
+    All that it is given goes through that one; towers for images and sounds may be as deep.
+    Any other model is looked through as a whole.
     """
     plain = without_adapter(model)
     if plain.config.get_text_config() is plain.config or not plain.can_generate():  # CLIP's towers stand side by side
@@ -109,9 +118,10 @@ def _find_stack(model: nn.Module, root: nn.Module, depths: tuple[str, ...]) -> S
     seen = ", ".join(f"{name} ({len(m)} × {type(m[0]).__name__})" for name, m in lists) or "none"
     layers = groups or next(iter(counts.values()))
     raise ValueError(
-        f"{type(model).__name__} counts {layers} layers, and {len(_fitting(lists, layers))} of its module lists could be its blocks; lists "
-        f"found: {seen}. Blocks have to be modules, all in one list: pass one tower of a model that joins several, and a model of another "
-        "family where a layer's parts stand in lists of their own (RoBERTa in place of XLM) or layers pool tokens between them (Funnel)."
+        f"{type(model).__name__} counts {layers} layers, and {len(_fitting(lists, layers))} of its module lists could "
+        f"be its blocks; lists found: {seen}. Blocks have to be modules, all in one list: pass one tower of a model "
+        "that joins several, and a model of another family where a layer's parts stand in lists of their own (RoBERTa "
+        "in place of XLM) or layers pool tokens between them (Funnel)."
     )
 
 
@@ -125,7 +135,9 @@ def _counts(config, depths: tuple[str, ...]) -> dict[str, int]:
 def _lists(
     module: nn.Module, root: nn.Module, lengths: set[int], name: str = "", inside: bool = False
 ) -> list[tuple[str, nn.ModuleList]]:
-    """Module lists below `root`, with their names in `module`; none inside a list of one of `lengths`, so that this stays quick."""
+    """Module lists below `root`, with their names in `module`; none inside a list of one of `lengths`,
+    so that this stays quick.
+    """
     found = []
     inside = inside or module is root
     for own_name, child in module.named_children():

@@ -1,4 +1,6 @@
-"""Class names of a model beside a task's: the same names in another order are put in order, others are said or refused."""
+"""Class names of a model beside a task's: the same names in another order are put in order,
+others are said or refused.
+"""
 
 import logging
 import re
@@ -27,8 +29,9 @@ def set_class_names(config: PreTrainedConfig, names: Sequence[str]) -> None:
 def class_order(found: Sequence[str], wanted: Sequence[str]) -> tuple[list[int], bool]:
     """Which output of a model stands for each class of a task, and whether the names say so.
 
-    Names agree where they differ in case, blanks, hyphens and underscores alone. LABEL_3 is output 3 of a model that nobody named: it is taken
-    for class 3, and the names say so only where the task's are numbers, too. Names that share nothing are taken in the order they have.
+    Names agree where they differ in case, blanks, hyphens and underscores alone. LABEL_3 is output 3 of a model that
+    nobody named: it is taken for class 3, and the names say so only where the task's are numbers, too. Names that share
+    nothing are taken in the order they have.
 
     Args:
         found, wanted: names of the model's outputs, and of the task's classes.
@@ -59,8 +62,9 @@ def class_order(found: Sequence[str], wanted: Sequence[str]) -> tuple[list[int],
     moved = [wanted[i] for i, name in enumerate(theirs) if name in ours and ours.index(name) != i]
     if moved:
         raise ValueError(
-            f"the model's classes are {_listed(found)}, the task's {_listed(wanted)}: {_listed(moved)} have another place, and the others have "
-            "no counterpart. Name the classes alike, in the model's config.id2label or in the data."
+            f"the model's classes are {_listed(found)}, the task's {_listed(wanted)}: {_listed(moved)} have another "
+            "place, and the others have no counterpart. Name the classes alike, in the model's config.id2label or in "
+            "the data."
         )
     return list(range(len(found))), False
 
@@ -80,7 +84,8 @@ def order_classes(
 ) -> PreTrainedModel:
     """Put a classifier's outputs into the order of `names`, and name them so; changes the model.
 
-    Where the model's own names say nothing about the order (LABEL_0 …, or other words), a warning says what was supposed.
+    Where the model's own names say nothing about the order (LABEL_0 …, or other words),
+    a warning says what was supposed.
 
     Args:
         names: the task's classes. who: what messages call the model. warn: say what was supposed or reordered.
@@ -95,8 +100,9 @@ def order_classes(
         raise ValueError(f"{who}: {error}") from error
     if warn and not known:
         _warn(
-            f"{who} names its classes {_listed(found)}, the task names them {_listed(names)}: whether they stand in one order cannot be told, "
-            f"and output {order[0]} is taken for {names[0]!r}, and so on. If that is wrong, set the model's config.id2label."
+            f"{who} names its classes {_listed(found)}, the task names them {_listed(names)}: whether they stand in "
+            f"one order cannot be told, and output {order[0]} is taken for {names[0]!r}, and so on. If that is wrong, "
+            "set the model's config.id2label."
         )
     if order != sorted(order):
         if warn:
@@ -109,7 +115,9 @@ def order_classes(
 
 
 def adopt_classes(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Name a student's outputs as its task does; a head that was trained for the same classes in another order is reordered."""
+    """Name a student's outputs as its task does; a head that was trained for the same classes in another order is
+    reordered.
+    """
     try:
         order_classes(model, names, "the student", warn=False)
     except ValueError:  # a head for other classes: training makes it one for these
@@ -136,8 +144,9 @@ def _permute(model: PreTrainedModel, order: list[int], who: str) -> None:
             return
         _reorder(layer, inverse)
     raise ValueError(
-        f"{who} ({type(model).__name__}) has its classes in another order than the task, and no linear layer of {len(order)} outputs makes its "
-        "logits alone, so they cannot be reordered. Reorder the classes of the data instead."
+        f"{who} ({type(model).__name__}) has its classes in another order than the task, and no linear layer of "
+        f"{len(order)} outputs makes its logits alone, so they cannot be reordered. Reorder the classes of the data "
+        "instead."
     )
 
 

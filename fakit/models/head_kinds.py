@@ -14,8 +14,8 @@ from fakit.models.blocks import without_adapter
 def problem_type(config) -> str | None:
     """What a classifier's logits (B, C) mean, by its configuration; None where it does not say and the labels decide.
 
-    "single_label_classification": a softmax over C classes; "multi_label_classification": C independent sigmoids; "regression": C numbers.
-    As transformers has it, a head of one output that says nothing else is a regression.
+    "single_label_classification": a softmax over C classes; "multi_label_classification": C independent sigmoids;
+    "regression": C numbers. As transformers has it, a head of one output that says nothing else is a regression.
     """
     stated = getattr(config, "problem_type", None)
     if stated is None and getattr(config, "num_labels", None) == 1:
@@ -24,7 +24,8 @@ def problem_type(config) -> str | None:
 
 
 def without_logits(model: nn.Module) -> str | None:
-    """What `model` returns in place of logits, "start_logits, end_logits"; None where it returns logits, or does not say what it returns.
+    """What `model` returns in place of logits, "start_logits, end_logits"; None where it returns logits,
+    or does not say what it returns.
 
     Both its forward's return type and its source have to lack them: some families name another family's type.
     """

@@ -1,4 +1,6 @@
-"""What kind of model is this? Asked of the model as it is, not of its class's name or of a setting that its class may overrule."""
+"""What kind of model is this? Asked of the model as it is, not of its class's name or of a setting that its class may
+overrule.
+"""
 
 import copy
 import json
@@ -21,8 +23,9 @@ from fakit.models.random_state import random_state_kept
 def ties(model: nn.Module) -> dict[str, str]:
     """Which parameters are one: the name of each parameter that another name stands for already → that first name.
 
-    Read off the weights that the model has, for settings are no evidence: T5 v1.1, Flan-T5 and mT5 set `tie_word_embeddings` to true
-    whatever their file says, and transformers unties the head again where a checkpoint holds one of its own.
+    Read off the weights that the model has, for settings are no evidence: T5 v1.1, Flan-T5 and mT5 set
+    `tie_word_embeddings` to true whatever their file says, and transformers unties the head again where a checkpoint
+    holds one of its own.
     """
     first: dict[tuple, str] = {}
     found = {}
@@ -35,7 +38,9 @@ def ties(model: nn.Module) -> dict[str, str]:
 
 
 def untie(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Give each of these parameters weights of its own, equal at first, and let the model know, as `from_pretrained` does."""
+    """Give each of these parameters weights of its own, equal at first, and let the model know,
+    as `from_pretrained` does.
+    """
     for name in names:
         owner, _, own = name.rpartition(".")
         shared = model.get_parameter(name)
@@ -61,12 +66,13 @@ def tied_heads(model: PreTrainedModel) -> list[str]:
 
 
 def untied(built: PreTrainedModel, source: PreTrainedModel | PreTrainedConfig | str | Path) -> tuple[str, ...]:
-    """Names of parameters that `built`, made from a configuration, ties to others, and that the weights at `source` do not.
+    """Names of parameters that `built`, made from a configuration, ties to others,
+    and that the weights at `source` do not.
 
     Args:
         built: a model without its weights (on the meta device).
-        source: the model itself; a folder or hub id, whose weight file lists what it holds, and whose config.json still has what the class
-            of the configuration overrules; or a configuration.
+        source: the model itself; a folder or hub id, whose weight file lists what it holds, and whose config.json still
+            has what the class of the configuration overrules; or a configuration.
     """
     if isinstance(source, PreTrainedModel):
         there = ties(source)
@@ -92,8 +98,9 @@ def _stored(folder: Path) -> set[str]:
 
 
 def head_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that say something rather than carry it on: whatever comes after the base model (a classifier, a language model's
-    head and its transforms), the output embeddings, and layers that share their weights with an embedding.
+    """Names of the linear layers that say something rather than carry it on: whatever comes after the base model (a
+    classifier, a language model's head and its transforms), the output embeddings,
+    and layers that share their weights with an embedding.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     base = model.base_model
@@ -113,7 +120,8 @@ _LAYERDROP = re.compile(r"(.*_)?layer_?drop")
 def layerdrop(model: nn.Module) -> dict[str, float]:
     """Settings by which a model in training mode leaves out whole layers at random: those above 0, by name.
 
-    LayerDrop (Fan et al. 2020): encoder_layerdrop, decoder_layerdrop, layerdrop. A dropped layer has no hidden state to be matched.
+    LayerDrop (Fan et al. 2020): encoder_layerdrop, decoder_layerdrop, layerdrop.
+    A dropped layer has no hidden state to be matched.
     """
     return _named(list(_layerdrops(model)))
 
@@ -129,14 +137,17 @@ def without_layerdrop(model: nn.Module) -> dict[str, float]:
 def rescaled(model: nn.Module) -> list[nn.Module]:
     """Modules that change their own weights when they are evaluated, and back when they are trained.
 
-    RWKV halves two matrices of a block, and the hidden states, after every `rescale_every` blocks, for fp16's sake: in evaluation its
-    weights are not those to save or to copy, and its hidden states not on the scale of a model in training.
+    RWKV halves two matrices of a block, and the hidden states, after every `rescale_every` blocks, for fp16's sake: in
+    evaluation its weights are not those to save or to copy,
+    and its hidden states not on the scale of a model in training.
     """
     return [m for m in model.modules() if "layers_are_rescaled" in vars(m) and m.config.rescale_every > 0]
 
 
 def without_rescaling(model: nn.Module) -> bool:
-    """Have the weights as they were trained, and stay so in evaluation; the outputs are the same. True where something was changed."""
+    """Have the weights as they were trained, and stay so in evaluation; the outputs are the same.
+    True where something was changed.
+    """
     found = rescaled(model)
     for module in found:
         if module.layers_are_rescaled:
@@ -174,12 +185,14 @@ _TOKENS, _LABELED = 4, 2  # of the probe's one row: its length, and the place of
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """True for a model whose logits at t predict token t + 1, so that labels, which stand with their own tokens, are shifted.
+    """True for a model whose logits at t predict token t + 1, so that labels, which stand with their own tokens,
+    are shifted.
 
-    Asked of the model, once, with a row of four tokens: which of its logits does its own loss compare with the label of token t? Those at t - 1 in a causal language
-    model, a vision-language decoder or an audio decoder too. Where its loss takes labels as they stand, or it has none, its logits at t
-    predict the next token all the same if they do not depend on it (BartForCausalLM, XLNet with attn_type="uni"). An encoder-decoder
-    makes its decoder's inputs by shifting the labels, so they are not shifted again: False.
+    Asked of the model, once, with a row of four tokens: which of its logits does its own loss compare with the label of
+    token t? Those at t - 1 in a causal language model, a vision-language decoder or an audio decoder too. Where its
+    loss takes labels as they stand, or it has none, its logits at t predict the next token all the same if they do not
+    depend on it (BartForCausalLM, XLNet with attn_type="uni"). An encoder-decoder makes its decoder's inputs by
+    shifting the labels, so they are not shifted again: False.
     """
     model = without_adapter(model)
     if model not in _causal:
@@ -208,7 +221,9 @@ def _asked(model: nn.Module) -> bool:
 
 
 def _without_loss_warning(model: nn.Module) -> nn.Module:
-    """The loss that transformers takes where a class's name is that of no loss (GPT2LMHeadModel), without its warning about a setting nobody set."""
+    """The loss that transformers takes where a class's name is that of no loss (GPT2LMHeadModel),
+    without its warning about a setting nobody set.
+    """
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and getattr(part, "loss_type", None) not in LOSS_MAPPING:
             part.loss_type = "ForCausalLM"
@@ -216,7 +231,9 @@ def _without_loss_warning(model: nn.Module) -> nn.Module:
 
 
 def _run(model: nn.Module) -> tuple[list[Tensor], object]:
-    """Embeddings (1, T, d) of a row of text with one label, and what the model gives for it, in one graph; None where it reads no text alone."""
+    """Embeddings (1, T, d) of a row of text with one label, and what the model gives for it, in one graph;
+    None where it reads no text alone.
+    """
     row = short_row(model)
     labels = torch.full_like(row["input_ids"], -100)
     labels[0, _LABELED] = row["input_ids"][0, _LABELED]
@@ -239,7 +256,9 @@ def _run(model: nn.Module) -> tuple[list[Tensor], object]:
 
 
 def short_row(model: nn.Module) -> dict[str, Tensor]:
-    """Inputs to ask a model with: a row of text, (1, T), of different tokens that have no meaning of their own (image, audio, padding)."""
+    """Inputs to ask a model with: a row of text, (1, T), of different tokens that have no meaning of their own (image,
+    audio, padding).
+    """
     table = model.get_input_embeddings().weight
     special = set(_token_numbers(model.config.to_dict()))
     plain = [token for token in range(table.shape[0]) if token not in special][:_TOKENS]
@@ -286,7 +305,8 @@ def _looks_ahead(embedded: list[Tensor], logits: Tensor) -> bool:
 
 
 def double(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model over the same weights, without hooks: running it leaves the first as it is, and nobody who watches that sees it.
+    """A second model over the same weights, without hooks: running it leaves the first as it is,
+    and nobody who watches that sees it.
 
     A forward pass may change a model for good: BigBird exchanges its attention where a row is short.
     """

@@ -39,18 +39,22 @@ def load_teacher(
     """A frozen teacher in eval mode.
 
     Args:
-        id_or_path: a directory in transformers' format, or a hub id. A hub id that an installed pip package carries is taken from there.
+        id_or_path: a directory in transformers' format, or a hub id. A hub id that an installed pip package carries is
+            taken from there.
         task: "causal-lm", "masked-lm", "sequence-classification", "seq2seq-lm" or "encoder".
-        quantize: None, "8bit" (LLM.int8, Dettmers et al. 2022) or "4bit" (NF4, Dettmers et al. 2023), by bitsandbytes. Embeddings and heads stay
-            in full precision. Runs on a GPU and on a CPU. A checkpoint that is quantized already is loaded as it is stored.
+        quantize: None, "8bit" (LLM.int8, Dettmers et al. 2022) or "4bit" (NF4, Dettmers et al. 2023), by bitsandbytes.
+            Embeddings and heads stay in full precision. Runs on a GPU and on a CPU. A checkpoint that is quantized
+            already is loaded as it is stored.
         adapter: directory of a PEFT adapter, merged into the weights before they are quantized.
         dtype: of what is not quantized; float32 on a CPU, as stored on an accelerator, unless given.
         device: "cuda" where there is one, else "cpu", unless given.
-        kwargs: for `from_pretrained` (attn_implementation, revision, trust_remote_code, gguf_file …). Remote code is off unless asked for by name.
+        kwargs: for `from_pretrained` (attn_implementation, revision, trust_remote_code, gguf_file …). Remote code is
+            off unless asked for by name.
 
     Raises:
-        ValueError: unknown task or quantization, one other than the checkpoint is stored in already, nothing to load at `id_or_path` or `adapter`, a checkpoint without the task's head,
-            weights that are truncated or only there as a pickle, or a packaged model whose checksum differs.
+        ValueError: unknown task or quantization, one other than the checkpoint is stored in already, nothing to load at
+            `id_or_path` or `adapter`, a checkpoint without the task's head, weights that are truncated or only there as
+            a pickle, or a packaged model whose checksum differs.
         ImportError: 8 or 4 bits without bitsandbytes.
     """
     if task not in CLASSES:
@@ -90,15 +94,18 @@ def load_teacher(
             module.register_forward_pre_hook(_keep_bias)
             module.register_forward_hook(_restore_bias, always_call=True)
         if type(module).__name__ == "Linear4bit":
-            # bitsandbytes' CPU kernel would pack the weights anew in the first forward pass, and (0.50) not turn that back right when
-            # they are saved or hashed: a teacher has to stay the same. Costs half of the speed of 4 bits on a CPU.
+            # bitsandbytes' CPU kernel would pack the weights anew in the first forward pass, and (0.50) not turn that
+            # back right when they are saved or hashed: a teacher has to stay the same. Costs half of the speed of 4
+            # bits on a CPU.
             module.support_avx512bf16_for_cpu = False
     without_rescaling(teacher)
     return teacher.eval().requires_grad_(False)
 
 
 def _keep_bias(module, args) -> None:
-    """bitsandbytes turns a bias into its input's dtype, for good: one forward pass under autocast would round the teacher's to bfloat16."""
+    """bitsandbytes turns a bias into its input's dtype, for good:
+    one forward pass under autocast would round the teacher's to bfloat16.
+    """
     module.kept_bias = module.bias.data
 
 
@@ -132,28 +139,28 @@ def load_student(
 ) -> PreTrainedModel:
     """A trainable student in float32 from a saved model, read with a teacher's care.
 
-    Of a classifier the head alone may be missing, as in a checkpoint that was never fine-tuned: it starts random, with a warning. Draws from
-    torch's generator then.
+    Of a classifier the head alone may be missing, as in a checkpoint that was never fine-tuned: it starts random, with
+    a warning. Draws from torch's generator then.
 
     Args:
         num_labels: classes of the task; one for a score; None for language models.
 
     Raises:
-        ValueError: nothing to load, code or pickles in the folder, a quantized checkpoint, other classes than the task's, weights that do not
-            fit or are missing.
+        ValueError: nothing to load, code or pickles in the folder, a quantized checkpoint, other classes than the
+            task's, weights that do not fit or are missing.
     """
     source = resolve_model(id_or_path)
     config = read_config(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"the student at {source} is quantized (quantization_config in its config.json), and weights of few bits cannot be trained; give "
-            "the checkpoint before quantization."
+            f"the student at {source} is quantized (quantization_config in its config.json), and weights of few bits "
+            "cannot be trained; give the checkpoint before quantization."
         )
     has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if num_labels is not None and has_head and config.num_labels != num_labels:
         raise ValueError(
-            f"the student at {source} has {config.num_labels} outputs, the task has {num_labels}; give a student of this task, or one without "
-            "a head (save its .base_model): a new head is put on it."
+            f"the student at {source} has {config.num_labels} outputs, the task has {num_labels}; give a student of "
+            "this task, or one without a head (save its .base_model): a new head is put on it."
         )
     options = {} if num_labels is None else {"num_labels": num_labels}
     student, missing = read_model(source, task, torch.float32, torch.device(device), **options)
@@ -170,12 +177,15 @@ def load_student(
 
 
 def load_tokenizer(id_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model. Raises ValueError where there is none that can be read, or one that needs code of its own."""
+    """The tokenizer beside a model. Raises ValueError where there is none that can be read,
+    or one that needs code of its own.
+    """
     return read_tokenizer(resolve_model(id_or_path))
 
 
 def resolve_model(id_or_path: str | Path) -> str:
-    """A directory for what lies on this machine (a path, or a hub id that a pip package carries), else the hub id itself.
+    """A directory for what lies on this machine (a path, or a hub id that a pip package carries),
+    else the hub id itself.
 
     Raises:
         ValueError: a path that holds no model, or a packaged model whose weights are not the ones known under its name.
@@ -197,7 +207,8 @@ def resolve_model(id_or_path: str | Path) -> str:
             found = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
             if found != digest:
                 raise ValueError(
-                    f"{package} carries weights with sha256 {found}; {name} is known by {digest}. Reinstall the package."
+                    f"{package} carries weights with sha256 {found}; {name} is known by {digest}. Reinstall the "
+                    "package."
                 )
             return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -206,7 +217,9 @@ def resolve_model(id_or_path: str | Path) -> str:
 
 
 def full_precision_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, with bitsandbytes' 8-bit and 4-bit weights turned back into floats of the shape they were loaded from."""
+    """Parameters by name, with bitsandbytes' 8-bit and 4-bit weights turned back into floats of the shape they were
+    loaded from.
+    """
     state = dict(model.named_parameters(remove_duplicate=False))
     if not is_quantized(model):
         return state
@@ -222,10 +235,13 @@ def full_precision_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _unpack(module: nn.Module) -> None:
-    """Turn back what a forward pass on a CPU does to 4-bit weights: it packs them anew, in place, and dequantizing them then gives noise."""
+    """Turn back what a forward pass on a CPU does to 4-bit weights: it packs them anew, in place,
+    and dequantizing them then gives noise.
+    """
     quantized = getattr(module.weight, "quant_state", None)
     if getattr(quantized, "packing_format_for_cpu", False):
-        module.state_dict()  # bitsandbytes unpacks when it saves; the scales stay turned around (0.50), unless quantized themselves
+        # bitsandbytes unpacks when it saves; the scales stay turned around (0.50), unless quantized themselves
+        module.state_dict()
         if quantized.absmax.dim() == 2:
             quantized.absmax = quantized.absmax.T.flatten().float()
 
@@ -236,8 +252,8 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def stored_precision(config: PreTrainedConfig) -> str | None:
-    """How a checkpoint's weights are quantized by what its configuration says: "8bit" and "4bit" are bitsandbytes', others go by the name of their
-    method ("gptq", "fp8"); None in full precision.
+    """How a checkpoint's weights are quantized by what its configuration says: "8bit" and "4bit" are bitsandbytes',
+    others go by the name of their method ("gptq", "fp8"); None in full precision.
     """
     text = config.get_text_config()
     own = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
@@ -259,23 +275,27 @@ def check_stored_precision(name: str, stored: str, quantize: str | None, adapter
 
     if stored not in ("8bit", "4bit") and stored not in AUTO_QUANTIZER_MAPPING:
         raise ValueError(
-            f"{name} says in its quantization_config that its weights are stored by {stored!r}, which transformers cannot read; it knows "
-            f"{', '.join(sorted(AUTO_QUANTIZER_MAPPING))}. Give a checkpoint in full precision."
+            f"{name} says in its quantization_config that its weights are stored by {stored!r}, which transformers "
+            f"cannot read; it knows {', '.join(sorted(AUTO_QUANTIZER_MAPPING))}. Give a checkpoint in full precision."
         )
     if quantize not in (None, stored):
         raise ValueError(
-            f"quantize={quantize!r} was requested, and the checkpoint of {name} is stored in {stored!r} already (its quantization_config): "
-            "weights that were rounded once are not rounded anew. Leave quantize out, or give the checkpoint in full precision."
+            f"quantize={quantize!r} was requested, and the checkpoint of {name} is stored in {stored!r} already (its "
+            "quantization_config): weights that were rounded once are not rounded anew. Leave quantize out, or give "
+            "the checkpoint in full precision."
         )
     if adapter is not None:
         raise ValueError(
-            f"an adapter was to be merged into {name}, whose checkpoint is stored in {stored!r} (its quantization_config): the sum would be "
-            "rounded to few bits. Give the base model in full precision; with quantize=… it is quantized after the merge."
+            f"an adapter was to be merged into {name}, whose checkpoint is stored in {stored!r} (its "
+            "quantization_config): the sum would be rounded to few bits. Give the base model in full precision; with "
+            "quantize=… it is quantized after the merge."
         )
 
 
 def skip_patterns(model: PreTrainedModel) -> list[str]:
-    """Which layers stay in full precision, as transformers' quantizers want to be told: heads, for they are small and the loss looks at what they say."""
+    """Which layers stay in full precision, as transformers' quantizers want to be told: heads, for they are small and
+    the loss looks at what they say.
+    """
     return [f"^{re.escape(name)}$" for name in head_layers(model)]
 
 

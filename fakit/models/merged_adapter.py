@@ -34,8 +34,8 @@ def merge_adapter(
         kwargs: for `read_model`.
 
     Raises:
-        ValueError: no adapter there, or a pickle; one of another base model, of other shapes, or for modules that the base does not have; an
-            adapter that cannot be merged; weights that neither brings.
+        ValueError: no adapter there, or a pickle; one of another base model, of other shapes, or for modules that the
+            base does not have; an adapter that cannot be merged; weights that neither brings.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -61,8 +61,9 @@ def merge_adapter(
     if lacking := sorted(expected - brought) or sorted(unused):
         side = "lacks weights for" if expected - brought else "has weights that this base has no module for:"
         raise ValueError(
-            f"the adapter at {folder} does not fit {source} loaded for {task}: it {side} {', '.join(lacking[:3])} ({len(lacking)} in all); it "
-            f"was trained on another model ({settings.get('base_model_name_or_path') or 'not noted'}), or its files are not of one run."
+            f"the adapter at {folder} does not fit {source} loaded for {task}: it {side} {', '.join(lacking[:3])} "
+            f"({len(lacking)} in all); it was trained on another model "
+            f"({settings.get('base_model_name_or_path') or 'not noted'}), or its files are not of one run."
         )
     return model.merge_and_unload()
 
@@ -73,8 +74,9 @@ def _settings(folder: Path) -> dict:
     if missing:
         found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such directory"
         raise ValueError(
-            f"no PEFT adapter at {folder}: {' and '.join(missing)} missing ({found}). Give the folder that PEFT saved; weights in a pickle "
-            "(adapter_model.bin) are not loaded: where you trust them, load the adapter with PEFT and save it again."
+            f"no PEFT adapter at {folder}: {' and '.join(missing)} missing ({found}). Give the folder that PEFT saved; "
+            "weights in a pickle (adapter_model.bin) are not loaded: where you trust them, load the adapter with PEFT "
+            "and save it again."
         )
     from peft import PeftConfig
 
@@ -83,18 +85,22 @@ def _settings(folder: Path) -> dict:
         config = PeftConfig.from_pretrained(folder)
     except Exception as error:  # a file of somebody else's: whatever PEFT stumbles over stands in it
         raise ValueError(
-            f"{folder / 'adapter_config.json'} is no configuration that PEFT reads ({type(error).__name__}: {first_sentence(error)})"
+            f"{folder / 'adapter_config.json'} is no configuration that PEFT reads ({type(error).__name__}: "
+            f"{first_sentence(error)})"
         ) from error
     if config.is_prompt_learning:
         raise ValueError(
-            f"the adapter at {folder} is of the kind {settings['peft_type']}, which adds tokens and cannot be merged into weights; give one "
-            "that can be merged (LoRA and its kin), or merge nothing and train a teacher of its own."
+            f"the adapter at {folder} is of the kind {settings['peft_type']}, which adds tokens and cannot be merged "
+            "into weights; give one that can be merged (LoRA and its kin), or merge nothing and train a teacher of "
+            "its own."
         )
     return settings
 
 
 def _check_base(folder: Path, trained_on: str | None, source: str, asked: str, task: str) -> None:
-    """Refuse an adapter whose file names another base model; paths are compared by their last part, and folders that exist by their weights."""
+    """Refuse an adapter whose file names another base model; paths are compared by their last part,
+    and folders that exist by their weights.
+    """
     if not trained_on:
         return
     named = Path(trained_on)
@@ -105,9 +111,9 @@ def _check_base(folder: Path, trained_on: str | None, source: str, asked: str, t
     elif trained_on.lower() in names or named.name.lower() in names:
         return
     raise ValueError(
-        f"the adapter at {folder} does not fit {source} loaded for {task}: mismatch of base models, it was trained on {trained_on!r} "
-        f"(adapter_config.json) and {asked!r} was given; give that model as the base. If the two are one model under two names, set "
-        "base_model_name_or_path in adapter_config.json to the one that you use."
+        f"the adapter at {folder} does not fit {source} loaded for {task}: mismatch of base models, it was trained on "
+        f"{trained_on!r} (adapter_config.json) and {asked!r} was given; give that model as the base. If the two are "
+        "one model under two names, set base_model_name_or_path in adapter_config.json to the one that you use."
     )
 
 

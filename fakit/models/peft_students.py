@@ -24,8 +24,9 @@ def check_adapter(student: nn.Module) -> None:
     lost = [name for name, p in student.named_parameters() if p.requires_grad and p.data_ptr() not in kept]
     if lost:
         raise ValueError(
-            f"the student trains {len(lost)} parameters outside of its adapter ({', '.join(lost[:3])}{' …' if lost[3:] else ''}), and PEFT saves the "
-            "adapter alone: they would be lost. Name their modules in modules_to_save of the adapter's configuration, or freeze them."
+            f"the student trains {len(lost)} parameters outside of its adapter "
+            f"({', '.join(lost[:3])}{' …' if lost[3:] else ''}), and PEFT saves the adapter alone: they would be lost. "
+            "Name their modules in modules_to_save of the adapter's configuration, or freeze them."
         )
 
 
@@ -47,8 +48,9 @@ def load_adapter(student: nn.Module, folder: Path) -> None:
         )
         key = differing[0]
         raise ValueError(
-            f"{folder} holds another adapter than the student's: {len(differing)} tensors differ, the first is {key}, saved "
-            f"{shapes[0].get(key, 'not at all')}, the student's {shapes[1].get(key, 'not there')}. Resume with the adapter's configuration that the run was started with."
+            f"{folder} holds another adapter than the student's: {len(differing)} tensors differ, the first is {key}, "
+            f"saved {shapes[0].get(key, 'not at all')}, the student's {shapes[1].get(key, 'not there')}. Resume with "
+            "the adapter's configuration that the run was started with."
         )
     set_peft_model_state_dict(student, saved, adapter_name=name)
 

@@ -13,8 +13,8 @@ _TABLES = re.compile(r"wpe|positions?_embed(dings?)?|embed_positions")
 def longest_row(model: PreTrainedModel) -> int | None:
     """The longest row that a model's tables of positions allow; None where it has none (rotary or relative positions).
 
-    A table that is read with an offset has more rows than positions: BART and OPT name an `offset`; RoBERTa, MPNet, ESM and their like
-    count from padding_idx + 1, as fairseq did, and theirs are the tables that have a padding_idx.
+    A table that is read with an offset has more rows than positions: BART and OPT name an `offset`; RoBERTa, MPNet, ESM
+    and their like count from padding_idx + 1, as fairseq did, and theirs are the tables that have a padding_idx.
     """
     limits, aside = [], _not_of_text(model)
     for name, module in model.named_modules():

@@ -154,7 +154,8 @@ def _task_rows(row, teacher, student, t, s) -> None:
                 "problem type",
                 "error" if None not in problems and problems[0] != problems[1] else "ok",
                 *(problem or "not stated" for problem in problems),
-                "Their logits mean different things: give both configurations one problem_type, or leave the output term out (outputs=None).",
+                "Their logits mean different things: give both configurations one problem_type, or leave the output "
+                "term out (outputs=None).",
             )
     elif hasattr(t, "vocab_size") and hasattr(s, "vocab_size"):  # images have none
         same = t.vocab_size == s.vocab_size
@@ -163,8 +164,9 @@ def _task_rows(row, teacher, student, t, s) -> None:
             "ok" if same else "error",
             t.vocab_size,
             s.vocab_size,
-            f"If only padding rows differ, Outputs(vocab_size={min(t.vocab_size, s.vocab_size)}) cuts both to the shared true vocabulary; "
-            "if the tokenizers differ, token-by-token matching is not defined: retokenize, or leave the output term out.",
+            f"If only padding rows differ, Outputs(vocab_size={min(t.vocab_size, s.vocab_size)}) cuts both to the "
+            "shared true vocabulary; if the tokenizers differ, token-by-token matching is not defined: retokenize, or "
+            "leave the output term out.",
         )
 
 
@@ -178,7 +180,8 @@ def _tokenizer_rows(row, teacher_tokenizer, student_tokenizer, t, s) -> None:
         "ok" if same else "error",
         _tokens(teacher_tokenizer, vocabularies[0], pieces[0], numbered=not same),
         _tokens(student_tokenizer, vocabularies[1], pieces[1], numbered=not same),
-        "Teacher and student tokenize differently, so position t is not the same token in both; use the teacher's tokenizer for the student.",
+        "Teacher and student tokenize differently, so position t is not the same token in both; use the teacher's "
+        "tokenizer for the student.",
     )
     sizes = (len(vocabularies[0]), len(vocabularies[1]))
     row(
@@ -224,7 +227,9 @@ def _state_rows(row, teacher, student, t, s) -> None:
 
 
 def _tokens(tokenizer, vocabulary: dict[str, int], ids: list[int], numbered: bool) -> str:
-    """The tokenizer's size and the first tokens that it makes of the probe; with their ids where two have to be told apart."""
+    """The tokenizer's size and the first tokens that it makes of the probe;
+    with their ids where two have to be told apart.
+    """
     names = {number: token for token, number in vocabulary.items()}
     shown = [f"{names.get(i, '?')} ({i})" if numbered else names.get(i, "?") for i in ids[:5]]
     return f"{type(tokenizer).__name__} of {len(vocabulary)}: {' '.join(shown)} …"

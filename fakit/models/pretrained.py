@@ -1,4 +1,6 @@
-"""The one way into transformers' `from_pretrained`: no code and no pickles of a model folder, nothing left random, refusals in one sentence."""
+"""The one way into transformers' `from_pretrained`: no code and no pickles of a model folder,
+nothing left random, refusals in one sentence.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ _MASKS = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$|\.inv_fr
 
 
 def read_config(source: str, what: str = "as a configuration", **kwargs) -> PreTrainedConfig:
-    """The configuration of a model folder or hub id; transformers' own classes only, unless `trust_remote_code` is given.
+    """The configuration of a model folder or hub id; transformers' own classes only,
+    unless `trust_remote_code` is given.
 
     Raises:
         ValueError: no readable configuration, or one that needs code of its own.
@@ -57,7 +60,8 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def read_model(source: str, task: str, dtype, device: torch.device, **kwargs) -> tuple[PreTrainedModel, set[str]]:
-    """A model, and the names of its weights that the checkpoint does not have: they are random (see `check_nothing_random`).
+    """A model, and the names of its weights that the checkpoint does not have:
+    they are random (see `check_nothing_random`).
 
     Args:
         source: a folder, or a hub id.
@@ -65,8 +69,8 @@ def read_model(source: str, task: str, dtype, device: torch.device, **kwargs) ->
         kwargs: for `from_pretrained`. A `quantization_config` puts the weights on `device` while they are loaded.
 
     Raises:
-        ValueError: nothing to be loaded, weights in pickles or damaged, code that the folder brings along, weights of other shapes than the
-            configuration says, or layers' weights that the configuration has no place for.
+        ValueError: nothing to be loaded, weights in pickles or damaged, code that the folder brings along, weights of
+            other shapes than the configuration says, or layers' weights that the configuration has no place for.
     """
     trusted = kwargs.setdefault("trust_remote_code", False)
     if "gguf_file" not in kwargs:
@@ -110,18 +114,20 @@ def check_nothing_random(model: PreTrainedModel, side: str, task: str, source: s
         return
     saved = ", ".join(model.config.architectures or ["an unnamed class"])
     raise ValueError(
-        f"{source!r} was asked for as a {task} {side} ({type(model).__name__}); its checkpoint, saved from {saved}, has no weights for "
-        f"{_some(names)}: they would be random, and so would what the {side} says. Load it for the task it was trained for (task='encoder' for "
-        "its hidden states and attention alone), fine-tune the head first, or give the adapter=… that holds it; where layers are missing, "
-        "config.json belongs to another model."
+        f"{source!r} was asked for as a {task} {side} ({type(model).__name__}); its checkpoint, saved from {saved}, "
+        f"has no weights for {_some(names)}: they would be random, and so would what the {side} says. Load it for the "
+        "task it was trained for (task='encoder' for its hidden states and attention alone), fine-tune the head "
+        "first, or give the adapter=… that holds it; where layers are missing, config.json belongs to another model."
     )
 
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """transformers' report of missing weights would alarm for nothing: what an adapter brings is not missing, and what is, is refused.
+    """transformers' report of missing weights would alarm for nothing: what an adapter brings is not missing,
+    and what is, is refused.
 
-    Lowering that logger makes transformers check its tensor-parallel plan aloud, and peft asks by a name that transformers has retired.
+    Lowering that logger makes transformers check its tensor-parallel plan aloud,
+    and peft asks by a name that transformers has retired.
     """
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
     levels = [logger.level for logger in loggers]
@@ -156,9 +162,11 @@ def read_json(path: Path) -> dict:
 
 
 def _check_code(folder: Path, trusted: bool) -> None:
-    """Refuse what would run code: an architecture or tokenizer that stands in the folder alone, a generate() of its own, kernels of the hub.
+    """Refuse what would run code: an architecture or tokenizer that stands in the folder alone, a generate()
+    of its own, kernels of the hub.
 
-    Where transformers has a class of the same name itself, that class is taken, with a warning: the folder's code is not run.
+    Where transformers has a class of the same name itself, that class is taken, with a warning:
+    the folder's code is not run.
     """
     if trusted:
         return
@@ -171,23 +179,25 @@ def _check_code(folder: Path, trusted: bool) -> None:
     known = str(config.get("model_type")) in transformers.CONFIG_MAPPING
     if "config.json" in own and not known:
         raise ValueError(
-            f"{folder} brings Python code of its own (auto_map in config.json: {_classes(own['config.json'])}), and transformers has no model "
-            f"type {config.get('model_type')!r}; fakit loads with trust_remote_code=False and runs no code of a model folder. Use a model that "
-            "transformers has itself, or a checkpoint converted to one."
+            f"{folder} brings Python code of its own (auto_map in config.json: {_classes(own['config.json'])}), and "
+            f"transformers has no model type {config.get('model_type')!r}; fakit loads with trust_remote_code=False "
+            "and runs no code of a model folder. Use a model that transformers has itself, or a checkpoint converted "
+            "to one."
         )
     implementation = config.get("attn_implementation") or config.get("_attn_implementation")
     if "/" in str(implementation):
         raise ValueError(
-            f"{folder / 'config.json'} asks for attention kernels of the hub (attn_implementation: {implementation!r}), which are code, and "
-            "fakit runs no code of a model folder; take that line out: transformers' own attention gives the same maps."
+            f"{folder / 'config.json'} asks for attention kernels of the hub (attn_implementation: "
+            f"{implementation!r}), which are code, and fakit runs no code of a model folder; take that line out: "
+            "transformers' own attention gives the same maps."
         )
     if (folder / "custom_generate").is_dir():
         own["custom_generate/"] = "generate.py"
     if own:
         named = "; ".join(f"{name}: {_classes(what)}" for name, what in own.items())
         warnings.warn(
-            f"{folder} brings Python code of its own ({named}); it is not run: transformers' own classes are used. Where they compute "
-            "something else than that code, this is another model.",
+            f"{folder} brings Python code of its own ({named}); it is not run: transformers' own classes are used. "
+            "Where they compute something else than that code, this is another model.",
             stacklevel=4,
         )
 
@@ -199,12 +209,15 @@ def _classes(named) -> str:
 
 
 def _check_weights(folder: Path, task: str) -> None:
-    """Refuse a folder whose weights are there as a pickle alone, an index that names one, and an adapter in a model's place."""
+    """Refuse a folder whose weights are there as a pickle alone, an index that names one,
+    and an adapter in a model's place.
+    """
     names = {path.name for path in folder.iterdir() if path.is_file()}
     if "adapter_config.json" in names:
         raise ValueError(
-            f"{folder} holds a PEFT adapter (adapter_config.json), which is half a model; give the model it was trained on, and this folder as "
-            "its adapter (teacher.adapter, adapter=…), or merge the two with PEFT's merge_and_unload and save the result."
+            f"{folder} holds a PEFT adapter (adapter_config.json), which is half a model; give the model it was "
+            "trained on, and this folder as its adapter (teacher.adapter, adapter=…), or merge the two with PEFT's "
+            "merge_and_unload and save the result."
         )
     for index in sorted(name for name in names if name.endswith(".index.json") and "safetensors" in name):
         shards = read_json(folder / index).get("weight_map")
@@ -215,8 +228,8 @@ def _check_weights(folder: Path, task: str) -> None:
         for shard in sorted({str(name) for name in shards.values()}):
             if not shard.endswith(".safetensors") or "/" in shard or "\\" in shard:
                 raise ValueError(
-                    f"{folder / index} names {shard!r}; fakit reads .safetensors files of that folder alone, no pickles and no files elsewhere. "
-                    "Convert the weights where you trust them, with save_pretrained."
+                    f"{folder / index} names {shard!r}; fakit reads .safetensors files of that folder alone, no "
+                    "pickles and no files elsewhere. Convert the weights where you trust them, with save_pretrained."
                 )
             if shard not in names:
                 raise ValueError(f"{folder} lacks {shard}, which {index} names; copy or download it again.")
@@ -226,13 +239,15 @@ def _check_weights(folder: Path, task: str) -> None:
     if pickles:
         auto = CLASSES[task]
         raise ValueError(
-            f"{str(folder)!r} could not be loaded as a {task} model: it holds its weights as a pickle ({_some(pickles)}) and no "
-            "model.safetensors, and fakit loads no pickles, since opening one can run code. If you trust where it comes from, convert it: "
-            f'python -c "from transformers import {auto} as M; M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"'
+            f"{str(folder)!r} could not be loaded as a {task} model: it holds its weights as a pickle "
+            f"({_some(pickles)}) and no model.safetensors, and fakit loads no pickles, since opening one can run code. "
+            "If you trust where it comes from, convert it: "
+            f'python -c "from transformers import {auto} as M; '
+            f'M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"'
         )
     raise ValueError(
-        f"{str(folder)!r} could not be loaded as a {task} model: it has no weights, neither model.safetensors nor its index (it holds "
-        f"{_some(sorted(names)) or 'nothing'}); give the folder that save_pretrained wrote."
+        f"{str(folder)!r} could not be loaded as a {task} model: it has no weights, neither model.safetensors nor its "
+        f"index (it holds {_some(sorted(names)) or 'nothing'}); give the folder that save_pretrained wrote."
     )
 
 
@@ -244,13 +259,15 @@ def _check_shapes(source: str, model: PreTrainedModel, mismatched: Iterable[tupl
         )
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(
-            f"the weights at {source!r} and the configuration of {type(model).__name__} mismatch in shape: {listed}{more}. Give the config.json "
-            "that was saved with these weights; of a head, the number of classes it was trained with."
+            f"the weights at {source!r} and the configuration of {type(model).__name__} mismatch in shape: "
+            f"{listed}{more}. Give the config.json that was saved with these weights; of a head, the number of classes "
+            "it was trained with."
         )
 
 
 def _check_unused(source: str, model: PreTrainedModel, unexpected: Iterable[str]) -> None:
-    """Refuse weights inside the stack of blocks that the model has no place for: a layer or a bias would be left out without a word.
+    """Refuse weights inside the stack of blocks that the model has no place for:
+    a layer or a bias would be left out without a word.
 
     Heads and poolers of another task are no part of it.
     """
@@ -263,9 +280,10 @@ def _check_unused(source: str, model: PreTrainedModel, unexpected: Iterable[str]
         left = sorted(name for name in unexpected if inside.search(name) and not _MASKS.search(name))
         if left:
             raise ValueError(
-                f"the checkpoint at {source!r} has weights that {type(model).__name__} has no place for: {_some(left)}; its configuration has "
-                f"{len(stack.blocks)} layers ({', '.join(stack.counts)}). They would be left out without a word, and the model would be another "
-                "one: give the config.json that was saved with these weights."
+                f"the checkpoint at {source!r} has weights that {type(model).__name__} has no place for: "
+                f"{_some(left)}; its configuration has {len(stack.blocks)} layers ({', '.join(stack.counts)}). They "
+                "would be left out without a word, and the model would be another one: give the config.json that was "
+                "saved with these weights."
             )
 
 
@@ -275,9 +293,11 @@ def _some(names: list[str], shown: int = 4) -> str:
 
 @contextmanager
 def in_one_sentence(source: str, what: str) -> Iterator[None]:
-    """A model folder is somebody's input, so whatever transformers raises while it reads one becomes a ValueError that names it.
+    """A model folder is somebody's input, so whatever transformers raises while it reads one becomes a ValueError that
+    names it.
 
-    Messages are cut to their first sentence: what follows there is advice, some of it unsafe (run the folder's code, load its pickle).
+    Messages are cut to their first sentence: what follows there is advice,
+    some of it unsafe (run the folder's code, load its pickle).
     """
     try:
         yield
@@ -298,13 +318,15 @@ def in_one_sentence(source: str, what: str) -> Iterator[None]:
 
 
 _OFFLINE = (
-    " Without a network, use a folder, or a model that a pip package carries (sentence-transformers/all-MiniLM-L6-v2); with one, look at "
-    "HF_HUB_OFFLINE and the proxy."
+    " Without a network, use a folder, or a model that a pip package carries (sentence-transformers/all-MiniLM-L6-v2); "
+    "with one, look at HF_HUB_OFFLINE and the proxy."
 )
 
 
 def first_sentence(error: BaseException) -> str:
-    """What an error of a library says, up to the end of its first sentence and in one line, without what it advises to switch off."""
+    """What an error of a library says, up to the end of its first sentence and in one line,
+    without what it advises to switch off.
+    """
     lines = " ".join(str(error).split())
     sentence = re.split(r"(?<=[a-z)\]'`\"]{2}[.!]) (?=[A-Z`])", lines, maxsplit=1)[0]
     if re.search(r"trust_remote_code|weights_only|ignore_mismatched_sizes|allow_pickle", sentence):

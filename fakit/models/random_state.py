@@ -6,5 +6,7 @@ import torch
 
 
 def random_state_kept(device: torch.device) -> AbstractContextManager:
-    """While open, random numbers may be drawn (dropout); afterwards those of the CPU and of `device` go on as if none had been."""
+    """While open, random numbers may be drawn (dropout); afterwards those of the CPU and of `device` go on as if none
+    had been.
+    """
     return torch.random.fork_rng([device] if device.type == "cuda" else [])

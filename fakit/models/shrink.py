@@ -49,22 +49,23 @@ def shrink(
     """A smaller trainable model of the teacher's family, in float32, on the teacher's device.
 
     Args:
-        teacher: a transformers model, quantized or not; it is left as it is. The adapter of a PEFT model is merged, in a copy.
-        layers: how many blocks; they are taken evenly spaced, as `LayerMap.uniform` maps them, so student layer j starts from the
-            teacher layer that will teach it. Or the teacher's block numbers themselves, 1…L, rising: [1, 3, 5]. In an encoder-decoder
-            as many of each stack, or numbers of the joint count, which goes through the encoder and on through the decoder. Where one
-            block serves all layers (ALBERT), it serves fewer.
-        hidden_size: width; the teacher's unless given. Head width stays, so the head count shrinks with it unless `heads` says otherwise;
-            the feed-forward width keeps its proportion.
+        teacher: a transformers model, quantized or not; it is left as it is. The adapter of a PEFT model is merged, in
+            a copy.
+        layers: how many blocks; they are taken evenly spaced, as `LayerMap.uniform` maps them, so student layer j
+            starts from the teacher layer that will teach it. Or the teacher's block numbers themselves, 1…L, rising:
+            [1, 3, 5]. In an encoder-decoder as many of each stack, or numbers of the joint count, which goes through
+            the encoder and on through the decoder. Where one block serves all layers (ALBERT), it serves fewer.
+        hidden_size: width; the teacher's unless given. Head width stays, so the head count shrinks with it unless
+            `heads` says otherwise; the feed-forward width keeps its proportion.
         heads: attention heads; must divide hidden_size.
-        init: "copy" takes the teacher's weights, embeddings and head included (cut to the leading units where narrower);
-            "random" takes none.
+        init: "copy" takes the teacher's weights, embeddings and head included (cut to the leading units where
+            narrower); "random" takes none.
 
     Raises:
-        ValueError: layers the teacher does not have, a width that heads do not divide or that is above the teacher's, blocks of another
-            kind than the student's (mixtures of experts that begin with plain blocks) or without a kind that the family cannot run without
-            (hybrids without attention, shared keys and values without the block they come from), with the depths that work; two models
-            joined to one (EncoderDecoderModel); another init.
+        ValueError: layers the teacher does not have, a width that heads do not divide or that is above the teacher's,
+            blocks of another kind than the student's (mixtures of experts that begin with plain blocks) or without a
+            kind that the family cannot run without (hybrids without attention, shared keys and values without the block
+            they come from), with the depths that work; two models joined to one (EncoderDecoderModel); another init.
 
     >>> student = shrink(teacher, layers=[1, 3, 5], hidden_size=192)  # doctest: +SKIP
     """
@@ -84,7 +85,8 @@ def shrink(
         )
     except ArithmeticError as error:  # RWKV's first weights are made of the depth less one
         raise ValueError(
-            f"{type(teacher).__name__} cannot be made with {[len(kept) for kept in sources]} layers (it says: {_first_line(error)}). Take more layers."
+            f"{type(teacher).__name__} cannot be made with {[len(kept) for kept in sources]} layers (it says: "
+            f"{_first_line(error)}). Take more layers."
         ) from error
     _untie_as_in(teacher, student, stacks)
     if off := without_layerdrop(student):
@@ -134,7 +136,8 @@ def _source_layers(stacks: list[Stack], layers: int | Sequence[int]) -> list[lis
         or numbers != sorted(set(numbers))
     ):
         raise ValueError(
-            f"layers {numbers} asked of a {total}-layer teacher; give a number of layers, or its block numbers 1…{total} in rising order, each once."
+            f"layers {numbers} asked of a {total}-layer teacher; give a number of layers, or its block numbers "
+            f"1…{total} in rising order, each once."
         )
     first = depths[0]
     sources = [[i for i in numbers if i <= first], [i - first for i in numbers if i > first]][: len(depths)]
@@ -157,8 +160,8 @@ def _smaller_config(
     if hasattr(whole, "quantization_config"):
         del whole.quantization_config
     config = whole.get_text_config()
-    # settings given once a block (layer_types, no_rope_layers …) follow the blocks that stay; before the depth changes, which is checked
-    # against them
+    # settings given once a block (layer_types, no_rope_layers …) follow the blocks that stay; before the depth changes,
+    # which is checked against them
     overrides = _overrides(config, sources[0])
     if overrides is not None:
         config.per_layer_config = None
@@ -207,7 +210,9 @@ def _of_kept_blocks(config: PreTrainedConfig, name: str, value, depth: int, kept
 
 
 def _rhythm(period: int, offset: int, kept: list[int]) -> tuple[int, int]:
-    """(period, offset) by which those of the kept blocks are of a kind that were so before; the old ones where there is none."""
+    """(period, offset) by which those of the kept blocks are of a kind that were so before;
+    the old ones where there is none.
+    """
     wanted = [(i - 1) % period == offset for i in kept]
     every = ((p, o) for p in range(1, len(kept) + 2) for o in range(p))
     found = ((p, o) for p, o in every if [i % p == o for i in range(len(kept))] == wanted)
@@ -215,7 +220,9 @@ def _rhythm(period: int, offset: int, kept: list[int]) -> tuple[int, int]:
 
 
 def _overrides(config: PreTrainedConfig, kept: list[int]) -> dict[int, dict] | None:
-    """Settings that differ from block to block (`per_layer_config`), for the blocks that are kept; None where none does."""
+    """Settings that differ from block to block (`per_layer_config`), for the blocks that are kept;
+    None where none does.
+    """
     if not config.is_heterogeneous:
         return None
     layers = [config.per_layer_config[i - 1] for i in kept]
@@ -233,8 +240,8 @@ def _cut(
 ) -> tuple[PreTrainedModel | None, str]:
     """The teacher cut by depth alone, without weights, and why it would be no student of it: empty where it is one.
 
-    What a family's configuration and code demand of the blocks is asked of them: the model is made and, where its blocks are of several
-    kinds, run, on the meta device.
+    What a family's configuration and code demand of the blocks is asked of them: the model is made and, where its
+    blocks are of several kinds, run, on the meta device.
     """
     name, asked = type(teacher).__name__, [i for kept in sources for i in kept]
     try:
@@ -249,8 +256,8 @@ def _cut(
         return None, f"{name} cannot be made of the blocks {asked} (it says: {_first_line(error)})."
     if made != [len(kept) for kept in sources]:
         return None, (
-            f"{name} cannot be cut by depth: asked were {[len(kept) for kept in sources]} layers, its configuration makes {made}. "
-            "Make the student from a configuration of its own."
+            f"{name} cannot be cut by depth: asked were {[len(kept) for kept in sources]} layers, its configuration "
+            f"makes {made}. Make the student from a configuration of its own."
         )
     if changed:
         return None, f"{name} of the blocks {asked} would be another model after saving and loading: {changed}."
@@ -283,7 +290,9 @@ def _changed_by_saving(config: PreTrainedConfig) -> str:
 
 
 def _fails(model: PreTrainedModel) -> str:
-    """What a forward pass over two tokens says, on the meta device; empty where it runs, or where the model reads no text."""
+    """What a forward pass over two tokens says, on the meta device; empty where it runs,
+    or where the model reads no text.
+    """
     if model.main_input_name != "input_ids":
         return ""
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
@@ -319,15 +328,20 @@ def _kinds(teacher: PreTrainedModel, stacks: list[Stack]) -> dict[str, list[int]
 
 
 def _what_works(teacher: PreTrainedModel, stacks: list[Stack], copies: bool) -> str:
-    """The depths at which evenly spaced blocks make a student, and which blocks are of which kind, for a choice by hand."""
+    """The depths at which evenly spaced blocks make a student, and which blocks are of which kind,
+    for a choice by hand.
+    """
     depths = [len(stack.blocks) for stack in stacks]
     works = [n for n in range(1, min(depths) + 1) if not _cut(teacher, stacks, _source_layers(stacks, n), copies)[1]]
     kinds = "; ".join(f"{kind}: {', '.join(map(str, numbers))}" for kind, numbers in _kinds(teacher, stacks).items())
-    return f"Depths that work, evenly spaced: {', '.join(map(str, works)) or 'none'}. Or choose layers=[…] by their kinds ({kinds})."
+    depths = ", ".join(map(str, works)) or "none"
+    return f"Depths that work, evenly spaced: {depths}. Or choose layers=[…] by their kinds ({kinds})."
 
 
 def _untie_as_in(teacher: PreTrainedModel, student: PreTrainedModel, stacks: list[Stack]) -> None:
-    """What the teacher does not tie, around its blocks, the student does not tie, whatever their configuration says of it."""
+    """What the teacher does not tie, around its blocks, the student does not tie,
+    whatever their configuration says of it.
+    """
     theirs, outside = ties(teacher), {name for name, _ in teacher.named_parameters(remove_duplicate=False)}
     outside -= {name for name in outside for stack in stacks if name.startswith(f"{stack.name}.")}
     tied = {name: first for name, first in ties(student).items() if {name, first} <= outside}
@@ -337,14 +351,16 @@ def _untie_as_in(teacher: PreTrainedModel, student: PreTrainedModel, stacks: lis
 def _narrow(config: PreTrainedConfig, hidden_size: int | None, heads: int | None) -> None:
     if config.is_heterogeneous:
         raise ValueError(
-            f"hidden_size={hidden_size}, heads={heads} asked of a {type(config).__name__} whose blocks differ in {', '.join(sorted(config.per_layer_attributes))}: "
-            "narrowing needs one width and one number of heads. Cut it by depth alone, or make the student from a configuration of its own."
+            f"hidden_size={hidden_size}, heads={heads} asked of a {type(config).__name__} whose blocks differ in "
+            f"{', '.join(sorted(config.per_layer_attributes))}: narrowing needs one width and one number of heads. Cut "
+            "it by depth alone, or make the student from a configuration of its own."
         )
     width, old_heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
     if not (isinstance(width, int) and isinstance(old_heads, int)):
         raise ValueError(
-            f"hidden_size={hidden_size}, heads={heads} asked of a {type(config).__name__} of width {width} in {old_heads} heads: narrowing needs one "
-            "width and one number of heads. Cut it by depth alone, or make the student from a configuration of its own."
+            f"hidden_size={hidden_size}, heads={heads} asked of a {type(config).__name__} of width {width} in "
+            f"{old_heads} heads: narrowing needs one width and one number of heads. Cut it by depth alone, or make the "
+            "student from a configuration of its own."
         )
     new_width = width if hidden_size is None else hidden_size
     head_width = getattr(config, "head_dim", None) or width // old_heads
@@ -354,7 +370,8 @@ def _narrow(config: PreTrainedConfig, hidden_size: int | None, heads: int | None
     if new_width % new_heads:
         near = [h for h in range(1, new_width + 1) if new_width % h == 0]
         raise ValueError(
-            f"a width of {new_width} cannot be split into {new_heads} heads (the teacher: {width} in {old_heads}); heads that divide it: {near}."
+            f"a width of {new_width} cannot be split into {new_heads} heads (the teacher: {width} in {old_heads}); "
+            f"heads that divide it: {near}."
         )
     groups = getattr(config, "num_key_value_heads", None)
     others = {name: getattr(config, name) for name in _STACK_HEADS if isinstance(getattr(config, name, None), int)}
@@ -393,8 +410,9 @@ def _source_names(
             name, source = (_member(stack, b) for stack, b in ((cut, block), (whole, whole.blocks[number - 1])))
             if prefixes.setdefault(name, source) != source:
                 raise ValueError(
-                    f"{name} of the student serves several layers, and the teacher's blocks {numbers} are not shared that way: they would start from "
-                    f"{prefixes[name]} and from {source}. Choose other layers, or init='random'."
+                    f"{name} of the student serves several layers, and the teacher's blocks {numbers} are not shared "
+                    f"that way: they would start from {prefixes[name]} and from {source}. Choose other layers, or "
+                    "init='random'."
                 )
     names = {name: _source_name(name, prefixes, theirs) for name in ours}
     whole = {} if is_quantized(teacher) else theirs  # packed weights have shapes of their own
@@ -402,8 +420,8 @@ def _source_names(
         inside = any(name.startswith(prefix) for prefix in prefixes)
         if inside and source in whole and whole[source].shape != ours[name].shape:
             raise ValueError(
-                f"{name} of the student, {tuple(ours[name].shape)}, would start from {source}, {tuple(whole[source].shape)}: its blocks are "
-                "not all of one kind."
+                f"{name} of the student, {tuple(ours[name].shape)}, would start from {source}, "
+                f"{tuple(whole[source].shape)}: its blocks are not all of one kind."
             )
     for prefix, source in prefixes.items():
         has, lacks = (
@@ -413,8 +431,8 @@ def _source_names(
         # a first block may lack what only the later ones have: ModernBERT's norms its embeddings instead
         if missing and not (prefix in first and not any(prefix + n in theirs for n in missing)):
             raise ValueError(
-                f"{prefix} of the student would start from {source} of the teacher and has no {', '.join(sorted(missing)[:2])}: its blocks are "
-                "not all of one kind."
+                f"{prefix} of the student would start from {source} of the teacher and has no "
+                f"{', '.join(sorted(missing)[:2])}: its blocks are not all of one kind."
             )
     return names
 
@@ -440,7 +458,9 @@ def _copy_weights(
 
 
 def _of_kept_layers(weight: Tensor, shape: torch.Size, stacks: list[Stack], sources: list[list[int]]) -> Tensor:
-    """What of a weight belongs to the kept layers, where one holds those of all, side by side (Gemma 3n's embeddings of each layer)."""
+    """What of a weight belongs to the kept layers, where one holds those of all,
+    side by side (Gemma 3n's embeddings of each layer).
+    """
     for dim, (theirs, ours) in enumerate(zip(weight.shape, shape, strict=True)):
         for stack, kept in zip(stacks, sources, strict=True):
             depth = len(stack.blocks)
@@ -470,13 +490,15 @@ def _source_name(name: str, prefixes: dict[str, str], weights: dict[str, Tensor]
     if name in weights and of_block < of_first:
         return name
     raise ValueError(
-        f"{name} of the student would start from {source}, which the teacher does not have: its blocks are not all of one kind. "
-        f"Choose layers=[…] so that each block keeps its kind, or init='random'; asked were blocks {', '.join(prefixes.values())}"
+        f"{name} of the student would start from {source}, which the teacher does not have: its blocks are not all of "
+        "one kind. Choose layers=[…] so that each block keeps its kind, or init='random'; asked were blocks "
+        f"{', '.join(prefixes.values())}"
     )
 
 
 def _fused_shares(name: str, config) -> list[int]:
-    """Which shares of a parameter are matrices of their own: Q, K and V, or gate and up, that a family computes in one product.
+    """Which shares of a parameter are matrices of their own: Q, K and V, or gate and up,
+    that a family computes in one product.
 
     Families that fuse head by head (GPT-NeoX, BLOOM) need nothing: there the leading units are the leading heads.
     """

@@ -1,6 +1,8 @@
-"""What rows of tokens a model can read: the sizes of its tables of tokens, positions and types, and whether data stay within them.
+"""What rows of tokens a model can read: the sizes of its tables of tokens, positions and types,
+and whether data stay within them.
 
-Beyond a table a CPU says "index out of range in self", and an accelerator stops for good. So the data are looked through before work.
+Beyond a table a CPU says "index out of range in self", and an accelerator stops for good.
+So the data are looked through before work.
 """
 
 import re
@@ -22,7 +24,9 @@ _ROWS = 10_000  # looked through at a time
 
 @dataclass(frozen=True)
 class Stack:
-    """One stack's tables: how many rows each has; None for a table that it does not have, or that has no end (rotary and relative positions)."""
+    """One stack's tables: how many rows each has; None for a table that it does not have,
+    or that has no end (rotary and relative positions).
+    """
 
     tokens: int | None = None
     positions: int | None = None
@@ -31,7 +35,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class Tables:
-    """A model's tables. `decoder` is that of an encoder-decoder; `classes` are those its labels may name, None where labels are no classes."""
+    """A model's tables. `decoder` is that of an encoder-decoder; `classes` are those its labels may name,
+    None where labels are no classes.
+    """
 
     name: str
     encoder: Stack
@@ -84,7 +90,9 @@ def _stack(model: nn.Module, root: nn.Module) -> Stack:
 
 @dataclass
 class Extent:
-    """What a data set or a batch holds, by column: the lowest and highest number (of labels those that count), the most tokens of a row, whether numbers are floats, lists."""
+    """What a data set or a batch holds, by column: the lowest and highest number (of labels those that count), the most
+    tokens of a row, whether numbers are floats, lists.
+    """
 
     lowest: dict[str, float] = field(default_factory=dict)
     highest: dict[str, float] = field(default_factory=dict)
@@ -116,7 +124,9 @@ def extent_of_batch(batch: Mapping) -> Extent:
 
 
 def extent_of_data(dataset) -> Extent | None:
-    """Of all rows of a `datasets.Dataset` or a list; None for what computes its rows as they are asked for, which the batches tell."""
+    """Of all rows of a `datasets.Dataset` or a list; None for what computes its rows as they are asked for,
+    which the batches tell.
+    """
     import datasets
 
     if isinstance(dataset, datasets.Dataset):
@@ -226,8 +236,8 @@ def _check_length(extent: Extent, column: str, sides, size: Callable[[Tables], i
     if sizes and longest > min(sizes.values()):
         have = ", ".join(f"the {side} ({sides[side].name}) has {n}" for side, n in sizes.items())
         raise ValueError(
-            f"{what} has rows of up to {longest} tokens in {column}, and positions end before: {have}. "
-            f"Truncate the rows to {min(sizes.values())} tokens (max_length={min(sizes.values())}), or cut them into pieces."
+            f"{what} has rows of up to {longest} tokens in {column}, and positions end before: {have}. Truncate the "
+            f"rows to {min(sizes.values())} tokens (max_length={min(sizes.values())}), or cut them into pieces."
         )
 
 
@@ -241,22 +251,26 @@ def _check_labels(extent: Extent, column: str, student: Tables, what: str) -> No
     if several:
         if high > 1 or low < 0:
             raise ValueError(
-                f"{what} holds {low if low < 0 else high:g} in {column}, and {student.name} has {student.classes} independent labels of 0 to 1 a text."
+                f"{what} holds {low if low < 0 else high:g} in {column}, and {student.name} has {student.classes} "
+                "independent labels of 0 to 1 a text."
             )
         if extent.longest[column] != student.classes or extent.shortest[column] != student.classes:
             raise ValueError(
-                f"{what} has {extent.shortest[column]} to {extent.longest[column]} labels a row in {column}, and {student.name} has {student.classes}: "
-                "one number for each class, in a list; one class a row is problem_type='single_label_classification'."
+                f"{what} has {extent.shortest[column]} to {extent.longest[column]} labels a row in {column}, and "
+                f"{student.name} has {student.classes}: one number for each class, in a list; one class a row is "
+                "problem_type='single_label_classification'."
             )
     elif floats:
         raise ValueError(
-            f"{what} holds floats ({low:g} to {high:g}) in {column}, and {student.name} has {student.classes} classes, which are integers. "
-            "Cast the column to integers; a regression has one output (num_labels=1), several labels a text are lists of floats."
+            f"{what} holds floats ({low:g} to {high:g}) in {column}, and {student.name} has {student.classes} classes, "
+            "which are integers. Cast the column to integers; a regression has one output (num_labels=1), several "
+            "labels a text are lists of floats."
         )
     elif high >= student.classes or low < 0:
         raise ValueError(
-            f"{what} holds {high if high >= student.classes else low:g} in {column}, and {student.name} knows labels from 0 to "
-            f"{student.classes - 1}, and -100 for 'no label'. Look at the labels, at the collator's padding, and at num_labels."
+            f"{what} holds {high if high >= student.classes else low:g} in {column}, and {student.name} knows labels "
+            f"from 0 to {student.classes - 1}, and -100 for 'no label'. Look at the labels, at the collator's padding, "
+            "and at num_labels."
         )
 
 
@@ -277,7 +291,9 @@ class CheckedCollator:
 
 
 def check_data(dataset, collator: Callable, sides: Mapping[str, Tables], what: str, task: bool) -> None:
-    """`check_extent` of all rows, where they are at hand and the collator is known to leave them as they are but for padding."""
+    """`check_extent` of all rows, where they are at hand and the collator is known to leave them as they are but for
+    padding.
+    """
     collator = getattr(collator, "collator", collator)  # of rows of a cache
     made_by = collator if hasattr(collator, "__module__") else type(collator)
     if dataset is None or str(made_by.__module__).split(".")[0] not in ("transformers", "fakit"):

@@ -24,7 +24,8 @@ class Breakdown:
         terms: {name: scalar with graph}, before weighting.
         weighted: {name: scalar with graph}, whose sum is `total`.
         per_layer: {name: {(student layer, teacher layer): detached scalar}} for the terms that go over layers.
-        heads: {(student layer, teacher layer): the teacher head each student head was compared with, (H_S,)}, under "best-match".
+        heads: {(student layer, teacher layer): the teacher head each student head was compared with, (H_S,)},
+            under "best-match".
     """
 
     total: Tensor
@@ -49,8 +50,8 @@ class Breakdown:
                 if known.startswith("the teacher"):
                     raise ValueError(f"the {name} term is {value.item()}{where}: {known}")
                 raise ValueError(
-                    f"the {name} term is {value.item()}{where}. If the student's weights are finite, look at the learning rate, at "
-                    "half-precision overflow (use bf16), or at a batch without any valid position."
+                    f"the {name} term is {value.item()}{where}. If the student's weights are finite, look at the "
+                    "learning rate, at half-precision overflow (use bf16), or at a batch without any valid position."
                     + (f" Found: {known}" if known else "")
                 )
         raise ValueError(

@@ -1,11 +1,12 @@
 """How hard each term of the objective pulls on the student, where, and against which other term.
 
-A weighted sum of losses has the weighted sum of their gradients, so that the inner products of the terms' raw gradients say all
-there is to say under any weights: with G[i, j] = ⟨∇L_i, ∇L_j⟩,
+A weighted sum of losses has the weighted sum of their gradients, so that the inner products of the terms' raw gradients
+say all there is to say under any weights: with G[i, j] = ⟨∇L_i, ∇L_j⟩,
 
     ‖∇ Σ w_i L_i‖² = wᵀ G w        cos(i, j) = G[i, j] / √(G[i, i] G[j, j])
 
-For k terms that is a k × k matrix a layer. It is what is kept here; the gradients themselves live only while it is made.
+For k terms that is a k × k matrix a layer. It is what is kept here;
+the gradients themselves live only while it is made.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -117,9 +118,9 @@ def term_gradients(
 ) -> TermGradients:
     """The gradient of each term's raw value with respect to the student's trainable parameters, as inner products.
 
-    The weights take no part: a term of weight 0 is measured too. Models stay in the mode they are in; a student in training mode
-    has dropout in its numbers. Nothing is written into `.grad`. At its peak this holds the graph of the batches and one gradient of
-    the student a term.
+    The weights take no part: a term of weight 0 is measured too. Models stay in the mode they are in; a student in
+    training mode has dropout in its numbers. Nothing is written into `.grad`. At its peak this holds the graph of the
+    batches and one gradient of the student a term.
 
     Args:
         objective: its terms, layer map and temperature; its projections take part, but are no part of the student.
@@ -128,8 +129,8 @@ def term_gradients(
         terms: which to measure; by default all of the objective's, the task only where there are labels.
 
     Raises:
-        ValueError: a term that the objective does not have, no batch, a student without trainable parameters, a loss that is NaN
-            (named by term and layer), or what capture and the objective refuse.
+        ValueError: a term that the objective does not have, no batch, a student without trainable parameters, a loss
+            that is NaN (named by term and layer), or what capture and the objective refuse.
 
     >>> gradients = term_gradients(objective, teacher, student, batch)  # doctest: +SKIP
     >>> gradients.norms(), gradients.cosines(part=3)  # doctest: +SKIP
@@ -165,8 +166,9 @@ def balanced_weights(
 ) -> dict[str, float]:
     """Weights under which every term pulls as hard as the reference: w_i = w_ref · ‖∇L_ref‖ / ‖∇L_i‖.
 
-    It is where GradNorm (Chen et al., ICML 2018, arXiv 1711.02257, eq. 1 and 2) settles with its asymmetry α at 0: all ‖w_i ∇L_i‖ equal, over all
-    of the student's parameters in place of its last shared layer, and with the reference's weight held in place of the sum of weights.
+    It is where GradNorm (Chen et al., ICML 2018, arXiv 1711.02257, eq. 1 and 2) settles with its asymmetry α at 0: all
+    ‖w_i ∇L_i‖ equal, over all of the student's parameters in place of its last shared layer, and with the reference's
+    weight held in place of the sum of weights.
 
     Args:
         weights: w of this moment; a term of weight 0 is off and stays off. All 1 by default.
@@ -182,8 +184,8 @@ def balanced_weights(
         raise ValueError(f"nothing to balance: every weight is 0 ({weights}). Raise one.")
     if flat := [name for name in on if norms[name] == 0]:
         raise ValueError(
-            f"{', '.join(flat)} has no gradient at the student (norms {norms}): no weight makes it pull. Set its weight to 0, or "
-            "measure on other batches."
+            f"{', '.join(flat)} has no gradient at the student (norms {norms}): no weight makes it pull. Set its "
+            "weight to 0, or measure on other batches."
         )
     reference = reference if reference in on else on[0]
     pull = weights[reference] * norms[reference]
@@ -232,8 +234,8 @@ def _measure(objective, teacher, student, batches, terms, temperatures: list[flo
 def parameters_by_part(student: nn.Module) -> dict[Part, list[nn.Parameter]]:
     """The student's trainable parameters by layer: 0 = embeddings, i = block i, "head" = what is neither.
 
-    A parameter stands in one part only: a block that serves several layers with the first of them, a head that is tied to the
-    embeddings with these.
+    A parameter stands in one part only: a block that serves several layers with the first of them, a head that is tied
+    to the embeddings with these.
     """
     blocks = find_blocks(student)
     layer_of: dict[int, Part] = {}
@@ -342,8 +344,9 @@ def _gram(
                 part_name(part) for part, v in zip(parameters, gram[:, i, i], strict=True) if not torch.isfinite(v)
             ]
             raise ValueError(
-                f"the gradient of the {one} term is not finite at {', '.join(where)}, while its loss is. Look at half-precision "
-                "overflow (use bf16), or at a loss that divides by, or takes the root or the logarithm of, something that is 0."
+                f"the gradient of the {one} term is not finite at {', '.join(where)}, while its loss is. Look at "
+                "half-precision overflow (use bf16), or at a loss that divides by, or takes the root or the logarithm "
+                "of, something that is 0."
             )
     return gram
 

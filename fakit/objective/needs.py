@@ -19,8 +19,10 @@ class Needs:
         hidden_states: layers 0…L.
         attentions: layers 1…L, whose attention inputs are kept.
         logits: True where logits are looked at.
-        in_chunks: `capture(..., logits="head")` will do: the head and its input in place of logits over a large vocabulary.
-        inputs: which of "queries", "keys" and "values" a cache must keep of an attention layer; `capture` keeps all three.
+        in_chunks: `capture(..., logits="head")` will do: the head and its input in place of logits over a large
+            vocabulary.
+        inputs: which of "queries", "keys" and "values" a cache must keep of an attention layer;
+            `capture` keeps all three.
     """
 
     hidden_states: frozenset[int] = frozenset()
@@ -56,7 +58,9 @@ class Needs:
 
     @classmethod
     def of(cls, asked: "Needs | Mapping | None", who: str) -> "Needs":
-        """What a term's `needs` returned: these, the same as a mapping (`{"hidden_states": [1, 2]}`), or None for nothing."""
+        """What a term's `needs` returned: these, the same as a mapping (`{"hidden_states": [1, 2]}`),
+        or None for nothing.
+        """
         if asked is None:
             return cls()
         if isinstance(asked, cls):
@@ -64,7 +68,8 @@ class Needs:
         names = ("hidden_states", "attentions", "logits", "in_chunks", "inputs")
         if not isinstance(asked, Mapping) or set(asked) - set(names):
             raise ValueError(
-                f"{who} needs {asked!r}; return Needs(hidden_states=[…], attentions=[…], logits=…) or a dictionary with keys of {', '.join(names)}."
+                f"{who} needs {asked!r}; return Needs(hidden_states=[…], attentions=[…], logits=…) or a dictionary "
+                f"with keys of {', '.join(names)}."
             )
         wrong = {name: asked[name] for name in ("hidden_states", "attentions") if not _layers(asked.get(name, ()))}
         if wrong:
@@ -81,8 +86,8 @@ def _layers(given: object) -> bool:
 class CountedBatch(Mapping):
     """A batch as a term counts it: the mapping that the models are given, and what follows from it.
 
-    A term that is a mean over tokens, predicting positions, labels or texts returns their number (a sum over `mask`, `positions` …) from
-    `Term.count`, so that the mean over several batches is the mean over all that counts in them.
+    A term that is a mean over tokens, predicting positions, labels or texts returns their number (a sum over `mask`,
+    `positions` …) from `Term.count`, so that the mean over several batches is the mean over all that counts in them.
 
     Attributes:
         mask: bool (B, T), the tokens; (B, 1) where there is no padding to tell (an image).

@@ -1,9 +1,10 @@
-"""The multi-task loss of arXiv 2412.19449: feature matching, attention alignment and output matching, beside the task loss.
+"""The multi-task loss of arXiv 2412.19449: feature matching, attention alignment and output matching,
+beside the task loss.
 
     L = α L_features + β L_attention + γ L_outputs + δ L_task
 
-It is a dictionary of terms and their weighted sum: each term is optional, others may be added, each weight may change at any time, and each
-call returns a breakdown by term and by layer pair.
+It is a dictionary of terms and their weighted sum: each term is optional, others may be added, each weight may change
+at any time, and each call returns a breakdown by term and by layer pair.
 """
 
 from collections.abc import Mapping
@@ -36,8 +37,8 @@ class Objective(nn.Module):
         terms: further ones by name, also several of one kind.
 
     Raises:
-        ValueError: no term at all, a name or a term that is none; later, in a call: heads that differ under one-to-one, widths that differ
-            without projection, logits of different sizes, a NaN (named by term and layer).
+        ValueError: no term at all, a name or a term that is none; later, in a call: heads that differ under one-to-one,
+            widths that differ without projection, logits of different sizes, a NaN (named by term and layer).
 
     >>> objective = Objective(
     ...     LayerMap.uniform(3, 6),
@@ -62,7 +63,8 @@ class Objective(nn.Module):
         given = {name: term for name, term in given.items() if term is not None} | _named(terms)
         if not given:
             raise ValueError(
-                "an objective needs at least one of features, attention, outputs and task, or terms={name: term}; none was given."
+                "an objective needs at least one of features, attention, outputs and task, or terms={name: term}; none "
+                "was given."
             )
         for name, term in given.items():
             _check_term(name, term)
@@ -70,8 +72,9 @@ class Objective(nn.Module):
             if over_layers and layer_map is None and term.layer_map is None:
                 keyword = f"{name}=…" if name in OWN else f"terms={{{name!r}: …}}"
                 raise ValueError(
-                    f"{name} was given and no layer map, so that the term would compare nothing: Objective(LayerMap.uniform(S, T), {keyword}) for a "
-                    "student of S and a teacher of T layers, or LayerMap.none() where that is meant."
+                    f"{name} was given and no layer map, so that the term would compare nothing: "
+                    f"Objective(LayerMap.uniform(S, T), {keyword}) for a student of S and a teacher of T layers, or "
+                    "LayerMap.none() where that is meant."
                 )
         self._layer_map = LayerMap.none() if layer_map is None else layer_map
         self.projections = nn.ModuleDict()  # "S1_T2": Linear(d_S, d_T)
@@ -140,8 +143,9 @@ class Objective(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in OWN or name == "terms":
             raise ValueError(
-                f"objective.{name} cannot be set once the objective is made: weights, projections and a cache follow from its terms. Make a new "
-                f"Objective(…, {name}=…); objective.weights[{name!r}] = 0 switches the term off."
+                f"objective.{name} cannot be set once the objective is made: weights, projections and a cache follow "
+                f"from its terms. Make a new Objective(…, {name}=…); objective.weights[{name!r}] = 0 switches the term "
+                "off."
             )
         super().__setattr__(name, value)
 
@@ -178,10 +182,12 @@ class Objective(nn.Module):
         return bool(self.needs("teacher"))
 
     def check_layers(self, student_layers: Depths, teacher_layers: Depths) -> None:
-        """Raise ValueError when a map names a layer that one of the models does not have, or pairs an encoder's layer with a decoder's.
+        """Raise ValueError when a map names a layer that one of the models does not have,
+        or pairs an encoder's layer with a decoder's.
 
         Args:
-            student_layers, teacher_layers: depths; of encoder-decoders those of encoder and decoder (`fakit.models.stack_depths`).
+            student_layers, teacher_layers: depths; of encoder-decoders those of encoder and decoder
+                (`fakit.models.stack_depths`).
         """
         self.layer_map.check(student_layers, teacher_layers)
         for name, term in self._terms.items():
@@ -191,7 +197,8 @@ class Objective(nn.Module):
                 beyond = sorted(layer for layer in needs.hidden_states | needs.attentions if layer > deepest)
                 if beyond:
                     raise ValueError(
-                        f"the {name} term needs layer {beyond[0]} of the {side}, which has layers 0–{deepest}: change its needs({side!r})."
+                        f"the {name} term needs layer {beyond[0]} of the {side}, which has layers 0–{deepest}: change "
+                        f"its needs({side!r})."
                     )
 
     def set_epoch(self, epoch: int) -> None:
@@ -203,7 +210,8 @@ class Objective(nn.Module):
                 vars(term)["layer_map"] = term.place.layer_map
 
     def prepare(self, student_width: int, teacher_width: int) -> "Objective":
-        """Make what terms train beside the student, such as the projections that differing widths need, before the optimizer is built.
+        """Make what terms train beside the student, such as the projections that differing widths need,
+        before the optimizer is built.
 
         The hidden width is the same in every layer of the families here. Returns itself.
         """
@@ -272,7 +280,8 @@ class Objective(nn.Module):
             loss = together + sum(value for name, value in weighted.items() if name not in at_once)
         matches = {pair: heads for term in active.values() for pair, heads in term.place.matches.items()}
         breakdown = Breakdown(loss, values, weighted, per_layer, matches)
-        # looking at a number on an accelerator would stop its stream in every step; there the trainer looks when it logs
+        # looking at a number on an accelerator would stop its stream in every step; there the trainer looks when it
+        # logs
         if breakdown.total.device.type == "cpu" and not torch.compiler.is_compiling():
             breakdown.check(lambda name, pairs: whose_numbers(self._terms[name], pairs, student, teacher))
         return breakdown
@@ -292,7 +301,8 @@ def check_name(name: object, where: str) -> None:
     """Raise ValueError, with `where` in front, for a name that a further term cannot have."""
     if not isinstance(name, str) or not name.isidentifier() or name in OWN:
         raise ValueError(
-            f"{where}: a further term has a name of its own, of letters, digits and underscores, that is none of {', '.join(OWN)}."
+            f"{where}: a further term has a name of its own, of letters, digits and underscores, that is none of "
+            f"{', '.join(OWN)}."
         )
 
 
@@ -306,6 +316,7 @@ def _scalar(name: str, term: Term, value: object) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != ():
         found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(
-            f"the {name} term ({type(term).__name__}.compare) gave {found}; a loss is a scalar tensor (), or a dictionary of them by layer pair."
+            f"the {name} term ({type(term).__name__}.compare) gave {found}; a loss is a scalar tensor (), or a "
+            "dictionary of them by layer pair."
         )
     return value

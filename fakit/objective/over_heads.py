@@ -1,4 +1,6 @@
-"""Outputs and task in chunks of tokens: head, losses and gradient in one pass over the last hidden states, without all of the logits."""
+"""Outputs and task in chunks of tokens: head, losses and gradient in one pass over the last hidden states,
+without all of the logits.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +22,8 @@ def compare_over_heads(
     labels: Tensor | None,
     shares: Mapping[str, Tensor],
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Those of the terms that need no logits in full, where the traces have heads: their weighted sum () and each of them.
+    """Those of the terms that need no logits in full, where the traces have heads: their weighted sum ()
+    and each of them.
 
     The first output term and the task have one pass together; every other output term has its own.
     """

@@ -15,7 +15,8 @@ def predicting(student: Trace, teacher: Trace, labels: Tensor | None, like: Tens
 
 
 def predicting_positions(mask: Tensor, labels: Tensor | None, causal: bool, documents: Tensor | None = None) -> Tensor:
-    """Which tokens of a mask (B, T) predict something: all of them, or in causal models those before a valid one, (B, T - 1).
+    """Which tokens of a mask (B, T) predict something: all of them, or in causal models those before a valid one, (B,
+    T - 1).
 
     `documents` (B, T) numbers those of packed rows: the last token of one does not predict the first of the next.
     """
@@ -45,8 +46,9 @@ def common_mask(student: Trace, teacher: Trace, pair: Pair) -> Tensor | None:
     ours, theirs = student.encoder_layers, teacher.encoder_layers
     if ours is not None and theirs is not None and (pair[0] > ours) != (pair[1] > theirs):
         raise ValueError(
-            f"pair S{pair[0]}←T{pair[1]} matches an encoder's layer with a decoder's, which work on different tokens: the student's encoder ends "
-            f"with layer {ours}, the teacher's with {theirs}. Map each stack by itself: LayerMap.uniform([encoder, decoder], [encoder, decoder])."
+            f"pair S{pair[0]}←T{pair[1]} matches an encoder's layer with a decoder's, which work on different tokens: "
+            f"the student's encoder ends with layer {ours}, the teacher's with {theirs}. Map each stack by itself: "
+            "LayerMap.uniform([encoder, decoder], [encoder, decoder])."
         )
     return on_both_sides(student.layer_mask(pair[0]), teacher.layer_mask(pair[1]))
 
@@ -57,8 +59,9 @@ def on_both_sides(student: Tensor | None, teacher: Tensor | None) -> Tensor | No
         return student if teacher is None else teacher
     if student.shape != teacher.shape:
         raise ValueError(
-            f"the student saw {tuple(student.shape)} tokens, the teacher {tuple(teacher.shape)} (B, T): both must be given the "
-            "same batch, made by the same tokenizer, and a layer map pairs encoder with encoder and decoder with decoder."
+            f"the student saw {tuple(student.shape)} tokens, the teacher {tuple(teacher.shape)} (B, T): both must be "
+            "given the same batch, made by the same tokenizer, and a layer map pairs encoder with encoder and decoder "
+            "with decoder."
         )
     return student & teacher.to(student.device)
 

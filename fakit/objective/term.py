@@ -34,13 +34,16 @@ class Place:
 
 
 class Term:
-    """A part of the objective: L = Σ weight · term. A subclass says what it needs and compares; the objective does the rest.
+    """A part of the objective: L = Σ weight · term. A subclass says what it needs and compares;
+    the objective does the rest.
 
     Four methods make a term, the first two of them always:
 
     * `needs(side)`: what `capture` must keep of "student" or "teacher".
-    * `compare(student, teacher, labels)`: the loss of two traces, a mean over what counts; by layer pair where it has pairs.
-    * `count(batch)`: what that mean is over, so that means over several batches and processes are exact; tokens unless overridden.
+    * `compare(student, teacher, labels)`: the loss of two traces, a mean over what counts; by layer pair where it has
+      pairs.
+    * `count(batch)`: what that mean is over, so that means over several batches and processes are exact; tokens unless
+      overridden.
     * `cached()`: what a teacher cache must store for it; what it needs of the teacher unless overridden.
 
     A term stays as it was made: the objective takes a copy, whose weight is `objective.weights[name]`.
@@ -71,7 +74,8 @@ class Term:
         raise NotImplementedError(f"{type(self).__name__}.needs(side) says what capture must keep; it is not written.")
 
     def compare(self, student: Trace, teacher: Trace | None, labels: Tensor | None) -> Tensor | dict[Pair, Tensor]:
-        """The loss, a scalar () with graph; by layer pair where there are pairs, which `shares` weighs. {} where there is nothing to compare.
+        """The loss, a scalar () with graph; by layer pair where there are pairs, which `shares` weighs.
+        {} where there is nothing to compare.
 
         Args:
             student: with graph.
@@ -111,12 +115,15 @@ class Term:
         """
         if "_place" not in vars(self):
             raise ValueError(
-                f"{type(self).__name__} is in no objective, so it has no layer map and no modules there: Objective(…, terms={{'name': term}})."
+                f"{type(self).__name__} is in no objective, so it has no layer map and no modules there: Objective(…, "
+                "terms={'name': term})."
             )
         return self._place
 
     def placed(self, name: str, layer_map: LayerMap, modules: nn.ModuleDict) -> Self:
-        """A copy that stands in an objective. The one that was given is frozen, too: what is changed there would be lost."""
+        """A copy that stands in an objective. The one that was given is frozen, too:
+        what is changed there would be lost.
+        """
         vars(self)["_made"] = True
         placed = copy.copy(self)
         own = self.layer_map

@@ -68,10 +68,11 @@ class Features(_OverLayers):
     """Feature matching over the mapped layers.
 
     Args:
-        loss: "mse", "cosine", "normalized_mse", "layernorm_mse", or any function (student, teacher, mask) of (B, T, d) tensors.
+        loss: "mse", "cosine", "normalized_mse", "layernorm_mse", or any function (student, teacher, mask) of (B, T, d)
+            tensors.
         weight: α.
-        projection: "linear" learns a linear map from the student's width to the teacher's for each mapped pair whose widths
-            differ; None forbids it. Pairs of one width never have one.
+        projection: "linear" learns a linear map from the student's width to the teacher's for each mapped pair whose
+            widths differ; None forbids it. Pairs of one width never have one.
         layer_map: for this term alone; the objective's unless given.
         parameters: the loss's own, by name, as further keywords.
     """
@@ -131,14 +132,15 @@ class Features(_OverLayers):
         if name not in modules:
             if self.projection is None:
                 raise ValueError(
-                    f"student layer {pair[0]} is {d_student} wide, teacher layer {pair[1]} is {d_teacher} wide, and no projection is "
-                    "allowed (projection=None); use Features(..., projection='linear') or a student of the teacher's width."
+                    f"student layer {pair[0]} is {d_student} wide, teacher layer {pair[1]} is {d_teacher} wide, and no "
+                    "projection is allowed (projection=None); use Features(..., projection='linear') or a student of "
+                    "the teacher's width."
                 )
             if like is not None and torch.is_grad_enabled():
                 warnings.warn(
-                    f"a projection {d_student} → {d_teacher} for S{pair[0]}←T{pair[1]} was made during this call; an optimizer built "
-                    "earlier does not train it. Call objective.prepare(d_student, d_teacher) first, and give the optimizer "
-                    "objective.parameters() too.",
+                    f"a projection {d_student} → {d_teacher} for S{pair[0]}←T{pair[1]} was made during this call; an "
+                    "optimizer built earlier does not train it. Call objective.prepare(d_student, d_teacher) first, "
+                    "and give the optimizer objective.parameters() too.",
                     stacklevel=5,
                 )
             projection = nn.Linear(d_student, d_teacher, bias=False)
@@ -146,8 +148,9 @@ class Features(_OverLayers):
         projection = cast(nn.Linear, modules[name])
         if (projection.in_features, projection.out_features) != (d_student, d_teacher):
             raise ValueError(
-                f"the projection of S{pair[0]}←T{pair[1]} maps {projection.in_features} → {projection.out_features}, and the student is "
-                f"{d_student} wide, the teacher {d_teacher}: this objective was prepared for other models; make a new one."
+                f"the projection of S{pair[0]}←T{pair[1]} maps {projection.in_features} → {projection.out_features}, "
+                f"and the student is {d_student} wide, the teacher {d_teacher}: this objective was prepared for other "
+                "models; make a new one."
             )
         return projection
 
@@ -161,13 +164,14 @@ class Attention(_OverLayers):
     """Attention alignment over the mapped layers (layer 0 has none and is left out).
 
     Args:
-        loss: "kl" or "mse" of the maps, "relations" (MiniLMv2: KL of softmax(X Xᵀ/√d_r) for queries, keys and values), or any function
-            (student maps, teacher maps, mask) of (B, H, T, T) tensors. The named ones never hold a T × T map where both models hand over
-            their queries and keys; a function is given the maps in full.
+        loss: "kl" or "mse" of the maps, "relations" (MiniLMv2: KL of softmax(X Xᵀ/√d_r) for queries, keys and values),
+            or any function (student maps, teacher maps, mask) of (B, H, T, T) tensors. The named ones never hold a T ×
+            T map where both models hand over their queries and keys; a function is given the maps in full.
         weight: β.
-        heads: how maps of unequal head counts are compared. "one-to-one" compares head h with head h and needs equal counts; "group-mean"
-            first averages neighboring heads of the side that has more; "best-match" gives each student head the teacher head that it is
-            closest to in this batch (greedily, each teacher head once while there are others): see `Breakdown.heads`.
+        heads: how maps of unequal head counts are compared. "one-to-one" compares head h with head h and needs equal
+            counts; "group-mean" first averages neighboring heads of the side that has more; "best-match" gives each
+            student head the teacher head that it is closest to in this batch (greedily, each teacher head once while
+            there are others): see `Breakdown.heads`.
         relations: which of "queries", "keys" and "values" the relations are of.
         relation_heads: R; the largest number up to the student's heads that divides both widths unless given.
         layer_map: for this term alone; the objective's unless given.
@@ -200,7 +204,8 @@ class Attention(_OverLayers):
             )
         if not self.relations or not set(self.relations) <= {"queries", "keys", "values"}:
             raise ValueError(
-                f"Attention(relations={self.relations!r}): relations are of 'queries', 'keys' and 'values', one or more of them."
+                f"Attention(relations={self.relations!r}): relations are of 'queries', 'keys' and 'values', one or "
+                "more of them."
             )
         self._made = True
 
@@ -253,8 +258,8 @@ class Attention(_OverLayers):
         for trace, layer in zip((student, teacher), pair, strict=True):
             if layer in trace.maps:
                 raise ValueError(
-                    f"relations are of queries, keys and values, and {trace.name} gives only its attention maps; use Attention('kl') or "
-                    "Attention('mse'), or a model that uses transformers' attention interface."
+                    f"relations are of queries, keys and values, and {trace.name} gives only its attention maps; use "
+                    "Attention('kl') or Attention('mse'), or a model that uses transformers' attention interface."
                 )
         ours, theirs = (kept(t, "attentions", i) for t, i in zip((student, teacher), pair, strict=True))
         heads = self.relation_heads
@@ -271,8 +276,9 @@ class Attention(_OverLayers):
             return None
         if self.heads == "one-to-one":
             raise ValueError(
-                f"one-to-one attention alignment at S{pair[0]}←T{pair[1]}: the student has {student} heads, the teacher "
-                f"{teacher}. Use Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), or a student with {teacher} heads."
+                f"one-to-one attention alignment at S{pair[0]}←T{pair[1]}: the student has {student} heads, the "
+                f"teacher {teacher}. Use Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), "
+                f"or a student with {teacher} heads."
             )
         return min(student, teacher)
 
@@ -282,12 +288,15 @@ class Outputs(Term):
     """Output-distribution matching.
 
     Args:
-        loss: "forward_kl", "reverse_kl", "jsd", "logit_mse", or any function (student logits, teacher logits, mask, temperature).
+        loss: "forward_kl", "reverse_kl", "jsd", "logit_mse", or any function (student logits, teacher logits, mask,
+            temperature).
         temperature: τ > 0 at the start; `objective.temperature` may be set at any time.
         weight: γ.
-        vocab_size: cut both vocabularies to their first `vocab_size` entries, for families that pad the head differently.
-        chunked: over a large vocabulary, make and compare logits a chunk of tokens at a time, where both models have a plain linear head
-            and the loss is one of the named; the same number with a fraction of the memory. False always makes them whole.
+        vocab_size: cut both vocabularies to their first `vocab_size` entries, for families that pad the head
+            differently.
+        chunked: over a large vocabulary, make and compare logits a chunk of tokens at a time, where both models have a
+            plain linear head and the loss is one of the named; the same number with a fraction of the memory.
+            False always makes them whole.
         parameters: the loss's own, by name, as further keywords: `Outputs("jsd", beta=0.1)`. In chunks, too.
     """
 
@@ -361,7 +370,8 @@ class Outputs(Term):
 
 @dataclass(init=False)
 class Task(Term):
-    """The task's own loss on the labels: cross-entropy (labels of -100 are left out), or mean squared error for one regression output.
+    """The task's own loss on the labels: cross-entropy (labels of -100 are left out),
+    or mean squared error for one regression output.
 
     Args:
         weight: δ.
@@ -407,8 +417,8 @@ def with_parameters(term: str, loss: str | Callable, known: Mapping[str, Callabl
     if unknown:
         name = loss if isinstance(loss, str) else getattr(loss, "__name__", "the function")
         raise ValueError(
-            f"{term}({name!r}, {unknown[0]}={parameters[unknown[0]]!r}): {name} has no parameter {unknown[0]!r}; it has "
-            f"{', '.join(allowed) or 'none of its own'}, and {term} takes {', '.join(_own_settings(term))}."
+            f"{term}({name!r}, {unknown[0]}={parameters[unknown[0]]!r}): {name} has no parameter {unknown[0]!r}; it "
+            f"has {', '.join(allowed) or 'none of its own'}, and {term} takes {', '.join(_own_settings(term))}."
         )
     return partial(function, **parameters)
 
@@ -419,7 +429,8 @@ def _own_settings(term: str) -> list[str]:
 
 
 def problem_type(student: Trace, teacher: Trace, logits: Tensor, labels: Tensor | None) -> str | None:
-    """What logits mean: as the models' configurations say; where they do not, as their labels do (the rule of transformers).
+    """What logits mean: as the models' configurations say; where they do not,
+    as their labels do (the rule of transformers).
 
     Raises:
         ValueError: the two models' logits mean different things.
@@ -429,8 +440,9 @@ def problem_type(student: Trace, teacher: Trace, logits: Tensor, labels: Tensor 
     stated = {trace.problem_type for trace in (student, teacher)} - {None}
     if len(stated) == 2:
         raise ValueError(
-            f"the student's problem_type is {student.problem_type}, the teacher's {teacher.problem_type}: their logits mean different things "
-            "and cannot be compared. Give both configurations one problem_type, or leave the output term out (outputs=None)."
+            f"the student's problem_type is {student.problem_type}, the teacher's {teacher.problem_type}: their logits "
+            "mean different things and cannot be compared. Give both configurations one problem_type, or leave the "
+            "output term out (outputs=None)."
         )
     if stated:
         return stated.pop()
@@ -449,5 +461,6 @@ def check_distribution(loss: str, problem: str | None, classes: int) -> None:
         )
     if problem == REGRESSION:
         raise ValueError(
-            f"{loss} compares distributions, and {classes} outputs of a regression (problem_type) are none; use Outputs('logit_mse')."
+            f"{loss} compares distributions, and {classes} outputs of a regression (problem_type) are none; use "
+            "Outputs('logit_mse')."
         )

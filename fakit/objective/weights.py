@@ -6,7 +6,9 @@ from numbers import Real
 
 
 class Weights(MutableMapping):
-    """Term weights by name. Terms that the objective does not have, and weights that are negative or not finite, are refused."""
+    """Term weights by name. Terms that the objective does not have, and weights that are negative or not finite,
+    are refused.
+    """
 
     def __init__(self, weights: Mapping[str, float], terms: Mapping[str, object] | None = None):
         self._weights: dict[str, float] = dict.fromkeys(weights, 0.0)

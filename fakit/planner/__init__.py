@@ -2,7 +2,8 @@
 
     print(plan("meta-llama/Llama-3.1-8B", "8x2048", batch=4, seq=512, quantize="8bit", memory="A100 40GB"))
 
-The step is run on fake tensors (shapes without data), so what is counted is what the kit does, for any family and any objective.
+The step is run on fake tensors (shapes without data), so what is counted is what the kit does,
+for any family and any objective.
 """
 
 import importlib

@@ -33,9 +33,10 @@ def _card(name: str, memory: float, half: float, single: float, bandwidth: float
     return Card(name, memory * GB, half * 1e12, single * 1e12, bandwidth * GB, note)
 
 
-# GB, TFLOP/s in half and in single precision, GB/s. From the makers' data sheets: NVIDIA T4, L4, A10, V100 (SXM2), A100 (40 GB PCIe/SXM, 80 GB
-# SXM), H100 and H200 (SXM); NVIDIA's Ampere GA102 and Ada architecture papers for RTX 3060, 3090 and 4090, whose tensor cores run at
-# half of their rate when they accumulate in float32; AMD Instinct MI300X. Rates are dense ones: sparsity is not counted.
+# GB, TFLOP/s in half and in single precision, GB/s. From the makers' data sheets: NVIDIA T4, L4, A10, V100 (SXM2), A100
+# (40 GB PCIe/SXM, 80 GB SXM), H100 and H200 (SXM); NVIDIA's Ampere GA102 and Ada architecture papers for RTX 3060, 3090
+# and 4090, whose tensor cores run at half of their rate when they accumulate in float32; AMD Instinct MI300X. Rates are
+# dense ones: sparsity is not counted.
 CARDS: dict[str, Card] = {
     card.name: card
     for card in (
@@ -57,7 +58,8 @@ CARDS: dict[str, Card] = {
 
 
 def find_card(memory: str | float) -> tuple[str, float, Card | None]:
-    """(name, bytes, card) of a card's name ("A100 40GB", "t4"), of an amount ("16GB", "0.5 GB") or of bytes; no card for an amount.
+    """(name, bytes, card) of a card's name ("A100 40GB", "t4"), of an amount ("16GB", "0.5 GB") or of bytes;
+    no card for an amount.
 
     Raises:
         ValueError: neither.

@@ -1,4 +1,6 @@
-"""Models without weights: made on the meta device from a configuration, then given fake tensors, which know their device and dtype."""
+"""Models without weights: made on the meta device from a configuration, then given fake tensors,
+which know their device and dtype.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,9 @@ def meta_model(config: PreTrainedConfig, task: str, dtype: torch.dtype) -> PreTr
         except ValueError as error:
             if "Unrecognized configuration class" in str(error):
                 raise ValueError(
-                    f"transformers makes no {task} model ({CLASSES[task]}) of a {type(config).__name__} ({config.model_type}). Give task=… "
-                    "another value; of a model with images or sounds plan its text model alone: its text_config."
+                    f"transformers makes no {task} model ({CLASSES[task]}) of a {type(config).__name__} "
+                    f"({config.model_type}). Give task=… another value; of a model with images or sounds plan its text "
+                    "model alone: its text_config."
                 ) from error
             if "scaled_dot_product_attention" not in str(error):
                 raise
@@ -121,7 +124,8 @@ def quantize(model: PreTrainedModel, how: str, on_cpu: bool) -> None:
 
 
 def run_one_of_each(blocks: list[nn.Module], kept: Collection[int], ledger: Ledger) -> None:
-    """Of a teacher's blocks that nobody looks at, run one of each kind; the others give its output's shapes and cost what it cost.
+    """Of a teacher's blocks that nobody looks at, run one of each kind;
+    the others give its output's shapes and cost what it cost.
 
     Args:
         blocks: one a layer; their `forward` is exchanged.

@@ -27,13 +27,14 @@ _CPU_ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_back
 class Ledger(TorchDispatchMode):
     """Keeps the books of whatever runs inside: every storage's birth and end, and FLOPs, by phase.
 
-    To be opened inside a `FakeTensorMode`. Questions about values, which fake tensors cannot answer, are answered with yes, 1, and
-    "everywhere" (masks that come of zeros and negations: "nowhere"): losses are finite, every position counts.
+    To be opened inside a `FakeTensorMode`. Questions about values, which fake tensors cannot answer, are answered with
+    yes, 1, and "everywhere" (masks that come of zeros and negations: "nowhere"): losses are finite,
+    every position counts.
 
     Attributes:
         phase: the name under which what happens now is booked.
-        flops: (phase, "single" or "half") → FLOPs by the precision of their result, counted as torch's FlopCounterMode counts: a
-            multiply-add is 2; products, convolutions and attention alone.
+        flops: (phase, "single" or "half") → FLOPs by the precision of their result, counted as torch's FlopCounterMode
+            counts: a multiply-add is 2; products, convolutions and attention alone.
         written: phase → bytes of all results.
         repeat: FLOPs and bytes of what happens now are counted so many times.
     """

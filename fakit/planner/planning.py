@@ -1,4 +1,6 @@
-"""`plan`: will this teacher with this student, batch and length fit, and how long will it take? From configurations alone."""
+"""`plan`: will this teacher with this student, batch and length fit,
+and how long will it take? From configurations alone.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,9 @@ _NEEDS_DATA = (
 
 Student = str | int | tuple[int, int | None] | Sequence[int]
 
-# What a GPU holds beside tensors: the driver's context, cuBLAS' workspaces and loaded kernels; and the share of what comes and goes in a step
-# that the caching allocator cannot use, for its blocks do not fit together. Both are assumptions: no GPU has measured them here.
+# What a GPU holds beside tensors: the driver's context, cuBLAS' workspaces and loaded kernels; and the share of what
+# comes and goes in a step that the caching allocator cannot use, for its blocks do not fit together. Both are
+# assumptions: no GPU has measured them here.
 CONTEXT = 0.7 * GB
 FRAGMENTS = 0.05
 # Share of a card's memory bandwidth that eager kernels reach.
@@ -102,8 +105,8 @@ class Plan:
     def seconds(self, card: Card | str | None = None) -> float:
         """Seconds of a step on a card (the one asked about unless given).
 
-        Phase by phase the longer of two: its FLOPs at `utilization` of the card's rate for their precision, or what it writes, and reads as
-        much of, and the weights that it reads, at 0.8 of the card's bandwidth.
+        Phase by phase the longer of two: its FLOPs at `utilization` of the card's rate for their precision, or what it
+        writes, and reads as much of, and the weights that it reads, at 0.8 of the card's bandwidth.
 
         Raises:
             ValueError: no card was named.
@@ -160,7 +163,9 @@ class Plan:
 
     @cached_property
     def changes(self) -> list[tuple[str, Plan]]:
-        """Single changes that save memory, each with its plan, from the least intrusive on; for a plan that does not fit also their sum."""
+        """Single changes that save memory, each with its plan, from the least intrusive on;
+        for a plan that does not fit also their sum.
+        """
         setup, found = self.setup, []
         for name, new in _changes(setup, self.largest_batch):
             plan = self.with_setup(**new)
@@ -204,7 +209,8 @@ class Plan:
             yield "Not even a batch of one row fits."
         if not self.fits:
             for name, plan in self.changes:
-                yield f"{name[0].upper()}{name[1:]}: {plan.peak / GB:.3g} GB, {'fits' if plan.fits else 'does not fit'}."
+                verdict = "fits" if plan.fits else "does not fit"
+                yield f"{name[0].upper()}{name[1:]}: {plan.peak / GB:.3g} GB, {verdict}."
 
     def figure(self, changes: bool | None = None) -> Figure:
         """Memory by part against the cards.
@@ -230,10 +236,10 @@ class Plan:
         step, setup = self.step, self.setup
         millions = {side: number / 1e6 for side, number in step.parameters.items()}
         lines = [
-            f"teacher  {self.teacher}, {step.depths['teacher']} layers × {step.widths['teacher']}, {millions['teacher']:,.0f} M parameters, "
-            f"{setup.quantize or _DTYPES[setup.dtype]}",
-            f"student  {step.depths['student']} layers × {step.widths['student']}, {millions['student']:,.0f} M parameters, float32"
-            + (" under bf16 autocast" if setup.dtype == "bf16" else ""),
+            f"teacher  {self.teacher}, {step.depths['teacher']} layers × {step.widths['teacher']}, "
+            f"{millions['teacher']:,.0f} M parameters, {setup.quantize or _DTYPES[setup.dtype]}",
+            f"student  {step.depths['student']} layers × {step.widths['student']}, {millions['student']:,.0f} M "
+            "parameters, float32" + (" under bf16 autocast" if setup.dtype == "bf16" else ""),
             f"step     {setup.batch} × {setup.seq} tokens, {', '.join(setup.terms)}, {setup.optimizer}"
             + (", gradient checkpointing" if setup.checkpointing else ""),
             f"dtype    {self.precision}",
@@ -254,7 +260,8 @@ class Plan:
         lines += self._times()
         if setup.accelerator:
             lines.append(
-                f"Overhead ({CONTEXT / GB:.1g} GB context, {FRAGMENTS:.0%} fragments) and times are assumptions: no GPU has measured them here."
+                f"Overhead ({CONTEXT / GB:.1g} GB context, {FRAGMENTS:.0%} fragments) and times are assumptions: no "
+                "GPU has measured them here."
             )
         return "\n".join(lines)
 
@@ -264,8 +271,8 @@ class Plan:
         if self.setup.quantize is None or share < 0.05:
             return []
         return [
-            f"note     {share:.0%} of the teacher's parameters are experts, all of a layer's in one tensor; bitsandbytes quantizes linear layers "
-            f"alone, so they stay {_DTYPES[self.setup.dtype]}"
+            f"note     {share:.0%} of the teacher's parameters are experts, all of a layer's in one tensor; "
+            f"bitsandbytes quantizes linear layers alone, so they stay {_DTYPES[self.setup.dtype]}"
         ]
 
     def _times(self) -> list[str]:
@@ -276,7 +283,8 @@ class Plan:
             whole = "" if self.steps is None else f", {self.steps:,} steps in {_duration(self.steps * seconds)}"
             note = f" ({card.note})" if card.note else ""
             lines.append(
-                f"{card.name}: {seconds:.3g} s a step, {self.tokens_per_second(card):,.0f} tokens/s at {self.utilization:.0%} of its FLOP/s{whole}{note}"
+                f"{card.name}: {seconds:.3g} s a step, {self.tokens_per_second(card):,.0f} tokens/s at "
+                f"{self.utilization:.0%} of its FLOP/s{whole}{note}"
             )
         return lines
 
@@ -308,17 +316,20 @@ def plan(
 ) -> Plan:
     """Memory, FLOPs and time of a distillation step, from configurations alone.
 
-    The step is run on tensors that have shapes and no data: the models are made on the meta device, and the kit's own capture, objective
-    and backward pass are watched for what they allocate and multiply. Adapters are merged into a teacher and take no memory of their own.
+    The step is run on tensors that have shapes and no data: the models are made on the meta device, and the kit's own
+    capture, objective and backward pass are watched for what they allocate and multiply. Adapters are merged into a
+    teacher and take no memory of their own.
 
     Args:
-        teacher: a recorded model ("meta-llama/Llama-3.1-8B", or what stands after the slash), a folder, a hub id, a configuration or a model.
+        teacher: a recorded model ("meta-llama/Llama-3.1-8B", or what stands after the slash), a folder, a hub id, a
+            configuration or a model.
         student: layers, or layers and width: 4, "4", (4, 1024), "4x1024"; or the teacher's block numbers, [1, 8, 16].
         batch: rows of a batch, in one micro-step.
         seq: tokens of a row, padding included.
         quantize: the teacher's: None, "8bit" or "4bit"; of a checkpoint that is quantized already, as it is stored.
         dtype: "bf16": the teacher in bf16, the student in float32 under bf16 autocast (fp16 takes as much); "fp32";
-            "auto": bf16 for a GPU, and for a CPU what this one computes faster, as in training (`fakit.training.precision`).
+            "auto": bf16 for a GPU, and for a CPU what this one computes faster, as in training
+            (`fakit.training.precision`).
         memory: a card's name ("T4", "A100 40GB") or an amount ("16GB"), a GB being 10⁹ bytes.
         task: of both models, as for `load_teacher`; guessed from the configuration unless given.
         optimizer: "adamw" (fused), "adamw-8bit", "adafactor" or "sgd".
@@ -361,8 +372,9 @@ def plan(
         check_stored_precision(name, stored, quantize)
         if stored not in ("8bit", "4bit"):
             raise ValueError(
-                f"the checkpoint of {name} is stored in {stored!r} (its quantization_config), and what that takes is known of bitsandbytes' "
-                "8 and 4 bits alone. Plan with a configuration without quantization_config: full precision, or quantize=…."
+                f"the checkpoint of {name} is stored in {stored!r} (its quantization_config), and what that takes is "
+                "known of bitsandbytes' 8 and 4 bits alone. Plan with a configuration without quantization_config: "
+                "full precision, or quantize=…."
             )
         quantize = stored
     used = tuple(term for term in TERMS if term in terms)
@@ -386,11 +398,12 @@ def plan(
         said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if isinstance(error, _NEEDS_DATA):
             raise ValueError(
-                f"a step of {name} cannot be run without data: its code looks at values or makes tensors in ways that shapes alone do not answer "
-                f"({said}). Plan with a family of its size that can, such as BERT or Llama."
+                f"a step of {name} cannot be run without data: its code looks at values or makes tensors in ways that "
+                f"shapes alone do not answer ({said}). Plan with a family of its size that can, such as BERT or Llama."
             ) from error
         raise ValueError(
-            f"a step of {name} as a {setup.task} model does not run: {said}. Its configuration may lack a setting, or its sizes not fit each other."
+            f"a step of {name} as a {setup.task} model does not run: {said}. Its configuration may lack a setting, or "
+            "its sizes not fit each other."
         ) from error
     return Plan(name, setup, step, limit_name, limit, card, utilization, steps, assumed)
 

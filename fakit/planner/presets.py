@@ -77,7 +77,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def read_config(teacher: str | Path | PreTrainedConfig | PreTrainedModel) -> tuple[str, PreTrainedConfig]:
-    """(name, configuration) of a recorded model (by its hub id, or what stands after the slash), a folder, a hub id, or a model itself.
+    """(name, configuration) of a recorded model (by its hub id, or what stands after the slash), a folder, a hub id,
+    or a model itself.
 
     Raises:
         ValueError: nothing to be read there.
@@ -99,15 +100,16 @@ def read_config(teacher: str | Path | PreTrainedConfig | PreTrainedModel) -> tup
             raise
         short = ", ".join(preset.split("/")[1] for preset in PRESETS)
         raise ValueError(
-            f"no configuration of {name!r} on this machine or within reach: {error} Give a folder that holds a config.json, "
-            f"or one of the recorded models: {short}."
+            f"no configuration of {name!r} on this machine or within reach: {error} Give a folder that holds a "
+            f"config.json, or one of the recorded models: {short}."
         ) from error
 
 
 def guess_task(config: PreTrainedConfig) -> str:
     """The task of the class that the configuration was saved from; else the one that its family is known for.
 
-    ForConditionalGeneration is the name of encoder-decoders and of decoders that also see or hear: the configuration says which.
+    ForConditionalGeneration is the name of encoder-decoders and of decoders that also see or hear:
+    the configuration says which.
     """
     architectures = " ".join(config.architectures or [])
     writes = "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"

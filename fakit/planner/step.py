@@ -82,7 +82,8 @@ class Step:
         trainable: number of entries that the optimizer has, projections included.
         weight_bytes: "teacher", "student" → bytes of weights as stored.
         depths: "teacher", "student" → layers; widths: the same → hidden size.
-        stacked: number of the teacher's weights that are experts of a mixture, all of a layer's in one tensor, which is never quantized.
+        stacked: number of the teacher's weights that are experts of a mixture, all of a layer's in one tensor,
+            which is never quantized.
     """
 
     memory: dict[str, int]
@@ -204,8 +205,9 @@ def position_limit(config: str, task: str) -> int | None:
 
 
 def optimizer_bytes(name: str, parameters: list[Tensor]) -> int:
-    """Bytes that an optimizer keeps between steps: AdamW two float32 numbers an entry; in 8 bits two bytes and a scale for every 256
-    entries (tensors below 4,096 entries stay in float32); Adafactor a row and a column of each matrix; SGD without momentum nothing.
+    """Bytes that an optimizer keeps between steps: AdamW two float32 numbers an entry; in 8 bits two bytes and a scale
+    for every 256 entries (tensors below 4,096 entries stay in float32); Adafactor a row and a column of each matrix;
+    SGD without momentum nothing.
     """
     if name == "adamw":
         return sum(8 * p.numel() for p in parameters)

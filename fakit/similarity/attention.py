@@ -18,10 +18,11 @@ from .hsic import double
 def head_distance(
     student_maps: Tensor, teacher_maps: Tensor, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """Jensen–Shannon distance between every student head and every teacher head, in [0, 1] (square root of the divergence in bits).
+    """Jensen–Shannon distance between every student head and every teacher head, in [0,
+    1] (square root of the divergence in bits).
 
-    The divergence is averaged over query rows before the root is taken. Keys that are padding (or, causal, in the future) are
-    left out and rows renormalized; rows that see fewer than two keys are all alike and do not count.
+    The divergence is averaged over query rows before the root is taken. Keys that are padding (or, causal, in the
+    future) are left out and rows renormalized; rows that see fewer than two keys are all alike and do not count.
 
     Args:
         student_maps: (B, H_s, T, T).
@@ -42,7 +43,8 @@ def head_distance(
         )
     if student_maps.device != teacher_maps.device:
         raise ValueError(
-            f"student maps are on {student_maps.device}, teacher maps on {teacher_maps.device}: move one to the other's device"
+            f"student maps are on {student_maps.device}, teacher maps on {teacher_maps.device}: move one to the "
+            "other's device"
         )
     student, rows = _visible(student_maps, mask, causal, least=2)
     teacher, _ = _visible(teacher_maps, mask, causal, least=2)
@@ -83,8 +85,8 @@ def match_heads(distance: Tensor, rule: str = "optimal") -> HeadMatching:
     """A matching of heads for a distance matrix (H_s, H_t).
 
     Args:
-        rule: "optimal" is one to one with the smallest total distance (Hungarian method); where the counts differ, heads are left
-            over. "greedy" takes the nearest pair first, and every student head gets a teacher head: what
+        rule: "optimal" is one to one with the smallest total distance (Hungarian method); where the counts differ,
+            heads are left over. "greedy" takes the nearest pair first, and every student head gets a teacher head: what
             `Attention(heads="best-match")` trains with, as it needs no answer from an accelerator.
 
     Raises:
@@ -110,7 +112,8 @@ def match_heads(distance: Tensor, rule: str = "optimal") -> HeadMatching:
 def attention_similarity(
     student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """How alike two models' layers look at the input: 1 − mean Jensen–Shannon distance of best-matched heads, of all layer pairs.
+    """How alike two models' layers look at the input: 1 − mean Jensen–Shannon distance of best-matched heads,
+    of all layer pairs.
 
     Args:
         student_maps: one (B, H_s, T, T) a block, first block first.
@@ -127,8 +130,8 @@ def attention_similarity(
     """
     if not len(student_maps) or not len(teacher_maps):
         raise ValueError(
-            f"maps of both models are compared, found {len(student_maps)} layers of the student and {len(teacher_maps)} of "
-            "the teacher: capture attentions of at least one layer of each"
+            f"maps of both models are compared, found {len(student_maps)} layers of the student and "
+            f"{len(teacher_maps)} of the teacher: capture attentions of at least one layer of each"
         )
     values = torch.full((len(student_maps) + 1, len(teacher_maps) + 1), torch.nan, dtype=torch.float64)
     for s, ours in enumerate(student_maps, start=1):
@@ -183,13 +186,15 @@ def previous_token_score(maps: Tensor, mask: Tensor | None = None, causal: bool 
     pairs = rows[:, 1:] & _token_mask(maps, mask)[:, :-1]
     if not pairs.any():
         raise ValueError(
-            f"no valid token stands right after another in maps {tuple(maps.shape)}: True in the mask must mark the tokens"
+            f"no valid token stands right after another in maps {tuple(maps.shape)}: True in the mask must mark the "
+            "tokens"
         )
     return previous.transpose(0, 1)[:, pairs].mean(1)
 
 
 def induction_score(maps: Tensor, input_ids: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
-    """Mean attention of each head (H,) from a token to what followed that token's earlier occurrences (Olsson et al., 2022).
+    """Mean attention of each head (H,) from a token to what followed that token's earlier occurrences (Olsson et al.,
+    2022).
 
     Only queries whose token occurred before count: repeat a random sequence twice to measure it.
 

@@ -43,9 +43,9 @@ def cka(
         y: (n, q) features of the same examples, row for row.
         estimator: ``"debiased"`` (0 on average for independent data; may be negative) or ``"biased"`` (tends to 1 as
             features outnumber rows: never compare it across n).
-        clusters: (n,) integers, the sequence each row is a token of. Tokens of one sequence are not independent, so each draw
-            takes one row of each cluster, HSIC is averaged over draws, the ratio comes last. Debiased linear CKA averages
-            over *all* draws, exactly; otherwise over ``draws`` of them.
+        clusters: (n,) integers, the sequence each row is a token of. Tokens of one sequence are not independent, so
+            each draw takes one row of each cluster, HSIC is averaged over draws, the ratio comes last. Debiased linear
+            CKA averages over *all* draws, exactly; otherwise over ``draws`` of them.
         kernel: ``"linear"`` or ``"rbf"``.
         bandwidth: of the RBF kernel, in median distances; the larger, the closer to linear.
         standardized: z-score every feature first, so that no rogue dimension decides alone.
@@ -56,7 +56,8 @@ def cka(
         A float. NaN, with a RuntimeWarning naming the reason, where a self-HSIC is ≤ 0.
 
     Raises:
-        ValueError: row counts differ, fewer rows (or clusters) than the estimator needs, NaN or infinity, unknown names.
+        ValueError: row counts differ, fewer rows (or clusters) than the estimator needs, NaN or infinity,
+            unknown names.
 
     Example:
         >>> x = torch.randn(100, 8)
@@ -118,7 +119,9 @@ def cka_matrix(
 
 
 def hsic(x: Tensor, y: Tensor, estimator: str = "debiased") -> float:
-    """HSIC of (n, p) and (n, q) with linear kernels. Debiased, its mean is the squared norm of the covariance matrix."""
+    """HSIC of (n, p) and (n, q) with linear kernels. Debiased,
+    its mean is the squared norm of the covariance matrix.
+    """
     x, y = paired_matrices(x, y)
     check_estimator(estimator, x.shape[0])
     return float(hsic_matrix([x], [y], estimator)[0])

@@ -20,7 +20,8 @@ def compare_estimators(
     bootstrap: int = 100,
     seed: int = 0,
 ) -> dict[str, SimilarityMatrix]:
-    """CKA of all layer pairs by every estimator of the kit, on the same tokens: short name → matrix, the honest one first.
+    """CKA of all layer pairs by every estimator of the kit, on the same tokens: short name → matrix,
+    the honest one first.
 
     Args:
         student_layers: tensors (B, T, d) of the same sequences in both models, one a layer.

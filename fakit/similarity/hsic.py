@@ -3,8 +3,10 @@
 ``X`` is ``(n, p)``, ``Y`` is ``(n, q)``, rows are paired, ``K = X Xᵀ``, ``L = Y Yᵀ``. Everything is computed in float64
 on centered features: both estimators are unchanged by a shift, and centring first is what keeps them exact under one.
 
-* ``"biased"``: HSIC₀ = ‖XcᵀYc‖²_F / (n − 1)² (Gretton et al., 2005). Its CKA of *independent* data tends to 1 as d/n grows.
-* ``"debiased"``: HSIC₁ of Song et al. (2012), unbiased: E[HSIC₁] = ‖Cov(x, y)‖²_F, so that independent data give 0 on average.
+* ``"biased"``: HSIC₀ = ‖XcᵀYc‖²_F / (n − 1)² (Gretton et al., 2005). Its CKA of *independent* data tends to 1 as d/n
+  grows.
+* ``"debiased"``: HSIC₁ of Song et al. (2012), unbiased: E[HSIC₁] = ‖Cov(x, y)‖²_F,
+  so that independent data give 0 on average.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def double(x: Tensor) -> Tensor:
 
 
 def center(x: Tensor) -> Tensor:
-    """Float64 features minus their mean ``(n, p)``. Taking the first row off beforehand makes a constant feature exactly 0."""
+    """Float64 features minus their mean ``(n, p)``. Taking the first row off beforehand makes a constant feature
+    exactly 0.
+    """
     x = double(x)
     x = x - x[:1]
     return x.sub_(x.mean(0))  # in place: a fresh matrix costs as much in page faults as the difference does
@@ -66,7 +70,8 @@ def paired_rows(
         Both lists as tensors, and the mask as bool (B, T) (None for (n, d) layers).
 
     Raises:
-        ValueError: no layers; leading sizes differ (names both); a mask of another shape; NaN or infinity in a valid row.
+        ValueError: no layers; leading sizes differ (names both); a mask of another shape;
+            NaN or infinity in a valid row.
     """
     named = [(f"student layer {i}", torch.as_tensor(x)) for i, x in enumerate(student_layers)]
     named += [(f"teacher layer {i}", torch.as_tensor(y)) for i, y in enumerate(teacher_layers)]
@@ -101,7 +106,9 @@ def paired_rows(
 
 
 def _finite_rows(x: Tensor) -> Tensor:
-    """bool (…): no NaN or infinity among the last dimension's features. A sum tells it in a tenth of the time, unless it overflows."""
+    """bool (…): no NaN or infinity among the last dimension's features. A sum tells it in a tenth of the time,
+    unless it overflows.
+    """
     if not x.is_floating_point():
         return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     finite = x.detach().sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
@@ -166,10 +173,11 @@ def _squared_distances(x: Tensor) -> Tensor:
 
 
 def above_rounding(hsic: Tensor, terms: Tensor, rounding: float = 1e-13) -> Tensor:
-    """``hsic`` with 0 where it is nothing but the rounding error (relative, of float64) of the ``terms`` it is a difference of.
+    """``hsic`` with 0 where it is nothing but the rounding error (relative, of float64)
+    of the ``terms`` it is a difference of.
 
-    Debiased self-HSIC is a sum of squares, and exactly 0 when all rows (or all but one) are equal: dividing by the rounding
-    error that is computed instead would give an arbitrary similarity.
+    Debiased self-HSIC is a sum of squares, and exactly 0 when all rows (or all but one) are equal: dividing by the
+    rounding error that is computed instead would give an arbitrary similarity.
     """
     return torch.where(hsic > rounding * terms, hsic, 0.0)
 
@@ -239,8 +247,8 @@ def hsic_matrix(
 def ratio(cross: Tensor, self_x: Tensor, self_y: Tensor, names: tuple[str, str] = ("student layer", "teacher layer")):
     """CKA = HSIC(X,Y) / √(HSIC(X,X)·HSIC(Y,Y)) of all pairs (S, T), and why some are NaN (tuple of sentences).
 
-    A self-HSIC ≤ 0 (all rows equal, or all but one under the debiased estimator) has no similarity: the pair is NaN and the
-    reason is warned about. Clamping it or adding an epsilon would invent a value instead.
+    A self-HSIC ≤ 0 (all rows equal, or all but one under the debiased estimator) has no similarity: the pair is NaN and
+    the reason is warned about. Clamping it or adding an epsilon would invent a value instead.
     """
     reasons = []
     for name, values in zip(names, (self_x, self_y), strict=True):
@@ -248,7 +256,8 @@ def ratio(cross: Tensor, self_x: Tensor, self_y: Tensor, names: tuple[str, str] 
             if not value > 0:
                 label = f"{name} {i}" if name.endswith("layer") else name
                 reasons.append(
-                    f"CKA is NaN: HSIC of {label} with itself is {value:.3g}, not above 0: its rows do not differ beyond rounding"
+                    f"CKA is NaN: HSIC of {label} with itself is {value:.3g}, not above 0: its rows do not differ "
+                    "beyond rounding"
                 )
     valid = (self_x > 0)[:, None] & (self_y > 0)
     product = torch.where(valid, self_x[:, None] * self_y, 1.0)

@@ -1,7 +1,7 @@
 """Measures beside CKA. None dominates (Klabunde et al., ReSi, 2025): show two families, and each with its null.
 
-Every function takes x (n, p) and y (n, q), rows paired, and returns a float; ``compare(x, y, measure=…)`` adds the null band.
-Where the data have no such similarity it is NaN, with a RuntimeWarning that says why.
+Every function takes x (n, p) and y (n, q), rows paired, and returns a float; ``compare(x, y, measure=…)`` adds the null
+band. Where the data have no such similarity it is NaN, with a RuntimeWarning that says why.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from .hsic import center, centered_gram, check_estimator, double, warn_reasons
 
 
 def procrustes(x: Tensor, y: Tensor) -> float:
-    """Orthogonal Procrustes similarity in [0, 1]: ‖XᵀY‖_* of centered features of unit Frobenius norm; 1 = equal up to a rotation.
+    """Orthogonal Procrustes similarity in [0, 1]: ‖XᵀY‖_* of centered features of unit Frobenius norm;
+    1 = equal up to a rotation.
 
-    ‖X − YQ‖²_F at the best orthogonal Q is 2 − 2 × this (Williams et al., 2021; Ding et al., 2021). With few rows and wide
-    features a rotation fits anything: independent Gaussians at n = 30, d = 768 score .99. Read it beside its null.
+    ‖X − YQ‖²_F at the best orthogonal Q is 2 − 2 × this (Williams et al., 2021; Ding et al., 2021). With few rows and
+    wide features a rotation fits anything: independent Gaussians at n = 30, d = 768 score .99. Read it beside its null.
 
     Raises:
         ValueError: row counts differ, or a side is constant.
@@ -43,7 +44,8 @@ def procrustes(x: Tensor, y: Tensor) -> float:
 def mutual_knn(x: Tensor, y: Tensor, k: int = 10) -> float:
     """Mutual k-nearest-neighbor alignment in [0, 1]: the share of a row's k nearest rows (cosine) on which both agree.
 
-    Independent data give k / (n − 1) on average. NaN where all rows of a side point one way. Source: Huh et al., The Platonic Representation Hypothesis (2024).
+    Independent data give k / (n − 1) on average. NaN where all rows of a side point one way. Source: Huh et al., The
+    Platonic Representation Hypothesis (2024).
 
     Raises:
         ValueError: row counts differ, or k is not in 1 … n − 1.
@@ -59,10 +61,10 @@ def mutual_knn(x: Tensor, y: Tensor, k: int = 10) -> float:
 def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:
     """Centered kernel nearest-neighbor alignment: debiased CKA over pairs that are neighbors in both representations.
 
-    Σ α_ij K°_ij L°_ij over its norm, α_ij = 1 where j is among the k nearest of i in x and in y, K° the U-centered cosine
-    Gram matrix; k = n − 1 is debiased CKA of the unit rows. Source: Huh et al. (2024), eq. 10 with the debiased centring.
-    Their code masks before it centers and adds 1e-6 to the denominator, so its numbers differ. 0 where nothing is shared, NaN
-    where all rows of a side point one way.
+    Σ α_ij K°_ij L°_ij over its norm, α_ij = 1 where j is among the k nearest of i in x and in y, K° the U-centered
+    cosine Gram matrix; k = n − 1 is debiased CKA of the unit rows. Source: Huh et al. (2024), eq. 10 with the debiased
+    centring. Their code masks before it centers and adds 1e-6 to the denominator, so its numbers differ. 0 where
+    nothing is shared, NaN where all rows of a side point one way.
 
     Raises:
         ValueError: row counts differ, fewer than 4 rows, or k is not in 1 … n − 1.
@@ -80,12 +82,14 @@ def cknna(x: Tensor, y: Tensor, k: int = 10) -> float:
 
 
 def svcca(x: Tensor, y: Tensor, variance: float = 0.99) -> float:
-    """Mean canonical correlation of the leading principal components that keep ``variance`` of each side (Raghu et al., 2017).
+    """Mean canonical correlation of the leading principal components that keep ``variance`` of each side (Raghu et al.,
+    2017).
 
     NaN where a side is constant.
 
     Raises:
-        ValueError: row counts differ, variance not in (0, 1], or fewer rows than features + 2: every correlation would be 1.
+        ValueError: row counts differ, variance not in (0, 1], or fewer rows than features + 2:
+            every correlation would be 1.
     """
     if not 0 < variance <= 1:
         raise ValueError(f"variance is {variance}: it is the share to keep, in (0, 1]")
@@ -102,7 +106,8 @@ def svcca(x: Tensor, y: Tensor, variance: float = 0.99) -> float:
 
 
 def pwcca(x: Tensor, y: Tensor) -> float:
-    """Canonical correlations, each weighted by how much of x its direction carries (Morcos et al., 2018). Not symmetric.
+    """Canonical correlations, each weighted by how much of x its direction carries (Morcos et al., 2018).
+    Not symmetric.
 
     NaN where a side is constant.
 
@@ -122,8 +127,9 @@ def pwcca(x: Tensor, y: Tensor) -> float:
 def rsa(x: Tensor, y: Tensor) -> float:
     """Representational similarity analysis: Spearman of the two dissimilarity matrices, 1 − Pearson between rows.
 
-    Source: Kriegeskorte et al. (2008). Needs 3 rows; a constant row has no correlation with any other. NaN where all pairs of
-    rows of a side are equally dissimilar. Dissimilarities that differ by less than 1e-12 are ties, not an order.
+    Source: Kriegeskorte et al. (2008). Needs 3 rows; a constant row has no correlation with any other. NaN where all
+    pairs of rows of a side are equally dissimilar. Dissimilarities that differ by less than 1e-12 are ties,
+    not an order.
 
     Raises:
         ValueError: row counts differ, fewer than 3 rows, or a constant row.
@@ -197,7 +203,8 @@ def rogue_dimensions(x: Tensor, k: int = 3, mask: Tensor | None = None) -> Rogue
         mask: bool (n,) or (B, T), True where a row or token counts.
 
     Raises:
-        ValueError: k not in 1 … d, a mask of another shape, no valid token, NaN or infinity in one, or a constant layer.
+        ValueError: k not in 1 … d, a mask of another shape, no valid token, NaN or infinity in one,
+            or a constant layer.
     """
     x = double(x)
     if mask is not None:
@@ -267,8 +274,8 @@ def _more_rows_than_features(x: Tensor, y: Tensor, name: str) -> list[Tensor]:
     n, widest = len(x), max(x.shape[1], y.shape[1])
     if n < widest + 2:  # centered rows span n − 1 dimensions, and as many features span them all
         raise ValueError(
-            f"{name} needs more rows than features, found n = {n}, p = {x.shape[1]}, q = {y.shape[1]}: with so few, every "
-            f"canonical correlation is 1; give at least {widest + 2} rows, or use cka"
+            f"{name} needs more rows than features, found n = {n}, p = {x.shape[1]}, q = {y.shape[1]}: with so few, "
+            f"every canonical correlation is 1; give at least {widest + 2} rows, or use cka"
         )
     return [center(z) for z in (x, y)]
 

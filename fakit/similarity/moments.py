@@ -14,17 +14,19 @@ BLOCK = 2048
 
 _PILOT_ROWS = 256  # as many as a median is taken of
 _FEW = 256  # rows that cost nothing to be exact about
-# A row brings ‖x‖⁴ to self-HSIC's sums, which then goes out of them again: what is left of an extreme one is the rounding error. One of
-# 32 times the usual ‖x‖² adds less of it than the √2048 = 45 of the block's other rows together.
+# A row brings ‖x‖⁴ to self-HSIC's sums, which then goes out of them again: what is left of an extreme one is the
+# rounding error. One of 32 times the usual ‖x‖² adds less of it than the √2048 = 45 of the block's other rows together.
 _EXTREME = 32.0
 _EPSILON = {torch.float32: 1e-6, torch.float64: 1e-13}  # of a sum of products, relative
 
 
 class Moments:
-    """Sums over rows, in float64, of products within every pair of layers that has a CKA: student with teacher, each with itself.
+    """Sums over rows, in float64, of products within every pair of layers that has a CKA: student with teacher,
+    each with itself.
 
-    A row brings x (d,) and a number g of each layer, and a weight w. Rows wait until they fill a block, since one large product takes less
-    time than many small ones. Products in float32 leave out rows that lie far from the others, which are multiplied in float64.
+    A row brings x (d,) and a number g of each layer, and a weight w. Rows wait until they fill a block, since one large
+    product takes less time than many small ones. Products in float32 leave out rows that lie far from the others,
+    which are multiplied in float64.
 
     Args:
         widths: of the layers, the student's first.
@@ -153,7 +155,9 @@ class Moments:
 
 
 def _pilot(layer: Tensor) -> Tensor:
-    """The median of features (d, n), (d,): what an extreme row does not move, and exactly the constant where a feature is constant."""
+    """The median of features (d, n), (d,): what an extreme row does not move,
+    and exactly the constant where a feature is constant.
+    """
     return layer[:, :: -(-layer.shape[1] // _PILOT_ROWS)].median(dim=1).values
 
 
@@ -163,13 +167,17 @@ def _squares(layers: Sequence[Tensor]) -> Tensor:
 
 
 def _accumulate(total: Tensor, product: Tensor) -> None:
-    """total += product, some rows at a time: the float64 copy that torch makes of them then stays in the processor's cache."""
+    """total += product, some rows at a time: the float64 copy that torch makes of them then stays in the processor's
+    cache.
+    """
     for part, new in zip(total.split(256), product.split(256), strict=True):
         part += new
 
 
 def _add_upper(total: Tensor, x: Tensor) -> None:
-    """total += x xᵀ, (p, p) from (p, n), in bands of rows that begin at the diagonal: half of what is below it is not computed."""
+    """total += x xᵀ, (p, p) from (p, n), in bands of rows that begin at the diagonal:
+    half of what is below it is not computed.
+    """
     start = 0
     for band in x.tensor_split(6) if len(x) >= 192 else (x,):
         total[start : start + len(band), start:] += times_transposed(band, x[start:])

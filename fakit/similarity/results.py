@@ -24,7 +24,8 @@ class Similarity:
         estimator: ``"debiased"`` or ``"biased"``, or the measure's own name where it has one form only.
         n: rows compared (a draw).
         clusters: sequences the rows come from; None where rows are independent examples.
-        null: what chance reaches: the upper end of the null band (``level`` quantile under permuted sequences); None if not asked.
+        null: what chance reaches: the upper end of the null band (``level`` quantile under permuted sequences); None if
+            not asked.
         interval: bootstrap interval over sequences at ``level``; None if not asked.
         level: of both.
         measure: what was measured.
@@ -68,7 +69,8 @@ class Similarity:
 
 @dataclass(frozen=True)
 class SimilarityMatrix:
-    """CKA of S student layers (rows) with T teacher layers (columns). ``matrix[s, t]`` is one :class:`Similarity`, by layer number.
+    """CKA of S student layers (rows) with T teacher layers (columns). ``matrix[s, t]`` is one :class:`Similarity`,
+    by layer number.
 
     Attributes:
         values: (S, T) float64 array.
@@ -106,7 +108,9 @@ class SimilarityMatrix:
 
     @property
     def best(self) -> dict[int, int]:
-        """Student layer number → number of the teacher layer it resembles most; layers without any value are left out."""
+        """Student layer number → number of the teacher layer it resembles most;
+        layers without any value are left out.
+        """
         rows = zip(self.student_numbers, self.values, strict=True)
         finite = ((s, [v if v == v else -math.inf for v in row]) for s, row in rows if any(v == v for v in row))
         return {s: self.teacher_numbers[row.index(max(row))] for s, row in finite}

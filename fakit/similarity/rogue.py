@@ -45,9 +45,9 @@ def scrub_rogue(
 ) -> RogueScrub:
     """CKA of `pairs` with 0, 1 … `largest` of each layer's dimensions of the most variance dropped, or z-scored.
 
-    A z-scored dimension is scaled down to the mean variance of those that are never touched, so that it counts as one of
-    many. What falls with the first few was said by them alone; what stays is shared by the rest. Where nothing that varies is
-    left, CKA is NaN, with a warning.
+    A z-scored dimension is scaled down to the mean variance of those that are never touched, so that it counts as one
+    of many. What falls with the first few was said by them alone; what stays is shared by the rest. Where nothing that
+    varies is left, CKA is NaN, with a warning.
 
     Args:
         student_layers: (B, T, d), by layer number.
@@ -57,8 +57,8 @@ def scrub_rogue(
         largest: K, fewer than the dimensions of any layer.
 
     Raises:
-        ValueError: no pairs, a pair of layers that are not there, a K that is not in 1 … d − 1, no valid token, or a layer that is
-            constant over them.
+        ValueError: no pairs, a pair of layers that are not there, a K that is not in 1 … d − 1, no valid token, or a
+            layer that is constant over them.
     """
     xs, ys, mask = paired_rows(student_layers, teacher_layers, mask)
     for s, t in pairs:
@@ -69,7 +69,8 @@ def scrub_rogue(
     narrowest = min(x.shape[-1] for x in xs + ys)
     if not pairs or not 1 <= largest < narrowest:
         raise ValueError(
-            f"scrub_rogue wants at least one pair and 1 … {narrowest - 1} dimensions; found {len(pairs)} pairs, {largest}"
+            f"scrub_rogue wants at least one pair and 1 … {narrowest - 1} dimensions; found {len(pairs)} pairs, "
+            f"{largest}"
         )
     layers = {f"S{s}": xs[s] for s, _ in pairs} | {f"T{t}": ys[t] for _, t in pairs}
     # half precision and whole numbers have too few digits for a scaled dimension

@@ -15,8 +15,9 @@ class StreamingCKA:
     """Exact CKA of every student layer with every teacher layer, one pass, any split into batches.
 
     The result equals :func:`fakit.similarity.cka` on all rows at once, however the rows came in and wherever their mean
-    lies: a fixed pilot (the median of the first rows) is taken off, and the sums stay in float64. Memory is Σp·Σq + Σp² + Σq²
-    over the layers (13 × 7 of width 768: 0.5 GB; 7 × 4 of 384: 46 MB) and some thousand rows, whatever the number of rows.
+    lies: a fixed pilot (the median of the first rows) is taken off, and the sums stay in float64. Memory is Σp·Σq + Σp²
+    + Σq² over the layers (13 × 7 of width 768: 0.5 GB; 7 × 4 of 384: 46 MB) and some thousand rows,
+    whatever the number of rows.
 
     Args:
         clusters: what a row is when layers are (B, T, d). False: every valid token, as if they were independent (they
@@ -24,8 +25,8 @@ class StreamingCKA:
             averaged over *all* ways to draw one valid token from each, the same token in both models; exact, no random
             numbers. A sequence must come whole, in one update. Debiased only.
         dtype: of the products over some thousand rows, which are then summed in float64. None: the features' own, at
-            least float32. float64 is exact to 1e-10, float32 to about 1e-6: rows far from the others, whose rounding would drown
-            them, are multiplied in float64 all the same.
+            least float32. float64 is exact to 1e-10, float32 to about 1e-6: rows far from the others, whose rounding
+            would drown them, are multiplied in float64 all the same.
 
     Attributes:
         n: rows (or sequences) so far.
@@ -61,7 +62,8 @@ class StreamingCKA:
         """Add a batch: lists of (B, T, d) with mask (B, T), or of (n, d). Returns self.
 
         Raises:
-            ValueError: rows differ, no valid token, NaN or infinity in a valid row, or layers unlike those of the first batch.
+            ValueError: rows differ, no valid token, NaN or infinity in a valid row,
+                or layers unlike those of the first batch.
         """
         xs, ys, mask = paired_rows(student_layers, teacher_layers, mask)
         if self.clusters and mask is None:  # (n, d): sequences of one token
@@ -72,7 +74,8 @@ class StreamingCKA:
         if known and (widths != known or len(xs) != self._split):
             raise ValueError(
                 f"this batch has layers of widths {widths[: len(xs)]} (student) and {widths[len(xs) :]} (teacher), the "
-                f"first one had {known[: self._split]} and {known[self._split :]}: one StreamingCKA serves one pair of models"
+                f"first one had {known[: self._split]} and {known[self._split :]}: one StreamingCKA serves one pair of "
+                "models"
             )
         if self.clusters:
             self._add_clusters(valid_rows(layers, mask), mask, len(xs))
@@ -89,8 +92,8 @@ class StreamingCKA:
         check_estimator(estimator, self.n, "sequences" if self.clusters else "rows")
         if self.clusters and estimator == "biased":
             raise ValueError(
-                "StreamingCKA(clusters=True) has the debiased estimator only: for the biased one use clusters=False here, "
-                "or compare_layers(…, estimator='biased')"
+                "StreamingCKA(clusters=True) has the debiased estimator only: for the biased one use clusters=False "
+                "here, or compare_layers(…, estimator='biased')"
             )
         for moments in (self._tokens, self._means):
             moments.flush()
@@ -112,7 +115,8 @@ class StreamingCKA:
         products, device = self.dtype or features, layers[0].device
         if not self.clusters:
             self._tokens = self._means = Moments(self._widths, split, features, products, device)
-        else:  # what a sequence brings by itself goes out of the sums again: that much of it is float64, whatever the products
+        # what a sequence brings by itself goes out of the sums again: that much of it is float64, whatever the products
+        else:
             self._tokens = Moments(self._widths, split, double, products, device, centered=True)
             self._means = Moments(self._widths, split, double, double, device, centered=True)
         self._within = torch.zeros(len(layers), len(layers), dtype=torch.float64, device=device)
@@ -161,7 +165,8 @@ class StreamingCKA:
         self._within += stacked @ stacked.T  # ‖C_i‖² = mean over tokens t, u of K_tu L_tu
 
     def _debiased(self, i: int, j: int) -> Tensor:
-        """HSIC₁ as a U-statistic over distinct sequences a, b, c, d: mean K_ab L_ab − 2 mean K_ab L_ac + mean K_ab L_cd.
+        """HSIC₁ as a U-statistic over distinct sequences a, b, c, d:
+        mean K_ab L_ab − 2 mean K_ab L_ac + mean K_ab L_cd.
 
         With C = Σ_a C_a, C_a the mean of x yᵀ over the tokens of sequence a, and M = Σ_a μ_a νᵀ_a:
         Σ K_ab L_ab = ‖C‖² − Σ‖C_a‖²;  Σ K_ab L_ac = sᵀC t − s·p − t·q + 2 Σ μ_aᵀC_aν_a − ⟨C, M⟩;  Σ K_ab L_cd by
@@ -195,8 +200,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 class MinibatchCKA:
     """Minibatch CKA (Nguyen et al., 2021): HSIC₁ of each batch, summed over batches, the ratio last.
 
-    Unbiased in each HSIC like the exact stream, noisier for the same data, and small: it keeps one number a layer pair. Rows
-    are paired only with rows of their own batch, so shuffle. With one batch it equals the exact value.
+    Unbiased in each HSIC like the exact stream, noisier for the same data, and small: it keeps one number a layer pair.
+    Rows are paired only with rows of their own batch, so shuffle. With one batch it equals the exact value.
     """
 
     def __init__(self) -> None:
@@ -214,8 +219,8 @@ class MinibatchCKA:
         widths = [x.shape[-1] for x in xs], [y.shape[-1] for y in ys]
         if self._widths not in (None, widths):
             raise ValueError(
-                f"this batch has layers of widths {widths[0]} (student) and {widths[1]} (teacher), the first one had {self._widths[0]} "
-                f"and {self._widths[1]}: one MinibatchCKA serves one pair of models"
+                f"this batch has layers of widths {widths[0]} (student) and {widths[1]} (teacher), the first one had "
+                f"{self._widths[0]} and {self._widths[1]}: one MinibatchCKA serves one pair of models"
             )
         self._widths, new = widths, hsic_matrix(xs, ys, "debiased")
         self._sums = new if self._sums is None else tuple(a + b for a, b in zip(self._sums, new, strict=True))

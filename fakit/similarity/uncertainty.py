@@ -1,12 +1,12 @@
 """Similarity with its null band and its interval, without keeping the features of all tokens.
 
-Tokens of one sequence resemble each other, so rows are sequences: a draw takes one valid token of each sequence, the same
-token in both models; HSIC is averaged over draws and the ratio comes last. Kept are ``draws`` tokens a sequence.
+Tokens of one sequence resemble each other, so rows are sequences: a draw takes one valid token of each sequence, the
+same token in both models; HSIC is averaged over draws and the ratio comes last. Kept are ``draws`` tokens a sequence.
 
 * Null band: whole sequences of one side are permuted. What CKA reaches then, chance reaches.
-* Interval: whole sequences are drawn with replacement. A sequence drawn twice is not two sequences: a pair of copies would
-  enter as a perfect match and push every interval up. So sequences get weights (how often they were drawn), and pairs of one
-  sequence with itself stay out: the weighted U-statistic.
+* Interval: whole sequences are drawn with replacement. A sequence drawn twice is not two sequences: a pair of copies
+  would enter as a perfect match and push every interval up. So sequences get weights (how often they were drawn), and
+  pairs of one sequence with itself stay out: the weighted U-statistic.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class LayerComparison:
         if known and (widths != known or len(xs) != self._split):
             raise ValueError(
                 f"this batch has layers of widths {widths[: len(xs)]} (student) and {widths[len(xs) :]} (teacher), the "
-                f"first one had {known[: self._split]} and {known[self._split :]}: one comparison serves one pair of models"
+                f"first one had {known[: self._split]} and {known[self._split :]}: one comparison serves one pair of "
+                "models"
             )
         self._kept = self._kept or [[] for _ in layers]
         self._split = len(xs)
@@ -222,7 +223,8 @@ def compare_layers(
     """CKA of every student layer with every teacher layer, with what chance reaches and an interval.
 
     Args:
-        student_layers: tensors (B, T, d) of the same sequences in both models (or (n, d): one row an example), one a layer.
+        student_layers: tensors (B, T, d) of the same sequences in both models (or (n, d): one row an example), one a
+            layer.
         teacher_layers: the same for the teacher; widths may differ.
         mask: bool (B, T), True where a token counts.
         estimator: ``"debiased"`` or ``"biased"``.
@@ -230,8 +232,8 @@ def compare_layers(
         permutations: of whole sequences, for the null band; 0 leaves it out.
         bootstrap: resamples of whole sequences, for the interval; 0 leaves it out.
         seed: of everything random.
-        pooled: the drawn tokens as if they were independent rows, to show the inflation; without an interval. Its null band
-            moves whole sequences too, and costs draws² times more: take few permutations.
+        pooled: the drawn tokens as if they were independent rows, to show the inflation; without an interval. Its null
+            band moves whole sequences too, and costs draws² times more: take few permutations.
         standardized: z-score every feature first.
         level: of null band and interval.
         student_numbers, teacher_numbers: layer numbers to show; default 0, 1, 2, …
@@ -259,9 +261,9 @@ def compare(
     """One similarity of x (n, p) and y (n, q) with its null band and, for CKA, its interval.
 
     Args:
-        measure: :func:`cka` or any function (x, y) → float, such as those of ``fakit.similarity.measures``. A resample repeats
-            rows, which are each other's nearest neighbors and exact matches: only CKA, which can leave such pairs out, gets
-            an interval.
+        measure: :func:`cka` or any function (x, y) → float, such as those of ``fakit.similarity.measures``. A resample
+            repeats rows, which are each other's nearest neighbors and exact matches: only CKA, which can leave such
+            pairs out, gets an interval.
         clusters: (n,) the sequence each row belongs to; values are means over ``draws`` of one row each.
     """
     x, y = paired_matrices(x, y)
@@ -298,7 +300,9 @@ def _numbers(numbers: Sequence[int] | None, count: int, side: str) -> list[int]:
 
 
 def _sums(grams: Tensor, split: int, orders: Tensor, estimator: str) -> tuple[Tensor, Tensor, Tensor]:
-    """HSIC of one draw: all pairs (S, T), each layer with itself (S + T,), and with rows permuted (permutations, S, T)."""
+    """HSIC of one draw: all pairs (S, T), each layer with itself (S + T,), and with rows permuted (permutations,
+    S, T).
+    """
     n = grams.shape[-1]
     centered = centered_gram(grams, estimator)
     scale = gram_scale(n, estimator)
@@ -322,8 +326,8 @@ def _sums(grams: Tensor, split: int, orders: Tensor, estimator: str) -> tuple[Te
 def _bootstrap_sums(grams: Tensor, split: int, weights: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
     """HSIC under weights (R, n): all pairs (R, S, T), and each layer with itself (R, S + T).
 
-    Debiased: mean K_ab L_ab − 2 mean K_ab L_ac + mean K_ab L_cd over *distinct* sequences, each weighted by the product of its
-    members' weights. Biased: the plug-in value, tr(K H_w L H_w), in which copies do count.
+    Debiased: mean K_ab L_ab − 2 mean K_ab L_ac + mean K_ab L_cd over *distinct* sequences, each weighted by the product
+    of its members' weights. Biased: the plug-in value, tr(K H_w L H_w), in which copies do count.
     """
     total, layers = len(weights), len(grams)
     cross = grams.new_zeros(total, split, layers - split)

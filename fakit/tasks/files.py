@@ -21,16 +21,18 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 def load_path(path: str | Path, *, labels: int | str | None = None, seed: int = 0, **options) -> TextTask:
     """A task from a file, or from a directory that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
 
-    Cells of CSV and TSV are text: "00014" stays, "NA" is a word, and an empty cell alone is missing. Labels that are numbers, some with
-    fractions, make a regression; "2.0" among whole numbers is the class 2, as pandas writes whole numbers of a column with gaps.
+    Cells of CSV and TSV are text: "00014" stays, "NA" is a word, and an empty cell alone is missing. Labels that are
+    numbers, some with fractions, make a regression; "2.0" among whole numbers is the class 2, as pandas writes whole
+    numbers of a column with gaps.
 
     Args:
-        path: .csv, .tsv, .jsonl, .json (one object a line, or one array of objects), each also with .gz, .parquet, or such a directory.
-            UTF-8, or UTF-16 and UTF-32 with a byte-order mark.
+        path: .csv, .tsv, .jsonl, .json (one object a line, or one array of objects), each also with .gz, .parquet, or
+            such a directory. UTF-8, or UTF-16 and UTF-32 with a byte-order mark.
         labels, seed, options: see `task_from`.
 
     Raises:
-        ValueError: nothing there, a format that is not read, a file that cannot be parsed (with the line), and what `task_from` raises.
+        ValueError: nothing there, a format that is not read, a file that cannot be parsed (with the line),
+            and what `task_from` raises.
     """
     path = Path(path)
     if not path.exists():
@@ -44,7 +46,9 @@ def load_path(path: str | Path, *, labels: int | str | None = None, seed: int = 
 
 
 def _told_labels(rows: Dataset, column: str) -> tuple[Dataset, str | None]:
-    """Labels of a table of text: the rows with whole numbers written as such, and "regression" where there are fractions."""
+    """Labels of a table of text: the rows with whole numbers written as such,
+    and "regression" where there are fractions.
+    """
     found = {value for value in rows[column] if value is not None and value.strip()}
     if not found or not all(NUMBER.fullmatch(value.strip()) for value in found):
         return rows, None
@@ -58,7 +62,8 @@ def _told_labels(rows: Dataset, column: str) -> tuple[Dataset, str | None]:
 def load_hub(
     name: str, *, config: str | None = None, labels: int | str | None = None, seed: int = 0, **options
 ) -> TextTask:
-    """A task from a data set of the Hugging Face hub; `config` names its configuration where it has several. Remote code never runs.
+    """A task from a data set of the Hugging Face hub; `config` names its configuration where it has several.
+    Remote code never runs.
 
     Raises:
         ValueError: what `fetch` and `task_from` raise.
@@ -79,8 +84,8 @@ def fetch(name: str, config: str | None = None) -> DatasetDict:
         return load_dataset(name, config, trust_remote_code=False)
     except ConnectionError as error:
         raise ValueError(
-            f"the hub cannot be reached for {name!r}: {error}. Without a network use an embedded task (reviews, glosses, scans) or "
-            "a file of your own; with one, look at HF_HUB_OFFLINE and the proxy."
+            f"the hub cannot be reached for {name!r}: {error}. Without a network use an embedded task (reviews, "
+            "glosses, scans) or a file of your own; with one, look at HF_HUB_OFFLINE and the proxy."
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"the hub has no readable data set {name!r} with configuration {config!r}: {error}") from error
@@ -101,5 +106,6 @@ def read(path: Path, wanted: Collection[str] = ()) -> Dataset | DatasetDict:
         return datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} was written by save_to_disk of datasets, but it is damaged or not whole ({type(error).__name__}: {error}); write it again."
+            f"{path} was written by save_to_disk of datasets, but it is damaged or not whole ({type(error).__name__}: "
+            f"{error}); write it again."
         ) from error

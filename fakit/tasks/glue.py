@@ -36,7 +36,8 @@ GLUE = {
     "rte": GlueTask("sentence1", "sentence2"),
 }
 EXCLUDED = {
-    "wnli": "its dev set repeats the training sentences with the opposite label, so a majority guess beats every model that learns (GLUE FAQ 12)",
+    "wnli": "its dev set repeats the training sentences with the opposite label, so a majority guess beats every model "
+    "that learns (GLUE FAQ 12)",
     "ax": "it is a diagnostic test set without training data",
 }
 
@@ -50,17 +51,19 @@ def load_glue(
     pool: int | float = 0,
     data: DatasetDict | None = None,
 ) -> TextTask:
-    """A GLUE task. GLUE hides its test labels, so the public dev set is `.test` here, and `.validation` is carved out of train.
+    """A GLUE task. GLUE hides its test labels, so the public dev set is `.test` here,
+    and `.validation` is carved out of train.
 
-    So nothing is chosen on what is reported; numbers are comparable with the dev-set columns of papers. MNLI: `.test` is the matched dev set, and
-    `.more_tests["test_mismatched"]` the other. Training rows whose text occurs in a dev set, or twice, are left out.
+    So nothing is chosen on what is reported; numbers are comparable with the dev-set columns of papers. MNLI: `.test`
+    is the matched dev set, and `.more_tests["test_mismatched"]` the other.
+    Training rows whose text occurs in a dev set, or twice, are left out.
 
     Args:
         name: "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli" or "rte".
         labels: labeled examples for the student; None: all.
         validation: rows to carve out of train, or a share; by default a tenth, at most 2,000.
-        pool: the same, as unlabeled text. A teacher from the hub has most likely seen it with its labels, since it was trained on all of train;
-            a teacher trained on `.teacher_train` has not.
+        pool: the same, as unlabeled text. A teacher from the hub has most likely seen it with its labels, since it was
+            trained on all of train; a teacher trained on `.teacher_train` has not.
         data: the splits, already loaded; None: from the hub.
 
     Raises:

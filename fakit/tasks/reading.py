@@ -1,4 +1,6 @@
-"""Rows of CSV, TSV, JSON and parquet files as they stand there: cells are text, nothing is guessed, what does not fit is named with its line."""
+"""Rows of CSV, TSV, JSON and parquet files as they stand there: cells are text, nothing is guessed,
+what does not fit is named with its line.
+"""
 
 from __future__ import annotations
 
@@ -76,13 +78,15 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = 1 + content[: error.start].decode(encoding, "ignore").count("\n")
         raise ValueError(
-            f"line {line} is not {encoding.upper()} (byte 0x{content[error.start]:02x}: {error.reason}). Latin-1, Windows-1252 and UTF-16 without "
-            f"a byte-order mark are not guessed; save the file as UTF-8 (iconv -f LATIN1 -t UTF-8 {path.name})."
+            f"line {line} is not {encoding.upper()} (byte 0x{content[error.start]:02x}: {error.reason}). Latin-1, "
+            "Windows-1252 and UTF-16 without a byte-order mark are not guessed; save the file as UTF-8 (iconv -f "
+            f"LATIN1 -t UTF-8 {path.name})."
         ) from error
     if "\0" in text:
         line = 1 + text[: text.index("\0")].count("\n")
         raise ValueError(
-            f"line {line} holds a NUL character, as UTF-16 without a byte-order mark and binary files do; save the file as UTF-8."
+            f"line {line} holds a NUL character, as UTF-16 without a byte-order mark and binary files do; save the "
+            "file as UTF-8."
         )
     text = text.lstrip("\ufeff")
     if not text.strip():
@@ -98,10 +102,11 @@ def _csv(text: str) -> list[tuple[int, list[str]]]:
 
 
 def _tsv(text: str) -> list[tuple[int, list[str]]]:
-    """Tab-separated cells, in which a quote is a character like any other (GLUE), unless the file quotes cells as spreadsheets do.
+    """Tab-separated cells, in which a quote is a character like any other (GLUE),
+    unless the file quotes cells as spreadsheets do.
 
-    It does where every quote stands as RFC 4180 has it, and either the rows fit the header in no other way, or a quoted header or a
-    doubled quote inside a quoted cell shows it.
+    It does where every quote stands as RFC 4180 has it, and either the rows fit the header in no other way, or a quoted
+    header or a doubled quote inside a quoted cell shows it.
     """
     quoted = '"' in text and QUOTED_TSV.fullmatch(text) is not None
     plain = list(_rows(text, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -121,7 +126,8 @@ def _rows(text: str, **dialect) -> Iterator[tuple[int, list[str]]]:
                 start = reader.line_num + 1
         except csv.Error as error:
             raise ValueError(
-                f"the row at line {start}: {error}. A cell with quotes is quoted as a whole, and each quote in it doubled."
+                f"the row at line {start}: {error}. A cell with quotes is quoted as a whole, and each quote in it "
+                "doubled."
             ) from error
 
 
@@ -145,10 +151,11 @@ def _checked(rows: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
     if misfit := _misfit(rows):
         line, cells = misfit
         raise ValueError(
-            f"the row at line {line} has {len(cells)} cells, the header has {len(header)} ({', '.join(header)}): {_short(cells)}. "
-            "No column is taken as an index; a separator inside a cell needs quotes around the cell."
+            f"the row at line {line} has {len(cells)} cells, the header has {len(header)} ({', '.join(header)}): "
+            f"{_short(cells)}. No column is taken as an index; a separator inside a cell needs quotes around the cell."
         )
-    if len(header) == 1 and (found := [name for mark, name in {";": "semicolons", "\t": "tabs", ",": "commas"}.items() if mark in header[0]]):  # fmt: skip
+    marks = {";": "semicolons", "\t": "tabs", ",": "commas"}
+    if len(header) == 1 and (found := [name for mark, name in marks.items() if mark in header[0]]):
         raise ValueError(
             f"the header is one cell, {header[0]!r}, with {found[0]} in it; .csv has commas, .tsv has tabs."
         )
@@ -253,7 +260,8 @@ def _column(name: str, rows: list[tuple[str, dict[str, Any]]]):
 
 
 _KINDS = {
-    type(None): "nothing", str: "text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object",
+    type(None): "nothing", str: "text", int: "a number", float: "a number", bool: "true or false",
+    list: "a list", dict: "an object",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The `scans` task: undo the errors of a poor text scanner, character by character.
 
-Only clean lines are shipped. The noisy ones are computed here from the line and a seed, so every machine gets the same pairs and a
-teacher can be trained on fresh noise each epoch.
+Only clean lines are shipped. The noisy ones are computed here from the line and a seed, so every machine gets the same
+pairs and a teacher can be trained on fresh noise each epoch.
 """
 
 import random
@@ -23,8 +23,8 @@ CONFUSE, DROP, DOUBLE, DROP_BLANK, ADD_BLANK = 0.33, 0.02, 0.02, 0.06, 0.012  # 
 def add_scan_noise(line: str, seed: int = 0) -> str:
     """Return `line` as a poor scanner would read it: confused letters, dropped and doubled characters and blanks.
 
-    The noise depends on the line and the seed alone (not on the order of calls or on global random state). The character error rate of
-    the result is about 0.12–0.13 on English prose.
+    The noise depends on the line and the seed alone (not on the order of calls or on global random state). The
+    character error rate of the result is about 0.12–0.13 on English prose.
 
     Example:
         >>> add_scan_noise("the heavens and the earth", seed=1) == add_scan_noise("the heavens and the earth", seed=1)
@@ -48,7 +48,9 @@ def add_scan_noise(line: str, seed: int = 0) -> str:
 
 
 def scan_tokenizer():
-    """A character-level `PreTrainedTokenizerFast` over `ALPHABET` with `<pad>`, `<eos>` and `<unk>`; adds no special tokens itself."""
+    """A character-level `PreTrainedTokenizerFast` over `ALPHABET` with `<pad>`, `<eos>` and `<unk>`;
+    adds no special tokens itself.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

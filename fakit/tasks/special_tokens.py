@@ -2,7 +2,8 @@
 
 
 def added_tokens(tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and behind every text: ([BOS], []) for Llama and Gemma, ([], [EOS]) for T5, nothing for GPT-2.
+    """The ids that a tokenizer puts before and behind every text: ([BOS], []) for Llama and Gemma, ([], [EOS])
+    for T5, nothing for GPT-2.
 
     Asked of the tokenizer as it is now, so `add_bos_token` and a post-processor that was set later count.
 
@@ -19,6 +20,6 @@ def added_tokens(tokenizer) -> tuple[list[int], list[int]]:
         if whole[start : start + len(bare)] == bare:
             return whole[:start], whole[start + len(bare) :]
     raise ValueError(
-        f"{type(tokenizer).__name__} writes {text!r} as {bare}, and with its special tokens as {whole}, which does not contain it; "
-        "what it puts before and behind a text is unknown."
+        f"{type(tokenizer).__name__} writes {text!r} as {bare}, and with its special tokens as {whole}, which does not "
+        "contain it; what it puts before and behind a text is unknown."
     )

@@ -16,10 +16,11 @@ FOLDED = re.compile("[^²³¹\u2070-\u209f]+")  # all but raised and lowered dig
 
 
 def same_text(text: str) -> str:
-    """What two texts have in common that count as one text: all but the form of a character (Unicode's NFKC) and its case.
+    """What two texts have in common that count as one text: all but the form of a character (Unicode's NFKC)
+    and its case.
 
-    Signs, punctuation, vowel marks, emoji and line breaks tell texts apart, and so do raised and lowered digits, which NFKC would
-    make digits: x² is not x2.
+    Signs, punctuation, vowel marks, emoji and line breaks tell texts apart, and so do raised and lowered digits, which
+    NFKC would make digits: x² is not x2.
     """
     return FOLDED.sub(lambda part: normalize("NFKC", normalize("NFKC", part[0]).casefold()), text)
 
@@ -69,7 +70,8 @@ def labeled_subset(train: Dataset, labels: int | str | None, seed: int, classes:
 def carve(
     train: Dataset, sizes: dict[str, int], seed: int, classes: bool, name: str
 ) -> tuple[Dataset, dict[str, Dataset]]:
-    """Take splits of the given sizes out of `train`: (what is left, the splits). Disjoint by text if `train` is `distinct`.
+    """Take splits of the given sizes out of `train`: (what is left, the splits).
+    Disjoint by text if `train` is `distinct`.
 
     Raises:
         ValueError: nothing would be left to train on.
@@ -77,7 +79,8 @@ def carve(
     if sum(sizes.values()) >= len(train):
         wanted = ", ".join(f"{split}={size}" for split, size in sizes.items())
         raise ValueError(
-            f"{name}: {wanted} would be carved out of {len(train)} training examples, and none would be left; ask for less."
+            f"{name}: {wanted} would be carved out of {len(train)} training examples, and none would be left; ask for "
+            "less."
         )
     order = spread_order(train, seed, classes)
     taken, start = {}, 0

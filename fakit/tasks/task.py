@@ -29,14 +29,16 @@ IGNORED = -100  # PyTorch's label that no loss counts
 class TextTask:
     """A task with its splits; every task of the kit, GLUE, the hub and your own files come as one of these.
 
-    Columns are "text" (, "text_pair") and "label"; for text to text "source" and "target"; for plain language modeling "text" alone. The
-    pool has no label or target. No text (whatever its case, see `same_text`) occurs in two of teacher_train, pool, validation, test.
+    Columns are "text" (, "text_pair") and "label"; for text to text "source" and "target"; for plain language modeling
+    "text" alone. The pool has no label or target. No text (whatever its case, see `same_text`) occurs in two of
+    teacher_train, pool, validation, test.
 
     Attributes:
         name: what `load_task` was asked for.
         kind: "sequence-classification", "regression" or "causal-lm".
         label_names: one name a class, by label number; None unless it is a classification.
-        metrics: what is reported, the headline first ("accuracy", "f1", "matthews", "pearson", "spearman", "cer", "perplexity").
+        metrics: what is reported, the headline first ("accuracy", "f1", "matthews", "pearson", "spearman", "cer",
+            "perplexity").
         train: the student's labeled examples.
         pool: unlabeled text that the teacher was not trained on, None where there is none.
         validation, test: held out.
@@ -90,18 +92,20 @@ class TextTask:
     def encode(self, data: str | Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> Dataset:
         """Tokenize a split (by name) or a dataset with this task's columns.
 
-        A causal LM gets the special tokens that the tokenizer adds by itself (a BOS), and an end (eos) where a text ends, nowhere else.
-        A text longer than `max_length` becomes several rows: each begins as a text does, then with the last token of the row before, which
-        is context alone, so every token is labeled once. A source is cut where its target needs the room; a target that does not fit
-        beside one token of its source is cut, too, and has no end.
+        A causal LM gets the special tokens that the tokenizer adds by itself (a BOS), and an end (eos) where a text
+        ends, nowhere else. A text longer than `max_length` becomes several rows: each begins as a text does, then with
+        the last token of the row before, which is context alone, so every token is labeled once. A source is cut where
+        its target needs the room; a target that does not fit beside one token of its source is cut, too,
+        and has no end.
 
         Returns:
-            A dataset with input_ids, attention_mask (, token_type_ids) and labels. Labels are the class, the score, or for a causal LM one
-            per token: -100 on what is given (BOS, context, the source and its separator), the token itself on the text or the target and on
-            the closing eos. Unlabeled rows: -100. The log says what was cut.
+            A dataset with input_ids, attention_mask (, token_type_ids) and labels. Labels are the class, the score, or
+            for a causal LM one per token: -100 on what is given (BOS, context, the source and its separator), the token
+            itself on the text or the target and on the closing eos. Unlabeled rows: -100. The log says what was cut.
 
         Raises:
-            ValueError: unknown or empty split, missing columns, or a tokenizer without an eos token where one must close the target.
+            ValueError: unknown or empty split, missing columns,
+                or a tokenizer without an eos token where one must close the target.
         """
         from datasets import Dataset, concatenate_datasets
 
@@ -111,11 +115,13 @@ class TextTask:
         columns = ("source",) if self._text_to_text else ("text",)
         if missing := [column for column in columns if column not in dataset.column_names]:
             raise ValueError(
-                f"{self.name}: the data to encode have columns {dataset.column_names}, but {missing} must be among them."
+                f"{self.name}: the data to encode have columns {dataset.column_names}, but {missing} must be among "
+                "them."
             )
         if self.kind == "causal-lm" and tokenizer.eos_token_id is None:
             raise ValueError(
-                f"{self.name}: the target ends with an eos token and {type(tokenizer).__name__} has none; set tokenizer.eos_token."
+                f"{self.name}: the target ends with an eos token and {type(tokenizer).__name__} has none; set "
+                "tokenizer.eos_token."
             )
         encode = (
             self._encode_pairs
@@ -159,7 +165,8 @@ class TextTask:
         added = tokenizer.num_special_tokens_to_add(pair="text_pair" in rows)
         if max_length <= added:
             raise ValueError(
-                f"{self.name}: max_length={max_length} was requested, and {added} special tokens take all of it; a row takes {added + 1} or more."
+                f"{self.name}: max_length={max_length} was requested, and {added} special tokens take all of it; a row "
+                f"takes {added + 1} or more."
             )
         batch = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
         for row in batch.encodings or ():  # none from a tokenizer that is not fast
@@ -194,8 +201,8 @@ class TextTask:
         separator = tokenizer(SEPARATOR, add_special_tokens=False).input_ids
         if not separator:
             raise ValueError(
-                f"{self.name}: a line break stands between source and target, and {type(tokenizer).__name__} makes no token of it; "
-                "source and target would run together. Use a tokenizer that keeps line breaks."
+                f"{self.name}: a line break stands between source and target, and {type(tokenizer).__name__} makes no "
+                "token of it; source and target would run together. Use a tokenizer that keeps line breaks."
             )
         sources = tokenizer(rows["source"], add_special_tokens=False, verbose=False).input_ids
         targets = [[]] * len(sources)  # of an unlabeled row: the prompt alone
@@ -270,7 +277,9 @@ def counted(dropped: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pad and stack encoded examples: input_ids, attention_mask (, token_type_ids) (B, T); labels (B,), or (B, T) for a causal LM."""
+    """Pad and stack encoded examples: input_ids, attention_mask (, token_type_ids) (B, T); labels (B,), or (B, T)
+    for a causal LM.
+    """
 
     pad_token_id: int
     padding_side: str
@@ -283,7 +292,8 @@ class Collator:
         for name in examples[0]:
             values = [example[name] for example in examples]
             if name == "labels" and self.per_token and self.padding_side == "left":
-                # nothing precedes a row's first token; behind padding, a shift of the labels would have padding predict it
+                # nothing precedes a row's first token; behind padding, a shift of the labels would have padding predict
+                # it
                 values = [[IGNORED, *row[1:]] for row in values]
             if name != "labels" or self.per_token:
                 values = [self._pad(list(row), longest, fill.get(name, 0)) for row in values]

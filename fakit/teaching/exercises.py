@@ -23,7 +23,9 @@ _HINTS = ("A nudge", "A sketch", "The solution")
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found: `status` is "passes", "not done yet" or "not right", `message` says why. True if it passes."""
+    """What a check found: `status` is "passes", "not done yet" or "not right", `message` says why.
+    True if it passes.
+    """
 
     status: str
     message: str

@@ -1,8 +1,8 @@
 """Executed notebooks as pages: one HTML file each and an index, that work from disk without a network.
 
 Figures show their SVG at once; `assets/plotly.min.js`, copied once from the plotly package, makes them interactive when
-it loads. Nothing is requested from another host: no MathJax, no require.js, no fonts. Formulas are drawn by matplotlib's
-mathtext as inline SVG in the text's color; what mathtext cannot parse stays readable as its TeX source.
+it loads. Nothing is requested from another host: no MathJax, no require.js, no fonts. Formulas are drawn by
+matplotlib's mathtext as inline SVG in the text's color; what mathtext cannot parse stays readable as its TeX source.
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ class _Exporter(HTMLExporter):
 
 
 def centerpiece(notebook: NotebookNode) -> str | None:
-    """The SVG that stands for the notebook: of the cell tagged `centerpiece`, else the first; None where no cell drew one."""
+    """The SVG that stands for the notebook: of the cell tagged `centerpiece`, else the first;
+    None where no cell drew one.
+    """
     for cell in sorted(notebook.cells, key=lambda cell: "centerpiece" not in cell.metadata.get("tags", [])):
         for output in cell.get("outputs", []):
             if svg := output.get("data", {}).get("image/svg+xml"):
@@ -170,8 +172,8 @@ def prepare(notebook: NotebookNode) -> list[str]:
     """Outputs as the page needs them, in place; returns the HTML of the figures.
 
     A figure becomes a comment, `<!--figure 0-->`, which `notebook_page` replaces at the end: nbconvert passes the page
-    through an HTML parser that would lower the case of SVG's attributes and take long over plotly's JSON. Widgets have no
-    state here and become a note; progress bars go.
+    through an HTML parser that would lower the case of SVG's attributes and take long over plotly's JSON. Widgets have
+    no state here and become a note; progress bars go.
     """
     figures: list[str] = []
     for cell in notebook.cells:
@@ -212,7 +214,8 @@ def _document(title: str, head: str, body: str, script: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{style}</style>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{light}\n@media (prefers-color-scheme: dark) "
+        f"{{\n{dark}\n}}\n{style}</style>\n"
         f"</head>\n<body>\n{head}\n<main>\n{body}\n</main>\n{script}</body>\n</html>\n"
     )
 
@@ -235,8 +238,9 @@ _LINK = re.compile(r'<a href="(?![a-z][a-z0-9+.-]*:|[/#])([^"#]+)(#[^"]*)?"([^>]
 def relink(body: str, pages: Collection[str], folder: str) -> str:
     """Relative links of a notebook as its page needs them.
 
-    A link to a notebook leads to that notebook's page, and is plain text where no page was made; any other file is looked
-    for beside the notebook, in `folder` as seen from the page. Addresses with a scheme and places in the page stay.
+    A link to a notebook leads to that notebook's page, and is plain text where no page was made; any other file is
+    looked for beside the notebook, in `folder` as seen from the page.
+    Addresses with a scheme and places in the page stay.
 
     Args:
         body: HTML, before figures are put in.
@@ -276,7 +280,8 @@ def notebook_page(
     body = relink(body, {other.page for other in others}, folder)
     body = re.sub(r"<!--figure (\d+)-->", lambda mark: figures[int(mark[1])], body)
     seconds = f"{result.seconds:.0f} s"
-    status = f"<p class='status {result.status.replace(' ', '-')}'>{MARKS[result.status]} in {seconds}, profile {escape(result.profile)}"
+    kind = result.status.replace(" ", "-")
+    status = f"<p class='status {kind}'>{MARKS[result.status]} in {seconds}, profile {escape(result.profile)}"
     if result.error:
         status += (
             f" — cell {result.cell}: <code>{escape(result.error)}</code>"

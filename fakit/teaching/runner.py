@@ -198,15 +198,16 @@ def run_notebooks(
     jobs: int = 2,
     timeout: float | None = 1200,
 ) -> list[NotebookResult]:
-    """Execute the notebooks, `jobs` at a time, and write their pages and the index to `out`; with their outputs, to `out`/executed.
+    """Execute the notebooks, `jobs` at a time, and write their pages and the index to `out`; with their outputs,
+    to `out`/executed.
 
     Args:
         notebooks_dir: the folder of `NN_name.ipynb`; the kit's own by default.
         out: where pages go; made if missing. Pages of notebooks that are not run now stay.
         profile: "quick", "workshop" or "full".
         only: numbers or names, "02,05" or a list; all by default.
-        jobs: notebooks at a time; each gets cores / jobs threads. Those start first whose header says that they run longest, so that
-            none runs on alone at the end.
+        jobs: notebooks at a time; each gets cores / jobs threads. Those start first whose header says that they run
+            longest, so that none runs on alone at the end.
         timeout: seconds a cell may take, None for no limit.
 
     Returns:

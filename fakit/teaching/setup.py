@@ -142,7 +142,8 @@ def _device(asked: str | None) -> str:
     count = torch.cuda.device_count()
     if (device.type == "cuda" and (device.index or 0) >= count) or (device.type == "mps" and not mps):
         raise ValueError(
-            f"DEVICE = {asked!r}: this machine has {count} CUDA devices{'' if mps else ' and no MPS'}; DEVICE = None takes what is there"
+            f"DEVICE = {asked!r}: this machine has {count} CUDA devices{'' if mps else ' and no MPS'}; DEVICE = None "
+            "takes what is there"
         )
     return asked
 

@@ -1,9 +1,10 @@
 """Run a model and keep what was asked for: hidden states, attention inputs, logits. The model stays as it was.
 
-Layers are numbered 0 (output of the embeddings) and i = 1…L (output of block i, before any final norm); an encoder-decoder's decoder
-blocks follow its encoder's. Hidden states come from hooks on the blocks, not from the `hidden_states` tuple, whose last entry is normed
-in some families. Attention comes from the attention functions' inputs (`fakit.tracing.hooks`), whatever the implementation; families that do
-not use transformers' attention interface return maps of their own under eager attention.
+Layers are numbered 0 (output of the embeddings) and i = 1…L (output of block i, before any final norm); an
+encoder-decoder's decoder blocks follow its encoder's. Hidden states come from hooks on the blocks, not from the
+`hidden_states` tuple, whose last entry is normed in some families. Attention comes from the attention functions' inputs
+(`fakit.tracing.hooks`), whatever the implementation; families that do not use transformers' attention interface return
+maps of their own under eager attention.
 """
 
 import inspect
@@ -40,18 +41,22 @@ def capture(
 
     Args:
         model: a transformers model.
-        batch: its inputs, input_ids (B, T) and mostly attention_mask (B, T); columns that its forward pass does not take are left out
-            (`fakit.tracing.inputs.prepare_inputs`), and so are `labels`: losses are the objective's; of an encoder-decoder that is given no decoder
-            inputs they are shifted into decoder_input_ids, as the model would do. Rows may be padded on either side, or pack several
-            documents (position_ids that start again), which then see nothing of each other.
-        hidden_states: layer numbers 0…L; in an encoder-decoder 0…L_e are the encoder's, L_e + 1 … L_e + L_d the decoder's.
+        batch: its inputs, input_ids (B, T) and mostly attention_mask (B, T); columns that its forward pass does not
+            take are left out (`fakit.tracing.inputs.prepare_inputs`), and so are `labels`: losses are the objective's;
+            of an encoder-decoder that is given no decoder inputs they are shifted into decoder_input_ids, as the model
+            would do. Rows may be padded on either side, or pack several documents (position_ids that start again),
+            which then see nothing of each other.
+        hidden_states: layer numbers 0…L; in an encoder-decoder 0…L_e are the encoder's, L_e + 1 … L_e + L_d the
+            decoder's.
         attentions: layer numbers 1…L; a decoder layer's is its self-attention.
-        logits: False ends the forward pass after the last layer asked for. "head" keeps the output head and its input in place of
-            logits over a large vocabulary (`Trace.head`), where the model has such a head; the logits themselves where it has not.
+        logits: False ends the forward pass after the last layer asked for. "head" keeps the output head and its input
+            in place of logits over a large vocabulary (`Trace.head`), where the model has such a head;
+            the logits themselves where it has not.
 
     Raises:
-        ValueError: before the forward pass, for a layer the model does not have, a batch without inputs, packed rows for a model that
-            mixes their documents, or a model whose attention cannot be had; after it, for a layer whose hidden state or attention could not be seen.
+        ValueError: before the forward pass, for a layer the model does not have, a batch without inputs, packed rows
+            for a model that mixes their documents, or a model whose attention cannot be had; after it, for a layer
+            whose hidden state or attention could not be seen.
 
     >>> trace = capture(model, batch, hidden_states=[0, 1, 3], attentions=[1, 3])  # doctest: +SKIP
     >>> trace.hidden_states[3].shape, trace.attention_maps(3).shape  # doctest: +SKIP
@@ -64,8 +69,9 @@ def capture(
         config: Any = model.config
         raise ValueError(
             f"hidden states were requested of {type(model).__name__} in evaluation mode, which halves them after every "
-            f"{config.rescale_every} blocks, and some weights with them (rescale_every): they are not those of a model in training. "
-            "Call fakit.models.without_rescaling(model) first; load_teacher, shrink and DistillationTrainer do."
+            f"{config.rescale_every} blocks, and some weights with them (rescale_every): they are not those of a model "
+            "in training. Call fakit.models.without_rescaling(model) first; load_teacher, shrink and "
+            "DistillationTrainer do."
         )
     _check_layers(model, hidden_states, attentions, blocks)
     ready = prepare_inputs(model, batch)
@@ -119,7 +125,9 @@ def check_attention(model: nn.Module) -> None:
 
 
 def _attention_source(model: nn.Module, blocks: list[nn.Module]) -> str:
-    """ "interface": transformers' attention functions; "sdpa": torch's, called by the model itself; "maps": the model's own eager maps."""
+    """ "interface": transformers' attention functions; "sdpa": torch's, called by the model itself; "maps":
+    the model's own eager maps.
+    """
     config: Any = model.config
     implementation = config._attn_implementation
     if all(_uses_attention_interface(block) for block in blocks):
@@ -128,8 +136,9 @@ def _attention_source(model: nn.Module, blocks: list[nn.Module]) -> str:
         return "sdpa"
     if implementation != "eager":
         raise ValueError(
-            f"attention asked of {type(model).__name__}, which does not use transformers' attention interface, and runs {implementation!r}: "
-            "its attention can be had under 'eager' attention alone. Load it with attn_implementation='eager'."
+            f"attention asked of {type(model).__name__}, which does not use transformers' attention interface, and "
+            f"runs {implementation!r}: its attention can be had under 'eager' attention alone. Load it with "
+            "attn_implementation='eager'."
         )
     if not any(_can_return_maps(module) for module in model.modules() if isinstance(module, PreTrainedModel)):
         raise ValueError(_no_maps(model))
@@ -148,9 +157,10 @@ def _can_return_maps(model: PreTrainedModel) -> bool:
 
 def _no_maps(model: nn.Module) -> str:
     return (
-        f"attention asked of {type(model).__name__}, which gives no attention maps: its {type(find_blocks(model)[0]).__name__} blocks have no "
-        "softmax attention over tokens (state spaces, Fourier transforms), or do not show it. Leave the attention term out (attention=None) and align hidden "
-        "states and outputs, or use a model whose blocks attend."
+        f"attention asked of {type(model).__name__}, which gives no attention maps: its "
+        f"{type(find_blocks(model)[0]).__name__} blocks have no softmax attention over tokens (state spaces, Fourier "
+        "transforms), or do not show it. Leave the attention term out (attention=None) and align hidden states and "
+        "outputs, or use a model whose blocks attend."
     )
 
 
@@ -165,8 +175,8 @@ def _layer_numbers(name: str, asked: Iterable[int]) -> list[int]:
     except TypeError:
         pass
     raise ValueError(
-        f"{name}={asked!r} was requested, and layers are whole numbers, 0 for the embeddings and i for the output of block i: "
-        f"{name}=[1, 2], or {name}=range(7)."
+        f"{name}={asked!r} was requested, and layers are whole numbers, 0 for the embeddings and i for the output of "
+        f"block i: {name}=[1, 2], or {name}=range(7)."
     )
 
 
@@ -175,8 +185,9 @@ def _check_layers(model: nn.Module, hidden_states: list[int], attentions: list[i
         wrong = [i for i in asked if not lowest <= i <= len(blocks)]
         if wrong:
             raise ValueError(
-                f"{what} of layer {', '.join(map(str, wrong))} asked of a {len(blocks)}-layer model ({type(model).__name__}); "
-                f"it has layers {lowest}…{len(blocks)} (0 = embeddings, {len(blocks)} = last block)."
+                f"{what} of layer {', '.join(map(str, wrong))} asked of a {len(blocks)}-layer model "
+                f"({type(model).__name__}); it has layers {lowest}…{len(blocks)} (0 = embeddings, {len(blocks)} = last "
+                "block)."
             )
 
 
@@ -184,8 +195,9 @@ def _check_every_layer_runs(model: nn.Module) -> None:
     if settings := layerdrop(model):
         named = ", ".join(f"{name}={value}" for name, value in settings.items())
         raise ValueError(
-            f"layers asked of {type(model).__name__} in training mode, whose {named} leaves out whole layers at random: a layer that is left out "
-            "has no hidden state and no attention. Turn it off: fakit.models.without_layerdrop(model) (shrink and DistillationTrainer do so)."
+            f"layers asked of {type(model).__name__} in training mode, whose {named} leaves out whole layers at "
+            "random: a layer that is left out has no hidden state and no attention. Turn it off: "
+            "fakit.models.without_layerdrop(model) (shrink and DistillationTrainer do so)."
         )
 
 
@@ -198,14 +210,16 @@ def _naming_the_decoder(model: nn.Module, inputs: dict) -> Iterator[None]:
         classifies = "Classification" in type(model).__name__  # shifts the encoder's own tokens into the decoder
         if is_encoder_decoder(model) and not has_decoder_inputs(inputs) and not classifies:
             raise ValueError(
-                f"{type(model).__name__} has a decoder, and the batch holds {sorted(inputs)}: no decoder_input_ids, and no labels (B, T_dec) to make "
-                f"them from. Pass one of them. (The model said: {error})"
+                f"{type(model).__name__} has a decoder, and the batch holds {sorted(inputs)}: no decoder_input_ids, "
+                f"and no labels (B, T_dec) to make them from. Pass one of them. (The model said: {error})"
             ) from error
         raise
 
 
 def _decoder_mask(model: nn.Module, inputs: dict, labels: Tensor | None) -> Tensor | None:
-    """The decoder's tokens, (B, T_dec): those of its attention mask; else those that carry a label; else those that are no padding."""
+    """The decoder's tokens, (B, T_dec): those of its attention mask; else those that carry a label;
+    else those that are no padding.
+    """
     if inputs.get("decoder_attention_mask") is not None:
         return inputs["decoder_attention_mask"].bool()
     given = next((inputs[name] for name in DECODER_INPUTS if inputs.get(name) is not None), None)
@@ -226,12 +240,13 @@ def _logits(model: nn.Module, outputs) -> Tensor | None:
     logits = getattr(outputs, "logits", None)
     if logits is not None and not isinstance(logits, Tensor):
         raise ValueError(
-            f"{type(model).__name__} returned its logits as a {type(logits).__name__}, and not as one tensor (B, C) or (B, T, V): outputs and "
-            "task cannot be compared. capture(..., logits=False); outputs=None, task=None."
+            f"{type(model).__name__} returned its logits as a {type(logits).__name__}, and not as one tensor (B, C) or "
+            "(B, T, V): outputs and task cannot be compared. capture(..., logits=False); outputs=None, task=None."
         )
     if logits is None and not hasattr(outputs, "last_hidden_state"):
         raise ValueError(
-            f"{type(model).__name__} returned no logits (it returned {sorted(outputs.keys())}); capture(..., logits=False)."
+            f"{type(model).__name__} returned no logits (it returned {sorted(outputs.keys())}); capture(..., "
+            "logits=False)."
         )
     return logits  # None for a bare encoder, which has no head
 
@@ -239,8 +254,8 @@ def _logits(model: nn.Module, outputs) -> Tensor | None:
 def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int]) -> None:
     unseen = "the blocks did not run: this model leaves them out, or they are called around their hooks"
     silent = (
-        "the blocks attend by code of their own and not through transformers' attention functions (Doge, BigBird-Pegasus), do not attend "
-        "(state spaces and convolutions in a hybrid, windows of LongT5), or did not run"
+        "the blocks attend by code of their own and not through transformers' attention functions (Doge, "
+        "BigBird-Pegasus), do not attend (state spaces and convolutions in a hybrid, windows of LongT5), or did not run"
     )
     for what, asked, seen, why in (
         ("hidden state", hidden_states, trace.hidden_states, unseen),
@@ -249,7 +264,8 @@ def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int]) -
         missing = [i for i in asked if i not in seen]
         if missing:
             raise ValueError(
-                f"{what} of layers {missing} asked of {trace.name}, and nothing was seen there: {why}. Ask for other layers, or leave the term out."
+                f"{what} of layers {missing} asked of {trace.name}, and nothing was seen there: {why}. Ask for other "
+                "layers, or leave the term out."
             )
 
 
@@ -296,7 +312,9 @@ _tokens_first: dict[type, bool] = {}
 
 
 def _batch_first(model: nn.Module, inputs: dict, blocks: list[nn.Module], trace: Trace) -> None:
-    """Turn hidden states of models whose blocks work on (T, B, d) (XLNet, FSMT) around; refuse other shapes than (B, T, d)."""
+    """Turn hidden states of models whose blocks work on (T, B, d) (XLNet, FSMT) around; refuse other shapes than (B,
+    T, d).
+    """
     kind = type(without_adapter(model))
     for i, hidden in trace.hidden_states.items():
         mask = trace.layer_mask(i)
@@ -310,19 +328,22 @@ def _batch_first(model: nn.Module, inputs: dict, blocks: list[nn.Module], trace:
             hidden = trace.hidden_states[i] = hidden.transpose(0, 1)
         if hidden.dim() == 4:
             raise ValueError(
-                f"layer {i} of {trace.name} carries {tuple(hidden.shape)}, {hidden.shape[0]} hidden states of each token side by side (AltUp in Gemma 3n), "
-                "and features compare one (B, T, d). Leave the features term out (features=None) and align outputs, or use another family."
+                f"layer {i} of {trace.name} carries {tuple(hidden.shape)}, {hidden.shape[0]} hidden states of each "
+                "token side by side (AltUp in Gemma 3n), and features compare one (B, T, d). Leave the features term "
+                "out (features=None) and align outputs, or use another family."
             )
         if hidden.shape[:-1] != mask.shape:
             raise ValueError(
-                f"layer {i} of {trace.name} works on {tuple(hidden.shape)}, and the batch is {tuple(mask.shape)} (B, T): its tokens cannot "
-                "be told apart (Longformer adds padding, ProphetNet streams, prompts tokens). Pad the batch to a multiple of the window, or use a "
-                "model whose blocks work on (B, T, d)."
+                f"layer {i} of {trace.name} works on {tuple(hidden.shape)}, and the batch is {tuple(mask.shape)} (B, "
+                "T): its tokens cannot be told apart (Longformer adds padding, ProphetNet streams, prompts tokens). "
+                "Pad the batch to a multiple of the window, or use a model whose blocks work on (B, T, d)."
             )
 
 
 def _works_tokens_first(model: nn.Module, inputs: dict, blocks: list[nn.Module]) -> bool:
-    """What the model makes of fewer rows than tokens; runs it as far as its first block, without drawing from the random numbers."""
+    """What the model makes of fewer rows than tokens; runs it as far as its first block,
+    without drawing from the random numbers.
+    """
     mask = token_mask(inputs)
     assert mask is not None, "asked where the trace has one alone"
     rows, tokens = mask.shape
@@ -349,10 +370,11 @@ def _returned_maps(model: nn.Module, outputs, attentions: list[int], trace: Trac
             reason = (
                 "it looks through a window or at pooled tokens"
                 if len(shape) == 4
-                else "what its blocks return as attentions are states of their own and no weights of a softmax over tokens (RWKV, YOSO)"
+                else "what its blocks return as attentions are states of their own and no weights of a softmax over "
+                "tokens (RWKV, YOSO)"
             )
             raise ValueError(
-                f"attention of layer {i} of {trace.name} has shape {shape}, which is no map (B, H, T, T) over {tokens} tokens: {reason}. "
-                "Leave the attention term out (attention=None), or use a model with full attention."
+                f"attention of layer {i} of {trace.name} has shape {shape}, which is no map (B, H, T, T) over {tokens} "
+                f"tokens: {reason}. Leave the attention term out (attention=None), or use a model with full attention."
             )
     return {i: maps[i - 1] for i in attentions}

@@ -1,7 +1,8 @@
-"""The output head: what turns the last hidden states (B, T, d) into logits (B, T, V), and how to take hold of the former.
+"""The output head: what turns the last hidden states (B, T, d) into logits (B, T, V),
+and how to take hold of the former.
 
-With 150,000 entries in the vocabulary, logits are the largest tensor of a training step. A loss that is given the head and its input can
-make them a chunk of tokens at a time (`fakit.losses.fused.chunked`).
+With 150,000 entries in the vocabulary, logits are the largest tensor of a training step. A loss that is given the head
+and its input can make them a chunk of tokens at a time (`fakit.losses.fused.chunked`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,9 @@ LARGE_VOCABULARY = 8192
 
 
 def find_head(model: nn.Module) -> nn.Linear | None:
-    """The model's head over a large vocabulary, if it is a plain linear layer; None for small, quantized, adapted or sharded ones."""
+    """The model's head over a large vocabulary, if it is a plain linear layer; None for small, quantized,
+    adapted or sharded ones.
+    """
     transformer: Any = model
     head = transformer.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor, FakeTensor)
@@ -31,7 +34,9 @@ def find_head(model: nn.Module) -> nn.Linear | None:
 
 @contextmanager
 def without_logits(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """While open, `head` is given no tokens, so that no logits are made; what it would have been given is in the list."""
+    """While open, `head` is given no tokens, so that no logits are made;
+    what it would have been given is in the list.
+    """
     seen: list[Tensor] = []
 
     def pre_hook(module, args):
@@ -49,11 +54,13 @@ _finishes: WeakKeyDictionary = WeakKeyDictionary()  # model → (found, finish)
 
 
 def find_finish(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Tensor]) -> tuple[bool, Callable | None]:
-    """Whether the model's logits are its head's output, and what is done to it afterwards (a soft cap, a scale), at any size of logits.
+    """Whether the model's logits are its head's output, and what is done to it afterwards (a soft cap, a scale),
+    at any size of logits.
 
-    Asked of the model itself, once: it runs on a short row of text (on `inputs`, where it reads no text alone) with its head's output exchanged
-    for numbers from 0.001 to 10,000 of both signs, and what becomes of each shows what follows. (False, None) where that is neither
-    nothing, a scale nor a soft cap, differs from one entry of the vocabulary to another, or has parameters that are trained.
+    Asked of the model itself, once: it runs on a short row of text (on `inputs`, where it reads no text alone) with its
+    head's output exchanged for numbers from 0.001 to 10,000 of both signs, and what becomes of each shows what follows.
+    (False, None) where that is neither nothing, a scale nor a soft cap, differs from one entry of the vocabulary to
+    another, or has parameters that are trained.
     """
     if model not in _finishes:
         try:
@@ -71,7 +78,9 @@ def remember_finish(model: nn.Module, finish: Callable[[Tensor], Tensor] | None)
 
 
 def _exchanged(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor | None]:
-    """What was put in place of the head's output for two tokens, (1, 2, V), each time it ran; and the logits that the model made of it."""
+    """What was put in place of the head's output for two tokens, (1, 2, V), each time it ran;
+    and the logits that the model made of it.
+    """
     given: list[Tensor] = []
 
     def two_tokens(module, args):

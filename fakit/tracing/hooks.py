@@ -1,8 +1,10 @@
-"""Watch a model while it runs: hooks on its blocks, and an ear at its attention functions. Nothing of the model is changed.
+"""Watch a model while it runs: hooks on its blocks, and an ear at its attention functions.
+Nothing of the model is changed.
 
-Attention is taken where transformers hands it over, at the functions of `transformers.AttentionInterface`: there every implementation
-(eager, sdpa, flash) receives the same queries, keys and values, after rotary embedding, so the maps can be had although sdpa and flash
-never return them. Models that call torch's `scaled_dot_product_attention` themselves (Falcon) are watched there.
+Attention is taken where transformers hands it over, at the functions of `transformers.AttentionInterface`: there every
+implementation (eager, sdpa, flash) receives the same queries, keys and values, after rotary embedding, so the maps can
+be had although sdpa and flash never return them. Models that call torch's `scaled_dot_product_attention` themselves
+(Falcon) are watched there.
 """
 
 import threading
@@ -24,13 +26,14 @@ class EnoughSeen(Exception):
 
 
 class Recorder:
-    """Writes into a trace while the model runs. `layer` is the block the forward pass is in; one module may serve several layers.
+    """Writes into a trace while the model runs. `layer` is the block the forward pass is in;
+    one module may serve several layers.
 
     Args:
         trace: is written into.
         hidden_states, attentions: layer numbers to keep.
-        last: the layer after which nothing more is asked for: its output, or its attention where its output is not asked for; None to
-            let the forward pass run to its end.
+        last: the layer after which nothing more is asked for: its output, or its attention where its output is not
+            asked for; None to let the forward pass run to its end.
     """
 
     def __init__(self, trace: Trace, hidden_states: set[int], attentions: set[int], last: int | None):
@@ -39,7 +42,8 @@ class Recorder:
 
     @contextmanager
     def watching(self, blocks: list[nn.Module], attention: str) -> Iterator[None]:
-        """While open, this thread's forward passes through `blocks` are recorded. Swallows the end that the recorder itself brings about.
+        """While open, this thread's forward passes through `blocks` are recorded.
+        Swallows the end that the recorder itself brings about.
 
         Args:
             blocks: one a layer.
@@ -120,9 +124,9 @@ _watchers = 0  # captures under way in all threads: the first one in puts the wa
 def _watching_interface() -> Iterator[None]:
     """While open, attention functions report their inputs to their thread's recorder, then do what they always do.
 
-    Watched is the question "which function?" that every attention module asks of transformers' table, not the table: no entry and no
-    configuration changes, so mask building, kernels and gradient checkpointing see what they always see. Forward passes of other
-    threads run through untouched.
+    Watched is the question "which function?" that every attention module asks of transformers' table, not the table: no
+    entry and no configuration changes, so mask building, kernels and gradient checkpointing see what they always see.
+    Forward passes of other threads run through untouched.
     """
     global _watchers
     with _lock:
@@ -151,7 +155,8 @@ def _reporting(function: Callable) -> Callable:
 class _WatchingSdpa(TorchFunctionMode):
     """While open, calls of torch's own attention function in this thread are reported too."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # ty: ignore[lost-keyword-for-regular-parameter]
+    # ty: ignore[lost-keyword-for-regular-parameter]
+    def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention and (recorder := _recorder.get()) is not None:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")

@@ -1,4 +1,5 @@
-"""What a model is given of a batch: its own columns, no key/value cache, rows without padding before them, documents apart.
+"""What a model is given of a batch: its own columns, no key/value cache, rows without padding before them,
+documents apart.
 
 Everything that runs a model on a batch asks here, so that training, evaluation and a teacher cache give it the same.
 """
@@ -37,7 +38,8 @@ class ModelInputs:
         inputs: the arguments of its forward pass, on its device.
         mask: bool (B, T), the batch's tokens, in the batch's own places; None for images and sounds.
         documents: int64 (B, T), the number of each token's document in its row; None where every row is one document.
-        places: int64 (B, T), where each place of the batch stands in what the model reads; None where it stands at the same one.
+        places: int64 (B, T), where each place of the batch stands in what the model reads;
+            None where it stands at the same one.
     """
 
     inputs: dict
@@ -49,17 +51,19 @@ class ModelInputs:
 def prepare_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> ModelInputs:
     """What `model` is given of a batch.
 
-    * The columns that its forward pass takes (`taken_columns`), without `labels`: losses are the objective's. An encoder-decoder
-      that is given no decoder inputs gets the labels, shifted, as the model would do.
+    * The columns that its forward pass takes (`taken_columns`), without `labels`: losses are the objective's. An
+      encoder-decoder that is given no decoder inputs gets the labels, shifted, as the model would do.
     * No key/value cache: nobody reads it. (A packed row is not taken apart where there is one.)
-    * Rows padded on the left are read as the same rows padded on the right: as they are, where the model sees to that itself (rotary and
-      relative positions, positions made of the mask); with position_ids that count tokens alone; or moved to the left edge, where no
-      position_ids are taken or a classifier looks at the first place. Which of them, is asked of the model (`left_padding`).
-    * Packed rows, whose position_ids start again (or that carry seq_idx or cu_seq_lens_q), get position_ids and no attention mask: this is
-      how transformers keeps documents apart. A place of padding is a document of its own.
+    * Rows padded on the left are read as the same rows padded on the right: as they are, where the model sees to that
+      itself (rotary and relative positions, positions made of the mask); with position_ids that count tokens alone; or
+      moved to the left edge, where no position_ids are taken or a classifier looks at the first place. Which of them,
+      is asked of the model (`left_padding`).
+    * Packed rows, whose position_ids start again (or that carry seq_idx or cu_seq_lens_q), get position_ids and no
+      attention mask: this is how transformers keeps documents apart. A place of padding is a document of its own.
 
     Raises:
-        ValueError: a batch without inputs, decoder inputs that cannot be made, packed rows for a model that would mix their documents.
+        ValueError: a batch without inputs, decoder inputs that cannot be made,
+            packed rows for a model that would mix their documents.
     """
     taken = taken_columns(model)
     inputs: dict[str, Any] = {
@@ -68,8 +72,9 @@ def prepare_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> ModelInputs
     expected = dict.fromkeys(["input_ids", "inputs_embeds", "pixel_values", model.main_input_name])
     if not any(name in inputs for name in expected):
         raise ValueError(
-            f"a batch holds input_ids (B, T), inputs_embeds (B, T, d) or pixel_values; this one holds {sorted(batch)}, and "
-            f"{type(model).__name__} takes {model.main_input_name}. Pass what the tokenizer or the collator returns."
+            f"a batch holds input_ids (B, T), inputs_embeds (B, T, d) or pixel_values; this one holds {sorted(batch)}, "
+            f"and {type(model).__name__} takes {model.main_input_name}. Pass what the tokenizer or the collator "
+            "returns."
         )
     _check_tokens(batch)
     labels = batch.get("labels")
@@ -110,8 +115,8 @@ def _check_tokens(batch: Mapping[str, Any]) -> None:
     found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
     if not isinstance(ids, Tensor) or ids.dim() < 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
-            f"input_ids are integers (B, T), and this batch holds {found}. One row is input_ids[None]; a tokenizer gives tensors with "
-            "return_tensors='pt'."
+            f"input_ids are integers (B, T), and this batch holds {found}. One row is input_ids[None]; a tokenizer "
+            "gives tensors with return_tensors='pt'."
         )
     if not ids.numel():
         raise ValueError(
@@ -125,10 +130,11 @@ _signatures: dict[type, tuple[frozenset[str], bool]] = {}
 
 
 def taken_columns(model: nn.Module) -> frozenset[str] | None:
-    """The columns that a model's forward pass takes; None for one that names none of them (**kwargs alone) and holds no model that does.
+    """The columns that a model's forward pass takes; None for one that names none of them (**kwargs alone)
+    and holds no model that does.
 
-    A forward pass with **kwargs hands them on: to the class it is derived from, and to the models inside (a classifier's base model, the
-    language model of a vision-language model), so what these name is taken too.
+    A forward pass with **kwargs hands them on: to the class it is derived from, and to the models inside (a
+    classifier's base model, the language model of a vision-language model), so what these name is taken too.
     """
     model = without_adapter(model)
     named, open_ended = _named(type(model))
@@ -162,15 +168,17 @@ def has_decoder_inputs(inputs: Mapping) -> bool:
 
 
 def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
-    """What the decoder reads to say `labels`: they themselves, one place to the right, as the model would make it. (B, T_dec)"""
+    """What the decoder reads to say `labels`: they themselves, one place to the right, as the model would make it.
+    (B, T_dec)
+    """
     transformer: Any = model
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return transformer.prepare_decoder_input_ids_from_labels(labels=labels)
     start, padding = transformer.config.decoder_start_token_id, transformer.config.pad_token_id
     if start is None or padding is None:
         raise ValueError(
-            f"decoder inputs of {type(model).__name__} cannot be made from labels: decoder_start_token_id is {start}, pad_token_id {padding} "
-            "in its configuration. Set both, or pass decoder_input_ids."
+            f"decoder inputs of {type(model).__name__} cannot be made from labels: decoder_start_token_id is {start}, "
+            f"pad_token_id {padding} in its configuration. Set both, or pass decoder_input_ids."
         )
     return nn.functional.pad(labels[:, :-1], (1, 0), value=start).masked_fill(labels == -100, padding)
 
@@ -179,7 +187,9 @@ def _shifted(model: nn.Module, labels: Tensor) -> Tensor:
 
 
 def token_mask(inputs: Mapping) -> Tensor | None:
-    """The tokens that count, bool (B, T); None for an image or a sound: its number of patches or frames is the model's business."""
+    """The tokens that count, bool (B, T); None for an image or a sound:
+    its number of patches or frames is the model's business.
+    """
     tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
     if tokens is None:
         return None
@@ -201,7 +211,8 @@ _ways: WeakKeyDictionary = WeakKeyDictionary()  # model → what its rows need t
 
 
 def left_padding(model: nn.Module) -> str:
-    """What a model needs to read rows that are padded on the left as if they were padded on the right; asked of the model itself, once.
+    """What a model needs to read rows that are padded on the left as if they were padded on the right;
+    asked of the model itself, once.
 
     Returns:
         "as it is": nothing; "positions": position_ids; "moved": tokens at the left edge.
@@ -267,7 +278,9 @@ def _moved(x: Tensor, places: Tensor, mask: Tensor) -> Tensor:
 
 
 def at_places(x: Tensor, places: Tensor, dim: int, rows: int = 0) -> Tensor:
-    """`x` with the entries along `dim` (T) in the order that `places` (B, T) gives its row along `rows` (B, or 1 for all)."""
+    """`x` with the entries along `dim` (T) in the order that `places` (B, T) gives its row along `rows` (B,
+    or 1 for all).
+    """
     shape, size = [1] * x.dim(), list(x.shape)
     shape[rows], shape[dim] = places.shape
     size[rows] = len(places)
@@ -280,8 +293,9 @@ def at_places(x: Tensor, places: Tensor, dim: int, rows: int = 0) -> Tensor:
 def find_documents(batch: Mapping) -> Tensor | None:
     """The number of each token's document within its row, int64 (B, T); None where every row is one document.
 
-    Documents begin where position_ids do not go on by one (as transformers sees it; under an attention mask, which speaks of rows with
-    padding, only in rows where they go back), where seq_idx changes, or where cu_seq_lens_q says. Each place of padding is one of its own.
+    Documents begin where position_ids do not go on by one (as transformers sees it; under an attention mask, which
+    speaks of rows with padding, only in rows where they go back), where seq_idx changes, or where cu_seq_lens_q says.
+    Each place of padding is one of its own.
     """
     tokens = next((batch[name] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None), None)
     if tokens is None or tokens.dim() == 1 or tokens.shape[1] < 2 or batch.get("input_ids", tokens[..., 0]).dim() != 2:
@@ -328,7 +342,8 @@ _reasons: WeakKeyDictionary = (
 
 
 def refuse_mixing(model: nn.Module, rows: int = 1) -> None:
-    """Raise ValueError for a model that cannot keep the documents of packed rows apart; asked of the model itself, once.
+    """Raise ValueError for a model that cannot keep the documents of packed rows apart;
+    asked of the model itself, once.
 
     Args:
         model: it is run on three tiny documents.
@@ -339,9 +354,9 @@ def refuse_mixing(model: nn.Module, rows: int = 1) -> None:
         known[rows > 1] = _why_mixed(model, min(rows, 2))
     if known[rows > 1] is not None:
         raise ValueError(
-            f"the batch packs several documents into a row, and {type(without_adapter(model)).__name__} cannot keep them apart: "
-            f"{known[rows > 1]}. Give each document a row of its own, padded (DataCollatorWithPadding), or use models that can "
-            "(GPT-2, Llama, Mistral, Gemma …)."
+            f"the batch packs several documents into a row, and {type(without_adapter(model)).__name__} cannot keep "
+            f"them apart: {known[rows > 1]}. Give each document a row of its own, padded (DataCollatorWithPadding), or "
+            "use models that can (GPT-2, Llama, Mistral, Gemma …)."
         )
 
 

@@ -25,7 +25,8 @@ class Trace:
         decoder_mask: bool (B, T_dec), for an encoder-decoder: its decoder's tokens
         encoder_layers: for an encoder-decoder: layers 0…encoder_layers are the encoder's, the ones above the decoder's
         causal: True when logits at t predict the token at t + 1
-        problem_type: what logits (B, C) mean, as the model's configuration says it (`fakit.models.head_kinds.problem_type`); None where it does not
+        problem_type: what logits (B, C) mean, as the model's configuration says it
+            (`fakit.models.head_kinds.problem_type`); None where it does not
         name: the model's class, for messages
     """
 
@@ -67,7 +68,9 @@ class Trace:
         return self.mask if self.encoder_layers is None else self.decoder_mask
 
     def own_labels(self, labels: Tensor | None) -> Tensor | None:
-        """Labels without those that a causal model has nothing to go by for: -100 where a text begins behind padding or another text."""
+        """Labels without those that a causal model has nothing to go by for:
+        -100 where a text begins behind padding or another text.
+        """
         mask, documents = self.mask, self.documents
         if labels is None or mask is None or not self.causal or labels.shape != mask.shape:
             return labels

@@ -1,12 +1,15 @@
-"""Checkpoints that are whole and know whose they are: a list of their files with checksums, written last, and what they are bound to.
+"""Checkpoints that are whole and know whose they are: a list of their files with checksums, written last,
+and what they are bound to.
 
     checkpoint-40/
       …                  what the Trainer writes, the student, projections.safetensors, objective.json
-      checkpoint.json    "files": bytes and sha256 of each; "whose": versions, configuration, student, teacher, data, objective, arguments
+      checkpoint.json    "files": bytes and sha256 of each; "whose": versions, configuration, student, teacher,
+      data, objective, arguments
 
-`checkpoint.json` is begun without files and replaced when everything else is on the disk, so a folder whose list is not there was
-never finished. What may differ between a checkpoint and the run that goes on from it: the output folder, how often the run logs,
-evaluates and saves (the Trainer keeps the intervals of the checkpoint), and, with a trainer of one's own, the number of steps or epochs (the schedule is then that of the new number).
+`checkpoint.json` is begun without files and replaced when everything else is on the disk, so a folder whose list is not
+there was never finished. What may differ between a checkpoint and the run that goes on from it: the output folder, how
+often the run logs, evaluates and saves (the Trainer keeps the intervals of the checkpoint), and, with a trainer of
+one's own, the number of steps or epochs (the schedule is then that of the new number).
 """
 
 from __future__ import annotations
@@ -84,7 +87,8 @@ def give_up(checkpoint: Path, error: Exception) -> Exception:
     reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
     return OSError(
         getattr(error, "errno", None) or errno.ENOSPC,
-        f"{checkpoint.name} could not be written ({reason}) and was taken back; the checkpoints before it are whole: make room and resume",
+        f"{checkpoint.name} could not be written ({reason}) and was taken back; the checkpoints before it are whole: "
+        "make room and resume",
         str(checkpoint.parent),
     )
 
@@ -114,7 +118,8 @@ def checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
 
 
 def last_whole_checkpoint(folder: str | Path, processes: int = 1) -> Path | None:
-    """The newest checkpoint-N of a trainer's folder that is whole; a broken one is passed over with a warning that says why.
+    """The newest checkpoint-N of a trainer's folder that is whole;
+    a broken one is passed over with a warning that says why.
 
     Every file is compared with its checksum. Nothing is unpickled here.
 
@@ -135,7 +140,9 @@ def last_whole_checkpoint(folder: str | Path, processes: int = 1) -> Path | None
 
 
 def began_in_bf16(checkpoint: Path) -> bool | None:
-    """Whether a checkpoint's run computes in bf16; None where it does not say. A run goes on as it began, on whichever machine."""
+    """Whether a checkpoint's run computes in bf16; None where it does not say. A run goes on as it began,
+    on whichever machine.
+    """
     whose = (_read_seal(checkpoint) or {}).get("whose", {})
     return whose.get("arguments", {}).get("bf16")
 
@@ -148,7 +155,9 @@ def was_finished(checkpoint: Path) -> bool:
 
 
 def flaw(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: unfinished, a file missing, cut off or changed, or no optimizer to go on with; None: nothing."""
+    """What is wrong with a checkpoint: unfinished, a file missing, cut off or changed,
+    or no optimizer to go on with; None: nothing.
+    """
     found = _read_seal(checkpoint)
     if found is None or found.get("files") is None:
         if not (checkpoint / "trainer_state.json").is_file():
@@ -171,7 +180,8 @@ def flaw(checkpoint: Path) -> str | None:
 def check(checkpoint: str | Path, whose: Mapping[str, Any]) -> None:
     """Refuse to go on from a checkpoint that is damaged, or that another run wrote.
 
-    One of a fakit that kept no list of files is looked at as far as it can be: files that end where they say, the student's configuration.
+    One of a fakit that kept no list of files is looked at as far as it can be: files that end where they say,
+    the student's configuration.
 
     Raises:
         ValueError: what is damaged; or each key that differs, with both values.
@@ -195,7 +205,8 @@ def check(checkpoint: str | Path, whose: Mapping[str, Any]) -> None:
         broken, theirs = flaw(checkpoint), found.get("whose", {})
     if broken is not None:
         raise ValueError(
-            f"{checkpoint} is not whole: {broken}. Resume from the checkpoint before it; resume_from_checkpoint=True (--resume) finds it."
+            f"{checkpoint} is not whole: {broken}. Resume from the checkpoint before it; resume_from_checkpoint=True "
+            "(--resume) finds it."
         )
     differing = differences(theirs, whose, _settings(checkpoint))
     if differing:
@@ -211,9 +222,11 @@ def check(checkpoint: str | Path, whose: Mapping[str, Any]) -> None:
 def differences(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], live: Mapping[str, Any] | None = None
 ) -> dict[str, tuple]:
-    """{dotted key: (theirs, ours)} where two descriptions differ; a configuration that differs stands for what follows from it.
+    """{dotted key: (theirs, ours)} where two descriptions differ;
+    a configuration that differs stands for what follows from it.
 
-    `live`: weights and temperature at the checkpoint. They are restored from it, so an objective that has them already is its own.
+    `live`: weights and temperature at the checkpoint. They are restored from it,
+    so an objective that has them already is its own.
     """
     a, b = flat(json.loads(json.dumps(theirs))), flat(json.loads(json.dumps(ours)))
     found = {key: (a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)}
@@ -305,6 +318,7 @@ def _check_processes(checkpoint: Path, processes: int) -> None:
     written = len(list(checkpoint.glob("rng_state*.pth")))
     if written != processes:
         raise ValueError(
-            f"{checkpoint} holds the random states of {written} processes, and {processes} were started: the batches would not be the same. "
-            f"Resume with {written} (accelerate launch --num_processes {written}), or start a new run in another folder (--out)."
+            f"{checkpoint} holds the random states of {written} processes, and {processes} were started: the batches "
+            f"would not be the same. Resume with {written} (accelerate launch --num_processes {written}), or start a "
+            "new run in another folder (--out)."
         )

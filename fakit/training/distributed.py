@@ -1,4 +1,6 @@
-"""Several processes: `accelerate launch --cpu --num_processes N` as it reads, workers that end with their parent, and sharded training (FSDP2)."""
+"""Several processes: `accelerate launch --cpu --num_processes N` as it reads, workers that end with their parent,
+and sharded training (FSDP2).
+"""
 
 import multiprocessing
 import os
@@ -19,14 +21,16 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 _WHOLE = StateDictOptions(full_state_dict=True)
 
 
-# -- processes ----------------------------------------------------------------------------------------------------------
+# -- processes
+# ----------------------------------------------------------------------------------------------------------
 
 
 def start_all_processes() -> None:
     """Replace this process by the N processes that `accelerate launch --cpu --num_processes N` was asked for.
 
-    Accelerate (1.15) starts a single one on CPUs and leaves the others to an mpirun, so a run would quietly have a smaller global batch
-    than was meant. N stands only on the command line of the launcher, which is this process's parent. Does nothing elsewhere.
+    Accelerate (1.15) starts a single one on CPUs and leaves the others to an mpirun, so a run would quietly have a
+    smaller global batch than was meant. N stands only on the command line of the launcher, which is this process's
+    parent. Does nothing elsewhere.
 
     Raises:
         ValueError: that launcher, and no N to be found on its command line; or several machines.
@@ -43,8 +47,9 @@ def start_all_processes() -> None:
     asked = None if launched is None else launch_command_parser().parse_known_args(launched)[0]
     if asked is None or not asked.num_processes or (asked.num_machines or 1) > 1:
         raise ValueError(
-            "accelerate launch --cpu started one process of several, and how many were asked for does not stand on its command line. Give "
-            "--num_processes N there, or use torchrun --nproc_per_node N -m fakit distill …, which also takes several machines."
+            "accelerate launch --cpu started one process of several, and how many were asked for does not stand on its "
+            "command line. Give --num_processes N there, or use torchrun --nproc_per_node N -m fakit distill …, which "
+            "also takes several machines."
         )
     port = ["--standalone"] if asked.main_process_port is None else ["--master_port", str(asked.main_process_port)]
     command = [sys.executable, "-m", "torch.distributed.run", *port, "--nproc_per_node", str(asked.num_processes)]
@@ -54,7 +59,8 @@ def start_all_processes() -> None:
 def end_with_parent(every: float = 1.0) -> None:
     """End this process, at once and without a word, when the one that started it ends: also where that is killed (-9).
 
-    A process of `multiprocessing` waits for its parent's end of a pipe; another (torchrun's) looks every so many seconds whose child it is.
+    A process of `multiprocessing` waits for its parent's end of a pipe; another (torchrun's)
+    looks every so many seconds whose child it is.
     """
     parent = multiprocessing.parent_process()
     known = os.getppid()
@@ -79,15 +85,16 @@ def _arguments_of_launcher() -> list[str] | None:
     return None if start is None else command[start:]
 
 
-# -- sharding -----------------------------------------------------------------------------------------------------------
+# -- sharding
+# -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def shards_on_cpus() -> Iterator[None]:
     """While an `Accelerator` is made: let `accelerate launch --use_fsdp` shard on CPUs as it does on accelerators.
 
-    torch shards over gloo as well, but Accelerate (1.15) takes its FSDP settings only where it sees processes on accelerators, and
-    would fall back to DDP in silence. So it is told, for that moment, that it sees them.
+    torch shards over gloo as well, but Accelerate (1.15) takes its FSDP settings only where it sees processes on
+    accelerators, and would fall back to DDP in silence. So it is told, for that moment, that it sees them.
     """
     state = PartialState._shared_state
     wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -106,8 +113,8 @@ def check_sharding(accelerator: Accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
-            f"FSDP{plugin.fsdp_version} was asked for, and this trainer shards with FSDP2: accelerate launch --use_fsdp --fsdp_version 2 "
-            "(its default is 1), or fsdp_version: 2 in the accelerate configuration."
+            f"FSDP{plugin.fsdp_version} was asked for, and this trainer shards with FSDP2: accelerate launch "
+            "--use_fsdp --fsdp_version 2 (its default is 1), or fsdp_version: 2 in the accelerate configuration."
         )
 
 

@@ -1,4 +1,6 @@
-"""What a result was made with: versions, machine and commit. One report, for records, notebooks, pages and benchmarks."""
+"""What a result was made with: versions, machine and commit. One report, for records, notebooks,
+pages and benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ def environment(device: str | None = None) -> dict[str, Any]:
         device: the GPU to name, "cuda:1"; torch's current one by default.
 
     Returns:
-        `versions`: python and each of `PACKAGES`, None where it is not installed. `machine`: system, processor, cores (that this
-        process may use), threads (of torch), gpu (its name, or None). `commit`: of the checkout that fakit runs from, or None.
+        `versions`: python and each of `PACKAGES`, None where it is not installed. `machine`: system, processor, cores
+            (that this
+        process may use), threads (of torch), gpu (its name, or None). `commit`:
+        of the checkout that fakit runs from, or None.
     """
     import torch
 

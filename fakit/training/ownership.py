@@ -1,4 +1,6 @@
-"""Whose a checkpoint is: the settings, models and data that a run's numbers follow from, as plain values that can be compared."""
+"""Whose a checkpoint is: the settings, models and data that a run's numbers follow from,
+as plain values that can be compared.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def student_facts(student: nn.Module) -> dict[str, Any]:
 
 
 def data_fingerprint(dataset) -> str | None:
-    """sha256 over the rows, labels included, in their order; None for a data set that is no table and no list, which may draw its rows."""
+    """sha256 over the rows, labels included, in their order; None for a data set that is no table and no list,
+    which may draw its rows.
+    """
     from datasets import Dataset
 
     digest = hashlib.sha256()
@@ -105,7 +109,9 @@ def _plain(value: Any) -> Any:
 
 
 def bytes_of_checkpoint(student: nn.Module, objective: nn.Module, optimizer: str) -> int:
-    """About how many bytes a checkpoint takes: weights, and twice those that are trained where the optimizer is of Adam's kind."""
+    """About how many bytes a checkpoint takes: weights, and twice those that are trained where the optimizer is of
+    Adam's kind.
+    """
     modules = [p for module in (student, objective) for p in module.parameters()]
     weights = sum(p.numel() * p.element_size() for p in modules)
     trained = sum(p.numel() * p.element_size() for p in modules if p.requires_grad)

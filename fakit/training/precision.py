@@ -1,11 +1,13 @@
-"""bf16 or float32: one decision, by what the device computes faster. `bf16="auto"` in configurations and notebooks means this one.
+"""bf16 or float32: one decision, by what the device computes faster.
+`bf16="auto"` in configurations and notebooks means this one.
 
     with autocast(device):                       # a loop of one's own
     use_bf16("auto", device)                     # True or False, e.g. for TrainingArguments(bf16=…)
 
-A GPU says whether it has bf16 arithmetic. A processor is asked twice: whether it has such instructions (`torch.cpu.get_capabilities`), and,
-if so, how long a linear layer takes in bf16 and in float32, since a limit (`ONEDNN_MAX_CPU_ISA`), a build of torch or a hypervisor may keep
-the instructions from being used. Where they are not, bf16 is emulated and takes several times as long as float32.
+A GPU says whether it has bf16 arithmetic. A processor is asked twice: whether it has such instructions
+(`torch.cpu.get_capabilities`), and, if so, how long a linear layer takes in bf16 and in float32, since a limit
+(`ONEDNN_MAX_CPU_ISA`), a build of torch or a hypervisor may keep the instructions from being used. Where they are not,
+bf16 is emulated and takes several times as long as float32.
 """
 
 from __future__ import annotations
@@ -54,13 +56,17 @@ def use_bf16(asked: bool | str = AUTO, device: str | torch.device = AUTO) -> boo
 
 
 def autocast(device: str | torch.device = AUTO, bf16: bool | str = AUTO) -> torch.autocast:
-    """The context in which a step's forward passes run: bf16 autocast where `use_bf16` says so, else nothing changes."""
+    """The context in which a step's forward passes run: bf16 autocast where `use_bf16` says so,
+    else nothing changes.
+    """
     device = _device(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(bf16, device))
 
 
 def settle(args: TrainingArguments) -> None:
-    """Put the decision in the place of `args.bf16` ("auto", True or False), before an accelerator is made of the arguments."""
+    """Put the decision in the place of `args.bf16` ("auto", True or False),
+    before an accelerator is made of the arguments.
+    """
     asked, args.bf16 = args.bf16, use_bf16(args.bf16, args.device)
     if args.bf16 or asked == AUTO:  # with False the launcher has its word (`accelerate launch --mixed_precision`)
         args.mixed_precision = "bf16" if args.bf16 else "no"
@@ -88,8 +94,9 @@ def bf16_is_fast(device: torch.device) -> bool:
 def bf16_cost() -> float:
     """Time of a linear layer, forward and backward, under bf16 autocast over that in float32, on this CPU.
 
-    The least of several turns, taken in alternation, in the processor time of one thread: other work on the machine does not count, so
-    that the answer is the same each time. Without bf16 arithmetic it is between 3 and 15, with it below .8.
+    The least of several turns, taken in alternation, in the processor time of one thread: other work on the machine
+    does not count, so that the answer is the same each time. Without bf16 arithmetic it is between 3 and 15,
+    with it below .8.
     """
     clock = time.thread_time if time.get_clock_info("thread_time").resolution < 1e-5 else time.perf_counter
     x, weight = torch.full((256, 384), 0.5), torch.full((768, 384), 0.5, requires_grad=True)

@@ -1,6 +1,8 @@
-"""Looks at a student while it trains: how similar its layers have become to the teacher's, and what both say to a few examples.
+"""Looks at a student while it trains: how similar its layers have become to the teacher's,
+and what both say to a few examples.
 
-A probe asks the models on the side. It leaves no trace in the run: no gradient, the modules' modes restored, random numbers untouched.
+A probe asks the models on the side. It leaves no trace in the run: no gradient, the modules' modes restored,
+random numbers untouched.
 """
 
 from __future__ import annotations
@@ -39,14 +41,15 @@ Stack = tuple[list[Tensor], Tensor | None]
 
 
 class LayerSimilarity:
-    """CKA of every student layer with every teacher layer on held-out batches, which stay the same: what every live view of it asks.
+    """CKA of every student layer with every teacher layer on held-out batches, which stay the same:
+    what every live view of it asks.
 
-    Debiased and cluster-aware: one token a sequence (tokens of one sequence are no independent rows), averaged over all draws, exactly and
-    without random numbers. Both models are asked without dropout and gradients. The teacher is asked once, and its hidden states on these
-    batches are kept.
+    Debiased and cluster-aware: one token a sequence (tokens of one sequence are no independent rows), averaged over all
+    draws, exactly and without random numbers. Both models are asked without dropout and gradients. The teacher is asked
+    once, and its hidden states on these batches are kept.
 
-    An encoder-decoder has two kinds of tokens: its encoder's layers are compared on the input, its decoder's on the target, each
-    with the mask of its own, and a pair of layers from different stacks is NaN.
+    An encoder-decoder has two kinds of tokens: its encoder's layers are compared on the input, its decoder's on the
+    target, each with the mask of its own, and a pair of layers from different stacks is NaN.
 
     Args:
         teacher: the frozen teacher.

@@ -1,11 +1,13 @@
 """The mean over a global batch is not the mean of its parts' means: what each part counts for, term by term.
 
-A term of the objective is a mean over tokens, predicting positions or labels. Where an optimizer step takes several parts (processes,
-accumulated micro-batches), the Trainer averages the parts' losses, so a token of a part with much padding would weigh more than one
-of a full part. A part's share, its count over the mean count, makes up for that: the average of share · mean is the global mean.
+A term of the objective is a mean over tokens, predicting positions or labels. Where an optimizer step takes several
+parts (processes, accumulated micro-batches), the Trainer averages the parts' losses, so a token of a part with much
+padding would weigh more than one of a full part. A part's share, its count over the mean count, makes up for that: the
+average of share · mean is the global mean.
 
-Exact for every named loss, with these exceptions: the MSE of maps where a window hides pairs, layers of an encoder-decoder's decoder
-(tokens are counted in its encoder), heads="best-match" (each part makes its own match), and functions that are no mean over what counts.
+Exact for every named loss, with these exceptions: the MSE of maps where a window hides pairs, layers of an
+encoder-decoder's decoder (tokens are counted in its encoder), heads="best-match" (each part makes its own match), and
+functions that are no mean over what counts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +38,13 @@ def counts(objective: Objective, batch: Batch, causal: bool, token_logits: bool)
 
 
 def shares(parts: Sequence[dict[str, Tensor]], gather: Callable[[Tensor], Tensor]) -> list[dict[str, Tensor]]:
-    """The share of each of this process's parts in a step: {term: () float32}, with mean 1 over all parts of all processes.
+    """The share of each of this process's parts in a step: {term: () float32},
+    with mean 1 over all parts of all processes.
 
     Args:
         parts: `counts` of the micro-batches of one optimizer step in this process.
-        gather: puts one number (1,) of every process into one vector (processes,): one exchange a step, which nothing waits for.
+        gather: puts one number (1,) of every process into one vector (processes,): one exchange a step,
+            which nothing waits for.
     """
     names = sorted(set().union(*parts))
     table = torch.stack([torch.stack([part.get(n, _nothing(part)) for n in names]) for part in parts])  # (parts, terms)

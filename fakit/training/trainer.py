@@ -1,7 +1,9 @@
-"""Training for real: `DistillationTrainer` is a `transformers.Trainer` whose model is student + projections in one module.
+"""Training for real: `DistillationTrainer` is a `transformers.Trainer` whose model is student + projections in one
+module.
 
-Everything that lives in the Trainer therefore works as documented there: Accelerate, mixed precision, accumulation, gradient
-checkpointing, checkpoints, resume, callbacks, TensorBoard. The student exports without projections, as a plain transformers model.
+Everything that lives in the Trainer therefore works as documented there: Accelerate, mixed precision, accumulation,
+gradient checkpointing, checkpoints, resume, callbacks, TensorBoard. The student exports without projections,
+as a plain transformers model.
 """
 
 import json
@@ -62,12 +64,12 @@ logger = logging.getLogger(__name__)
 class Distiller(nn.Module):
     """Student, projections and the way from a batch to a loss, in one trainable module.
 
-    The teacher is held but not registered: it is not trained, saved, counted or wrapped. All of the work happens in `forward`, so whatever
-    wraps the module (DDP, autocast, compile) sees it.
+    The teacher is held but not registered: it is not trained, saved, counted or wrapped. All of the work happens in
+    `forward`, so whatever wraps the module (DDP, autocast, compile) sees it.
     """
 
-    # The objective's total is a mean over its own batch: the Trainer has to divide it by the accumulation steps. It would think
-    # otherwise, because `forward` takes **inputs.
+    # The objective's total is a mean over its own batch: the Trainer has to divide it by the accumulation steps. It
+    # would think otherwise, because `forward` takes **inputs.
     accepts_loss_kwargs = False
 
     def __init__(self, teacher: PreTrainedModel | None, student: PreTrainedModel, objective: Objective):
@@ -108,8 +110,9 @@ class Distiller(nn.Module):
         return sorted({type(block).__name__ for block in find_blocks(self.student)})
 
     def tie_weights(self) -> None:
-        """Tie the student's heads and embeddings again, after FSDP has put its parameters anew: those that were tied, not those of a
-        configuration that ties what the weights do not (T5 v1.1)."""
+        """Tie the student's heads and embeddings again, after FSDP has put its parameters anew: those that were tied,
+        not those of a configuration that ties what the weights do not (T5 v1.1).
+        """
         self.student.tie_weights(recompute_mapping=False)
 
     def forward(
@@ -119,10 +122,11 @@ class Distiller(nn.Module):
         theirs: Trace | None = None,
         **inputs,
     ) -> dict[str, Tensor]:
-        """Training: the objective's loss (). Eval: the student's logits and, where there are labels, the task's loss (), without teacher.
+        """Training: the objective's loss (). Eval: the student's logits and, where there are labels,
+        the task's loss (), without teacher.
 
-        `shares`: what this batch counts for in the optimizer step, by term (see `fakit.training.token_counts`); None where it is all of the step.
-        `theirs`: the teacher's trace, where it comes from a cache.
+        `shares`: what this batch counts for in the optimizer step, by term (see `fakit.training.token_counts`); None
+        where it is all of the step. `theirs`: the teacher's trace, where it comes from a cache.
         """
         if not self.training:
             trace = capture(self.student, inputs | {"labels": labels})
@@ -153,8 +157,8 @@ def _trace(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
 def _refuse_reentrant(activation_checkpointing_kwargs: dict | None) -> None:
     if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ValueError(
-            "gradient checkpointing with use_reentrant=True runs the student's blocks without graph, so feature and attention terms "
-            "would train nothing; leave use_reentrant out (False)."
+            "gradient checkpointing with use_reentrant=True runs the student's blocks without graph, so feature and "
+            "attention terms would train nothing; leave use_reentrant out (False)."
         )
 
 
@@ -162,19 +166,21 @@ class DistillationTrainer(Trainer):
     """A `transformers.Trainer` for a teacher, a student and an objective.
 
     Args:
-        teacher: frozen here and put in eval mode; moved to the training device unless quantized. May be None where there is a cache.
+        teacher: frozen here and put in eval mode; moved to the training device unless quantized. May be None where
+            there is a cache.
         student: trained; `trainer.save_model(folder)` and `trainer.student.save_pretrained(folder)` export it alone.
         objective: its projections are made here and trained, and checkpointed beside the student.
         args: `transformers.TrainingArguments`; bf16 may be "auto", see `fakit.training.precision`.
         teacher_tokenizer: compared with `processing_class` before training, if both are given.
-        teacher_cache: a `TeacherCache` of the training data, which is read in every step instead of running the teacher. The rows of
-            train_dataset are found in it by their tokens, so that shuffling, subsets and padding do not matter; a row that it lacks, and
-            a collator that changes tokens (masked language modeling), are refused.
-        kwargs: everything else of `transformers.Trainer` (train_dataset, eval_dataset, data_collator, processing_class, compute_metrics,
-            callbacks, optimizers …).
+        teacher_cache: a `TeacherCache` of the training data, which is read in every step instead of running the
+            teacher. The rows of train_dataset are found in it by their tokens, so that shuffling, subsets and padding
+            do not matter; a row that it lacks, and a collator that changes tokens (masked language modeling),
+            are refused.
+        kwargs: everything else of `transformers.Trainer` (train_dataset, eval_dataset, data_collator, processing_class,
+            compute_metrics, callbacks, optimizers …).
 
-    Logs, beside the Trainer's own: each term before weighting under its name, each layer pair as "features/S1_T2", averaged over the steps
-    since the last log that had it. `trainer.objective.weights` may be set while training.
+    Logs, beside the Trainer's own: each term before weighting under its name, each layer pair as "features/S1_T2",
+    averaged over the steps since the last log that had it. `trainer.objective.weights` may be set while training.
 
     Raises:
         ValueError: before any work, when teacher, student and objective do not fit: what both sides have, and the fix.
@@ -196,8 +202,8 @@ class DistillationTrainer(Trainer):
         settle(args)
         if args.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor={args.label_smoothing_factor} smooths the Trainer's own loss, and here the objective makes the loss; "
-                "leave it 0 (the outputs term is soft labels already)."
+                f"label_smoothing_factor={args.label_smoothing_factor} smooths the Trainer's own loss, and here the "
+                "objective makes the loss; leave it 0 (the outputs term is soft labels already)."
             )
         rows = kwargs.get("train_dataset")
         if hasattr(type(rows), "__len__") and len(rows) == 0:
@@ -214,7 +220,8 @@ class DistillationTrainer(Trainer):
         layers = [objective.needs_of(name, "student") for name in objective.terms]
         if any(needs.hidden_states or needs.attentions for needs in layers) and (off := without_layerdrop(student)):
             logger.warning(
-                "The student's %s is set to 0: its layers are matched, and a layer that is left out has nothing to match.",
+                "The student's %s is set to 0: its layers are matched, and a layer that is left out has nothing to "
+                "match.",
                 ", ".join(f"{name} ({value})" for name, value in off.items()),
             )
         for model in (teacher, student):
@@ -245,16 +252,20 @@ class DistillationTrainer(Trainer):
         self.teacher, self.student, self.objective = teacher, student, objective
         self.epochs = _EpochCallback(objective)
         self.add_callback(self.epochs)
-        # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for them
+        # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for
+        # them
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._is_checkpoint = False
-        # settings that the steps follow from and that are not seen here, such as an experiment's: a checkpoint is bound to them, too
+        # settings that the steps follow from and that are not seen here, such as an experiment's: a checkpoint is bound
+        # to them, too
         self.bound_to: dict[str, Any] = {}
         self._objective_facts = objective_facts(objective)  # as it was made: weights may be set while training
         self._fingerprints: dict[str, Any] | None = None
 
     def _ask_beforehand(self, models: list[PreTrainedModel], tokenizer) -> None:
-        """What capture would ask of the models at the first batch that wants it: now, while they are whole, and before any work."""
+        """What capture would ask of the models at the first batch that wants it: now, while they are whole,
+        and before any work.
+        """
         collator = getattr(self.data_collator, "collator", self.data_collator)
         for model in models:
             if isinstance(collator, DataCollatorWithFlattening):
@@ -281,7 +292,9 @@ class DistillationTrainer(Trainer):
     # -- the step -------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of a step, each with its shares where a step has more than one, here or in other processes."""
+        """The micro-batches of a step, each with its shares where a step has more than one,
+        here or in other processes.
+        """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and len(batches) * self.args.world_size > 1:
             student = self.distiller.student
@@ -310,7 +323,9 @@ class DistillationTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _whose_numbers(self, name: str, pairs: list) -> str:
-        """On an accelerator, which looks when it logs: the last batch's teacher once more. The student has stepped since."""
+        """On an accelerator, which looks when it logs: the last batch's teacher once more.
+        The student has stepped since.
+        """
         inputs = {key: x for key, x in self._last_inputs.items() if key not in ("shares", "theirs")}
         theirs = self._last_inputs.get("theirs")
         if theirs is None and self.teacher is not None and self.objective.needs_of(name, "teacher"):
@@ -344,11 +359,12 @@ class DistillationTrainer(Trainer):
     # -- checkpoints: the student as transformers writes it, the rest beside it ------------------------------------
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs):
-        """The Trainer's, from a checkpoint of this run alone: see `fakit.training.checkpoints`; True takes the newest that is whole.
+        """The Trainer's, from a checkpoint of this run alone: see `fakit.training.checkpoints`;
+        True takes the newest that is whole.
 
         Raises:
-            ValueError: before any step: a checkpoint that is damaged, or was written with other settings, models, data or versions (each
-                is named); a folder for checkpoints that cannot be written to or is too full.
+            ValueError: before any step: a checkpoint that is damaged, or was written with other settings, models, data
+                or versions (each is named); a folder for checkpoints that cannot be written to or is too full.
         """
         _check_parameters("student", self.student)
         if self.teacher is not None:
@@ -447,7 +463,9 @@ class DistillationTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Export the student (and the tokenizer, if the trainer has one). Checkpoints also hold projections and weights."""
+        """Export the student (and the tokenizer, if the trainer has one).
+        Checkpoints also hold projections and weights.
+        """
         self._is_checkpoint = _internal_call
         try:
             if self.is_fsdp_enabled:  # the Trainer would leave it at shards
@@ -488,16 +506,16 @@ class DistillationTrainer(Trainer):
         missing = [name for name in (own, _PROJECTIONS, _OBJECTIVE) if not (folder / name).is_file()]
         if missing:
             raise ValueError(
-                f"{folder} is no checkpoint of a DistillationTrainer: {', '.join(missing)} missing. Give a checkpoint-N folder of this "
-                "trainer's output_dir; an exported student starts a new run instead."
+                f"{folder} is no checkpoint of a DistillationTrainer: {', '.join(missing)} missing. Give a "
+                "checkpoint-N folder of this trainer's output_dir; an exported student starts a new run instead."
             )
         distiller = self.distiller
         projections = load_file(folder / _PROJECTIONS)
         ours = distiller.objective.state_dict()
         if {k: v.shape for k, v in projections.items()} != {k: v.shape for k, v in ours.items()}:
             raise ValueError(
-                f"{folder} holds projections {sorted(projections)}, this objective has {sorted(ours)}: resume with the layer map and the "
-                "widths that the run was started with."
+                f"{folder} holds projections {sorted(projections)}, this objective has {sorted(ours)}: resume with the "
+                "layer map and the widths that the run was started with."
             )
         state = {f"objective.{name}": value for name, value in projections.items()}
         if adapted:
@@ -525,8 +543,9 @@ def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
     shared = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]
     if shared:
         raise ValueError(
-            f"student and teacher share {len(shared)} parameters ({', '.join(shared[:3])}{' …' if shared[3:] else ''}): the teacher is frozen, and they "
-            "with it. Give the student weights of its own: shrink(teacher, …) copies them, copy.deepcopy(teacher) too."
+            f"student and teacher share {len(shared)} parameters "
+            f"({', '.join(shared[:3])}{' …' if shared[3:] else ''}): the teacher is frozen, and they with it. Give the "
+            "student weights of its own: shrink(teacher, …) copies them, copy.deepcopy(teacher) too."
         )
 
 
@@ -552,8 +571,8 @@ def check_fit(
     for name, features in objective.of_kind(Features).items():
         if objective.pairs(name) and features.projection is None and s.hidden_size != t.hidden_size:
             raise ValueError(
-                f"the student is {s.hidden_size} wide, the teacher {t.hidden_size}, and Features(projection=None) allows no projection; "
-                "use projection='linear', or a student of the teacher's width."
+                f"the student is {s.hidden_size} wide, the teacher {t.hidden_size}, and Features(projection=None) "
+                "allows no projection; use projection='linear', or a student of the teacher's width."
             )
     if any(objective.needs_of(name, "student").attentions for name in objective.terms):
         for model in (student, teacher):
@@ -563,8 +582,9 @@ def check_fit(
         one_to_one = attention.loss != "relations" and attention.heads == "one-to-one"
         if objective.pairs(name) and one_to_one and heads[0] != heads[1]:
             raise ValueError(
-                f"one-to-one attention alignment: the student has {heads[0]} heads, the teacher {heads[1]}. "
-                f"Use Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), or shrink(teacher, heads={heads[1]})."
+                f"one-to-one attention alignment: the student has {heads[0]} heads, the teacher {heads[1]}. Use "
+                "Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), or shrink(teacher, "
+                f"heads={heads[1]})."
             )
 
 
@@ -575,9 +595,10 @@ def _check_heads(teacher: PreTrainedModel, student: PreTrainedModel, objective: 
         if instead is not None:
             needing = dict.fromkeys(n for n in objective.terms if any(objective.needs_of(n, s).logits for s in SIDES))
             raise ValueError(
-                f"the {' and '.join(asked)} term{'s compare' if asked[1:] else ' compares'} logits, and the {side}, {type(without_adapter(model)).__name__}, returns "
-                f"{instead} in their place. Train it with features and attention alone ({', '.join(f'{name}=None' for name in needing)}), "
-                "or take models whose head returns logits."
+                f"the {' and '.join(asked)} term{'s compare' if asked[1:] else ' compares'} logits, and the {side}, "
+                f"{type(without_adapter(model)).__name__}, returns {instead} in their place. Train it with features "
+                f"and attention alone ({', '.join(f'{name}=None' for name in needing)}), or take models whose head "
+                "returns logits."
             )
     problem = problem_type(student.config) or problem_type(teacher.config)
     pools = without_adapter(student).get_output_embeddings() is None and hasattr(without_adapter(student), "num_labels")
@@ -596,13 +617,15 @@ def _check_parameters(side: str, model: nn.Module) -> None:
         return
     names = [name for name, p in given if p.detach().isnan().any()]
     raise ValueError(
-        f"the {side} ({type(without_adapter(model)).__name__}) holds NaN in {len(names)} of its parameters before training: "
-        f"{', '.join(names[:3])}{' …' if names[3:] else ''}. Load it again, from whole files."
+        f"the {side} ({type(without_adapter(model)).__name__}) holds NaN in {len(names)} of its parameters before "
+        f"training: {', '.join(names[:3])}{' …' if names[3:] else ''}. Load it again, from whole files."
     )
 
 
 class _EpochCallback(TrainerCallback):
-    """A random layer map is drawn anew at every epoch's start, or every `steps` where the data are laid out in one epoch."""
+    """A random layer map is drawn anew at every epoch's start,
+    or every `steps` where the data are laid out in one epoch.
+    """
 
     def __init__(self, objective: Objective):
         self.objective = objective

@@ -18,21 +18,24 @@ if TYPE_CHECKING:
 class SimilarityWatch(TrainerCallback):
     """CKA of every student layer with every teacher layer, at the start, every so many optimizer steps and at the end.
 
-    See `fakit.training.probes.LayerSimilarity` for what is measured. The student is left in the mode it was in; random numbers go on as if it had
-    not been asked, so a watched run trains the very same student.
+    See `fakit.training.probes.LayerSimilarity` for what is measured. The student is left in the mode it was in; random
+    numbers go on as if it had not been asked, so a watched run trains the very same student.
 
     Args:
         teacher: the frozen teacher.
         batches: held-out sequences, as the models take them (input_ids, attention_mask, …; for an encoder-decoder also
-            decoder_input_ids, or labels to make them from), on which nothing is trained: one batch or several; at least 4
-            sequences in all.
+            decoder_input_ids, or labels to make them from), on which nothing is trained: one batch or several; at least
+            4 sequences in all.
         every: optimizer steps between two measurements.
 
     Attributes:
         history: {step: (S + 1, T + 1) CKA, float64, by layer number}.
 
     >>> watch = SimilarityWatch(teacher, held_out, every=20)  # doctest: +SKIP
-    >>> DistillationTrainer(teacher, student, objective, args, train_dataset=rows, callbacks=[watch]).train()  # doctest: +SKIP
+    >>> trainer = DistillationTrainer(  # doctest: +SKIP
+    ...     teacher, student, objective, args, train_dataset=rows, callbacks=[watch]
+    ... )
+    >>> trainer.train()  # doctest: +SKIP
     >>> watch.figure(LayerMap.uniform(3, 6))  # doctest: +SKIP
 
     A hand-written loop calls `watch.measure(student, step)`.
@@ -51,7 +54,8 @@ class SimilarityWatch(TrainerCallback):
         return self.history[step]
 
     def figure(self, layer_map: LayerMap | None = None) -> Figure:
-        """A line for every pair of the map over the steps; without one, for each student layer with the teacher layer it ends most like.
+        """A line for every pair of the map over the steps; without one,
+        for each student layer with the teacher layer it ends most like.
 
         Raises:
             ValueError: nothing measured yet, or a map of other depths.

@@ -16,12 +16,18 @@ from fakit.widgets.weights import weight_slider
 
 LINES = 8  # of the log that are shown
 _STYLE = """<style>
-.fakit-cockpit button:focus-visible, .fakit-cockpit .noUi-handle:focus-visible { outline: 3px solid #1F83C4; outline-offset: 2px; }
+.fakit-cockpit button:focus-visible, .fakit-cockpit .noUi-handle:focus-visible {
+  outline: 3px solid #1F83C4; outline-offset: 2px;
+}
 .fakit-cockpit table { border-collapse: collapse; font-size: 13px; }
-.fakit-cockpit th, .fakit-cockpit td { text-align: left; padding: 2px 12px 2px 0; vertical-align: top; line-height: 1.4; }
+.fakit-cockpit th, .fakit-cockpit td {
+  text-align: left; padding: 2px 12px 2px 0; vertical-align: top; line-height: 1.4;
+}
 .fakit-cockpit td:first-child { max-width: 280px; }
 .fakit-cockpit ol { margin: 0; padding: 0; list-style: none; font-size: 13px; line-height: 1.5; }
-.fakit-cockpit .failed { color: var(--jp-error-color1, #d32f2f); border-left: 4px solid currentColor; padding-left: 8px; }
+.fakit-cockpit .failed {
+  color: var(--jp-error-color1, #d32f2f); border-left: 4px solid currentColor; padding-left: 8px;
+}
 </style>"""
 
 
@@ -263,7 +269,10 @@ class Cockpit(widgets.VBox):
             for sample in samples
         )
         heads = "".join(f"<th scope='col'>{head}</th>" for head in ("text", "teacher (T)", "student (S)", ""))
-        return f"<table><caption style='text-align:left'><b>What they say at step {step}</b></caption><tr>{heads}</tr>{rows}</table>"
+        return (
+            f"<table><caption style='text-align:left'><b>What they say at step {step}</b></caption>"
+            f"<tr>{heads}</tr>{rows}</table>"
+        )
 
     def _lines(self) -> str:
         lines = list(self.session.log)[-LINES:][::-1]
@@ -289,12 +298,13 @@ def _button(text: str, icon: str, does: Callable[[], object]) -> widgets.Button:
 
 
 def cockpit(session: TrainSession, start: bool = False) -> Cockpit:
-    """A running distillation in the hand: start, pause, step, stop; weights and temperature mid-run; curves, CKA, samples, log.
+    """A running distillation in the hand: start, pause, step, stop; weights and temperature mid-run; curves,
+    CKA, samples, log.
 
     Other cells work while it trains. What is shown follows from the kernel's event loop, or from a cell that waits in
-    `session.result()`; the thread that trains never touches a widget. Buttons are heard between cells: while a cell waits, they wait
-    with it, and interrupting it (■) ends the waiting, not the run. A failure stands in red, and `session.result()` raises it. A page
-    without a kernel shows the picture of the end.
+    `session.result()`; the thread that trains never touches a widget. Buttons are heard between cells: while a cell
+    waits, they wait with it, and interrupting it (■) ends the waiting, not the run. A failure stands in red, and
+    `session.result()` raises it. A page without a kernel shows the picture of the end.
 
     Args:
         session: of this run.

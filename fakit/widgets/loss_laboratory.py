@@ -1,4 +1,6 @@
-"""Loss laboratory: what each term adds to the loss, how hard it pulls, where, and against which other, as weights and τ move."""
+"""Loss laboratory: what each term adds to the loss, how hard it pulls, where, and against which other,
+as weights and τ move.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ class LossLaboratory(Panel):
         return self.gradients.total(self.weights)
 
     def rows(self) -> list[dict]:
-        """One row a term: term, weight, loss, weighted, share, norm, pull (weighted norm), pairs; `pandas.DataFrame(lab.rows())`."""
+        """One row a term: term, weight, loss, weighted, share, norm, pull (weighted norm), pairs;
+        `pandas.DataFrame(lab.rows())`.
+        """
         now, weights, total = self.gradients, self.weights, self.total
         norms, pulls = now.norms(), now.norms(weights)
         return [
@@ -145,7 +149,8 @@ class LossLaboratory(Panel):
             self.measure()
         except Exception as error:  # shown here, raised by result(): an exception in a callback would be seen by nobody
             self._alert.value = (
-                f'<div role="alert" style="color:var(--jp-error-color1,#c62828);max-width:900px"><b>Not measured: {escape(str(error))}</b> '
+                '<div role="alert" style="color:var(--jp-error-color1,#c62828);max-width:900px"><b>Not measured: '
+                f"{escape(str(error))}</b> "
                 "What is shown are the numbers of before; <code>lab.result()</code> raises the error.</div>"
             )
             return
@@ -157,7 +162,9 @@ class LossLaboratory(Panel):
                 self.temperature.value = tau if tau in self._measured else self._objective.temperature
 
     def _ends_of_sliders(self) -> dict[str, float]:
-        """Far enough to find by hand what *balance* would say: 5, twice the weight, or a quarter beyond the balanced one (at most 20)."""
+        """Far enough to find by hand what *balance* would say: 5, twice the weight,
+        or a quarter beyond the balanced one (at most 20).
+        """
         weights, now = self._objective.weights, self._measured[self._objective.temperature]
         held = {name: weights[name] for name in now.terms}
         try:
@@ -169,7 +176,9 @@ class LossLaboratory(Panel):
     # -- buttons ------------------------------------------------------------------------------------------------------
 
     def balanced(self) -> dict[str, float]:
-        """Weights under which every term that is on pulls as hard as the reference: `fakit.objective.gradients.balanced_weights`."""
+        """Weights under which every term that is on pulls as hard as the reference:
+        `fakit.objective.gradients.balanced_weights`.
+        """
         return balanced_weights(self.gradients, self.weights, self._reference)
 
     def _balance(self) -> None:
@@ -285,11 +294,13 @@ def loss_laboratory(
     temperatures: Sequence[float] = TEMPERATURES,
     reference: str = "task",
 ) -> LossLaboratory:
-    """Sliders for the weights and τ, and what they make of the loss and of its gradients, on batches that are measured once.
+    """Sliders for the weights and τ, and what they make of the loss and of its gradients,
+    on batches that are measured once.
 
-    The models run once, dropout off: gradients are linear in the weights, so that inner products between the terms' gradients say all there is
-    to say under any weights; τ is measured at each of `temperatures` (and at the objective's own). Moving a slider runs no model.
-    The objective keeps its weights until *apply* is pressed; *measure again* runs the models anew, after some training.
+    The models run once, dropout off: gradients are linear in the weights, so that inner products between the terms'
+    gradients say all there is to say under any weights; τ is measured at each of `temperatures` (and at the objective's
+    own). Moving a slider runs no model. The objective keeps its weights until *apply* is pressed; *measure again* runs
+    the models anew, after some training.
 
     Args:
         teacher: None where no term looks at one.
@@ -298,7 +309,8 @@ def loss_laboratory(
         reference: the term that *balance* holds.
 
     Raises:
-        ValueError: a loss or gradient that is not finite (named by term and layer), and what `fakit.objective.gradients.term_gradients` refuses.
+        ValueError: a loss or gradient that is not finite (named by term and layer), and what
+            `fakit.objective.gradients.term_gradients` refuses.
 
     >>> lab = loss_laboratory(objective, teacher, student, batches)  # doctest: +SKIP
     >>> lab.sliders["features"].value = 0.3  # doctest: +SKIP

@@ -22,7 +22,9 @@ def spoken(sentence: str) -> str:
 
 
 def with_still(bundle: tuple[dict, dict], figure: Figure | None, text: str) -> tuple[dict, dict]:
-    """A widget's mime bundle, and what a page without a kernel shows in its place: `figure` as SVG, if there is one, and `text`."""
+    """A widget's mime bundle, and what a page without a kernel shows in its place: `figure` as SVG,
+    if there is one, and `text`.
+    """
     data, metadata = bundle
     still = {} if figure is None else {"image/svg+xml": figure.svg()}
     return {**data, **still, "text/plain": text}, metadata
@@ -38,8 +40,8 @@ class Panel(widgets.VBox):
         figure: what is shown now; a cell may show it by itself, and `figure.save` writes it.
         sentence: what stands below it.
 
-    Its display is the widget where there is a kernel, and beside it the figure as SVG and as one sentence: a saved page,
-    GitHub and a screen reader have those. They are what the panel shows when the cell runs.
+    Its display is the widget where there is a kernel, and beside it the figure as SVG and as one sentence: a saved
+    page, GitHub and a screen reader have those. They are what the panel shows when the cell runs.
     """
 
     figure: Figure

@@ -35,7 +35,8 @@ class MemoryPlanner(Panel):
 
     Attributes:
         plan: the `Plan` that is shown; None where the settings allow none (a row longer than the teacher's positions).
-        teacher, form, card: buttons; layers, width, batch, seq: sliders; checkpointing, changes: boxes. `planner.batch.value = 16` plans anew.
+        teacher, form, card: buttons; layers, width, batch, seq: sliders; checkpointing, changes: boxes.
+            `planner.batch.value = 16` plans anew.
     """
 
     plan: Plan | None
@@ -142,10 +143,12 @@ def memory_planner(
     memory: str = "T4",
     quantize: str | None = None,
 ) -> MemoryPlanner:
-    """Controls for a distillation step, its memory by part against a card, and a sentence: fits or not. No weights are needed.
+    """Controls for a distillation step, its memory by part against a card, and a sentence: fits or not.
+    No weights are needed.
 
     Args:
-        teacher: stands first among the teachers to choose from: a folder, a hub id, a configuration or a model; a recorded model's name chooses it.
+        teacher: stands first among the teachers to choose from: a folder, a hub id, a configuration or a model; a
+            recorded model's name chooses it.
         layers: of the student at the start; half of the teacher's unless given, a quarter above 12 layers.
         batch, seq: at the start; powers of two.
         memory: the card at the start, by name.

@@ -1,4 +1,6 @@
-"""Similarity in the hand: the estimator as a switch, the rogue dimensions under a slider. Everything is measured before the first click."""
+"""Similarity in the hand: the estimator as a switch, the rogue dimensions under a slider.
+Everything is measured before the first click.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,8 @@ def estimator_switch(
     """Buttons for the estimator, and the heatmap of layers that it gives: null hatched, intervals on hover.
 
     Args:
-        results: name → matrix of the same layers, the one to compare with first; `fakit.similarity.compare_estimators` makes them.
+        results: name → matrix of the same layers, the one to compare with first; `fakit.similarity.compare_estimators`
+            makes them.
         map_pairs: (student layer number, teacher layer number), framed, and averaged in the sentence.
 
     Raises:
@@ -141,13 +144,15 @@ class RogueScrubber(Panel):
         fell = max(self._cka[mode].items(), key=lambda item: abs(item[1][k] - item[1][0]))
         said = ", ".join(str(d) for d in self.scrub.dimensions[first][:k])
         return figure, (
-            f"{k} of each layer: in {first} dimension{'s' if k > 1 else ''} {said} carry {100 * self._shares[first][k]:.1f} % of the "
-            f"variance. The largest change is that of {fell[0]}, {fell[1][0]:.2f} → {fell[1][k]:.2f}."
+            f"{k} of each layer: in {first} dimension{'s' if k > 1 else ''} {said} carry "
+            f"{100 * self._shares[first][k]:.1f} % of the variance. The largest change is that of {fell[0]}, "
+            f"{fell[1][0]:.2f} → {fell[1][k]:.2f}."
         )
 
 
 def rogue_scrubber(scrub: RogueScrub) -> RogueScrubber:
-    """A slider that drops (or z-scores) the largest dimensions one by one; CKA of the pairs before and after, and their variance.
+    """A slider that drops (or z-scores) the largest dimensions one by one; CKA of the pairs before and after,
+    and their variance.
 
     Args:
         scrub: what `fakit.similarity.scrub_rogue` measured.

@@ -86,8 +86,8 @@ class TemperatureExplorer(Panel):
         p = (rows[0] / tau).softmax(-1)
         entropy, most = -torch.special.xlogy(p, p).sum().item(), math.log(len(p))
         sentence = (
-            f"At τ = {tau:.2f} the teacher gives ‘{self._labels[int(p.argmax())]}’ {p.max():.2f} and the other {len(p) - 1} "
-            f"labels {1 - p.max():.2f} together; entropy {entropy:.2f} of at most {most:.2f} nats."
+            f"At τ = {tau:.2f} the teacher gives ‘{self._labels[int(p.argmax())]}’ {p.max():.2f} and the other "
+            f"{len(p) - 1} labels {1 - p.max():.2f} together; entropy {entropy:.2f} of at most {most:.2f} nats."
         )
         return figure, sentence
 
@@ -109,12 +109,14 @@ def temperature_explorer(
         temperature: where the slider starts, 0.25 to 20.
 
     Raises:
-        ValueError: logits that do not fit the labels, the texts, each other, or are not finite; a temperature off the slider.
+        ValueError: logits that do not fit the labels, the texts, each other, or are not finite;
+            a temperature off the slider.
 
     >>> explorer = temperature_explorer([2.0, 0.5, -1.0], ["positive", "neutral", "negative"])
     >>> explorer.slider.value = 8
     >>> explorer.sentence
-    'At τ = 8.00 the teacher gives ‘positive’ 0.40 and the other 2 labels 0.60 together; entropy 1.09 of at most 1.10 nats.'
+    'At τ = 8.00 the teacher gives ‘positive’ 0.40 and the other 2 labels 0.60 together;
+    entropy 1.09 of at most 1.10 nats.'
     """
     return TemperatureExplorer(teacher_logits, labels_text, student_logits, texts, temperature)
 

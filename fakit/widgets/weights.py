@@ -92,8 +92,9 @@ def loss_weights(
 ) -> LossWeights:
     """A slider for each term's weight (and for τ where outputs are matched), and the loss of one batch as bars.
 
-    The models do not run again: the traces are kept, without graph, and each change asks the objective anew. Every change is
-    written into `objective.weights` and `objective.temperature`, so a training loop that uses this objective follows.
+    The models do not run again: the traces are kept, without graph, and each change asks the objective anew. Every
+    change is written into `objective.weights` and `objective.temperature`,
+    so a training loop that uses this objective follows.
 
     Args:
         objective: whose weights are moved.

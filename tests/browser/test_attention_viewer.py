@@ -1,4 +1,6 @@
-"""The attention viewer in JupyterLab and as a file: moved by the keyboard and by Python, drawn, in the dark, after a reload."""
+"""The attention viewer in JupyterLab and as a file: moved by the keyboard and by Python, drawn, in the dark,
+after a reload.
+"""
 
 from __future__ import annotations
 

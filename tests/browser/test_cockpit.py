@@ -1,4 +1,6 @@
-"""The cockpit in JupyterLab: it lives while other cells work, answers to the keyboard, shows a failure and leaves a clean file."""
+"""The cockpit in JupyterLab: it lives while other cells work, answers to the keyboard,
+shows a failure and leaves a clean file.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The loss laboratory in JupyterLab: a drag is one callback, the keyboard reaches everything, Python holds what the page shows."""
+"""The loss laboratory in JupyterLab: a drag is one callback, the keyboard reaches everything,
+Python holds what the page shows.
+"""
 
 from __future__ import annotations
 

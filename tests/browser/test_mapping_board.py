@@ -1,4 +1,6 @@
-"""The mapping board in JupyterLab: by mouse, by keyboard, light and dark; each change is confirmed by what Python then holds."""
+"""The mapping board in JupyterLab: by mouse, by keyboard, light and dark;
+each change is confirmed by what Python then holds.
+"""
 
 from __future__ import annotations
 
@@ -220,7 +222,8 @@ def test_a_deep_teacher_is_legible(opened):
     boxes = [deep.node(f"T{i}").bounding_box() for i in range(49)]
     assert all(b["y"] - a["y"] >= 17.9 and a["height"] <= 18.1 for a, b in pairwise(boxes))
     sizes = deep.root.evaluate(
-        "root => [...root.querySelectorAll('*')].filter(e => e.innerText).map(e => parseFloat(getComputedStyle(e).fontSize))"
+        "root => [...root.querySelectorAll('*')].filter(e => e.innerText).map(e => "
+        "parseFloat(getComputedStyle(e).fontSize))"
     )
     assert min(sizes) >= 12
     assert deep.root.locator(".link").count() == 12

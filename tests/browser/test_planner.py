@@ -1,4 +1,6 @@
-"""The memory planner in JupyterLab: by the keyboard alone, each step confirmed by Python; dark theme; nothing asked of the network."""
+"""The memory planner in JupyterLab: by the keyboard alone, each step confirmed by Python; dark theme;
+nothing asked of the network.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The run browser in JupyterLab: chosen in the table, in the curves or among the points, by mouse or keyboard, and Python follows."""
+"""The run browser in JupyterLab: chosen in the table, in the curves or among the points, by mouse or keyboard,
+and Python follows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The real notebook sequence: every notebook runs through, and its page shows every figure from the disk, without a network.
+"""The real notebook sequence: every notebook runs through, and its page shows every figure from the disk,
+without a network.
 
 The sequence is executed once, as `make run` does it, by the command.
 """

@@ -1,4 +1,6 @@
-"""Estimator switch and rogue scrubber in JupyterLab: pressed by keyboard and mouse, they change what Python holds and the page shows."""
+"""Estimator switch and rogue scrubber in JupyterLab: pressed by keyboard and mouse,
+they change what Python holds and the page shows.
+"""
 
 from __future__ import annotations
 

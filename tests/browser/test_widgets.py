@@ -1,4 +1,6 @@
-"""The kit's widgets in JupyterLab: moved by the keyboard alone, they change what Python holds and what the page shows."""
+"""The kit's widgets in JupyterLab: moved by the keyboard alone,
+they change what Python holds and what the page shows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Integrated gradients: completeness, a case solved by hand, a second route; comparison and deletion on known attributions."""
+"""Integrated gradients: completeness, a case solved by hand, a second route;
+comparison and deletion on known attributions.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A model against a coarser form of itself: by hand, over any batch split, with padding of no effect, in many families."""
+"""A model against a coarser form of itself: by hand, over any batch split, with padding of no effect,
+in many families.
+"""
 
 from __future__ import annotations
 

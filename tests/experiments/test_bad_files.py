@@ -1,4 +1,6 @@
-"""Configurations that are none: each is one sentence that names the file, in no time, whatever YAML would make of it."""
+"""Configurations that are none: each is one sentence that names the file, in no time,
+whatever YAML would make of it.
+"""
 
 import pytest
 

@@ -108,7 +108,9 @@ def test_a_student_deeper_than_its_teacher_has_no_increasing_map():
 
 
 def recorded(folder, keep=lambda config: True, seeds=(0, 1), tasks=("reviews",), metric="accuracy"):
-    """A map study as a store holds it, of made-up scores, quality rising with CKA; `keep` says which runs a stop left."""
+    """A map study as a store holds it, of made-up scores, quality rising with CKA;
+    `keep` says which runs a stop left.
+    """
     experiments = [{**SMALL, "task": {"name": task, "labels": 16}} for task in tasks]
     study = MapStudyConfig.from_dict({"maps": "increasing", "experiments": experiments, "seeds": list(seeds)})
     store = RunStore.open(folder, what=study.what)

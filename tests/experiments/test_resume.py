@@ -1,4 +1,6 @@
-"""Whose a checkpoint and a folder are, whether they are whole, and that what was trained is never lost to what comes after."""
+"""Whose a checkpoint and a folder are, whether they are whole,
+and that what was trained is never lost to what comes after.
+"""
 
 import errno
 import json

@@ -35,8 +35,8 @@ def rows(task="glosses"):
 def test_the_sentence_names_rho_the_choice_its_rank_and_the_controls():
     figure = map_experiment(rows(), {"glosses": RHO})
     assert figure.summary == (
-        "glosses: Spearman ρ 0.50 (95 % interval -0.10 to 0.90) over 4 maps; the map of the largest CKA, 1-2-3, scores 0.7 and comes "
-        "3rd of 4, the best, 1-2-4, 0.75; none 0.6, reverse 0.62."
+        "glosses: Spearman ρ 0.50 (95 % interval -0.10 to 0.90) over 4 maps; the map of the largest CKA, 1-2-3, scores "
+        "0.7 and comes 3rd of 4, the best, 1-2-4, 0.75; none 0.6, reverse 0.62."
     )
     headings = [note.text for note in figure.plotly.layout.annotations]
     assert "<b>glosses</b>: Spearman ρ +0.50 [-0.10, +0.90]" in headings
@@ -79,8 +79,8 @@ def error_rates(task="scans"):
 def test_of_an_error_rate_the_lowest_is_the_best_and_stands_on_top():
     figure = map_experiment(error_rates(), {"scans": RHO}, {"scans": "test CER"})
     assert figure.summary == (
-        "scans (lower is better): Spearman ρ 0.50 (95 % interval -0.10 to 0.90) over 4 maps; the map of the largest CKA, 1-2-3, scores 0.3 "
-        "and comes 3rd of 4, the best, 1-2-4, 0.25; none 0.4, reverse 0.38."
+        "scans (lower is better): Spearman ρ 0.50 (95 % interval -0.10 to 0.90) over 4 maps; the map of the largest "
+        "CKA, 1-2-3, scores 0.3 and comes 3rd of 4, the best, 1-2-4, 0.25; none 0.4, reverse 0.38."
     )
     assert "positive where similar maps do better" in figure.caption
     axis = figure.plotly.layout.yaxis

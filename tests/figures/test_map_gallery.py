@@ -24,7 +24,8 @@ def test_each_link_joins_its_two_layers():
 
 def test_the_sentence_lists_every_map():
     assert layer_map_gallery(MAPS, 3, 6).summary == (
-        "3 maps of 3 student on 6 teacher layers. uniform: S1←T2, S2←T4, S3←T6; none: no layer is mapped; reverse: S3←T2, S1←T6."
+        "3 maps of 3 student on 6 teacher layers. uniform: S1←T2, S2←T4, S3←T6; none: no layer is mapped; reverse: "
+        "S3←T2, S1←T6."
     )
 
 

@@ -1,4 +1,6 @@
-"""What quantizing does: both panels from the same rows, zeros off the logarithmic axis, references beside the errors."""
+"""What quantizing does: both panels from the same rows, zeros off the logarithmic axis,
+references beside the errors.
+"""
 
 import math
 

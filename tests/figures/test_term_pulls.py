@@ -26,8 +26,8 @@ def test_each_panel_holds_its_numbers():
 
 def test_the_sentence_names_share_pull_and_conflict():
     assert term_pulls(LOSSES, NORMS, COSINES).summary == (
-        "Total loss 2, 75 % of it task; task pulls hardest (gradient norm 4); in the whole student features and task conflict "
-        "(cosine -0.25)."
+        "Total loss 2, 75 % of it task; task pulls hardest (gradient norm 4); in the whole student features and task "
+        "conflict (cosine -0.25)."
     )
 
 

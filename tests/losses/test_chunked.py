@@ -108,7 +108,9 @@ def test_finishing_functions_and_a_cut_vocabulary(divergence, bias):
 
 
 def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """β KL(P ‖ M) + (1 - β) KL(Q ‖ M), M = βP + (1 - β)Q, from its definition (arXiv 2306.13649), mean over all positions."""
+    """β KL(P ‖ M) + (1 - β) KL(Q ‖ M), M = βP + (1 - β)Q, from its definition (arXiv 2306.13649),
+    mean over all positions.
+    """
     p, q = teacher.softmax(-1), student.softmax(-1)
     m = beta * p + (1 - beta) * q
     kl = [(x * (x / m).log()).sum(-1) for x in (p, q)]
@@ -393,7 +395,9 @@ def test_a_label_that_is_no_class_is_refused_and_never_trained_on(wrong, way):
 
 
 class LigersConvention:
-    """liger_kernel 0.8.5's LigerFusedLinearJSDLoss from its definition: over whole logits, without τ², masked by the targets."""
+    """liger_kernel 0.8.5's LigerFusedLinearJSDLoss from its definition: over whole logits, without τ²,
+    masked by the targets.
+    """
 
     def __init__(self, weight_hard_loss, weight_soft_loss, beta, temperature, compiled):
         assert weight_hard_loss == 0 and not compiled

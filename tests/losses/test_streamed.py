@@ -69,7 +69,9 @@ def test_zero_at_equality_and_gradcheck():
 @pytest.mark.parametrize("heads", [None, 1], ids=["head by head", "group mean"])
 @pytest.mark.parametrize("student, teacher", [(True, False), (False, True), (True, True)])
 def test_where_one_side_masks_what_the_other_sees(student, teacher, heads):
-    """A causal or windowed student of a teacher that sees all: what the teacher gives to hidden keys pulls at nothing."""
+    """A causal or windowed student of a teacher that sees all:
+    what the teacher gives to hidden keys pulls at nothing.
+    """
     sq, sk, tq, tk = inputs(B=1, H=2, H_kv=2, T=5)
 
     def loss(q, k):

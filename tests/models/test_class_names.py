@@ -1,4 +1,6 @@
-"""Classes of a model beside a task's: same names are put in one order, whatever the head; what cannot be told is said."""
+"""Classes of a model beside a task's: same names are put in one order, whatever the head;
+what cannot be told is said.
+"""
 
 import pytest
 import torch

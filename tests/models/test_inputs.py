@@ -1,4 +1,6 @@
-"""What a model is given of a batch: its own columns, no cache, any side of the padding, documents of packed rows apart."""
+"""What a model is given of a batch: its own columns, no cache, any side of the padding,
+documents of packed rows apart.
+"""
 
 import pytest
 import torch

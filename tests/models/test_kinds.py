@@ -22,7 +22,9 @@ UNTIED = {
 
 
 def published(folder: Path, family: str) -> Path:
-    """A checkpoint as the hub has them: its configuration says that the head is not tied, its weights hold a head of their own."""
+    """A checkpoint as the hub has them: its configuration says that the head is not tied,
+    its weights hold a head of their own.
+    """
     kind, settings = UNTIED[family]
     settings = settings | {"tie_word_embeddings": False, "architectures": [kind.__name__]}
     torch.manual_seed(0)
@@ -83,7 +85,9 @@ def test_what_is_untied_is_read_off_the_weights_the_file_or_the_model(tmp_path):
 
 
 def test_a_model_that_rescales_its_weights_in_evaluation(tmp_path):
-    """RWKV halves weights and hidden states when it is evaluated: not what a student is copied from, matched with or saved as."""
+    """RWKV halves weights and hidden states when it is evaluated: not what a student is copied from,
+    matched with or saved as.
+    """
     torch.manual_seed(0)
     config = hf.RwkvConfig(
         vocab_size=50, hidden_size=16, attention_hidden_size=16, num_hidden_layers=5, context_length=16, rescale_every=2

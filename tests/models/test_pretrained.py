@@ -1,4 +1,6 @@
-"""Model folders are somebody's input: no code of theirs runs, no pickle is opened, and what does not fit is one sentence, for both sides."""
+"""Model folders are somebody's input: no code of theirs runs, no pickle is opened,
+and what does not fit is one sentence, for both sides.
+"""
 
 import ast
 import json

@@ -1,4 +1,6 @@
-"""Students cut from teachers: which blocks, which units of a weight, which settings follow; quantized teachers; refusals."""
+"""Students cut from teachers: which blocks, which units of a weight, which settings follow;
+quantized teachers; refusals.
+"""
 
 import copy
 

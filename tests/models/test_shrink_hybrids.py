@@ -1,4 +1,6 @@
-"""Students of models whose blocks are of several kinds: they keep the kinds that the family cannot run without, or are refused."""
+"""Students of models whose blocks are of several kinds: they keep the kinds that the family cannot run without,
+or are refused.
+"""
 
 import re
 
@@ -81,7 +83,8 @@ MAKE = {
         )
     ),
 }
-# Depths, evenly spaced, that keep the kinds: of attention at least one block; of shared keys and values the ones they come from.
+# Depths, evenly spaced, that keep the kinds: of attention at least one block; of shared keys and values the ones they
+# come from.
 WORK = {
     "gemma4": [2, 4, 5, 6, 7],  # 3 would be blocks 2, 5 and 7: the last one shares what block 4 makes
     "gemma3n": [2, 4, 5, 6, 7],

@@ -1,4 +1,6 @@
-"""Tables of tokens, positions and types: what a model can read is what it says here, and data beyond it are refused before work."""
+"""Tables of tokens, positions and types: what a model can read is what it says here,
+and data beyond it are refused before work.
+"""
 
 import pytest
 import torch

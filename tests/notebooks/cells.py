@@ -1,4 +1,6 @@
-"""What the tests of exercises share: an exercise as its cell defines it, what its stub holds, what its last hint solves."""
+"""What the tests of exercises share: an exercise as its cell defines it, what its stub holds,
+what its last hint solves.
+"""
 
 from __future__ import annotations
 

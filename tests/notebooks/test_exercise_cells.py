@@ -1,4 +1,6 @@
-"""What every notebook's exercises and predictions share: numbers that a room calls them by, and a guess kept before the answer."""
+"""What every notebook's exercises and predictions share: numbers that a room calls them by,
+and a guess kept before the answer.
+"""
 
 import ast
 

@@ -1,4 +1,6 @@
-"""Exercises of notebook 01: the stub is not done, the solution in the last hint passes, a wrong answer is told what is wrong."""
+"""Exercises of notebook 01: the stub is not done, the solution in the last hint passes,
+a wrong answer is told what is wrong.
+"""
 
 import ast
 from types import SimpleNamespace

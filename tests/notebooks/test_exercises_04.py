@@ -1,4 +1,6 @@
-"""Exercises of notebook 04: an empty stub is not done yet, the solution passes, each classic wrong answer is told what is wrong."""
+"""Exercises of notebook 04: an empty stub is not done yet, the solution passes,
+each classic wrong answer is told what is wrong.
+"""
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ PULL, PADDING, BALANCE = (("04_loss_laboratory", f"s04-ex{number}-check") for nu
 
 
 def gap(student, teacher, tau=1.0, tau_of_teacher=None):
-    """softmax(student / τ) − softmax(teacher / τ), over the number of texts: the gradient of the KL for logits that are divided already."""
+    """softmax(student / τ) − softmax(teacher / τ), over the number of texts:
+    the gradient of the KL for logits that are divided already.
+    """
     own, other = student.div(tau), teacher.div(tau_of_teacher or tau)
     return (own.softmax(-1) - other.softmax(-1)) / len(student)
 

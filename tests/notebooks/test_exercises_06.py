@@ -1,4 +1,6 @@
-"""Exercises of notebook 06: the stub is not done, the solution in the last hint passes, a classic wrong answer is told what is wrong."""
+"""Exercises of notebook 06: the stub is not done, the solution in the last hint passes,
+a classic wrong answer is told what is wrong.
+"""
 
 import numpy as np
 import pytest

@@ -27,7 +27,9 @@ def test_visible_code_is_not_cut_at_the_right(path):
 
 @each
 def test_links_lead_to_files(path):
-    """In markdown cells and in the markdown that code cells make; names put in by code (`{name}.ipynb`) are not followed."""
+    """In markdown cells and in the markdown that code cells make; names put in by code (`{name}.ipynb`)
+    are not followed.
+    """
     targets = [target for c in cells(path) for target in re.findall(r"\]\(([^)\s#:{}]+)(?:#[^)]*)?\)", c.source)]
     files = [target for target in targets if re.search(r"\.\w+$", target)]
     assert path == FILES[-1] or any(target.endswith(".ipynb") for target in files)  # the last has no next one

@@ -7,7 +7,9 @@ from fakit import Term
 
 
 class Contrastive(Term):
-    """Each token's student state picks the teacher's state of the same token out of the text's (InfoNCE, van den Oord et al. 2018)."""
+    """Each token's student state picks the teacher's state of the same token out of the text's (InfoNCE,
+    van den Oord et al. 2018).
+    """
 
     def __init__(self, student_layer: int = 2, teacher_layer: int = 3, scale: float = 10.0, weight: float = 1.0):
         self.layers = {"student": student_layer, "teacher": teacher_layer}

@@ -1,4 +1,6 @@
-"""A term written outside of the kit works everywhere without another line: breakdown, trainer, cache, parts of a batch, gradients, widgets."""
+"""A term written outside of the kit works everywhere without another line: breakdown, trainer, cache,
+parts of a batch, gradients, widgets.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The same seeds give the same losses as before the terms became objects: five objectives, three families, live and cached.
+"""The same seeds give the same losses as before the terms became objects: five objectives, three families,
+live and cached.
 
 The numbers beside this file were recorded with the code before the move (commit 4c71735), in float64:
 `python -m tests.objective.test_recorded_losses` writes them.

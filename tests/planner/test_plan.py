@@ -1,4 +1,6 @@
-"""Plans: recorded models have their real sizes, fitting and largest batch are true, what cannot be planned is refused, the command."""
+"""Plans: recorded models have their real sizes, fitting and largest batch are true,
+what cannot be planned is refused, the command.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A step without data against the same step with data: FLOPs as torch counts them, memory as torch allocates it, what is stored."""
+"""A step without data against the same step with data: FLOPs as torch counts them, memory as torch allocates it,
+what is stored.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +132,9 @@ def test_memory_above_the_models_is_what_torch_allocates(models, layers, rows, t
 
 
 def test_the_peak_is_that_of_a_fresh_process():
-    """Resident memory as the system counts it, weights and optimizer left out of both sides: the rest is where a plan can be wrong."""
+    """Resident memory as the system counts it, weights and optimizer left out of both sides:
+    the rest is where a plan can be wrong.
+    """
     from benchmarks.measure import run_json
     from benchmarks.planner import predict
 

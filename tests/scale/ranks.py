@@ -1,7 +1,7 @@
 """Small runs of the trainer, each with the same global batches in however many processes execute this file.
 
-One process takes every global batch of eight rows as it is; under a launcher, `ranks.py FOLDER CONFIG.yaml` shares each among the
-processes, and distils CONFIG.yaml, too. Every process writes what it saw to FOLDER/rank0, FOLDER/rank1.
+One process takes every global batch of eight rows as it is; under a launcher, `ranks.py FOLDER CONFIG.yaml` shares each
+among the processes, and distils CONFIG.yaml, too. Every process writes what it saw to FOLDER/rank0, FOLDER/rank1.
 """
 
 import json
@@ -26,7 +26,9 @@ _PLAIN = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 1.0}
 
 
 def uneven(causal: bool, rows: int = 3 * GLOBAL) -> list[dict[str, Tensor]]:
-    """Rows of 9 tokens; the first half of each global batch has little padding and many labels, the second much and few."""
+    """Rows of 9 tokens; the first half of each global batch has little padding and many labels,
+    the second much and few.
+    """
     given = batch(rows, tokens=9, padding=0)
     lengths = torch.tensor([(9, 8, 9, 7), (3, 5, 4, 3)]).flatten().repeat(rows // GLOBAL)
     mask = (torch.arange(9) < lengths[:, None]).long()

@@ -44,7 +44,9 @@ def test_two_processes_share_a_cache(halves, world, tmp_path):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The surroundings that `accelerate launch --cpu` makes for its one process, and the command that would replace it."""
+    """The surroundings that `accelerate launch --cpu` makes for its one process,
+    and the command that would replace it.
+    """
     for name in ("WORLD_SIZE", "RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
@@ -96,7 +98,8 @@ def test_a_single_process_is_left_alone(launched, monkeypatch):
     assert launched("accelerate", "launch", "--cpu", "-m", "fakit") == []
 
 
-# --- what is not done, by name -----------------------------------------------------------------------------------------
+# --- what is not done, by name
+# -----------------------------------------------------------------------------------------
 
 
 def test_fsdp1_is_refused():

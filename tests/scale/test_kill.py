@@ -1,4 +1,6 @@
-"""kill -9 through the command line, between checkpoints and while one is written: --resume ends in the weights of an unbroken run."""
+"""kill -9 through the command line, between checkpoints and while one is written:
+--resume ends in the weights of an unbroken run.
+"""
 
 import json
 import os
@@ -19,7 +21,8 @@ from tests.scale.conftest import ROOT, experiment
 
 STEPS, EVERY = 200, 20
 
-# `fakit distill` that is killed where the second checkpoint after its start is half written: weights and optimizer, nothing more
+# `fakit distill` that is killed where the second checkpoint after its start is half written: weights and optimizer,
+# nothing more
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from transformers import Trainer
@@ -51,7 +54,9 @@ def unbroken(world, tmp_path_factory) -> tuple[ExperimentConfig, Path]:
 
 
 def checkpoints(folder: Path) -> list[int]:
-    """The steps whose checkpoint was written to its end, which is the list of its files: it is there whole or not at all."""
+    """The steps whose checkpoint was written to its end, which is the list of its files:
+    it is there whole or not at all.
+    """
     lists = folder.glob("student/checkpoints/checkpoint-*/checkpoint.json")
     return sorted(int(path.parent.name.split("-")[1]) for path in lists if json.loads(path.read_text())["files"])
 

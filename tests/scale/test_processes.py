@@ -24,7 +24,9 @@ def seen(folder: Path, rank: int = 0) -> dict:
 
 
 def tensors(folder: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
-    """A saved state without the keys' biases: softmax does not see them, their gradient is rounding, and Adam makes steps of it."""
+    """A saved state without the keys' biases: softmax does not see them, their gradient is rounding,
+    and Adam makes steps of it.
+    """
     state = load_file(folder / f"rank{rank}/{name}.safetensors")
     return {key: value for key, value in state.items() if not key.endswith("key.bias")}
 

@@ -1,4 +1,6 @@
-"""Equal to other packages where they compute the same, on recorded values (scripts/record_package_similarity.py); unequal where not."""
+"""Equal to other packages where they compute the same, on recorded values (scripts/record_package_similarity.py);
+unequal where not.
+"""
 
 import json
 
@@ -63,7 +65,9 @@ def test_torch_cka_over_batches_is_not_the_value_of_all_rows():
 
 
 def test_repsim_divides_the_debiased_hsic_by_biased_ones():
-    """Its debiased CKA is a mixture, which is not 1 for a layer with itself and not what the debiased estimators give."""
+    """Its debiased CKA is a mixture, which is not 1 for a layer with itself and not what the debiased estimators
+    give.
+    """
     own = [[hsic(x, x, "biased") for x in side] for side in (STUDENTS, TEACHERS)]
     norms = torch.tensor(own[0])[:, None].double() * torch.tensor(own[1]).double()
     found = recorded("repsim, debiased CKA")
@@ -77,7 +81,9 @@ def test_the_estimators_are_far_enough_apart_to_be_told_apart():
 
 
 def test_a_sequence_as_one_flat_row_counts_its_padding():
-    """torch-cka and cka-pytorch flatten (B, T, d) to (B, T·d): half a batch of equal padding makes independent layers alike."""
+    """torch-cka and cka-pytorch flatten (B, T, d) to (B, T·d):
+    half a batch of equal padding makes independent layers alike.
+    """
     x, y = (
         torch.randn(24, 12, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (0, 1)
     )

@@ -157,7 +157,9 @@ def test_a_batch_may_be_changed_after_its_update():
 @pytest.mark.parametrize("where", [0, 1700, 2999])
 @pytest.mark.parametrize("splits", [[3000], [1, 2999], [100] * 30])
 def test_a_row_far_from_the_others_does_not_drown_them(size, where, splits):
-    """Self-HSIC is a difference of sums in which the row's own ‖x‖⁴ stands: in float32 nothing of the others would be left."""
+    """Self-HSIC is a difference of sums in which the row's own ‖x‖⁴ stands:
+    in float32 nothing of the others would be left.
+    """
     x, noise = gaussian(0, 3000, 24).float(), gaussian(1, 3000, 24).float()
     y = x + 2 * noise
     x[where, 3] += size
@@ -178,7 +180,9 @@ def test_a_sequence_far_from_the_others_does_not_drown_them():
 
 
 def test_many_rows_far_from_the_others():
-    """A massive activation at the first token of each sequence, as decoders have it: more than the half of some blocks."""
+    """A massive activation at the first token of each sequence, as decoders have it:
+    more than the half of some blocks.
+    """
     x, y = gaussian(0, 5000, 16).float(), gaussian(1, 5000, 16).float()
     y += x
     for layer, size in ((x, 3e3), (y, 2e4)):
@@ -203,7 +207,8 @@ def test_memory_does_not_grow_with_rows():
         stream.update(*layers(seed, 100))
     assert stream.n == 6010
     assert held(stream) <= at_first + 2 * (2 * 6 + 3 * 9)  # and the pilot, known from the second block on
-    # 12 × 27 of pairs, 2 of 6 × 6 and 3 of 9 × 9, vectors, and a block of 5 layers and their numbers, for tokens and means
+    # 12 × 27 of pairs, 2 of 6 × 6 and 3 of 9 × 9, vectors, and a block of 5 layers and their numbers, for tokens and
+    # means
     assert at_first < 2 * (2 * (12 * 27 + 2 * 36 + 3 * 81) + 2048 * (2 * 6 + 3 * 9 + 6))
 
 

@@ -1,4 +1,6 @@
-"""Causal texts: the special tokens that the tokenizer has, an end where the text ends, every token once, and numbers to match."""
+"""Causal texts: the special tokens that the tokenizer has, an end where the text ends, every token once,
+and numbers to match.
+"""
 
 import math
 

@@ -9,7 +9,9 @@ from fakit.tasks.scans import ALPHABET, CONFUSIONS, add_scan_noise
 
 
 def test_known_lines():
-    """Literal values: another Python or platform must give the same pairs, or shipped teachers and recorded runs would not fit."""
+    """Literal values: another Python or platform must give the same pairs,
+    or shipped teachers and recorded runs would not fit.
+    """
     line = "the number of those who were with him"
     assert add_scan_noise(line, seed=0) == "tbe numberoftbose wbo vvere withhim"
     assert add_scan_noise(line, seed=1) == "the nurnher of thosse who were vvith bim"

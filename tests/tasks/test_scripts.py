@@ -1,4 +1,6 @@
-"""The scripts that made data/: the files they write are reproducible, and the training of teachers runs and saves what loads."""
+"""The scripts that made data/: the files they write are reproducible,
+and the training of teachers runs and saves what loads.
+"""
 
 import gzip
 import json

@@ -1,4 +1,6 @@
-"""The cockpit without a browser: buttons and sliders reach the session, news reach the page, a failure shows and is raised."""
+"""The cockpit without a browser: buttons and sliders reach the session, news reach the page,
+a failure shows and is raised.
+"""
 
 import asyncio
 import re

@@ -1,4 +1,6 @@
-"""The loss laboratory: what it shows is what the objective and backward say; nothing is applied unasked; failures show and raise."""
+"""The loss laboratory: what it shows is what the objective and backward say; nothing is applied unasked;
+failures show and raise.
+"""
 
 import math
 import threading

@@ -23,7 +23,8 @@ def ask(board, what, **arguments):
     board._handle_custom_msg({"ask": what, **arguments}, [])
 
 
-# --- the map -----------------------------------------------------------------------------------------------------------
+# --- the map
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", strategies.STRATEGIES)
@@ -180,7 +181,8 @@ def test_the_map_that_a_board_starts_with_and_the_list_an_observer_gets_are_thei
     assert board.pairs == [(1, 2), (3, 6)]
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- what is refused
+# ---------------------------------------------------------------------------------------------------
 
 WRONG = [
     ([[1, 9]], "layer 9 asked of a 6-layer teacher"),
@@ -277,7 +279,8 @@ def test_wrong_settings_are_named(arguments, reason):
         mapping_board(**arguments)
 
 
-# --- what is said ------------------------------------------------------------------------------------------------------
+# --- what is said
+# ------------------------------------------------------------------------------------------------------
 
 
 def said(pairs, S=3, T=6, **more):
@@ -351,7 +354,8 @@ def test_without_widths_costs_are_told_in_symbols():
     assert "3 · B·T·d elements" in told and "3 · B·H·T² elements" in told and "give widths=" in told
 
 
-# --- display -----------------------------------------------------------------------------------------------------------
+# --- display
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_bundle_carries_view_picture_and_sentence_and_follows():

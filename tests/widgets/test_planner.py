@@ -1,4 +1,6 @@
-"""The memory planner without a browser: controls plan anew, sliders follow the teacher, what cannot be planned is said."""
+"""The memory planner without a browser: controls plan anew, sliders follow the teacher,
+what cannot be planned is said.
+"""
 
 import pytest
 from transformers import BertConfig

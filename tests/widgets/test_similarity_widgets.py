@@ -51,8 +51,8 @@ def test_a_button_shows_its_matrix_null_and_interval():
     assert "interval" not in heatmap.hovertext[0][0]  # it has none
     assert switch.figure.plotly.layout.title.text == "CKA: biased"
     assert switch.sentence == (
-        "biased, n = 40: mean CKA of the mapped pairs 0.93, +0.08 beside ‘debiased’; 2 of 6 cells within what chance reaches. "
-        "Pooled tokens are not rows."
+        "biased, n = 40: mean CKA of the mapped pairs 0.93, +0.08 beside ‘debiased’; 2 of 6 cells within what chance "
+        "reaches. Pooled tokens are not rows."
     )
 
 

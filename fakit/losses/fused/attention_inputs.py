@@ -32,7 +32,9 @@ class AttentionInputs:
         return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
 
     def scores(self) -> Tensor:
-        """Scaled, capped, biased and masked scores, before the softmax; masked pairs hold the smallest float. (B, H, T, T)"""
+        """Scaled, capped, biased and masked scores, before the softmax; masked pairs hold the smallest float. (B, H,
+        T, T)
+        """
         query, key = at_least_float32(self.query), at_least_float32(self.key)
         groups = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(groups, dim=1)  # grouped heads: (B, H_kv, T, d) -> (B, H, T, d)
@@ -52,7 +54,9 @@ class AttentionInputs:
         return [bias for bias in added if bias is not None]
 
     def allowed(self, start: int = 0, end: int | None = None, keys: int | None = None) -> Tensor | None:
-        """Which of the first `keys` keys the queries start…end may look at; None = all. bool (B or 1, H or 1, rows, keys)"""
+        """Which of the first `keys` keys the queries start…end may look at; None = all. bool (B or 1, H or 1,
+        rows, keys)
+        """
         tokens = self.query.shape[2]
         end, keys = tokens if end is None else end, tokens if keys is None else keys
         allowed = None

@@ -1,7 +1,8 @@
 """Output matching and cross-entropy from hidden states: head, loss and gradient over chunks of tokens, in one pass.
 
-At a vocabulary of 150,000 the logits of 2,048 tokens take 1.2 GB a side, and the losses over them several times that. Here the two heads
-run on a few tokens at a time; their logits are compared, turned into a gradient of hidden states and head, and dropped.
+At a vocabulary of 150,000 the logits of 2,048 tokens take 1.2 GB a side, and the losses over them several times that.
+Here the two heads run on a few tokens at a time; their logits are compared,
+turned into a gradient of hidden states and head, and dropped.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,8 +20,8 @@ from fakit.losses.fused.output_head import ChunkedHead, Head, view
 from fakit.losses.outputs import check_temperature, check_vocabularies
 from fakit.losses.reduce import check_labels, check_mask, values_known
 
-# Every chunk reads both heads and adds to one gradient of their size: below some 250 tokens that traffic costs more than
-# the caches save (`blocks.SIZES`).
+# Every chunk reads both heads and adds to one gradient of their size: below some 250 tokens that traffic costs more
+# than the caches save (`blocks.SIZES`).
 _FEWEST = 256
 
 
@@ -115,9 +116,9 @@ def _check(student, teacher, mask, weights, labels, vocab_size, chunk) -> None:
     positions = student.hidden.shape[:-1]
     if positions != teacher.hidden.shape[:-1] or student.hidden.dim() not in (2, 3):
         raise ValueError(
-            "fused_outputs compares hidden states of the same positions, (N, d) or (B, T, d) on both sides; the student "
-            f"has {tuple(student.hidden.shape)}, the teacher {tuple(teacher.hidden.shape)}. Feed both models the same "
-            "batch."
+            "fused_outputs compares hidden states of the same positions, (N, d) or (B, T, d) on both sides; the "
+            f"student has {tuple(student.hidden.shape)}, the teacher {tuple(teacher.hidden.shape)}. Feed both models "
+            "the same batch."
         )
     student.check("student")
     teacher.check("teacher")
@@ -211,14 +212,16 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
         wanted: whether hidden, weight and bias need a gradient.
 
     Returns:
-        (outputs, task), and the gradients of hidden (N, d), weight (V, d) and bias (V,) in their own dtypes, None where not wanted.
+        (outputs, task), and the gradients of hidden (N, d), weight (V, d) and bias (V,) in their own dtypes,
+        None where not wanted.
     """
     N, device = hidden.shape[0], hidden.device
     nowhere = torch.zeros(N, dtype=torch.bool, device=device)
     compared = nowhere if not plan.weights[0] else ~nowhere if mask is None else mask.bool()
     labeled = nowhere if labels is None else labels != -100
 
-    # Rows with a label come first, rows that count nowhere are left out. An accelerator would have to stop and count them: it takes all.
+    # Rows with a label come first, rows that count nowhere are left out. An accelerator would have to stop and count
+    # them: it takes all.
     rows, labeled_rows = None, 0 if labels is None else N
     if values_known(labeled):
         with_label = labeled.nonzero().squeeze(1)
@@ -269,9 +272,11 @@ def _sweep(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, m
 
 
 def _forward_kl_step(z, t, temperature, work):
-    """τ² KL(P‖Q) of each row (n,), and its gradient for z, (n, V). By hand: `outputs` has the formula. Overwrites t and both of work.
+    """τ² KL(P‖Q) of each row (n,), and its gradient for z, (n, V). By hand: `outputs` has the formula.
+    Overwrites t and both of work.
 
-    With a = z/τ and b = t/τ, u = log Q - log P = a - b - LSE(a) + LSE(b), LSE(x) = max x - log max softmax(x), and the gradient is τ (Q - P).
+    With a = z/τ and b = t/τ, u = log Q - log P = a - b - LSE(a) + LSE(b), LSE(x) = max x - log max softmax(x),
+    and the gradient is τ (Q - P).
     """
     a, p = (view(buffer, z.shape) for buffer in work)
     torch.div(z, temperature, out=a)

@@ -1,11 +1,14 @@
-"""float32 products on a CPU by oneDNN: it uses AVX-512 on every make of processor, where torch's default (MKL) may not."""
+"""float32 products on a CPU by oneDNN: it uses AVX-512 on every make of processor, where torch's default (MKL)
+may not.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-# what torch.compile makes of a linear layer on a CPU; reached in no other way without copies to a layout of oneDNN's own and back
+# what torch.compile makes of a linear layer on a CPU; reached in no other way without copies to a layout of oneDNN's
+# own and back
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 

@@ -1,9 +1,11 @@
-"""Output matching by Liger's chunked loss, where a GPU and the package liger_kernel are there. Nothing here needs the package otherwise.
+"""Output matching by Liger's chunked loss, where a GPU and the package liger_kernel are there.
+Nothing here needs the package otherwise.
 
-`LigerFusedLinearJSDLoss` (read at 0.8.5) is the idea of `fakit.losses.fused.chunked`, with torch.compile around each chunk. Its β of 0 and 1 mean
-forward and reverse KL, β between them the Jensen-Shannon divergence of `outputs.jsd`; it divides by the number of targets that are not -100
-and leaves τ² to its caller. In float32 on a CPU, uncompiled, value and gradients of the three equal ours to 4e-7.
-Any β but ½ is computed by `chunked` itself: releases of Liger differ in which side β weighs.
+`LigerFusedLinearJSDLoss` (read at 0.8.5) is the idea of `fakit.losses.fused.chunked`, with torch.compile around each
+chunk. Its β of 0 and 1 mean forward and reverse KL, β between them the Jensen-Shannon divergence of `outputs.jsd`; it
+divides by the number of targets that are not -100 and leaves τ² to its caller. In float32 on a CPU, uncompiled, value
+and gradients of the three equal ours to 4e-7. Any β but ½ is computed by `chunked` itself:
+releases of Liger differ in which side β weighs.
 
 No machine of ours has a GPU: the compiled path was never run, neither for its result nor for its speed and memory.
 """
@@ -23,8 +25,8 @@ BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 def serves(divergence: object, *heads: Head) -> bool:
     """Whether Liger is there for these hidden states and heads, and means by `divergence` what we mean.
 
-    Float32 alone: Liger divides half-precision logits by τ as they are, and outside autocast takes their softmax so as well, where every loss
-    of ours is computed in float32 (bf16 autocast on a CPU: its value is 0.1 to 0.6 % from ours).
+    Float32 alone: Liger divides half-precision logits by τ as they are, and outside autocast takes their softmax so as
+    well, where every loss of ours is computed in float32 (bf16 autocast on a CPU: its value is 0.1 to 0.6 % from ours).
     """
     return (
         isinstance(divergence, str)

@@ -46,7 +46,9 @@ class Head:
         return self.hidden, self.weight, self.bias
 
     def check(self, side: str) -> None:
-        """Raise ValueError where hidden states, weight and bias of `side` ("student", "teacher") do not fit each other."""
+        """Raise ValueError where hidden states, weight and bias of `side` ("student", "teacher")
+        do not fit each other.
+        """
         hidden, weight, bias = self.tensors()
         if not weight.is_floating_point() or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
             raise ValueError(
@@ -56,13 +58,14 @@ class Head:
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(
-                f"the {side}'s head has {weight.shape[0]} entries and a bias of {tuple(bias.shape)}; one number an entry."
+                f"the {side}'s head has {weight.shape[0]} entries and a bias of {tuple(bias.shape)}; one number an "
+                "entry."
             )
         dtypes = {x.dtype for x in self.tensors() if x is not None}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(hidden.device.type):
             raise ValueError(
-                f"the {side}'s hidden states, head and bias are {', '.join(sorted(map(str, dtypes)))}: one dtype without "
-                "torch.autocast; cast one."
+                f"the {side}'s hidden states, head and bias are {', '.join(sorted(map(str, dtypes)))}: one dtype "
+                "without torch.autocast; cast one."
             )
 
 
@@ -82,7 +85,8 @@ class ChunkedHead:
 
         self.hidden, self.weight, self.finish, self.dtype = cast(hidden), cast(weight), head.finish, plan.dtype
         self.buffer: Tensor | None = None
-        # -inf can come from a bias or a finishing function alone; it is replaced there, and not in a pass over all logits
+        # -inf can come from a bias or a finishing function alone; it is replaced there, and not in a pass over all
+        # logits
         self.share_of_lowest = min(1.0, plan.temperature)
         self.bias: Tensor | None = None
         if bias is not None:

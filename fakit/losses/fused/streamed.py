@@ -1,8 +1,8 @@
 """Attention alignment without a tokens × tokens matrix: scores, loss and gradient over blocks of queries, in one pass.
 
-With rows of scores t (teacher) and s (student), KL = Σ_j softmax(t)_j (t_j - s_j) - LSE(t) + LSE(s), and d KL/d s_j = softmax(s)_j -
-softmax(t)_j. Any loss of maps has its gradient in the scores from d/ds = a (d/da - Σ a d/da). Both need one row at a time, so a block
-of rows is scored, compared, turned into its part of the gradient, and dropped.
+With rows of scores t (teacher) and s (student), KL = Σ_j softmax(t)_j (t_j - s_j) - LSE(t) + LSE(s), and d KL/d s_j =
+softmax(s)_j - softmax(t)_j. Any loss of maps has its gradient in the scores from d/ds = a (d/da - Σ a d/da). Both need
+one row at a time, so a block of rows is scored, compared, turned into its part of the gradient, and dropped.
 """
 
 import math
@@ -27,7 +27,8 @@ def streamed_map_kl(
     teacher_scale: float | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """`map_kl` of the maps softmax(q kᵀ · scale), computed without storing them. A scalar with gradient for the student.
+    """`map_kl` of the maps softmax(q kᵀ · scale), computed without storing them.
+    A scalar with gradient for the student.
 
     Args:
         student_q, teacher_q: queries (B, H, T, d); d may differ between the two sides.
@@ -57,9 +58,9 @@ def streamed_loss(
         mask: bool (B, T), True = counts, as query and as key.
         heads: average neighboring heads' maps down to this many on both sides first; None compares head h with head h.
 
-    Maps are over the keys that count, whether or not the layer itself masks the padding. The KL takes no account of attention sinks (its
-    rows sum to 1 over the tokens, as in `map_kl`); the MSE compares maps that a sink has taken its share of. A pair that both sides mask
-    (future, window) takes no part in the MSE's mean.
+    Maps are over the keys that count, whether or not the layer itself masks the padding. The KL takes no account of
+    attention sinks (its rows sum to 1 over the tokens, as in `map_kl`); the MSE compares maps that a sink has taken its
+    share of. A pair that both sides mask (future, window) takes no part in the MSE's mean.
 
     Raises:
         ValueError: B, H or T differ between the sides, or a mask of another shape.
@@ -93,10 +94,11 @@ def head_costs(loss: str, student: AttentionInputs, teacher: AttentionInputs, ma
 
 
 def match_heads(costs: Tensor) -> Tensor:
-    """A teacher head for each student head: the cheapest pair first, each teacher head once while there are others. (H_S, H_T) → (H_S,)
+    """A teacher head for each student head: the cheapest pair first,
+    each teacher head once while there are others. (H_S, H_T) → (H_S,)
 
-    Greedy, and all on the device: an optimal assignment would stop an accelerator in every step. To look at heads, both rules are
-    `fakit.similarity.match_heads`, by name.
+    Greedy, and all on the device: an optimal assignment would stop an accelerator in every step. To look at heads, both
+    rules are `fakit.similarity.match_heads`, by name.
     """
     students, teachers = costs.shape
     rounds = math.ceil(students / teachers)  # more student heads than teacher heads: each teacher head serves so many
@@ -111,17 +113,18 @@ def match_heads(costs: Tensor) -> Tensor:
 
 
 def relation_inputs(side: AttentionInputs, which: str, heads: int) -> AttentionInputs:
-    """MiniLMv2's self-relations of one layer as attention inputs: softmax(X Xᵀ / √d_r) for X of "queries", "keys" or "values".
+    """MiniLMv2's self-relations of one layer as attention inputs: softmax(X Xᵀ / √d_r) for X of "queries",
+    "keys" or "values".
 
-    All heads are concatenated and split anew into `heads` relation heads, so that two models need not have the same number
-    (Wang et al. 2021, arXiv 2012.15828, eq. 3). Padding and, in causal layers, the future stay masked.
+    All heads are concatenated and split anew into `heads` relation heads, so that two models need not have the same
+    number (Wang et al. 2021, arXiv 2012.15828, eq. 3). Padding and, in causal layers, the future stay masked.
     """
     x = _vectors(side, which)  # (B, H, T, d)
     width = x.shape[1] * x.shape[3]
     if width % heads:
         raise ValueError(
-            f"{heads} relation heads asked of {which} that are {width} wide ({x.shape[1]} heads × {x.shape[3]}): the number must divide "
-            "the width on both sides; set Attention('relations', relation_heads=…)."
+            f"{heads} relation heads asked of {which} that are {width} wide ({x.shape[1]} heads × {x.shape[3]}): the "
+            "number must divide the width on both sides; set Attention('relations', relation_heads=…)."
         )
     x = x.transpose(1, 2).flatten(2).unflatten(2, (heads, width // heads)).transpose(1, 2)  # (B, R, T, d_r)
     allowed = None
@@ -149,7 +152,9 @@ def _vectors(side: AttentionInputs, which: str) -> Tensor:
 
 
 class _Side:
-    """One side's log-maps over blocks of queries, and the way from their scores' gradient to what the layer computed."""
+    """One side's log-maps over blocks of queries, and the way from their scores' gradient to what the layer
+    computed.
+    """
 
     def __init__(self, inputs: AttentionInputs, mask: Tensor | None, loss: str):
         B, _, T, _ = inputs.query.shape
@@ -284,7 +289,8 @@ def _kl(log_s: Tensor, log_t: Tensor, ours: _Side, counts: Tensor, heads: int | 
         q = log_s.exp_()
         if ours.hidden is None or not ours.hides_more:
             return value, q.sub_(p)
-        # what the teacher gives to a key that the student masks is a constant: it pulls at no score, and the rest of p sums to less than 1
+        # what the teacher gives to a key that the student masks is a constant: it pulls at no score, and the rest of p
+        # sums to less than 1
         p = p.masked_fill_(ours.hidden, 0.0)
         return value, q.mul_(p.sum(-1, keepdim=True)).sub_(p).masked_fill_(ours.hidden, 0.0)
     q = log_s.exp()
@@ -305,7 +311,9 @@ def _mse(log_s: Tensor, log_t: Tensor, ours: _Side, counts: Tensor, heads: int |
 
 
 def _through_softmax(q: Tensor, grad: Tensor, ours: _Side, counts: Tensor) -> Tensor:
-    """From the gradient of (averaged) maps to the gradient of scores: d/ds = a (d/da - Σ a d/da). A sink's map is no part of `q`."""
+    """From the gradient of (averaged) maps to the gradient of scores: d/ds = a (d/da - Σ a d/da).
+    A sink's map is no part of `q`.
+    """
     if grad.shape[1] != q.shape[1]:
         members = q.shape[1] // grad.shape[1]
         grad = grad.repeat_interleave(members, dim=1) / members
@@ -354,12 +362,13 @@ def _check(student: AttentionInputs, teacher: AttentionInputs, mask: Tensor | No
     )
     if not keys or (ours[0], ours[2]) != (theirs[0], theirs[2]) or (heads is None and ours[1] != theirs[1]):
         raise ValueError(
-            "attention is compared between queries (B, H, T, d) and keys (B, H_kv, T, d) with one B, H and T on both sides; the student has "
-            f"{shapes[0]} and {shapes[1]}, the teacher {shapes[2]} and {shapes[3]}. For unequal heads use Attention(..., heads='group-mean')."
+            "attention is compared between queries (B, H, T, d) and keys (B, H_kv, T, d) with one B, H and T on both "
+            f"sides; the student has {shapes[0]} and {shapes[1]}, the teacher {shapes[2]} and {shapes[3]}. For unequal "
+            "heads use Attention(..., heads='group-mean')."
         )
     if heads is not None and (ours[1] % heads or theirs[1] % heads):
         raise ValueError(
-            f"group-mean averages heads in equal groups, and {heads} divides not both {ours[1]} (student) and {theirs[1]} (teacher). "
-            "Use heads='best-match' or Attention('relations')."
+            f"group-mean averages heads in equal groups, and {heads} divides not both {ours[1]} (student) and "
+            f"{theirs[1]} (teacher). Use heads='best-match' or Attention('relations')."
         )
     check_mask("attention alignment", mask, torch.Size((ours[0], ours[2])))

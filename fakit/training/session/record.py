@@ -1,4 +1,6 @@
-"""What a training session writes down: the curve, the changes, the looks at the student, and news for whoever watches."""
+"""What a training session writes down: the curve, the changes, the looks at the student,
+and news for whoever watches.
+"""
 
 from __future__ import annotations
 
@@ -124,8 +126,8 @@ class Record:
             }
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"{folder / FILE} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint, or delete this file: the run "
-                "then goes on from here without the curve and events before it."
+                f"{folder / FILE} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint, or "
+                "delete this file: the run then goes on from here without the curve and events before it."
             ) from error
         self.curve[:], self.events[:], self.log[:] = curve, events, log
         self.similarity.update(similarity)

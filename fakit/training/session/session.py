@@ -1,12 +1,13 @@
-"""`TrainSession`: a training run that one holds by the reins. Start, pause, step, stop; weights and temperature while it trains.
+"""`TrainSession`: a training run that one holds by the reins. Start, pause, step, stop;
+weights and temperature while it trains.
 
     session = TrainSession(trainer, held_out=batch, samples=texts, tokenizer=tokenizer)
     session.start()                       # in a thread of its own; session.run() does the same in this one
     session.set_weight("features", 0.3)   # between two steps; recorded in session.events
     session.result()                      # waits; raises what the run raised
 
-It steers `trainer.train()` through its callbacks, between steps; the step is the trainer's own. A run that nobody touches is therefore,
-to the last bit, the run of `trainer.train()`.
+It steers `trainer.train()` through its callbacks, between steps; the step is the trainer's own. A run that nobody
+touches is therefore, to the last bit, the run of `trainer.train()`.
 """
 
 from __future__ import annotations
@@ -36,32 +37,37 @@ EVERY = 0.2  # s between two looks of a listener: 5 Hz at most
 class TrainSession:
     """A run of a `DistillationTrainer` that can be watched and steered.
 
-    Requests (pause, step, stop, weights, checkpoint) come from any thread and are carried out between two steps by the thread that
-    trains, which owns the models: leave them alone until the run has ended or is paused. A step at which a request is carried out is logged,
-    whatever `logging_steps` says, so that each point of the curve was made with one set of weights.
+    Requests (pause, step, stop, weights, checkpoint) come from any thread and are carried out between two steps by the
+    thread that trains, which owns the models: leave them alone until the run has ended or is paused. A step at which a
+    request is carried out is logged, whatever `logging_steps` says,
+    so that each point of the curve was made with one set of weights.
 
     Args:
-        trainer: not trained yet. Its printing and progress callbacks are taken out: they would write into whichever cell runs.
+        trainer: not trained yet. Its printing and progress callbacks are taken out: they would write into whichever
+            cell runs.
         held_out: a batch (input_ids, attention_mask, (B, T)) to measure CKA to the teacher on.
         samples: a few texts, to see what teacher and student say.
         tokenizer: for the samples; by default the trainer's `processing_class`.
         label_names: for the samples.
         look_every: steps between two looks at held_out and samples; also before the first step and after the last one.
         resume_from: a checkpoint folder (of `checkpoint()`, or the Trainer's own) to go on from.
-        capacity: news kept for a slow reader; when full the oldest goes. Nothing is lost: the records below are complete.
+        capacity: news kept for a slow reader; when full the oldest goes. Nothing is lost:
+            the records below are complete.
 
     Attributes:
         error: what the run raised, else None.
-        curve: a row a log, as the trainer logs it: step, loss, a column a term (before weighting), and "weighted/<term>".
-        events: changes while it ran, {step, name, old, new}; `step` = steps done before. Also those made by other hands.
+        curve: a row a log, as the trainer logs it: step, loss, a column a term (before weighting), and
+            "weighted/<term>".
+        events: changes while it ran, {step, name, old, new}; `step` = steps done before. Also those made by other
+            hands.
         similarity: {step: (S + 1, T + 1) CKA}.
         samples: {step: [Sample, …]}.
         log: (step, text): what was done, in words.
         listeners: called without arguments about 5 times a second while `result()` or `run()` keeps the calling thread.
 
     Raises:
-        ValueError: samples without tokenizer, a held-out batch without teacher, look_every below 1, a folder that is no checkpoint or whose
-            record is damaged, a trainer already under a session or of several processes.
+        ValueError: samples without tokenizer, a held-out batch without teacher, look_every below 1, a folder that is no
+            checkpoint or whose record is damaged, a trainer already under a session or of several processes.
     """
 
     def __init__(
@@ -90,7 +96,8 @@ class TrainSession:
             )
         if trainer.args.world_size > 1:
             raise ValueError(
-                f"{trainer.args.world_size} processes train together, and a session steers one; use trainer.train() there"
+                f"{trainer.args.world_size} processes train together, and a session steers one; use trainer.train() "
+                "there"
             )
         if any(isinstance(callback, Loop) for callback in trainer.callback_handler.callbacks):
             raise ValueError("this trainer is already under a session; make a new trainer for a new session")
@@ -127,7 +134,8 @@ class TrainSession:
         return self
 
     def run(self) -> Any:
-        """Train in the calling thread and return what `trainer.train()` returns: the same path, for where nobody watches.
+        """Train in the calling thread and return what `trainer.train()` returns: the same path,
+        for where nobody watches.
 
         Raises:
             Exception: what training raised.
@@ -174,14 +182,17 @@ class TrainSession:
             self.result()
 
     def stop(self) -> None:
-        """End after the step under way; the student stays as it is then, ready for use. Returns at once; `result()` waits."""
+        """End after the step under way; the student stays as it is then, ready for use. Returns at once;
+        `result()` waits.
+        """
         self._steer("stop", math.inf, stopping=True)
 
     def set_weight(self, term: str, value: float) -> None:
         """A term's weight from the next step on.
 
         Raises:
-            ValueError: a term that the objective lacks, a weight that is negative or not finite, or nothing left to learn from.
+            ValueError: a term that the objective lacks, a weight that is negative or not finite,
+                or nothing left to learn from.
         """
         with self._changed:
             coming = Weights({name: self.settings[name] for name in self.objective.weights})
@@ -227,7 +238,8 @@ class TrainSession:
         Raises:
             Exception: what the run raised, whatever it was.
             TimeoutError: it still runs after `timeout` seconds.
-            ValueError: the session was never started, or stands paused (or comes to, without `timeout`): waiting would have no end.
+            ValueError: the session was never started, or stands paused (or comes to, without `timeout`):
+                waiting would have no end.
         """
         if self.state == READY:
             raise ValueError("the session has not started: session.start(), or session.run() to train here and now")
@@ -308,8 +320,8 @@ class TrainSession:
         """A callback or a listener that waits for the run in the run's own thread would wait for ever."""
         if threading.current_thread() is self._loop.thread:
             raise ValueError(
-                f"{what} was called from the thread that trains (a callback, a listener of run()), which would wait for itself; "
-                "use wait=False there: it is done right after this step's log."
+                f"{what} was called from the thread that trains (a callback, a listener of run()), which would wait "
+                "for itself; use wait=False there: it is done right after this step's log."
             )
 
     def _steer(self, what: str, allowed: float, stopping: bool = False) -> None:

@@ -25,8 +25,8 @@ TEMPERATURE = "temperature"
 class Loop(TrainerCallback):
     """The session in the trainer's loop: logs, looks, holds, and carries out what other threads ask.
 
-    Requests are carried out right after the log of a step: each point of the curve is of one set of weights, and a checkpoint of that
-    step holds the new ones.
+    Requests are carried out right after the log of a step: each point of the curve is of one set of weights, and a
+    checkpoint of that step holds the new ones.
 
     Attributes:
         changed: guards `state`, `allowed`, `stopping` and `requests`.
@@ -152,7 +152,9 @@ class Loop(TrainerCallback):
     # -- between two steps ----------------------------------------------------------------------------------------
 
     def _hold(self) -> None:
-        """Wait, paused, until steps are allowed again; carry out what is asked meanwhile. The lock is held, or waited on."""
+        """Wait, paused, until steps are allowed again; carry out what is asked meanwhile. The lock is held,
+        or waited on.
+        """
         self._note(PAUSED)
         self.enter(PAUSED)
         while self.allowed <= 0 and not self.stopping:

@@ -1,7 +1,8 @@
 """What a frozen teacher says about a data set, on disk: computed once, read in every epoch and every run.
 
-A cache is a folder: `manifest.json` says what it holds and whose it is, `shard-00000.safetensors` … hold rows one after another, without
-padding. Shards are written to a temporary name and renamed, so a killed build leaves only whole shards and goes on from there. `build.lock` keeps a second builder waiting.
+A cache is a folder: `manifest.json` says what it holds and whose it is, `shard-00000.safetensors` … hold rows one after
+another, without padding. Shards are written to a temporary name and renamed, so a killed build leaves only whole shards
+and goes on from there. `build.lock` keeps a second builder waiting.
 """
 
 from fakit.training.teacher_cache.cache import TeacherCache

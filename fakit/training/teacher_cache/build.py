@@ -26,32 +26,37 @@ DOCUMENTS = "documents"
 
 
 def describe(teacher: nn.Module, dataset: Sequence[Mapping], content: CacheContent) -> dict:
-    """What the manifest says of the teacher and its tensors, seen in the longest of the rows; refuses what a cache cannot hold.
+    """What the manifest says of the teacher and its tensors, seen in the longest of the rows;
+    refuses what a cache cannot hold.
 
     Raises:
-        ValueError: a teacher that is training, reads no tokens or has no logits to keep, an encoder-decoder, a k above the number of classes, attention
-            that queries and keys alone do not make: maps of the model's own, a position bias, patterns other than causal and windows; a
-            teacher that looks at padding (FNet); a stream; rows that are not tokenized, have no tokens, differ
-            in their columns, or have one without an entry for each token.
+        ValueError: a teacher that is training, reads no tokens or has no logits to keep, an encoder-decoder, a k above
+            the number of classes, attention that queries and keys alone do not make: maps of the model's own, a
+            position bias, patterns other than causal and windows; a teacher that looks at padding (FNet); a stream;
+            rows that are not tokenized, have no tokens, differ in their columns,
+            or have one without an entry for each token.
     """
     name = type(without_adapter(teacher)).__name__
     if teacher.training:
         raise ValueError(
-            f"{name} is in train mode: with dropout its answers are different every time. teacher.eval(); load_teacher does so."
+            f"{name} is in train mode: with dropout its answers are different every time. teacher.eval(); load_teacher "
+            "does so."
         )
     if teacher.main_input_name != "input_ids":
         raise ValueError(
-            f"{name} reads {teacher.main_input_name}, and a cache holds rows of tokens (input_ids). Distil from the live teacher."
+            f"{name} reads {teacher.main_input_name}, and a cache holds rows of tokens (input_ids). Distil from the "
+            "live teacher."
         )
     if is_encoder_decoder(teacher):
         raise ValueError(
-            f"{name} is an encoder-decoder, whose rows have tokens on two sides; a cache holds one. Distil from the live teacher."
+            f"{name} is an encoder-decoder, whose rows have tokens on two sides; a cache holds one. Distil from the "
+            "live teacher."
         )
     taken = taken_columns(teacher)
     if not is_causal_lm(teacher) and taken is not None and "attention_mask" not in taken:
         raise ValueError(
-            f"{name} takes no attention_mask, so what it gives for a text depends on the padding that its batch happens to need, and no stored "
-            "answer would be the live teacher's. Distil from the live teacher."
+            f"{name} takes no attention_mask, so what it gives for a text depends on the padding that its batch "
+            "happens to need, and no stored answer would be the live teacher's. Distil from the live teacher."
         )
     columns = columns_of(teacher)
     longest = dataset[_longest_row(name, dataset, columns)]
@@ -72,8 +77,8 @@ def describe(teacher: nn.Module, dataset: Sequence[Mapping], content: CacheConte
             raise ValueError(f"top_k={content.top_k} of {name}, which has {classes} classes; keep at most {classes}.")
         if content.top_k is not None and trace.logits.dim() == 2 and trace.problem_type in (REGRESSION, SEVERAL_LABELS):
             raise ValueError(
-                f"top_k={content.top_k} of {name}, whose problem_type is {trace.problem_type}: its {classes} outputs are no distribution, whose rest "
-                "is known by its mass. Keep all (top_k=None)."
+                f"top_k={content.top_k} of {name}, whose problem_type is {trace.problem_type}: its {classes} outputs "
+                "are no distribution, whose rest is known by its mass. Keep all (top_k=None)."
             )
     attention = {str(layer): _settings(name, layer, inputs) for layer, inputs in trace.attention.items()}
     config = config_facts(teacher.config)
@@ -94,7 +99,9 @@ def describe(teacher: nn.Module, dataset: Sequence[Mapping], content: CacheConte
 
 
 def columns_of(teacher: nn.Module) -> list[str]:
-    """The columns that the teacher's forward pass takes, without what losses are made of (labels, where an answer begins and ends)."""
+    """The columns that the teacher's forward pass takes, without what losses are made of (labels,
+    where an answer begins and ends).
+    """
     taken = taken_columns(teacher)
     taken = MODEL_INPUTS if taken is None else taken | {"attention_mask"}
     return sorted(name for name in taken if "label" not in name and not name.endswith("_positions"))
@@ -111,28 +118,30 @@ def _longest_row(teacher: str, dataset, columns: list[str]) -> int:
         ids = row.get("input_ids") if isinstance(row, Mapping) else None
         if ids is None:
             raise ValueError(
-                f"row {number} of the data set holds {sorted(row) if isinstance(row, Mapping) else type(row).__name__}; a cache is made of "
-                "tokenized rows, with input_ids (T,): tokenize the data set first."
+                f"row {number} of the data set holds "
+                f"{sorted(row) if isinstance(row, Mapping) else type(row).__name__}; a cache is made of tokenized "
+                "rows, with input_ids (T,): tokenize the data set first."
             )
         length = int(_mask(row).sum())
         if length == 0:
             raise ValueError(
-                f"row {number} of the data set has no tokens (of {len(ids)} input_ids none counts), so the teacher has nothing to say of it; "
-                "leave empty texts out."
+                f"row {number} of the data set has no tokens (of {len(ids)} input_ids none counts), so the teacher has "
+                "nothing to say of it; leave empty texts out."
             )
         longest = max(longest, (length, -number))
         own = [name for name in columns if _given(row, name)]
         first = own if first is None else first
         if own != first:
             raise ValueError(
-                f"rows of the data set differ in what the teacher is given: row 0 holds {', '.join(first)}, row {number} {', '.join(own)}. "
-                "Give every row the same columns."
+                f"rows of the data set differ in what the teacher is given: row 0 holds {', '.join(first)}, row "
+                f"{number} {', '.join(own)}. Give every row the same columns."
             )
         for name in own:
             if not hasattr(row[name], "__len__") or len(row[name]) != len(ids):
                 raise ValueError(
-                    f"{teacher} takes {name}, which in row {number} has no entry for each of its {len(ids)} tokens, and a cache holds rows of "
-                    "tokens. Leave the column out of the data set, or distil from the live teacher."
+                    f"{teacher} takes {name}, which in row {number} has no entry for each of its {len(ids)} tokens, "
+                    "and a cache holds rows of tokens. Leave the column out of the data set, or distil from the live "
+                    "teacher."
                 )
     return -longest[1]
 
@@ -232,8 +241,8 @@ def _settings(name: str, layer: int, inputs: AttentionInputs) -> dict:
         added = bias if allowed is None else bias.masked_fill(~allowed, 0.0)
         if added.any():
             raise ValueError(
-                f"layer {layer} of {name} adds a position bias to its attention scores (T5, ALiBi), which a cache of queries and keys does "
-                f"not hold; {_INSTEAD}"
+                f"layer {layer} of {name} adds a position bias to its attention scores (T5, ALiBi), which a cache of "
+                f"queries and keys does not hold; {_INSTEAD}"
             )
     back, ahead = _reach(name, layer, inputs.allowed(), inputs.query.shape[2])
     return {
@@ -255,7 +264,7 @@ def _reach(name: str, layer: int, allowed: Tensor | None, tokens: int) -> tuple[
     back, ahead = int(distance[allowed[0]].max()), int(-distance[allowed[0]].min())
     if not torch.equal(allowed, ((distance <= back) & (distance >= -ahead)).expand_as(allowed)):
         raise ValueError(
-            f"layer {layer} of {name} attends in a pattern that is neither full, causal nor a sliding window (chunks, blocks, or one "
-            f"pattern a head), which a cache does not hold; {_INSTEAD}"
+            f"layer {layer} of {name} attends in a pattern that is neither full, causal nor a sliding window (chunks, "
+            f"blocks, or one pattern a head), which a cache does not hold; {_INSTEAD}"
         )
     return (None if back == tokens - 1 else back), (None if ahead == tokens - 1 else ahead)

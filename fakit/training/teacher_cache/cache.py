@@ -41,7 +41,9 @@ class TeacherCache:
     """Teacher traces of a tokenized data set. Make one with `build`, reopen it with `open`, read it with `trace`.
 
     >>> cache = TeacherCache.build("cache/", teacher, dataset, objective)  # doctest: +SKIP
-    >>> trainer = DistillationTrainer(None, student, objective, args, train_dataset=dataset, teacher_cache=cache)  # doctest: +SKIP
+    >>> trainer = DistillationTrainer(  # doctest: +SKIP
+    ...     None, student, objective, args, train_dataset=dataset, teacher_cache=cache
+    ... )
 
     or in a loop of one's own, whose batches know their rows:
 
@@ -88,24 +90,27 @@ class TeacherCache:
         """Run the teacher over `dataset` and keep what is asked for; whole shards of an interrupted build are kept.
 
         Args:
-            folder: made if missing. A finished cache of the same teacher, data and content is opened and returned; one that another process
-                is building is waited for.
+            folder: made if missing. A finished cache of the same teacher, data and content is opened and returned; one
+                that another process is building is waited for.
             teacher: frozen, in eval mode; it may be quantized.
-            dataset: rows with input_ids (T,) and optionally what else the teacher's forward pass takes, an entry for each token
-                (attention_mask, token_type_ids, position_ids, …); a `datasets.Dataset` or a list of dicts. Padding that a row carries is not
-                stored. A row may pack several documents (position_ids that start again), if the teacher keeps them apart.
+            dataset: rows with input_ids (T,) and optionally what else the teacher's forward pass takes, an entry for
+                each token (attention_mask, token_type_ids, position_ids, …); a `datasets.Dataset` or a list of dicts.
+                Padding that a row carries is not stored. A row may pack several documents (position_ids that start
+                again), if the teacher keeps them apart.
             objective: keep all that it may ask (`CacheContent.for_objective`), instead of naming layers.
             needs: the same for what an objective needs at this moment (`objective.needs("teacher")`).
             hidden_states, attentions, inputs, logits: what to keep where there is neither: see `CacheContent`.
             top_k, dtype: how to keep it: see `CacheContent`.
             tokenizer: recorded by its fingerprint, if given, and compared when the cache is opened with one.
-            padding_side: "left" for a classifier that looks at the last place of a batch (XLNet); others say the same either way.
+            padding_side: "left" for a classifier that looks at the last place of a batch (XLNet); others say the same
+                either way.
             batch_size: rows that the teacher reads at once.
             shard_rows: rows a file; as many as make 256 MiB unless given.
 
         Raises:
-            ValueError: an empty data set, a stream, rows that are not tokenized, are empty or differ in their columns, a teacher whose attention a cache cannot hold (named), a folder that holds the cache of something
-                else, or whose finished shards are truncated or corrupt.
+            ValueError: an empty data set, a stream, rows that are not tokenized, are empty or differ in their columns,
+                a teacher whose attention a cache cannot hold (named), a folder that holds the cache of something else,
+                or whose finished shards are truncated or corrupt.
         """
         if hasattr(type(dataset), "__len__") and len(dataset) == 0:
             raise ValueError("the data set has no rows; nothing to cache.")
@@ -129,7 +134,8 @@ class TeacherCache:
             raise ValueError(f"{folder} is a file, and a cache is a folder; choose another name.")
         if not (folder / "manifest.json").is_file() and (others := _other_files(folder)):
             raise ValueError(
-                f"{folder} holds {', '.join(others[:3])}{' …' if others[3:] else ''}, and no cache; give a new cache a folder of its own."
+                f"{folder} holds {', '.join(others[:3])}{' …' if others[3:] else ''}, and no cache; give a new cache a "
+                "folder of its own."
             )
         started = (folder / "manifest.json").is_file()
         check_data(dataset, TeacherCache, {"teacher": tables(teacher)}, "the data set", task=False)
@@ -192,8 +198,8 @@ class TeacherCache:
             verify: read every file whole, to compare its sha256; False looks at sizes alone.
 
         Raises:
-            ValueError: no cache there, an unfinished one, one of another version, teacher, data set or tokenizer, a truncated or corrupt
-                shard.
+            ValueError: no cache there, an unfinished one, one of another version, teacher, data set or tokenizer, a
+                truncated or corrupt shard.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -208,8 +214,8 @@ class TeacherCache:
         done = sum(shard["rows"] for shard in manifest["shards"])
         if done != manifest["rows"]:
             raise ValueError(
-                f"the cache at {folder} is unfinished: {done} of {manifest['rows']} rows; TeacherCache.build(…) with the same "
-                "arguments goes on where it stopped."
+                f"the cache at {folder} is unfinished: {done} of {manifest['rows']} rows; TeacherCache.build(…) with "
+                "the same arguments goes on where it stopped."
             )
         _check_shards(folder, manifest, verify)
         return cls(folder, manifest)
@@ -226,14 +232,15 @@ class TeacherCache:
         """The teacher's trace of these rows, padded as the batch is, in float32.
 
         Args:
-            rows: B row numbers of the data set the cache was built from, in the batch's order; more than B where the batch packs several
-                of them into each of its rows, one after another.
+            rows: B row numbers of the data set the cache was built from, in the batch's order; more than B where the
+                batch packs several of them into each of its rows, one after another.
             attention_mask: (B, T) of the batch, padded on either side. On a CPU, nothing waits for an accelerator.
             needs: read only this; all that the cache holds unless given.
             device: where the trace goes; the mask's unless given.
 
         Raises:
-            ValueError: a row that the cache does not have, or whose length is not the batch's (truncated differently, or another data set).
+            ValueError: a row that the cache does not have, or whose length is not the batch's (truncated differently,
+                or another data set).
         """
         device = attention_mask.device if device is None else device
         mask = attention_mask.cpu().bool()
@@ -288,7 +295,9 @@ class TeacherCache:
     def _attention(
         self, layer: int, kept: dict[str, Tensor], mask: Tensor, documents: Tensor | None
     ) -> AttentionInputs:
-        """Attention inputs of a layer: queries (B, H, T, d_head), keys and values (B, H_kv, T, d_head); mask, documents (B, T)."""
+        """Attention inputs of a layer: queries (B, H, T, d_head), keys and values (B, H_kv, T, d_head); mask,
+        documents (B, T).
+        """
         settings = self.manifest["attention"][str(layer)]
         back, ahead = settings["back"], settings["ahead"]
         causal, allowed = ahead == 0, mask
@@ -315,22 +324,24 @@ class TeacherCache:
         if rows and len(rows) > len(mask):  # packed: some of them after one another make a row of the batch
             if PER_ROW + "logits" in places[0][0]:
                 raise ValueError(
-                    f"{len(rows)} rows of the cache asked for a batch of {len(mask)}: {self.manifest['name']} gives one prediction a row, so "
-                    "its rows cannot be packed."
+                    f"{len(rows)} rows of the cache asked for a batch of {len(mask)}: {self.manifest['name']} gives "
+                    "one prediction a row, so its rows cannot be packed."
                 )
             if {*accumulate(wanted)} <= {0, *accumulate(lengths)} and sum(wanted) == sum(lengths):
                 return
             raise ValueError(
-                f"{len(rows)} rows of the cache, of {lengths[:8]}{' …' if lengths[8:] else ''} tokens, asked for a batch whose rows have {wanted[:8]}: "
-                "they do not fill them one after another. Pack whole rows, or give one number a row."
+                f"{len(rows)} rows of the cache, of {lengths[:8]}{' …' if lengths[8:] else ''} tokens, asked for a "
+                f"batch whose rows have {wanted[:8]}: they do not fill them one after another. Pack whole rows, or "
+                "give one number a row."
             )
         if len(rows) != len(mask) or not rows:
             raise ValueError(f"{len(rows)} rows of the cache asked for a batch of {len(mask)}; give one number a row.")
         for row, found, length in zip(rows, lengths, wanted, strict=True):
             if found != length:
                 raise ValueError(
-                    f"row {row} of the cache has {found} tokens, the batch has {length}: the batch was tokenized or truncated "
-                    "differently, or its rows are numbered differently, from the data set that the cache was built from."
+                    f"row {row} of the cache has {found} tokens, the batch has {length}: the batch was tokenized or "
+                    "truncated differently, or its rows are numbered differently, from the data set that the cache "
+                    "was built from."
                 )
 
     def _place(self, row: int) -> tuple[dict[str, Tensor], int, int, int]:
@@ -353,7 +364,8 @@ class TeacherCache:
     # -- the rows of a data set -----------------------------------------------------------------------------------
 
     def rows_of(self, dataset) -> list[int]:
-        """The number in the cache of every row of `dataset`, found by what the model is given: order, subsets and repeats do not matter.
+        """The number in the cache of every row of `dataset`, found by what the model is given: order,
+        subsets and repeats do not matter.
 
         Raises:
             ValueError: a row that is not among those of the cache.
@@ -364,14 +376,17 @@ class TeacherCache:
         foreign = [i for i, row in enumerate(found) if row is None]
         if foreign:
             raise ValueError(
-                f"{len(foreign)} of the data set's {len(found)} rows (the first is row {foreign[0]}) are not among the {len(self)} rows of the "
-                f"cache at {self.folder}: another data set, tokenizer or truncation. TeacherCache.build(folder, teacher, dataset) caches this one."
+                f"{len(foreign)} of the data set's {len(found)} rows (the first is row {foreign[0]}) are not among the "
+                f"{len(self)} rows of the cache at {self.folder}: another data set, tokenizer or truncation. "
+                "TeacherCache.build(folder, teacher, dataset) caches this one."
             )
         return found
 
 
 def _documents(places: list[tuple], mask: Tensor) -> Tensor | None:
-    """The number of each token's document in its row of the batch, int64 (B, T), each place of padding one of its own; None for one a row."""
+    """The number of each token's document in its row of the batch, int64 (B, T),
+    each place of padding one of its own; None for one a row.
+    """
     if len(places) == len(mask) and DOCUMENTS not in places[0][0]:
         return None
     numbers, after = [], 0

@@ -16,7 +16,8 @@ class CacheContent:
     Args:
         hidden_states: layers 0…L.
         attentions: layers 1…L, whose attention inputs are kept.
-        inputs: which of "queries", "keys" and "values". Maps are made of queries and keys; relations (MiniLMv2) may be of all three.
+        inputs: which of "queries", "keys" and "values". Maps are made of queries and keys; relations (MiniLMv2) may be
+            of all three.
         logits: keep them.
         top_k: keep only the k largest logits of each distribution, and the mass of the rest; None keeps all.
         dtype: "float32", "bfloat16", "float16" or "int8" (with one scale for each vector), of everything above.
@@ -39,7 +40,8 @@ class CacheContent:
             raise ValueError(f"inputs={self.inputs!r}: a cache keeps {', '.join(INPUTS)} of an attention layer.")
         if self.top_k is not None and (self.top_k < 1 or not self.logits):
             raise ValueError(
-                f"top_k={self.top_k!r} with logits={self.logits}: keep at least the largest logit, or leave top_k out (None)."
+                f"top_k={self.top_k!r} with logits={self.logits}: keep at least the largest logit, or leave top_k out "
+                "(None)."
             )
         for name in ("hidden_states", "attentions"):  # one spelling of one content, because the manifest compares it
             object.__setattr__(self, name, tuple(sorted({int(layer) for layer in getattr(self, name)})))
@@ -47,7 +49,9 @@ class CacheContent:
 
     @classmethod
     def for_objective(cls, objective: Objective, top_k: int | None = None, dtype: str = "bfloat16") -> "CacheContent":
-        """What the objective may ever ask of its teacher: every term it has, also at weight 0, every layer a random map may draw."""
+        """What the objective may ever ask of its teacher: every term it has, also at weight 0,
+        every layer a random map may draw.
+        """
         needs = Needs()
         for name, term in objective.terms.items():
             needs = needs | Needs.of(term.cached(), f"the {name} term's cached()")
@@ -59,7 +63,9 @@ class CacheContent:
         return cls(tuple(needs.hidden_states), tuple(needs.attentions), tuple(needs.inputs), needs.logits, top_k, dtype)
 
     def missing(self, objective: Objective) -> list[str]:
-        """What the objective asks of its teacher at the weights and layer maps of this moment, and this content has not."""
+        """What the objective asks of its teacher at the weights and layer maps of this moment,
+        and this content has not.
+        """
         found = []
         for name in objective.terms:
             needs = objective.needs_of(name, "teacher") if objective.active(name) else Needs()

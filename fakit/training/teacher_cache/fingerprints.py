@@ -27,7 +27,9 @@ _ASIDE = {
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over the names, shapes, dtypes and bytes of all weights (of a quantized model: codes and scales) and over the configuration."""
+    """sha256 over the names, shapes, dtypes and bytes of all weights (of a quantized model: codes and scales)
+    and over the configuration.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
@@ -38,7 +40,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def config_facts(config) -> dict:
-    """A transformers configuration as plain JSON, in which infinities and NaN are written as {"__float__": "Infinity"}."""
+    """A transformers configuration as plain JSON, in which infinities and NaN are written as {"__float__":
+    "Infinity"}.
+    """
     return json.loads(config.to_json_string(use_diff=False))
 
 
@@ -69,9 +73,11 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 def row_hashes(dataset, columns: Sequence[str] = MODEL_INPUTS) -> list[int]:
-    """A number of 63 bits for each row, of what the model is given: token ids, padding, token types, positions; not of labels or text.
+    """A number of 63 bits for each row, of what the model is given: token ids, padding, token types, positions;
+    not of labels or text.
 
-    A row without attention_mask is a row whose tokens all count. `columns`: what the model is given, where it is something else.
+    A row without attention_mask is a row whose tokens all count. `columns`: what the model is given,
+    where it is something else.
 
     Raises:
         ValueError: a row without input_ids.
@@ -91,7 +97,8 @@ def combined(hashes: list[int]) -> str:
 
 
 def rows_of(dataset, columns: Sequence[str] | None = None) -> Iterator[Mapping]:
-    """The rows of a data set, one after another; of a `datasets.Dataset` as they are stored, and only those of `columns`.
+    """The rows of a data set, one after another; of a `datasets.Dataset` as they are stored,
+    and only those of `columns`.
 
     Raises:
         ValueError: a stream, whose rows have no numbers.
@@ -100,8 +107,9 @@ def rows_of(dataset, columns: Sequence[str] | None = None) -> Iterator[Mapping]:
 
     if not hasattr(type(dataset), "__len__"):
         raise ValueError(
-            f"{type(dataset).__name__} is a stream: it has no length and its rows have no numbers, and a cache finds the teacher's answers "
-            "by them. Give a data set with rows (datasets.Dataset, a list), or train with the live teacher."
+            f"{type(dataset).__name__} is a stream: it has no length and its rows have no numbers, and a cache finds "
+            "the teacher's answers by them. Give a data set with rows (datasets.Dataset, a list), or train with the "
+            "live teacher."
         )
     if isinstance(dataset, Dataset):  # no text is decoded, no format (torch, numpy) applied
         names = [name for name in dataset.column_names if columns is None or name in columns]
@@ -113,7 +121,8 @@ def _canonical(row: Mapping, columns: Sequence[str]) -> bytes:
     values = {name: _list(row[name]) for name in columns if row.get(name) is not None}
     if "input_ids" not in values:
         raise ValueError(
-            f"a row of the data set holds {sorted(row)}; a cache is made of tokenized rows, with input_ids (T,): tokenize the data set first."
+            f"a row of the data set holds {sorted(row)}; a cache is made of tokenized rows, with input_ids (T,): "
+            "tokenize the data set first."
         )
     values.setdefault("attention_mask", [1] * len(values["input_ids"]))
     return json.dumps(values, sort_keys=True).encode()

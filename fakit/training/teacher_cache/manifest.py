@@ -16,7 +16,8 @@ def read_manifest(folder: Path) -> dict:
     path = folder / "manifest.json"
     if not path.is_file():
         raise ValueError(
-            f"no teacher cache at {folder}: manifest.json is missing; TeacherCache.build(folder, teacher, dataset) makes one."
+            f"no teacher cache at {folder}: manifest.json is missing; TeacherCache.build(folder, teacher, dataset) "
+            "makes one."
         )
     try:
         manifest = json.loads(path.read_text())
@@ -26,7 +27,8 @@ def read_manifest(folder: Path) -> dict:
         missing = [key for key in _KEYS if key not in manifest] if version == VERSION else []
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no manifest of a teacher cache ({error!r}): the folder is something else's, or damaged. Give a folder of its own."
+            f"{path} is no manifest of a teacher cache ({error!r}): the folder is something else's, or damaged. Give a "
+            "folder of its own."
         ) from error
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; delete the folder and build it again.")
@@ -58,13 +60,15 @@ def refuse_foreign(folder: Path, found: dict, asked: dict) -> None:
             continue
         if theirs != ours:
             raise ValueError(
-                f"the cache at {folder} was made with another {name}: it has {_brief(theirs)}, this run has {_brief(ours)}. "
-                "Build into another folder, or delete this one."
+                f"the cache at {folder} was made with another {name}: it has {_brief(theirs)}, this run has "
+                f"{_brief(ours)}. Build into another folder, or delete this one."
             )
 
 
 def check_shard(path: Path, shard: dict, verify: bool) -> None:
-    """Raise ValueError when a shard is not the file that the manifest describes; `verify` reads it whole for its sha256."""
+    """Raise ValueError when a shard is not the file that the manifest describes;
+    `verify` reads it whole for its sha256.
+    """
     again = "delete the folder and build it again."
     if not path.is_file():
         raise ValueError(
@@ -72,7 +76,8 @@ def check_shard(path: Path, shard: dict, verify: bool) -> None:
         )
     if path.stat().st_size != shard["bytes"]:
         raise ValueError(
-            f"{path} is truncated or was changed: {path.stat().st_size} bytes, the manifest says {shard['bytes']}; {again}"
+            f"{path} is truncated or was changed: {path.stat().st_size} bytes, the manifest says {shard['bytes']}; "
+            f"{again}"
         )
     if verify and (found := sha256(path)) != shard["sha256"]:
         raise ValueError(

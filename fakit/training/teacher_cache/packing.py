@@ -11,8 +11,8 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 def pack(values: Tensor, dtype: str) -> dict[str, Tensor]:
     """Tensors to store for `values` (…, d), by the suffix of their names.
 
-    int8 keeps x ≈ code · scale, with scale = max |x| / 127 over the last dimension: an error of at most scale / 2. The scale is rounded to
-    bfloat16 before the codes are made, which costs nothing but two bytes a vector.
+    int8 keeps x ≈ code · scale, with scale = max |x| / 127 over the last dimension: an error of at most scale / 2. The
+    scale is rounded to bfloat16 before the codes are made, which costs nothing but two bytes a vector.
 
     Raises:
         ValueError: a number that is not finite, or not in the stored dtype.
@@ -39,7 +39,9 @@ def unpack(stored: dict[str, Tensor]) -> Tensor:
 
 
 def pack_top_k(logits: Tensor, top_k: int, dtype: str) -> dict[str, Tensor]:
-    """The k largest of logits (N, V): log-probabilities in `dtype`, indices, and in float32 the logsumexp and the log of the rest's mass."""
+    """The k largest of logits (N, V): log-probabilities in `dtype`, indices,
+    and in float32 the logsumexp and the log of the rest's mass.
+    """
     logits = logits.float()
     total = logits.logsumexp(-1)  # (N,)
     values, indices = logits.topk(top_k)  # (N, k)
@@ -57,9 +59,10 @@ def pack_top_k(logits: Tensor, top_k: int, dtype: str) -> dict[str, Tensor]:
 def unpack_top_k(stored: dict[str, Tensor], classes: int) -> Tensor:
     """Logits (N, V) whose k largest are the stored ones and whose other entries share the rest's mass evenly.
 
-    Probabilities of the kept classes are the teacher's own, to the stored precision, at temperature 1. The divergence of these logits
-    from the full ones is then m · (log(V - k) - H), with m the rest's mass and H the entropy within the rest: at most m · log(V - k).
-    Above temperature 1 an even rest takes more mass than the teacher's own would, so m should be small: raise k.
+    Probabilities of the kept classes are the teacher's own, to the stored precision, at temperature 1. The divergence
+    of these logits from the full ones is then m · (log(V - k) - H), with m the rest's mass and H the entropy within the
+    rest: at most m · log(V - k). Above temperature 1 an even rest takes more mass than the teacher's own would,
+    so m should be small: raise k.
     """
     kept = unpack({suffix: stored[suffix] for suffix in ("", ".scale") if suffix in stored})  # (N, k)
     others = max(classes - kept.shape[-1], 1)

@@ -1,4 +1,6 @@
-"""Training from a cache: every row of the data set carries its number in the cache through sampler and collator to the step."""
+"""Training from a cache: every row of the data set carries its number in the cache through sampler and collator to the
+step.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ ROW = "cache_row"
 
 @dataclass
 class CachedRows:
-    """Which rows of the cache a batch is made of, and where its tokens are. Stays on the CPU, so that reading waits for no accelerator."""
+    """Which rows of the cache a batch is made of, and where its tokens are. Stays on the CPU,
+    so that reading waits for no accelerator.
+    """
 
     rows: list[int]
     mask: Tensor  # bool (B, T)
@@ -33,7 +37,8 @@ class CachedRowsCollator:
     """Takes the row numbers off before a collator of any kind, and puts them on its batch as `CachedRows`.
 
     Raises:
-        ValueError: a collator that changes tokens, leaves some out or mixes rows: the cached teacher read the rows as they are.
+        ValueError: a collator that changes tokens, leaves some out or mixes rows:
+            the cached teacher read the rows as they are.
     """
 
     def __init__(self, collator: Callable):
@@ -48,17 +53,19 @@ class CachedRowsCollator:
         given = torch.cat([_tokens(feature) for feature in features])  # (tokens of all rows,)
         if not torch.equal(ids[mask], given.to(ids.dtype)):
             raise ValueError(
-                f"{type(self.collator).__name__} made a batch {tuple(ids.shape)} whose {int(mask.sum())} tokens are not the {len(given)} tokens of its "
-                f"{len(features)} rows: it masks, cuts or reorders them, and the cached teacher read the rows as they are. Change the "
-                "tokens before the data set is cached, or train with the live teacher."
+                f"{type(self.collator).__name__} made a batch {tuple(ids.shape)} whose {int(mask.sum())} tokens are "
+                f"not the {len(given)} tokens of its {len(features)} rows: it masks, cuts or reorders them, and the "
+                "cached teacher read the rows as they are. Change the tokens before the data set is cached, or train "
+                "with the live teacher."
             )
         ours = _lengths(mask, find_documents(batch))
         theirs = [length for feature in features for length in _lengths(*_one_row(feature))]
         if ours != theirs:
             raise ValueError(
-                f"{type(self.collator).__name__} made a batch {tuple(ids.shape)} of {len(features)} rows whose documents have {_brief(theirs)} tokens, and "
-                f"the batch's have {_brief(ours)}: it joins rows without position_ids that start again, or starts them elsewhere, and the "
-                "cached teacher read the rows as they are. Use DataCollatorWithFlattening, or one row a text."
+                f"{type(self.collator).__name__} made a batch {tuple(ids.shape)} of {len(features)} rows whose "
+                f"documents have {_brief(theirs)} tokens, and the batch's have {_brief(ours)}: it joins rows without "
+                "position_ids that start again, or starts them elsewhere, and the cached teacher read the rows as "
+                "they are. Use DataCollatorWithFlattening, or one row a text."
             )
         batch[ROW] = CachedRows([int(feature[ROW]) for feature in features], mask)
         return batch
@@ -110,8 +117,9 @@ def with_rows(cache: TeacherCache, dataset):
 
     if not hasattr(type(dataset), "__len__"):
         raise ValueError(
-            f"{type(dataset).__name__} is a stream: it has no length and its rows have no numbers, so the cached teacher's answers "
-            "cannot be found. Give a data set with rows (datasets.Dataset, a list), or train with the live teacher."
+            f"{type(dataset).__name__} is a stream: it has no length and its rows have no numbers, so the cached "
+            "teacher's answers cannot be found. Give a data set with rows (datasets.Dataset, a list), or train with "
+            "the live teacher."
         )
     rows = cache.rows_of(dataset)
     if not isinstance(dataset, datasets.Dataset):
@@ -152,9 +160,9 @@ class CachedTeacher:
         missing = self.cache.content.missing(self.objective)
         if missing:
             raise ValueError(
-                f"the objective {dict(self.objective.weights)} asks for what the cache at {self.cache.folder} does not hold: "
-                f"{', '.join(missing)}. It holds {self.cache.content}. Build one with TeacherCache.build(folder, teacher, dataset, "
-                "objective), or change weights and layer map."
+                f"the objective {dict(self.objective.weights)} asks for what the cache at {self.cache.folder} does not "
+                f"hold: {', '.join(missing)}. It holds {self.cache.content}. Build one with TeacherCache.build(folder, "
+                "teacher, dataset, objective), or change weights and layer map."
             )
 
 
@@ -167,8 +175,8 @@ def recorded_teacher(cache: TeacherCache) -> nn.Module:
     manifest = cache.manifest
     if not hasattr(transformers, manifest["name"]):
         raise ValueError(
-            f"the cache at {cache.folder} is of a {manifest['name']}, which is no class of transformers, so that nothing but its answers is "
-            "known here; give the trainer the teacher, too: it will not be run."
+            f"the cache at {cache.folder} is of a {manifest['name']}, which is no class of transformers, so that "
+            "nothing but its answers is known here; give the trainer the teacher, too: it will not be run."
         )
     values = config_values(manifest["config"])
     config = CONFIG_MAPPING[values["model_type"]].from_dict(values)

@@ -38,8 +38,8 @@ $host</script>
 </body>
 </html>
 """)
-# How maps are written, from the best on: (a scale a head, sinks left out too, levels of a value). The coarsest is for noise: a row of attention
-# sums to 1, and its cells hold few levels.
+# How maps are written, from the best on: (a scale a head, sinks left out too, levels of a value). The coarsest is for
+# noise: a row of attention sums to 1, and its cells hold few levels.
 WAYS = ((True, True, LEVELS), (False, True, LEVELS), *((False, False, LEVELS >> k) for k in range(7)))
 COPIED = ("spec", "shown", "sequence", "teacher_layer", "student_layer", "teacher_head", "student_head", "cursor")
 COPIED += ("linked", "without_sinks", "view")
@@ -85,8 +85,8 @@ def write_page(viewer: Viewer, path: Path, limit: int) -> Path:
             return path
         sizes.append(len(html))
     raise ValueError(
-        f"the maps of sequence {viewer.sequence} ({len(viewer.shown['tokens'])} tokens) take {min(sizes):,} bytes, the limit is "
-        f"{limit:,}: give the viewer fewer layers or a shorter sequence, or raise limit"
+        f"the maps of sequence {viewer.sequence} ({len(viewer.shown['tokens'])} tokens) take {min(sizes):,} bytes, the "
+        f"limit is {limit:,}: give the viewer fewer layers or a shorter sequence, or raise limit"
     )
 
 
@@ -110,7 +110,8 @@ def _maps(viewer: Viewer) -> dict[tuple[str, str, int, bool], tuple[Tensor, Tens
 
 
 def _packed(data: bytes) -> str:
-    """Deflated, in base 85: by runs, or by the frequency of bytes alone, which is shorter where a head looks everywhere.
+    """Deflated, in base 85: by runs, or by the frequency of bytes alone,
+    which is shorter where a head looks everywhere.
 
     Both are many times as fast as the search for longer repeats, which attention maps hardly have.
     """

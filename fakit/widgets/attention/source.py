@@ -28,7 +28,8 @@ def encode(maps: Tensor, visible: Tensor, fine: bool = True, levels: int = LEVEL
         visible: bool (T, T), True where the query may see the key.
         fine: scale each head by its largest value; else by 1, which is coarser and compresses better, as most cells
             of a row that sums to 1 are small.
-        levels: so many steps from 0 to the scaling value, 254 at most; fewer compress better. A value is off by half a step.
+        levels: so many steps from 0 to the scaling value, 254 at most; fewer compress better.
+            A value is off by half a step.
     """
     values = torch.where(visible, maps.float(), 0.0).clamp(0, 1).numpy()  # (H, T, T)
     scale = np.maximum(values.max((1, 2)), 1e-6) if fine else np.ones(len(values), np.float32)
@@ -106,8 +107,8 @@ class Source:
             sequence, head = wrong.nonzero()[0, :2].tolist()
             raise ValueError(
                 f"the {self.role.name}'s layer {layer} holds {maps[wrong][0].item():.3g} in head {head} of sequence "
-                f"{(rows.start or 0) + sequence}: attention after the softmax lies in [0, 1]. Scores before the softmax, or a "
-                "model that overflowed?"
+                f"{(rows.start or 0) + sequence}: attention after the softmax lies in [0, 1]. Scores before the "
+                "softmax, or a model that overflowed?"
             )
         return maps
 
@@ -125,7 +126,9 @@ class Source:
         return f"rollout multiplies every layer from 1; the {self.role.name}'s {missing} are missing" if missing else ""
 
     def thumbs(self, sequence: int, window: slice) -> bytes:
-        """Every layer's heads in small, layer after layer: bytes (H, m, m), m ≤ 20, of √p, the largest of each block."""
+        """Every layer's heads in small, layer after layer: bytes (H, m, m), m ≤ 20, of √p,
+        the largest of each block.
+        """
         rows, parts = slice(sequence, sequence + 1), []
         for layer in self.layers:
             maps = self.maps(layer, rows)[0, :, window, window].sqrt().numpy()
@@ -140,7 +143,9 @@ class Source:
 
 
 def without(maps: Tensor, visible: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps (H, T, T) over the keys that are no sinks (T,), rows renormalized; a row with nothing left is masked for all."""
+    """Maps (H, T, T) over the keys that are no sinks (T,), rows renormalized;
+    a row with nothing left is masked for all.
+    """
     visible = visible & ~sinks[None]
     kept = over_valid_keys(maps, visible)
     visible = visible & (kept.sum(-1, keepdim=True).amin(0) > 0)
@@ -148,23 +153,26 @@ def without(maps: Tensor, visible: Tensor, sinks: Tensor) -> tuple[Tensor, Tenso
 
 
 def read(role: Role, attention: Any, mask: Any = None, causal: bool | None = None) -> Source:
-    """A `Source` of a Trace, of {layer: (H, T, T) or (B, H, T, T)}, of an array (L, H, T, T), or of a model's `attentions`.
+    """A `Source` of a Trace, of {layer: (H, T, T) or (B, H, T, T)}, of an array (L, H, T, T),
+    or of a model's `attentions`.
 
     Raises:
-        ValueError: no attention at all (names the cure), other shapes, layers of different lengths, a mask of another shape.
+        ValueError: no attention at all (names the cure), other shapes, layers of different lengths,
+            a mask of another shape.
     """
     layers, masks = _layers(role, attention)
     if not layers:
         raise ValueError(
             f"the {role.name}'s attention is empty: sdpa and flash attention return no maps. Pass a trace of "
-            "capture(model, batch, attentions=[1, 2, …]), which computes them, or load the model with attn_implementation='eager'"
+            "capture(model, batch, attentions=[1, 2, …]), which computes them, or load the model with "
+            "attn_implementation='eager'"
         )
     shapes = {i: _shape(found) for i, found in layers.items()}
     sizes = {(shape[0], *shape[2:]) for shape in shapes.values()}
     if len(sizes) > 1:
         raise ValueError(
-            f"the {role.name}'s layers look at different sequences: shapes {shapes}. Pass layers of one stack (an encoder's "
-            "or a decoder's) and of one batch"
+            f"the {role.name}'s layers look at different sequences: shapes {shapes}. Pass layers of one stack (an "
+            "encoder's or a decoder's) and of one batch"
         )
     batch, length, keys = sizes.pop()
     if length != keys:
@@ -200,8 +208,8 @@ def _layers(role: Role, attention: Any) -> tuple[dict[int, Tensor | AttentionInp
         named = dict(enumerate(attention, 1))
     else:
         raise ValueError(
-            f"the {role.name}'s attention is a {type(attention).__name__}; give a Trace, {{layer: (H, T, T)}}, or an array "
-            "(layers, H, T, T)"
+            f"the {role.name}'s attention is a {type(attention).__name__}; give a Trace, {{layer: (H, T, T)}}, or an "
+            "array (layers, H, T, T)"
         )
     found = {}
     for layer, maps in named.items():

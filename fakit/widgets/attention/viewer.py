@@ -35,7 +35,8 @@ class AttentionViewer(anywidget.AnyWidget):
         teacher_layer, student_layer: layer numbers; the student's is None where there is no student.
         teacher_head, student_head: from 0; None is the mean over heads.
         cursor: (query, key), positions in the sequence's tokens.
-        linked: whether a teacher layer chooses the student layer that the map gives it, and a teacher head its best match.
+        linked: whether a teacher layer chooses the student layer that the map gives it, and a teacher head its best
+            match.
         without_sinks: whether keys that are sinks are left out and rows renormalized.
         view: "heads", or "rollout" through layers 1 … the chosen ones.
         error: why the page shows no map; empty where all is well.
@@ -321,9 +322,9 @@ class AttentionViewer(anywidget.AnyWidget):
 
         Args:
             path: ends in .html.
-            limit: bytes. Maps are first written with a scale a head; over the limit, with one scale for all (±1/508), then
-                without the maps that leave sinks out, then with half of the levels (±1/254), and so on to ±1/6. The page says
-                how its values are rounded. As given, 12 layers × 12 heads × 128 tokens of two models fit,
+            limit: bytes. Maps are first written with a scale a head; over the limit, with one scale for all (±1/508),
+                then without the maps that leave sinks out, then with half of the levels (±1/254), and so on to ±1/6.
+                The page says how its values are rounded. As given, 12 layers × 12 heads × 128 tokens of two models fit,
                 whatever maps whose rows sum to 1.
 
         Raises:
@@ -351,7 +352,8 @@ def attention_viewer(
     """Teacher, student and difference as linked maps, with every head to choose from.
 
     Args:
-        teacher: a `Trace` whose attention was captured; or {layer: (H, T, T) or (B, H, T, T)}; or an array (layers, H, T, T).
+        teacher: a `Trace` whose attention was captured; or {layer: (H, T, T) or (B, H, T, T)}; or an array (layers, H,
+            T, T).
         student: the same for the student, of the same sequences; None shows the teacher alone.
         tokens: T strings, or for B sequences B lists of T strings, padding included.
         layer_map: which student layer belongs to which teacher layer; without it no layer follows another.
@@ -361,8 +363,8 @@ def attention_viewer(
         padding: so many cells of padding are shown beside the tokens, hatched.
 
     Raises:
-        ValueError: empty attention (names the cure), teacher and student of different sequences, tokens, masks or special
-            marks that do not fit, mapped layers that are not there, values that are no attention.
+        ValueError: empty attention (names the cure), teacher and student of different sequences, tokens, masks or
+            special marks that do not fit, mapped layers that are not there, values that are no attention.
 
     >>> maps = torch.full((2, 3, 4, 4), 0.25)  # 2 layers, 3 heads, 4 tokens
     >>> viewer = attention_viewer(maps, maps, ["the", "film", "was", "fine"])
@@ -394,7 +396,8 @@ def attention_viewer(
     for held, numbers in zip(sources[::-1], zip(*pairs, strict=True), strict=False):
         if missing := sorted(set(numbers) - set(held.layers)):
             raise ValueError(
-                f"the layer map names {held.role.name} layers {missing}; the attention given is of layers {sorted(held.layers)}"
+                f"the layer map names {held.role.name} layers {missing}; the attention given is of layers "
+                f"{sorted(held.layers)}"
             )
     rows = [[token.replace("\n", "⏎") for token in row] for row in rows]
     return AttentionViewer(sources[0], sources[1] if student is not None else None, rows, marks, pairs, padding)

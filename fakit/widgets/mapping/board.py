@@ -33,11 +33,13 @@ class Pairs(traitlets.List):
 class MappingBoard(anywidget.AnyWidget):
     """See `mapping_board`.
 
-    The page only asks (link, choose, undo); Python decides, and answers with the traits `pairs` and `view`. A request that cannot be
-    met changes nothing, and the board shows why. What the board gives out (pairs, maps) are copies: set `pairs` or `layer_map` to change it.
+    The page only asks (link, choose, undo); Python decides, and answers with the traits `pairs` and `view`. A request
+    that cannot be met changes nothing, and the board shows why. What the board gives out (pairs, maps) are copies: set
+    `pairs` or `layer_map` to change it.
 
     Attributes:
-        pairs: (student layer, teacher layer), sorted; a traitlet: `board.observe(redraw, "pairs")`. Setting it sets the map.
+        pairs: (student layer, teacher layer), sorted; a traitlet: `board.observe(redraw, "pairs")`. Setting it sets the
+            map.
         layer_map: the map of now, a `LayerMap`; set it to show another.
         maps: the presets by name; those that these depths do not allow are in `refused`, with the reason.
         notes: what there is to say about the map; `cost`: what it costs a step.
@@ -80,7 +82,9 @@ class MappingBoard(anywidget.AnyWidget):
 
     @property
     def layer_map(self) -> LayerMap:
-        """The map of now. Setting one that names a layer the models do not have raises ValueError and changes nothing."""
+        """The map of now. Setting one that names a layer the models do not have raises ValueError and changes
+        nothing.
+        """
         return deepcopy(self._layer_map)
 
     @layer_map.setter
@@ -214,7 +218,8 @@ class MappingBoard(anywidget.AnyWidget):
                 f"{(S + 1, T + 1)}: embeddings are layer 0"
             )
 
-    # -- what comes from outside ----------------------------------------------------------------------------------------
+    # -- what comes from outside
+    # ----------------------------------------------------------------------------------------
 
     @traitlets.validate("pairs")
     def _check_pairs(self, proposal: dict) -> list[tuple[int, int]]:
@@ -233,7 +238,9 @@ class MappingBoard(anywidget.AnyWidget):
             self.layer_map = self._as_map(change["new"])
 
     def set_state(self, sync_data: dict) -> None:
-        """What a page sets. Pairs that make no map are refused: the board shows why, and the page gets the old ones back."""
+        """What a page sets. Pairs that make no map are refused: the board shows why,
+        and the page gets the old ones back.
+        """
         if "pairs" in sync_data:
             try:
                 self._as_map(sync_data["pairs"])
@@ -258,7 +265,8 @@ class MappingBoard(anywidget.AnyWidget):
         self._refresh()
         self.send_state("pairs")
 
-    # -- display --------------------------------------------------------------------------------------------------------
+    # -- display
+    # --------------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         return f"Mapping board of {self._depths[0]} student and {self._depths[1]} teacher layers. {self.sentence}"
@@ -286,24 +294,27 @@ def mapping_board(
     batch: int = 32,
     tokens: int = 128,
 ) -> MappingBoard:
-    """A board on which student and teacher layers are connected by mouse or keyboard; `.layer_map` is the map that it shows.
+    """A board on which student and teacher layers are connected by mouse or keyboard;
+    `.layer_map` is the map that it shows.
 
-    Click a student layer, then a teacher layer (or drag from one to the other): connected; once more: disconnected. A click on a link takes it
-    away. By keyboard: arrows move, Enter or Space picks and connects, Escape lets go, Delete takes the links of a layer away, Ctrl+Z undoes.
+    Click a student layer, then a teacher layer (or drag from one to the other): connected; once more: disconnected. A
+    click on a link takes it away. By keyboard: arrows move, Enter or Space picks and connects, Escape lets go, Delete
+    takes the links of a layer away, Ctrl+Z undoes.
 
     Args:
         student_layers: depth S of the student, embeddings not counted.
         teacher_layers: depth T of the teacher.
-        similarity: (S + 1, T + 1) by layer number, as CKA gives it, up to 1; colors the links, is written beside the layers, and adds
-            the two presets made from it. Debiased CKA may fall below 0, and is drawn as 0; NaN is "not measured".
+        similarity: (S + 1, T + 1) by layer number, as CKA gives it, up to 1; colors the links, is written beside the
+            layers, and adds the two presets made from it. Debiased CKA may fall below 0, and is drawn as 0;
+            NaN is "not measured".
         start: a preset's name, or a `LayerMap`.
         widths: (d_S, d_T), for the cost in numbers and for what unequal widths mean.
         heads: (H_S, H_T), likewise.
         batch, tokens: the step whose cost is shown, B sequences of T tokens.
 
     Raises:
-        ValueError: depths below 1, a similarity of another shape, a preset that these depths do not allow, a map that names a layer
-            which is not there, widths or heads that are not two numbers.
+        ValueError: depths below 1, a similarity of another shape, a preset that these depths do not allow, a map that
+            names a layer which is not there, widths or heads that are not two numbers.
 
     >>> board = mapping_board(2, 6)
     >>> board.toggle(2, 6)

@@ -9,25 +9,29 @@ from fakit.layer_maps import LayerMap
 
 @dataclass(frozen=True)
 class MapCost:
-    """Costs of one step that come from the map: feature matching (`mse`) and attention alignment (`kl`), as the kit runs them.
+    """Costs of one step that come from the map: feature matching (`mse`) and attention alignment (`kl`),
+    as the kit runs them.
 
-    B sequences of T tokens, student d_S wide, teacher d_T wide; P feature pairs, A attention pairs (layer 0 does not attend).
-    Sizes that need widths or heads are None where these are not known.
+    B sequences of T tokens, student d_S wide, teacher d_T wide; P feature pairs, A attention pairs (layer 0 does not
+    attend). Sizes that need widths or heads are None where these are not known.
 
     Attributes:
         feature_pairs, attention_pairs: P and A.
-        blocks, of: the teacher blocks that must run where outputs are not matched (the deepest mapped layer), of how many.
+        blocks, of: the teacher blocks that must run where outputs are not matched (the deepest mapped layer), of how
+            many.
         hidden_states, attentions: distinct teacher layers whose hidden state, and whose attention inputs, are kept.
         features: elements compared, P·B·T·d_T.
         attention: elements compared, A·B·H·T², computed in blocks and never held at once; H the student's heads, or the
             common number after grouping.
-        kept: bytes of teacher tensors kept until the loss: (B·T·d_T a hidden state + 3·B·T·d_T for queries, keys and values) · bytes;
-            less where several query heads share their keys and values.
-        projections: parameters of the linear maps d_S → d_T, P·d_S·d_T where the widths differ, else 0. A random map has one for
-            every pair that it may draw.
-        flops: extra matrix products of a training step, a multiply-add being 2: 6·B·T·d_S·d_T a projection (forward and both
-            gradients), 2·B·T²·(3·d_S + d_T) an attention pair (both sides' scores, gradients of the student's queries and keys).
-        teacher_flops: a forward pass through these blocks for comparison, each 24·B·T·d_T² + 4·B·T²·d_T (feed-forward 4·d_T).
+        kept: bytes of teacher tensors kept until the loss: (B·T·d_T a hidden state + 3·B·T·d_T for queries, keys and
+            values) · bytes; less where several query heads share their keys and values.
+        projections: parameters of the linear maps d_S → d_T, P·d_S·d_T where the widths differ, else 0. A random map
+            has one for every pair that it may draw.
+        flops: extra matrix products of a training step, a multiply-add being 2: 6·B·T·d_S·d_T a projection (forward and
+            both gradients), 2·B·T²·(3·d_S + d_T) an attention pair (both sides' scores,
+            gradients of the student's queries and keys).
+        teacher_flops: a forward pass through these blocks for comparison,
+            each 24·B·T·d_T² + 4·B·T²·d_T (feed-forward 4·d_T).
     """
 
     feature_pairs: int
@@ -50,7 +54,8 @@ class MapCost:
         teacher = (
             f"teacher: {self.blocks} of {self.of} blocks must run for this map"
             + ("" if self.blocks == self.of else " (all of them where outputs are matched too)")
-            + f"; kept until the loss: {_count(self.hidden_states, 'hidden state')}, attention inputs of {_count(self.attentions, 'layer')}"
+            + f"; kept until the loss: {_count(self.hidden_states, 'hidden state')}, "
+            f"attention inputs of {_count(self.attentions, 'layer')}"
         )
         if self.kept is None:
             return [
@@ -67,7 +72,8 @@ class MapCost:
         return [
             f"{teacher}: {amount(self.kept, 'B')}",
             *compared,
-            f"extra compute: {amount(self.flops, 'FLOP')} a step, beside {amount(self.teacher_flops, 'FLOP')} of the teacher's blocks",
+            f"extra compute: {amount(self.flops, 'FLOP')} a step, beside {amount(self.teacher_flops, 'FLOP')} of the "
+            "teacher's blocks",
         ]
 
 

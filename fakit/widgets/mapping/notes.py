@@ -83,7 +83,8 @@ def _numbering(layer_map: LayerMap, S: int, T: int) -> list[Note]:
             return [
                 Note(
                     WARNING,
-                    f"off by one? every teacher layer one deeper ends on T{T}: T0 is the embeddings, T1 the first block",
+                    f"off by one? every teacher layer one deeper ends on T{T}: T0 is the embeddings, T1 the first "
+                    "block",
                 )
             ]
     return []
@@ -116,8 +117,8 @@ def _shapes(pairs: list[tuple[int, int]], widths: tuple[int, int] | None, heads:
         notes.append(
             Note(
                 HINT,
-                f"widths differ, {widths[0]} and {widths[1]}: each of {len(pairs)} pairs learns a projection {widths[0]} → {widths[1]} "
-                "(Features(projection='linear')), which the exported student leaves behind",
+                f"widths differ, {widths[0]} and {widths[1]}: each of {len(pairs)} pairs learns a projection "
+                f"{widths[0]} → {widths[1]} (Features(projection='linear')), which the exported student leaves behind",
             )
         )
     if heads is not None and heads[0] != heads[1] and any(min(pair) > 0 for pair in pairs):

@@ -1,4 +1,6 @@
-"""Run browser: a table of recorded runs, their curves, and cost against quality; what is chosen in one is chosen in all."""
+"""Run browser: a table of recorded runs, their curves, and cost against quality;
+what is chosen in one is chosen in all.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +159,9 @@ class RunBrowser(anywidget.AnyWidget):
         return runs_overview(rows, self.front(), **labels, title=f"Runs of {self.task}")
 
     def front(self) -> list[tuple[float, float]]:
-        """(cost, score) of the arms that no other beats, by rising cost: means over seeds, as the best seed of many is luck."""
+        """(cost, score) of the arms that no other beats, by rising cost: means over seeds,
+        as the best seed of many is luck.
+        """
         shown = self.shown
         if not self.cost or shown.empty:
             return []
@@ -290,9 +294,11 @@ class RunBrowser(anywidget.AnyWidget):
 
 
 def run_browser(store: RunStore | str | Path, task: str | None = None) -> RunBrowser:
-    """Recorded runs in a table, their curves, and cost against quality, linked: `.selected` are the chosen run ids, `.frame()` the table.
+    """Recorded runs in a table, their curves, and cost against quality, linked:
+    `.selected` are the chosen run ids, `.frame()` the table.
 
-    Choose by a row's box, or by a click on a line or a point. The dotted front joins the arms (means over seeds) that no other beats.
+    Choose by a row's box, or by a click on a line or a point. The dotted front joins the arms (means over seeds)
+    that no other beats.
 
     Args:
         store: a runs directory (`fakit distill` and run_study write them), or its `RunStore`.
