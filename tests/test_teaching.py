@@ -4,6 +4,7 @@ import doctest
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import fakit.teaching.exercises
-from fakit.teaching import Exercise, Session, is_empty, predict, setup
+from fakit.teaching import Exercise, Session, is_empty, predict, say, setup
 
 
 def test_setup_seeds_everything_and_sets_the_template():
@@ -166,6 +167,10 @@ class _Tags(HTMLParser):
 def test_hints_are_collapsed_and_in_order():
     assert Exercise("What?", bool, number="02.3")._repr_markdown_() == "**Exercise 02.3.** What?"
     assert repr(Exercise("What?", bool)) == "Exercise: What?"
+    timed = Exercise("What?", bool, number="02.3", difficulty=2, minutes=10)._repr_markdown_()
+    assert timed == "**Exercise 02.3.** <span title='difficulty'>●●○</span> · 10 minutes<br> What?"
+    with pytest.raises(ValueError, match="difficulty = 4: 1, 2 or 3"):
+        Exercise("?", bool, difficulty=4)
     text = Exercise("?", bool, hints=["one", "two", "three"]).hints()._repr_markdown_()
     tags = _Tags()
     tags.feed(text)
@@ -191,3 +196,30 @@ def test_prediction_is_revealed_with_what_the_reader_said():
 def test_docstring_examples_run():
     outcome = doctest.testmod(fakit.teaching.exercises)
     assert outcome.failed == 0 and outcome.attempted >= 4
+
+
+def test_a_computed_sentence(capsys):
+    say(
+        """
+        {names} gain **{gain:+.1f}**;
+        {others} do not.
+    """,
+        names=("a", "b", "c"),
+        gain=1.26,
+        others=[],
+    )
+    assert capsys.readouterr().out == "a, b and c gain **+1.3**;\nnone do not.\n"
+    with pytest.raises(KeyError, match="gain"):
+        say("{gain}", loss=1)
+
+
+def test_a_session_loads_task_teacher_and_tokenizer(tmp_path):
+    session = setup(seed=3, model="embedded")
+    task, teacher, tokenizer = session.load("scans", labels=20)
+    assert len(task.train) == 20 and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    teacher.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = replace(session, model=str(tmp_path)).load("scans", labels=20)
+    assert again.task.train[:] == task.train[:]
+    assert torch.equal(again.teacher.lm_head.weight, teacher.lm_head.weight)
+    assert again.tokenizer("abc")["input_ids"] == tokenizer("abc")["input_ids"]

@@ -2,9 +2,10 @@
 
 from fakit import require
 
-require("lab", "nbclient", "nbconvert", "nbformat", "jinja2", "pygments", "plotly", "matplotlib")
+require("lab", "nbclient", "nbconvert", "nbformat", "latex2mathml", "jinja2", "pygments", "plotly", "matplotlib")
 
 from fakit.teaching.exercises import Exercise, Result, is_empty, predict
 from fakit.teaching.setup import Session, setup
+from fakit.teaching.words import say
 
-__all__ = ["Exercise", "Result", "Session", "is_empty", "predict", "setup"]
+__all__ = ["Exercise", "Result", "Session", "is_empty", "predict", "say", "setup"]

@@ -100,6 +100,8 @@ class Exercise:
         hints: up to three markdown texts: nudge, sketch, solution.
         done: what a right answer is told.
         number: notebook and place, as "00.4": what a room, and the instructor guide, calls it by.
+        difficulty: 1 (a line or two that the text has just shown), 2 (a few lines of one's own) or 3 (takes thought).
+        minutes: what a class should plan for it.
 
     Example:
         >>> exercise = Exercise("2 + 2?", lambda x: None if x == 4 else "that is 2 · 3" if x == 6 else False)
@@ -116,12 +118,18 @@ class Exercise:
         hints: Sequence[str] = (),
         done: str = "well done.",
         number: str = "",
+        difficulty: int | None = None,
+        minutes: int | None = None,
     ) -> None:
+        if difficulty not in (None, 1, 2, 3):
+            raise ValueError(f"difficulty = {difficulty!r}: 1, 2 or 3")
         if len(hints) > len(_HINTS):
             raise ValueError(f"an exercise has up to three hints (nudge, sketch, solution); found {len(hints)}")
         self.question = question
         self.done = done
         self.number = number
+        self.difficulty = difficulty
+        self.minutes = minutes
         self._check = check
         self._hints = tuple(hints)
 
@@ -151,10 +159,17 @@ class Exercise:
         return _Page("\n\n".join(f"<details><summary>{name}</summary>\n\n{text}\n\n</details>" for name, text in named))
 
     def _repr_markdown_(self) -> str:
-        return f"**{self._name}.** {self.question}"
+        dots = "" if self.difficulty is None else f"<span title='difficulty'>{self._dots}</span>"
+        time = "" if self.minutes is None else f"{self.minutes} minutes"
+        beside = " · ".join(part for part in (dots, time) if part)
+        return f"**{self._name}.**{f' {beside}<br>' if beside else ''} {self.question}"
 
     def __repr__(self) -> str:
         return f"{self._name}: {self.question}"
+
+    @property
+    def _dots(self) -> str:
+        return "●" * (self.difficulty or 0) + "○" * (3 - (self.difficulty or 0))
 
     @property
     def _name(self) -> str:

@@ -1,8 +1,8 @@
 """Executed notebooks as pages: one HTML file each and an index, that work from disk without a network.
 
 Figures show their SVG at once; `assets/plotly.min.js`, copied once from the plotly package, makes them interactive when
-it loads. Nothing is requested from another host: no MathJax, no require.js, no fonts. Formulas are drawn by
-matplotlib's mathtext as inline SVG in the text's color; what mathtext cannot parse stays readable as its TeX source.
+it loads. Nothing is requested from another host: no MathJax, no require.js, no fonts. Formulas are MathML; what the
+converter does not know stays readable as its TeX source.
 """
 
 from __future__ import annotations
@@ -33,85 +33,27 @@ MARKS = {"ok": "✓ ran through", "failed": "✗ failed", "not run": "not run"}
 
 # ---- formulas ------------------------------------------------------------------------------------------------------
 
-_SYNONYMS = {
-    r"\lVert": r"\|",
-    r"\rVert": r"\|",
-    r"\Vert": r"\|",
-    r"\lvert": "|",
-    r"\rvert": "|",
-    r"\tfrac": r"\frac",
-    r"\le": r"\leq",
-    r"\ge": r"\geq",
-    r"\ne": r"\neq",
-    r"\to": r"\rightarrow",
-    r"\big": "",
-    r"\Big": "",
-    r"\bigl": "",
-    r"\bigr": "",
-    r"\Bigl": "",
-    r"\Bigr": "",
-    r"\displaystyle": "",
-    r"\limits": "",
-}
-
-
-def _outlines(line: str, size: float) -> tuple[str, tuple[float, float, float, float]]:
-    """One line of TeX as SVG path data (y downwards, baseline at 0) and its box: left, top, right, bottom.
-
-    Raises:
-        ValueError: mathtext does not know the syntax.
-    """
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.path import Path as Outline
-    from matplotlib.textpath import TextPath
-
-    line = re.sub(r"\\[A-Za-z]+", lambda word: _SYNONYMS.get(word[0], word[0]), line)
-    line = re.sub(
-        r"(\\(?:sum|prod|int)(?:[_^](?:\{[^{}]*\}|\w))*)", r"\1\\,", line
-    )  # mathtext sets no space after limits
-    line = re.sub(r"\\(mathbf|mathrm|mathcal|mathbb|mathit)\s+(\w)", r"\\\1{\2}", line)
-    path = TextPath((0, 0), f"${line}$", size=size, prop=FontProperties(math_fontfamily="stix"))
-    letters = {
-        Outline.MOVETO: "M",
-        Outline.LINETO: "L",
-        Outline.CURVE3: "Q",
-        Outline.CURVE4: "C",
-        Outline.CLOSEPOLY: "Z",
-    }
-    parts = []
-    for points, code in path.iter_segments(curves=True, simplify=False):
-        numbers = (
-            "" if code == Outline.CLOSEPOLY else " ".join(f"{v:.2f}" for v in points * ([1, -1] * (len(points) // 2)))
-        )
-        parts.append(letters[code] + numbers)
-    box = path.get_extents()
-    return "".join(parts), (box.x0, -box.y1, box.x1, -box.y0)
-
 
 def formula(tex: str, display: bool = False) -> str:
-    """TeX as inline SVG (outlines in the text's color, labeled by the TeX), or as `<code>` where mathtext fails."""
+    """TeX as MathML, which browsers draw without a script; as `<code>` where latex2mathml does not know it."""
+    from latex2mathml.converter import convert
+
     source = " ".join(tex.split())
-    drawn_from = re.sub(r"\\frac\b", r"\\dfrac", source) if display else source
-    lines = re.sub(r"\\(begin|end)\{[a-z]+\*?\}|&", "", drawn_from).split(r"\\") if display else [source]
-    size = 21.0 if display else 18.0  # px; STIX runs small beside a sans of 16
+    known = source.replace("{aligned}", "{align*}")  # the same to a reader, and latex2mathml knows one of them
     try:
-        drawn = [_outlines(line.strip(), size) for line in lines if line.strip()]
-    except (ValueError, RuntimeError):
+        drawn = convert(known, display="block" if display else "inline")
+    except Exception:  # whatever a parser of half a formula raises
+        drawn = ""
+    if not drawn or re.search(
+        r"\\\\|&(?!#?\w+;)", drawn
+    ):  # a command it passed through, or an alignment it did not see
         return f'<code class="tex">{escape(source)}</code>'
-    pictures = []
-    for path, (left, top, right, bottom) in drawn:
-        left, top, right, bottom = left - 1, top - 1, right + 1, bottom + 1
-        style = f"width:{right - left:.1f}px;height:{bottom - top:.1f}px;vertical-align:{-bottom:.1f}px"
-        box = f"{left:.2f} {top:.2f} {right - left:.2f} {bottom - top:.2f}"
-        pictures.append(
-            f'<svg class="math" role="img" aria-label="{escape(source, quote=True)}" viewBox="{box}" style="{style}">'
-            f'<path fill="currentColor" d="{path}"/></svg>'
-        )
-    return "<br>".join(pictures)
+    label = escape(source, quote=True)
+    return drawn.replace("<math ", f'<math aria-label="{label}" ', 1)
 
 
 class _Renderer(IPythonRenderer):
-    """nbconvert's markdown with formulas drawn instead of left to MathJax."""
+    """nbconvert's markdown with formulas as MathML instead of left to MathJax."""
 
     def block_math(self, body: str) -> str:
         return f'<div class="display-math">{formula(body, display=True)}</div>'

@@ -1,6 +1,7 @@
 """What a notebook's setup cell uses.
 
     session = setup(PROFILE, seed=SEED, device=DEVICE, model=MODEL)
+    task, teacher, tokenizer = session.load(TASK)
     steps = session.pick(quick=30, workshop=200, full=2000)
 
 The session draws itself as plain HTML: no widget, so that it shows on GitHub and in a report too.
@@ -12,9 +13,22 @@ import logging
 import random
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fakit.tasks.task import TextTask
 
 PROFILES = ("quick", "workshop", "full")
+
+
+class Loaded(NamedTuple):
+    """A task, a frozen teacher for it, and the teacher's tokenizer."""
+
+    task: TextTask
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,32 @@ class Session:
         chosen = {"quick": quick, "workshop": quick if workshop is None else workshop}
         chosen["full"] = chosen["workshop"] if full is None else full
         return chosen[self.profile]
+
+    def load(self, task: str, *, labels: int | str | None = None, quantize: str | None = None) -> Loaded:
+        """The task, its teacher and the teacher's tokenizer, as the parameters cell asks for them.
+
+        Args:
+            task: for `load_task`: "glosses", "reviews", "scans", "glue/sst2", "hub:ID", or a path to data.
+            labels: labeled examples that the student gets; None takes the task's default.
+            quantize: the teacher's: None, "8bit" or "4bit".
+
+        Returns:
+            (task, teacher, tokenizer). The teacher is the embedded one of the task, or the session's model, frozen.
+
+        Raises:
+            ValueError: what `load_task`, `embedded_teacher` or `load_teacher` refuses.
+        """
+        from transformers import AutoTokenizer
+
+        from fakit.models.load import load_teacher, resolve_model
+        from fakit.tasks import embedded_teacher, load_task
+
+        data = load_task(task, labels=labels, seed=self.seed)
+        if self.model in (None, "embedded"):
+            return Loaded(data, *embedded_teacher(task, quantize=quantize, device=self.device))
+        teacher = load_teacher(self.model, task=data.model_task, quantize=quantize, device=self.device)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(self.model), trust_remote_code=False)
+        return Loaded(data, teacher, tokenizer)
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th scope='row'>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self.facts.items())

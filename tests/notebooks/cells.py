@@ -1,13 +1,14 @@
-"""What the tests of exercises share: an exercise as its cell defines it, what its stub holds,
-what its last hint solves.
-"""
+"""What the tests of exercises share: a notebook's checks, what its stubs hold, what the last hints solve."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import linecache
 import re
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 
@@ -16,47 +17,56 @@ from fakit.teaching import Exercise
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
-def source(notebook: str, cell: str) -> str:
-    """The source of one cell."""
-    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
-    return next(c.source for c in cells if c.id == cell)
+@cache
+def checks(notebook: str) -> ModuleType:
+    """notebooks/checks/nbNN.py of a notebook, "04" or "04_loss_laboratory"."""
+    path = NOTEBOOKS / "checks" / f"nb{notebook[:2]}.py"
+    spec = importlib.util.spec_from_file_location(f"checks_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def exercise(notebook: str, cell: str, known: dict) -> tuple[Exercise, dict]:
-    """The exercise of a cell, and the cell's namespace; `known` is what earlier cells define."""
-    namespace = dict(known)
-    exec(source(notebook, cell), namespace)
-    return next(value for value in namespace.values() if isinstance(value, Exercise)), namespace
+def exercise(notebook: str, name: str) -> Exercise:
+    """An exercise by its name in the checks."""
+    return getattr(checks(notebook), name)
 
 
-def stub(notebook: str, cell: str, namespace: dict):
+def stub(notebook: str, name: str, known: dict):
     """What the reader finds in the answer's cell: that cell up to its last line, which checks it."""
-    names = {cell.replace("exercise", "answer"), cell.removesuffix("-check"), cell.replace("-check", "-mine")} - {cell}
-    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
-    (own,) = (c.id for c in cells if c.id in names and re.search(r"check\(\w+\)$", c.source.strip()))
-    *lines, last = source(notebook, own).strip().splitlines()
+    (path,) = NOTEBOOKS.glob(f"{notebook[:2]}_*.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    (own,) = (c for c in cells if re.search(rf"^{name}\.check\(\w+\)$", c.source.strip().splitlines()[-1]))
+    *lines, last = own.source.strip().splitlines()
     code = "\n".join(lines)
-    linecache.cache[own] = (len(code), None, code.splitlines(keepends=True), own)  # as IPython does with its cells
-    exec(compile(code, own, "exec"), namespace)
+    linecache.cache[own.id] = (len(code), None, code.splitlines(keepends=True), own.id)  # as IPython does
+    namespace = dict(known)
+    exec(compile(code, own.id, "exec"), namespace)
     return namespace[re.search(r"check\((\w+)\)", last)[1]]
 
 
-def solution(task: Exercise, namespace: dict):
+def solution(task: Exercise, known: dict):
     """What the last hint defines: its function or variable, the last name that it binds."""
     hint = task._hints[-1]
     fenced = re.search(r"```python\n(.*?)```", hint, re.DOTALL)
     code = fenced[1] if fenced else hint.strip("`")
+    namespace = dict(known)
     exec(code, namespace)
     bound = [node for node in ast.parse(code).body if isinstance(node, (ast.FunctionDef, ast.Assign))]
     last = bound[-1]
     return namespace[last.name if isinstance(last, ast.FunctionDef) else last.targets[0].id]
 
 
-def assert_ladder(notebook: str, cell: str, task: Exercise, namespace: dict) -> None:
-    """The stub in the notebook is "not done yet", and the solution in the last hint passes."""
-    result = task.check(stub(notebook, cell, namespace))
+def assert_ladder(notebook: str, name: str, known: dict) -> None:
+    """The stub in the notebook is "not done yet", and the solution in the last hint passes.
+
+    Args:
+        known: what earlier cells of the notebook define, and stub and solution use.
+    """
+    task = exercise(notebook, name)
+    result = task.check(stub(notebook, name, known))
     assert result.status == "not done yet", result
-    result = task.check(solution(task, namespace))
+    result = task.check(solution(task, known))
     assert result.status == "passes", result
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from fakit.teaching import Exercise
-from tests.notebooks.cells import assert_ladder, assert_told, exercise, source
+from tests.notebooks.old_cells import assert_ladder, assert_told, exercise, source
 
 TEACHER, STUDENT = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
 RAW = {"features": 0.2, "attention": 0.5, "outputs": 1.4, "task": 0.9}

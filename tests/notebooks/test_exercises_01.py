@@ -12,7 +12,7 @@ import torch
 from fakit import LayerMap
 from fakit.teaching import Exercise
 from fakit.widgets import mapping_board
-from tests.notebooks.cells import assert_ladder, assert_told, exercise, source, stub
+from tests.notebooks.old_cells import assert_ladder, assert_told, exercise, source, stub
 
 NOTEBOOK = "01_layer_mapping"
 BY_HAND, BUG, MEAN = (f"s07-exercise-{number}" for number in (1, 2, 3))

@@ -6,7 +6,7 @@ import torch
 
 from fakit.similarity import Similarity, cka, hsic
 from fakit.teaching import Exercise
-from tests.notebooks.cells import assert_ladder, assert_told, exercise, source
+from tests.notebooks.old_cells import assert_ladder, assert_told, exercise, source
 
 ROWS = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
 # what earlier cells of the notebook define

@@ -6,7 +6,7 @@ import torch
 
 from fakit.similarity import sink_share
 from fakit.teaching import Exercise
-from tests.notebooks.cells import assert_ladder, assert_told, exercise, solution, source
+from tests.notebooks.old_cells import assert_ladder, assert_told, exercise, solution, source
 
 # what earlier cells of the notebook define
 KNOWN = {

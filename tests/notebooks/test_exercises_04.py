@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fakit.losses.features import mse
 from fakit.losses.outputs import forward_kl
 from fakit.teaching import Exercise
-from tests.notebooks.cells import assert_ladder, assert_told, exercise
+from tests.notebooks.old_cells import assert_ladder, assert_told, exercise
 
 # what earlier cells of the notebook define
 KNOWN = {"torch": torch, "np": np, "mse": mse, "forward_kl": forward_kl, "Exercise": Exercise}

@@ -11,7 +11,7 @@ from fakit import Features, LayerMap, Objective, capture, shrink
 from fakit.evaluation import quantization_fidelity
 from fakit.teaching import Exercise
 from tests.families import batch, tiny
-from tests.notebooks.cells import assert_ladder, assert_told, exercise, solution, source
+from tests.notebooks.old_cells import assert_ladder, assert_told, exercise, solution, source
 
 NOTEBOOK = "05_gpu_distillation"
 BYTES, ERROR, BUG = (f"s05-exercise-{number}" for number in (1, 2, 3))

@@ -10,7 +10,7 @@ from scipy import stats
 from fakit.experiments import paired_difference
 from fakit.experiments.statistics import mean_interval
 from fakit.teaching import Exercise
-from tests.notebooks.cells import assert_ladder, assert_told, exercise, solution, source
+from tests.notebooks.old_cells import assert_ladder, assert_told, exercise, solution, source
 
 SCORES = {"all": np.array([0.81, 0.84, 0.80]), "outputs": np.array([0.78, 0.83, 0.79])}
 # what earlier cells of the notebook define
