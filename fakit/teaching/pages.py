@@ -44,9 +44,8 @@ def formula(tex: str, display: bool = False) -> str:
         drawn = convert(known, display="block" if display else "inline")
     except Exception:  # whatever a parser of half a formula raises
         drawn = ""
-    if not drawn or re.search(
-        r"\\\\|&(?!#?\w+;)", drawn
-    ):  # a command it passed through, or an alignment it did not see
+    # a backslash: a command that was passed through; a bare &: an alignment that was not seen
+    if not drawn or re.search(r"\\|&(?!#?\w+;)", drawn):
         return f'<code class="tex">{escape(source)}</code>'
     label = escape(source, quote=True)
     return drawn.replace("<math ", f'<math aria-label="{label}" ', 1)

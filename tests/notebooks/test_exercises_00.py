@@ -85,8 +85,7 @@ def classifier(seed: int) -> BertForSequenceClassification:
 
 @pytest.fixture
 def hunt():
-    """The exercise with its cell's namespace, as the cells before it leave it: a pair, a batch, the colleague's step.
-    """
+    """The exercise with its cell's namespace, as the cells before it leave it: a pair, a batch, the colleague's step."""
     teacher, student = classifier(0).eval().requires_grad_(False), classifier(1).train()
     known = {
         **{"torch": torch, "Exercise": Exercise, "Markdown": str, "teacher": teacher, "student": student},
