@@ -346,6 +346,10 @@ def build_arguments(config: ExperimentConfig, folder: str | Path) -> TrainingArg
     """transformers' TrainingArguments of a configuration; checkpoints go to `folder`.
 
     Batches are taken in order (`train_sampling_strategy="sequential"`): the rows come in the planned order already.
+
+    Raises:
+        ValueError: a device that is not there, a plan of rows that does not fit, or a value in `training_args` that
+            transformers refuses.
     """
     from transformers import TrainingArguments
 
@@ -357,11 +361,17 @@ def build_arguments(config: ExperimentConfig, folder: str | Path) -> TrainingArg
         check_device(config.device, "device: ")
     if ":" in config.device:
         torch.cuda.set_device(config.device)
-    args = TrainingArguments(
+    asked = {
+        "per_device_eval_batch_size": 64,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "dataloader_pin_memory": config.device not in ("cpu", "mps") and torch.cuda.is_available(),
+        **config.training_args,
+    }
+    own = dict(
         output_dir=str(folder),
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=64,
         gradient_accumulation_steps=training.accumulation,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.scheduler,
@@ -378,10 +388,13 @@ def build_arguments(config: ExperimentConfig, folder: str | Path) -> TrainingArg
         eval_steps=training.eval_every,
         save_strategy="steps" if training.save_every else "no",
         save_steps=training.save_every or 500,
-        save_total_limit=2,
-        report_to="none",
         disable_tqdm=True,  # it prints a dictionary at every log; run_experiment has a bar of its own
-        dataloader_pin_memory=config.device not in ("cpu", "mps") and torch.cuda.is_available(),
     )
+    try:
+        args = TrainingArguments(**own, **asked)
+    except (TypeError, ValueError) as error:
+        if not config.training_args:
+            raise
+        raise ValueError(f"training_args: {config.training_args} were refused by transformers: {error}") from error
     args.bf16 = training.bf16  # "auto" is decided by the DistillationTrainer, when all processes are there
     return args

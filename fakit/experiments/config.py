@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fakit import renamed
+from fakit.experiments.arguments import check_training_args
 from fakit.experiments.schema import Section, describe, did_you_mean, option
 from fakit.experiments.terms import (
     LAYER_MAPS,
@@ -140,6 +141,8 @@ class ExperimentConfig(Section):
     name: str | None = None  # the arm's name in tables; null: derived from the terms
     # further terms by name: {kind: features, attention, outputs or package.module:Class, and its settings}
     terms: dict[str, Any] = field(default_factory=dict)
+    # handed on to transformers.TrainingArguments, such as {optim: adamw_8bit, activation_checkpointing: true}
+    training_args: dict[str, Any] = field(default_factory=dict)
 
     def _check(self) -> None:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
@@ -148,6 +151,7 @@ class ExperimentConfig(Section):
                 f"device: {self.device!r} is not one of {', '.join(allowed)}.{did_you_mean(self.device, allowed)}"
             )
         check_further_terms(self.terms)
+        check_training_args(self.training_args)
         if not self.transfers and not self.task_weight:
             raise ValueError(
                 "features, attention, outputs, task_weight: all are null or of weight 0, so there is nothing to "
@@ -160,8 +164,9 @@ class ExperimentConfig(Section):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Without `terms` where there are none further: the ids of runs that never heard of them stay."""
-        return {key: value for key, value in super().to_dict().items() if key != "terms" or value}
+        """Without `terms` and `training_args` where they are empty: the ids of runs from before them stay."""
+        later = ("terms", "training_args")
+        return {key: value for key, value in super().to_dict().items() if key not in later or value}
 
     @property
     def transfers(self) -> tuple[str, ...]:

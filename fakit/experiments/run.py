@@ -485,7 +485,9 @@ def evaluate_baselines(config: ExperimentConfig) -> list[dict[str, Any]]:
 
 def baseline_id(config: ExperimentConfig, arm: str) -> str:
     """The run id of a baseline beside `config`: whatever its terms and training, so it is evaluated once."""
-    bare = config.replace(features=None, attention=None, outputs=None, task_weight=1.0, name=f"baseline {arm}")
+    bare = config.replace(
+        features=None, attention=None, outputs=None, task_weight=1.0, training_args={}, name=f"baseline {arm}"
+    )
     return bare.replace(training={"max_length": config.training.max_length}).run_id
 
 

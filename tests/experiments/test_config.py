@@ -36,6 +36,7 @@ FULL = ExperimentConfig(
     device="cuda:1",
     out="runs/here",
     name="my arm: 50 %",
+    training_args={"optim": "adafactor", "max_grad_norm": 0.5, "optim_args": None},
 )
 
 
@@ -106,6 +107,11 @@ def test_full_config_differs_from_the_default_in_every_key():
         ({"training": None}, ["training", "None (nothing)", "a mapping"]),
         ({"task": {"options": [1]}}, ["task.options", "a mapping"]),
         ({"device": "gpu"}, ["device", "'gpu'", "cuda:0"]),
+        ({"training_args": {"optimizer": "sgd"}}, ["training_args.optimizer", "no such argument"]),
+        ({"training_args": {"max_grad_nrom": 1.0}}, ["training_args.max_grad_nrom", "Did you mean 'max_grad_norm'?"]),
+        ({"training_args": {"max_steps": 3}}, ["training_args.max_steps", "the key training.steps"]),
+        ({"training_args": {"disable_tqdm": False}}, ["training_args.disable_tqdm", "set by the kit", "progress bar"]),
+        ({"training_args": ["optim"]}, ["training_args", "a mapping"]),
         ({"seed": 2**32}, ["seed", "at most"]),
         ({"training": {"save_every": 5}}, ["training.save_every", "out"]),
         (

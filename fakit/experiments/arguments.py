@@ -1,0 +1,61 @@
+"""Arguments of transformers' Trainer that a configuration hands on: those for which it has no key of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from fakit.experiments.schema import did_you_mean
+
+SET_BY = {
+    "output_dir": "out",
+    "max_steps": "training.steps",
+    "num_train_epochs": "training.steps",
+    "per_device_train_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.accumulation",
+    "learning_rate": "training.learning_rate",
+    "lr_scheduler_type": "training.scheduler",
+    "warmup_steps": "training.warmup",
+    "weight_decay": "training.weight_decay",
+    "bf16": "training.bf16",
+    "fp16": "training.bf16",
+    "logging_strategy": "training.log_every",
+    "logging_steps": "training.log_every",
+    "eval_strategy": "training.eval_every",
+    "eval_steps": "training.eval_every",
+    "save_strategy": "training.save_every",
+    "save_steps": "training.save_every",
+    "seed": "seed",
+    "use_cpu": "device",
+}
+"""Argument → the key of a configuration that decides it."""
+
+FIXED = {
+    "train_sampling_strategy": "the rows come in the planned order, the same for every arm of a seed",
+    "auto_find_batch_size": "the rows of each step are planned beforehand",
+    "remove_unused_columns": "the objective looks at columns that the model does not take",
+    "load_best_model_at_end": "a run reports its last step, and chooses nothing",
+    "disable_tqdm": "run_experiment shows its own progress bar",
+    "resume_from_checkpoint": "run_experiment(…, resume=True), or --resume, does it",
+}
+"""Argument → why the kit decides it."""
+
+
+def check_training_args(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for an argument that transformers does not know, or that the kit sets itself."""
+    if not given:
+        return
+    from transformers import TrainingArguments
+
+    known = [field.name for field in fields(TrainingArguments) if field.init]
+    for name in given:
+        if name in SET_BY:
+            raise ValueError(f"training_args.{name}: is decided by the key {SET_BY[name]}; set that one.")
+        if name in FIXED:
+            raise ValueError(f"training_args.{name}: is set by the kit: {FIXED[name]}. Leave it out.")
+        if name not in known:
+            raise ValueError(
+                f"training_args.{name}: transformers.TrainingArguments has no such argument; they are listed at "
+                f"https://huggingface.co/docs/transformers/main_classes/trainer.{did_you_mean(name, known)}"
+            )

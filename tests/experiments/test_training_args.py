@@ -1,0 +1,75 @@
+"""Arguments of transformers' Trainer that a configuration hands on, and the shipped recipe that uses them."""
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback, TrainingArguments
+
+from fakit.experiments import ExperimentConfig, run_experiment
+from fakit.experiments.arguments import FIXED, SET_BY
+from fakit.experiments.build import build_arguments
+from fakit.experiments.run import baseline_id
+
+LARGE = Path(__file__).parents[2] / "configs" / "distill_large_lm.yaml"
+
+
+def test_every_argument_is_handed_on_or_decided_by_the_kit(tmp_path):
+    """None is both, which would be Python's "multiple values" in the middle of a run."""
+    names = {field.name for field in fields(TrainingArguments) if field.init}
+    assert SET_BY.keys() | FIXED.keys() <= names
+    free = {f.name: f.default for f in fields(TrainingArguments) if f.init and f.default is not MISSING}
+    free = {name: value for name, value in free.items() if name not in SET_BY and name not in FIXED}
+    args = build_arguments(ExperimentConfig(training_args=free, device="cpu"), tmp_path)
+    assert args.save_total_limit is None  # transformers' default in place of the kit's
+
+
+def test_the_value_arrives(tmp_path):
+    config = ExperimentConfig(device="cpu")
+    assert build_arguments(config, tmp_path).per_device_eval_batch_size == 64
+    args = build_arguments(config.replace(training_args={"per_device_eval_batch_size": 2}), tmp_path)
+    assert (args.per_device_eval_batch_size, args.save_total_limit) == (2, 2)
+
+
+def test_a_value_that_transformers_refuses_is_refused_before_work(config):
+    with pytest.raises(ValueError, match=r"training_args: .* were refused by transformers"):
+        run_experiment(
+            config.replace(training_args={"optim": "adamm"}, teacher={"id": "nowhere/at-all"}), progress=False
+        )
+
+
+def test_run_ids_of_before_stay():
+    """Also those of baselines, which no training argument changes."""
+    config = ExperimentConfig()
+    with_one = config.replace(training_args={"max_grad_norm": 0.5})
+    assert "training_args" not in config.to_dict()
+    assert with_one.run_id != config.run_id
+    assert baseline_id(with_one, "teacher") == baseline_id(config, "teacher")
+
+
+class _Seen(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **rest):
+        self.optimizer = type(getattr(optimizer, "optimizer", optimizer)).__name__
+        self.recomputes = model.student.is_activation_checkpointing
+
+
+def test_the_recipe_for_a_large_teacher_runs_on_a_small_one(config, world):
+    """The shipped file, with another model and other sizes."""
+    large = ExperimentConfig.from_yaml(LARGE)
+    small = large.replace(
+        **{"task.name": str(world / "animals.jsonl"), "task.labels": 64},
+        **{"task.options": {"kind": "causal-lm", "validation": 8, "test": 8}},
+        **{"training.steps": 6, "training.batch_size": 8, "training.accumulation": 1, "training.max_length": 48},
+        **{"training.log_every": 2, "training.save_every": None, "training.bf16": False},
+        teacher={"id": str(world / "causal")},
+        student={"layers": 1},
+        layer_map=[[1, 2]],
+        device="cpu",
+        out=None,
+        training_args=large.training_args | {"optim": "sgd"},
+    )
+    seen = _Seen()
+    result = run_experiment(small, callbacks=[seen], progress=False)
+    assert (seen.optimizer, seen.recomputes) == ("SGD", True)
+    assert (result.metric, result.steps) == ("perplexity", 6)
+    assert {"features", "attention", "outputs", "task"} <= result.history[0].keys()
