@@ -21,7 +21,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_exercise_has_its_row_with_answer_wrong_answers_and_question(path):
     cells = nbformat.read(path, as_version=4).cells
-    exercises = sum(c.cell_type == "code" and re.search(r"= Exercise\(", c.source) is not None for c in cells)
+    exercises = sum(
+        c.cell_type == "code" and re.search(r"^\w+\.check\(\w+\)$", c.source, re.M) is not None for c in cells
+    )
     number = path.stem[:2]
     rows = re.findall(rf"^\| {number}\.(\d) \|(.*)\|$", GUIDE, re.MULTILINE)
     assert [int(k) for k, _ in rows] == list(range(1, exercises + 1))

@@ -187,6 +187,9 @@ def test_literal_numbers():
     two = made({"features": 3.0, "task": 4.0}, cosine=-1.0)
     assert two.norms() == pytest.approx({"features": 3.0, "task": 4.0})
     assert two.cosines()[0, 1] == pytest.approx(-1.0)
+    assert two.cosine(*two.terms) == pytest.approx(-1.0) and two.cosine(*two.terms, part=0) == pytest.approx(-1.0)
+    with pytest.raises(ValueError, match="no gradient of attention was measured"):
+        two.cosine(two.terms[0], "attention")
     assert two.total_norm() == pytest.approx(1.0)  # 4 − 3
     assert two.total_norm({"features": 4.0, "task": 3.0}) == pytest.approx(0.0, abs=1e-6)
     assert made({"features": 3.0, "task": 4.0}).total_norm() == pytest.approx(5.0)

@@ -70,6 +70,16 @@ class TermGradients:
         length = torch.where(length > 0, length, torch.nan)
         return (gram / (length[:, None] * length)).clamp(-1, 1)
 
+    def cosine(self, term: str, other: str, part: Part = ALL) -> float:
+        """cos of the gradients of two terms, by name; NaN where one has no gradient in that part.
+
+        Raises:
+            ValueError: a term that was not measured, or a part without trainable parameters.
+        """
+        if missing := [name for name in (term, other) if name not in self.terms]:
+            raise ValueError(f"no gradient of {', '.join(missing)} was measured; measured were {self.terms}.")
+        return self.cosines(part)[self.terms.index(term), self.terms.index(other)].item()
+
     def total_norm(self, weights: Mapping[str, float] | None = None, part: Part = ALL) -> float:
         """‖∇ Σ w_i L_i‖."""
         w = self._vector(weights)
