@@ -58,11 +58,9 @@ def distill(args: argparse.Namespace) -> int:
 
 def study(args: argparse.Namespace) -> int:
     """`fakit study`: run what a study has not recorded yet."""
-    from fakit.experiments import MapStudyConfig, run_map_study, run_study, study_from_yaml
+    from fakit.experiments import Study
 
-    config = study_from_yaml(args.config)
-    run = run_map_study if isinstance(config, MapStudyConfig) else run_study
-    store = run(config, args.out, workers=args.workers)
+    store = Study.from_yaml(args.config).run(args.out, workers=args.workers)
     print(f"{len(store)} runs are recorded in {store.path}; `fakit report {store.path}` compares them.")
     return 0
 
@@ -78,7 +76,7 @@ def report(args: argparse.Namespace) -> int:
     """`fakit report`: tables and figures of a runs directory."""
     from fakit.experiments import report
 
-    print(report(args.runs, args.out))
+    print(report(args.runs, args.out, args.baseline))
     return 0
 
 
@@ -137,6 +135,12 @@ def parser() -> argparse.ArgumentParser:
     sub = command(report, "Compare recorded runs: tables and figures.")
     sub.add_argument("runs", type=Path, metavar="RUNS_DIR")
     sub.add_argument("--out", type=Path, help="where the report goes (RUNS_DIR/report)")
+    sub.add_argument(
+        "--baseline",
+        action="append",
+        metavar="ARM",
+        help="an arm that gains are paired against, as often as needed (none and outputs)",
+    )
     return top
 
 

@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from fakit.__main__ import main
-from fakit.experiments import ExperimentConfig, RunStore, study_from_yaml
+from fakit.experiments import ExperimentConfig, RunStore, Study
 from tests.experiments.conftest import config, world  # noqa: F401 (fixtures: a toy teacher and texts on disk)
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +163,7 @@ def test_a_config_that_names_its_student_folder_keeps_it(config, tmp_path):
 
 def test_study_runs_and_continues(experiment, tmp_path, capsys):
     path, runs = tmp_path / "study.yaml", tmp_path / "runs"
-    path.write_text("experiments: [experiment.yaml]\narms: [none, all]\nseeds: [0]\nequal_compute: []\n")
+    path.write_text("base: experiment.yaml\nvary: {kind: arms, names: [none, all]}\nseeds: [0]\n")
     assert main(["study", str(path), "--out", str(runs)]) == 0
     arms = [record["arm"] for record in RunStore(runs).records()]
     assert sorted(arms) == ["all", "none", "teacher", "untrained"]
@@ -178,7 +178,7 @@ def test_the_shipped_configurations_are_readable():
     files = sorted((ROOT / "configs").glob("*.yaml"))
     assert {"study.yaml", "distill_glosses.yaml"} <= {path.name for path in files}
     for path in files:
-        (ExperimentConfig.from_yaml if path.name.startswith("distill") else study_from_yaml)(path)
+        (ExperimentConfig.from_yaml if path.name.startswith("distill") else Study.from_yaml)(path)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_a_wrong_key_is_answered_with_the_allowed_ones(experiment, capsys):
 def test_the_run_of_a_study_that_failed_is_named(experiment, tmp_path, capsys):
     ExperimentConfig.from_yaml(experiment).replace(**{"student.layers": 9}).to_yaml(experiment)
     path = tmp_path / "study.yaml"
-    path.write_text("experiments: [experiment.yaml]\narms: [none]\nseeds: [0]\nequal_compute: []\nbaselines: false\n")
+    path.write_text("base: experiment.yaml\nvary: {kind: arms, names: [none]}\nseeds: [0]\nbaselines: false\n")
     assert main(["study", str(path), "--out", str(tmp_path / "runs")]) == 2
     said = capsys.readouterr().err
     assert "9" in said and "in the run " in said and "arm none, seed 0" in said

@@ -6,7 +6,8 @@ import warnings
 import pytest
 
 from fakit import Features, renamed
-from fakit.experiments import ExperimentConfig, RunStore, TrainingConfig
+from fakit.experiments import ExperimentConfig, RunStore
+from fakit.experiments.config import TrainingConfig
 from fakit.files import shipped
 from fakit.losses import features
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from fakit.experiments import RunStore, StudyConfig, study_table
+from fakit.experiments import RunStore, Study, study_table
 from fakit.experiments.table import to_markdown
 from tests.readme import README, blocks, lay_out
 
@@ -51,7 +51,7 @@ def test_the_table_is_the_recorded_study():
 
 @pytest.mark.parametrize("study, store", [("study.yaml", "study"), ("study_glosses_1400.yaml", "glosses_1400_labels")])
 def test_the_record_is_complete(study, store):
-    config = StudyConfig.from_yaml(ROOT / "configs" / study)
+    config = Study.from_yaml(ROOT / "configs" / study)
     recorded = RunStore.open(ROOT / "data/recorded" / store)
     missing = [run.run_id for run in config.runs() if not recorded.has(run.run_id)]
     missing += [run.run_id for run in config.equal_compute_runs(recorded) if not recorded.has(run.run_id)]
@@ -100,3 +100,4 @@ def test_the_code_of_extending_runs():
     assert state["l1"](student, teacher, torch.tensor([[True, False]])).item() == 1.0
     assert state["objective"].pairs("features") == {(1, 2): 0.5, (2, 4): 0.5}
     assert state["mine"].weights[2, 4].item() == 3.0
+    assert [run.arm for run in state["runs"]] == ["as it is", "low"] * 5

@@ -2,7 +2,8 @@
 
 config = ExperimentConfig.from_yaml("configs/distill_glosses.yaml")
 result = run_experiment(config, store="runs")
-store = run_study(StudyConfig.from_yaml("configs/study.yaml"), out="runs/study")
+Study(config, vary={"as it is": {}, "low": {"features.weight": 0.1}}, seeds=range(5)).run("runs/weights")
+Study.from_yaml("configs/study.yaml").run("runs/study")
 report("runs/study")
 """
 
@@ -12,31 +13,32 @@ from fakit import require
 require("study", "pandas", "yaml", "plotly", "matplotlib", "mistune", "sklearn", "sacrebleu", "rouge_score", "jiwer")
 
 from fakit.experiments.config import ExperimentConfig
-from fakit.experiments.map_study import MapStudyConfig, map_scores, run_map_study, study_from_yaml
+from fakit.experiments.map_study import map_scores, recorded_similarity
 from fakit.experiments.report import Report, report
 from fakit.experiments.run import RunResult, run_experiment
 from fakit.experiments.statistics import gap_closed, paired_bootstrap, paired_difference, paired_table, retention
 from fakit.experiments.store import RunStore
-from fakit.experiments.study import StudyConfig, run_study
+from fakit.experiments.study import Study
 from fakit.experiments.table import study_table
+from fakit.experiments.vary import arms, maps, weights
 
 __all__ = [
     "ExperimentConfig",
-    "MapStudyConfig",
     "Report",
     "RunResult",
     "RunStore",
-    "StudyConfig",
+    "Study",
+    "arms",
     "gap_closed",
     "map_scores",
+    "maps",
     "paired_bootstrap",
     "paired_difference",
     "paired_table",
+    "recorded_similarity",
     "report",
     "retention",
     "run_experiment",
-    "run_map_study",
-    "run_study",
-    "study_from_yaml",
     "study_table",
+    "weights",
 ]

@@ -4,6 +4,8 @@ and whether the one predicts the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -26,7 +28,7 @@ def map_correlations(table: pd.DataFrame) -> dict[str, Interval]:
     return found
 
 
-def map_report(store: RunStore) -> tuple[pd.DataFrame, str, dict[str, Figure]]:
+def map_report(store: RunStore, baselines: Sequence[str] | None = None) -> tuple[pd.DataFrame, str, dict[str, Figure]]:
     """The table of `map_scores`, the report in markdown, which names the seeds that were left out, and its figure."""
     table = map_scores(store.path)
     correlations = map_correlations(table)
@@ -44,16 +46,21 @@ def map_report(store: RunStore) -> tuple[pd.DataFrame, str, dict[str, Figure]]:
     ]
     if unfinished := whole_seeds(store.path)[1]:
         head += [f"Left out, since maps are missing: {'; '.join(map(str, unfinished))}.", ""]
-    body = map_markdown(table, correlations, recorded_similarity(store.path))
+    body = map_markdown(table, correlations, recorded_similarity(store.path), baselines or ("none",))
     return table, "\n".join([*head, body, f"![{figure.summary}](figures/maps.svg)\n"]), {"maps": figure}
 
 
-def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similarity: dict[str, list]) -> str:
-    """For each task: the correlation, what CKA would have chosen,
-    and all maps from best to worst with paired gains over "none".
+def map_markdown(
+    table: pd.DataFrame,
+    correlations: dict[str, Interval],
+    similarity: dict[str, list],
+    baselines: Sequence[str] = ("none",),
+) -> str:
+    """For each task: the correlation, what CKA would have chosen, and all maps from best to worst with paired
+    gains over the maps of `baselines`.
 
     Raises:
-        ValueError: a map that would have been chosen is not in the table.
+        ValueError: a map that would have been chosen, or one of `baselines`, is not in the table.
     """
     lines = []
     for task, rows in table.groupby("task", sort=False):
@@ -80,21 +87,28 @@ def map_markdown(table: pd.DataFrame, correlations: dict[str, Interval], similar
             f"{rho.format(digits=2, sign=True)}: {verdict}. Of the {rho.n}, {'; '.join(places)}.",
             "",
             f"| {task}: S1-S2-… learn from T | mean CKA | test "
-            f"{rows['metric'].iloc[0]}{unit}{'' if sign > 0 else ' (lower is better)'} | paired gain over none | "
-            "agreement |",
-            "|---|---|---|---|---|",
+            f"{rows['metric'].iloc[0]}{unit}{'' if sign > 0 else ' (lower is better)'} | "
+            f"{''.join(f'paired gain over {name} | ' for name in baselines)}agreement |",
+            "|---|---|---|" + "---|" * len(baselines) + "---|",
         ]
-        none = rows[rows["map"] == "none"].iloc[0]["scores"]
         for _, row in rows.iterrows():
-            gain = "–"
-            if row["map"] != "none" and len(none) > 1:
-                better, worse = (row["scores"], none)[::sign]
-                gain = paired_difference(better, worse).format(factor, digits=1, sign=True)
+            gains = "".join(f"{_gain(row, rows, name, factor, sign)} | " for name in baselines)
             name = row["map"] if row["kind"] == "increasing" else f"*{row['map']}*"
             cka = "–" if np.isnan(row["cka"]) else f"{row['cka']:.2f}"
-            lines.append(f"| {name} | {cka} | {factor * row['score']:.1f} | {gain} | {100 * row['agreement']:.1f} % |")
+            lines.append(f"| {name} | {cka} | {factor * row['score']:.1f} | {gains}{100 * row['agreement']:.1f} % |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _gain(row: pd.Series, rows: pd.DataFrame, baseline: str, factor: float, sign: int) -> str:
+    of_baseline = rows[rows["map"] == baseline]
+    if of_baseline.empty:
+        raise ValueError(f"baselines: {baseline!r} is not among the maps, which are {', '.join(rows['map'])}.")
+    scores = of_baseline.iloc[0]["scores"]
+    if row["map"] == baseline or len(scores) < 2:
+        return "–"
+    better, worse = (row["scores"], scores)[::sign]
+    return paired_difference(better, worse).format(factor, digits=1, sign=True)
 
 
 def _place(name: str, increasing: list[str], task: str) -> int:

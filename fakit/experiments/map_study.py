@@ -1,152 +1,71 @@
-"""Does the CKA score of a layer map predict the student's quality? Every increasing map, trained and tested,
-beside three controls.
+"""What is particular to a study of maps: does the CKA score of a layer map predict the student's quality?
 
 A map's score is the mean similarity of its pairs, student layer to teacher layer, measured on unlabeled texts before
 any training; its quality is the test score of the student trained with it. Nothing is scored and tested on the same
-text, and the teacher was trained on neither.
+text, and the teacher was trained on neither. `fakit.experiments.vary.maps` names the maps, `Study` trains them.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import combinations
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from fakit.experiments.build import Prepared, build_student, prepare
+from fakit.experiments.build import Prepared, build_student
 from fakit.experiments.config import ExperimentConfig
-from fakit.experiments.run import RunResult, without_side_bars
-from fakit.experiments.schema import from_file, option
+from fakit.experiments.run import prepare_run
 from fakit.experiments.store import RunStore
-from fakit.experiments.study import (
-    Experiments,
-    StudyConfig,
-    check_pairing,
-    check_workers,
-    run_missing,
-    run_recorded,
-    silent,
-)
+from fakit.experiments.vary import CONTROLS, increasing_maps
 from fakit.files import write_whole
-from fakit.layer_maps import LayerMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONTROLS = ("none", "reverse", "random")
 SIMILARITY = "similarity.json"
 BATCH = 64  # texts that are scored together
-Pairs = tuple[tuple[int, int], ...]
 
 
-def increasing_maps(student_layers: int, teacher_layers: int) -> list[LayerMap]:
-    """Every map that gives each student layer a teacher layer of its own, deeper ones to deeper layers:
-    T over S of them.
+def planned_maps(student_layers: int, teacher_layers: int) -> set[str]:
+    """The names of the maps that a study of maps trains."""
+    return {layer_map.name for layer_map in increasing_maps(student_layers, teacher_layers)} | set(CONTROLS)
+
+
+def record_similarity(experiments: Iterable[ExperimentConfig], texts: int, arms: Iterable[str], folder: Path) -> None:
+    """Measure `similarity` for each experiment and write similarity.json.
 
     Raises:
-        ValueError: more student layers than teacher layers.
-
-    >>> len(increasing_maps(3, 6))
-    20
+        ValueError: before anything is measured: tasks of one name, or arms that are not all the maps of the models.
     """
-    if student_layers > teacher_layers:
-        raise ValueError(
-            f"each of {student_layers} student layers would have a teacher layer of its own, and the teacher has "
-            f"{teacher_layers}: make the student no deeper than its teacher."
-        )
-    chosen = combinations(range(1, teacher_layers + 1), student_layers)
-    return [LayerMap(enumerate(layers, start=1), name="-".join(map(str, layers))) for layers in chosen]
+    from transformers import set_seed
 
-
-@dataclass(frozen=True)
-class MapStudyConfig(Experiments):
-    """Experiments × maps × seeds.
-
-    Attributes:
-        experiments: one for each task; their layer map is what varies. In a file, mappings or names of YAML files
-            beside it.
-        maps: which maps are trained, beside the controls; in a file, the key that tells this study from one of arms.
-        seeds: each runs every map from the same student, labeled texts and batches.
-        texts: unlabeled texts on which a map is scored.
-    """
-
-    experiments: tuple[ExperimentConfig, ...]
-    maps: str = option("increasing", choices=("increasing",))
-    seeds: tuple[int, ...] = (0, 1, 2)
-    texts: int = option(512, at_least=8)
-    what: str = field(default="does a map's CKA score predict the student's quality?")
-
-    def _check(self) -> None:
-        check_pairing(self.experiments, self.seeds)
-
-    def runs(self, student_layers: int, teacher_layers: int) -> list[ExperimentConfig]:
-        """Every map of every task, seed by seed, so that a study that was stopped early compares whole sets of maps.
-
-        "random" draws each student layer's teacher layer freely, in any order, anew for every seed.
-        """
-        maps = {layer_map.name: tuple(layer_map.pairs) for layer_map in increasing_maps(student_layers, teacher_layers)}
-        maps |= {"none": "none", "reverse": tuple(LayerMap.reverse(student_layers, teacher_layers).pairs)}
-        return [
-            experiment.replace(seed=seed, name=name, layer_map=pairs)
-            for seed in self.seeds
-            for experiment in self.experiments
-            for name, pairs in {**maps, "random": random_pairs(student_layers, teacher_layers, seed)}.items()
-        ]
-
-
-def study_from_yaml(path: str | Path) -> MapStudyConfig | StudyConfig:
-    """A study's file: of maps where it has the key `maps`, else of arms."""
-
-    def read(data: Any) -> MapStudyConfig | StudyConfig:
-        kind = MapStudyConfig if isinstance(data, Mapping) and "maps" in data else StudyConfig
-        return kind.from_dict(data, Path(path).parent)
-
-    return from_file(path, read)
-
-
-def random_pairs(student_layers: int, teacher_layers: int, seed: int) -> Pairs:
-    """A teacher layer for each student layer, drawn freely: any order, repeats allowed."""
-    draw = random.Random(f"fakit maps {seed}")
-    return tuple((layer, draw.randint(1, teacher_layers)) for layer in range(1, student_layers + 1))
-
-
-def run_map_study(study: MapStudyConfig, out: str | Path, workers: int = 1, progress: bool = True) -> RunStore:
-    """Run what is not recorded in `out` yet, then score the maps; one line of progress a run.
-
-    Args:
-        out: the runs directory, made when missing; the similarities go to similarity.json in it.
-        workers: processes side by side, each with one thread.
-    """
     from fakit.models.blocks import depth
 
-    check_workers(workers)
-    store = RunStore.open(out, what=study.what)
-    first = [experiment.replace(seed=study.seeds[0]) for experiment in study.experiments]
-    with without_side_bars():
-        prepared = [prepare(config) for config in first]
-    students = [build_student(config, p.teacher, p.task) for config, p in zip(first, prepared, strict=True)]
-    depths = {(depth(student), depth(p.teacher)) for student, p in zip(students, prepared, strict=True)}
-    if len(depths) > 1:
-        raise ValueError(
-            f"experiments: (student, teacher) depths are {sorted(depths)}; one study compares the same maps."
-        )
-    names = [p.task.name for p in prepared]
-    if len(set(names)) < len(names):
-        asked = ", ".join(experiment.task.name for experiment in study.experiments)
-        raise ValueError(
-            f"experiments: {asked} are all called {names[0]} in tables and figures; rename one of the files."
-        )
-    runs = study.runs(*depths.pop())
-    found = {p.task.name: similarity(student, p, study.texts) for student, p in zip(students, prepared, strict=True)}
-    write_whole(Path(out) / SIMILARITY, json.dumps(found, indent=1) + "\n")
-    run_missing(runs, store, workers, print if progress else silent, run=_run)
-    return store
+    arms = set(arms)
+    by_task: dict[str, tuple[PreTrainedModel, Prepared]] = {}
+    for config in experiments:
+        prepared = prepare_run(config)
+        set_seed(config.seed)  # the student that is going to be trained
+        student = build_student(config, prepared.teacher, prepared.task)
+        layers, task = (depth(student), depth(prepared.teacher)), prepared.task.name
+        if arms != planned_maps(*layers):
+            raise ValueError(
+                f"similarity_texts: is for a study of maps, and a student of {layers[0]} layers with a teacher of "
+                f"{layers[1]}, as {task} has them, have other arms than {', '.join(sorted(arms))}: give vary: {{kind: "
+                f"maps, student_layers: {layers[0]}, teacher_layers: {layers[1]}}}, or leave similarity_texts out."
+            )
+        if task in by_task:
+            raise ValueError(
+                f"base: {config.task.name} and another are both called {task} in tables and figures; rename one of "
+                "the files."
+            )
+        by_task[task] = student, prepared
+    found = {task: similarity(student, prepared, texts) for task, (student, prepared) in by_task.items()}
+    write_whole(folder / SIMILARITY, json.dumps(found, indent=1) + "\n")
 
 
 def similarity(student: PreTrainedModel, prepared: Prepared, texts: int) -> dict[str, Any]:
@@ -200,7 +119,7 @@ class UnfinishedSeed:
 def whole_seeds(path: str | Path) -> tuple[list[dict[str, Any]], list[UnfinishedSeed]]:
     """The runs of a recorded map study whose seed has every map of the plan with a score, and the seeds that have not.
 
-    The plan is that of `MapStudyConfig.runs`: each increasing map and the controls, for every task and seed. Records of
+    The plan is that of `vary.maps`: each increasing map and the controls, for every task and seed. Records of
     anything else in the folder (baselines, other arms) are no part of it.
 
     Raises:
@@ -216,7 +135,7 @@ def whole_seeds(path: str | Path) -> tuple[list[dict[str, Any]], list[Unfinished
     whole, unfinished = [], []
     seeds = sorted({record["seed"] for record in records}) or [None]
     for task, cka in similarities.items():
-        planned = {layer_map.name for layer_map in increasing_maps(len(cka) - 1, len(cka[0]) - 1)} | set(CONTROLS)
+        planned = planned_maps(len(cka) - 1, len(cka[0]) - 1)
         for seed in seeds:
             found: dict[str, dict[str, Any]] = {}
             for record in records:
@@ -284,14 +203,3 @@ def map_scores(path: str | Path) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-_prepared: Prepared | None = None  # of this process; the last one only: runs come seed by seed and task by task
-
-
-def _run(config: ExperimentConfig, path: Path) -> RunResult:
-    global _prepared
-    if _prepared is None or _prepared.differs(config):
-        with without_side_bars():
-            _prepared = prepare(config)
-    return run_recorded(config, path, prepared=_prepared, count_flops=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import pandas as pd
 from fakit.experiments.map_report import map_report
 from fakit.experiments.map_study import SIMILARITY
 from fakit.experiments.store import RunStore
-from fakit.experiments.table import scale, study_table, to_markdown
+from fakit.experiments.table import BASELINES, compared_with, scale, study_table, to_markdown
 from fakit.files import check_room, write_whole
 
 if TYPE_CHECKING:
@@ -43,30 +43,35 @@ class Report:
         return self.text
 
 
-def report(runs_dir: str | Path | RunStore, out: str | Path | None = None) -> Report:
+def report(
+    runs_dir: str | Path | RunStore, out: str | Path | None = None, baselines: Sequence[str] | None = None
+) -> Report:
     """Compare the runs of a directory and write what came out.
 
     Args:
-        runs_dir: what `fakit distill` or `run_study` wrote.
+        runs_dir: what `fakit distill` or `fakit study` wrote.
         out: the folder to write to; `runs_dir`/report by default.
+        baselines: the arms that gains are paired against; by default "none" and, of a study that is not of maps,
+            "outputs".
 
     Raises:
-        ValueError: the folder holds no runs (says what was looked for and found), or none that is finished.
+        ValueError: the folder holds no runs (says what was looked for and found), or none that is finished, or none of
+            an arm of `baselines`.
     """
     store = runs_dir if isinstance(runs_dir, RunStore) else RunStore(runs_dir)
     folder = Path(out) if out is not None else store.path / "report"
     if len(store):
         check_room(folder, 2**20, "the report")
     if (store.path / SIMILARITY).is_file():
-        table, text, figures = map_report(store)
+        table, text, figures = map_report(store, baselines)
     else:
-        table = study_table(store)
+        table = study_table(store, baselines)
         figures = study_figures(table)
-        text = _text(store, table, figures)
+        text = _text(store, table, figures, start=(baselines or BASELINES)[0])
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.save(folder / "figures" / f"{name}.svg")
-    lists = [column for column in ("scores", "gains_over_none", "gains_over_outputs") if column in table]
+    lists = [column for column in table if column == "scores" or column.startswith("gains_over_")]
     write_whole(folder / "table.csv", table.drop(columns=lists).to_csv(index=False))
     write_whole(folder / "runs.csv", store.runs().to_csv(index=False))
     write_whole(folder / "report.md", text)
@@ -74,8 +79,12 @@ def report(runs_dir: str | Path | RunStore, out: str | Path | None = None) -> Re
     return Report(folder, table, text, figures)
 
 
-def study_figures(table: pd.DataFrame) -> dict[str, Figure]:
-    """Figures of a `study_table`, those that its runs allow: intervals need two seeds, differences the arm "none"."""
+def study_figures(table: pd.DataFrame, baselines: Sequence[str] | None = None) -> dict[str, Figure]:
+    """Figures of a `study_table`, those that its runs allow: intervals need two seeds, differences a baseline.
+
+    Args:
+        baselines: of those of the table the ones to draw differences from; all by default.
+    """
     from fakit.figures import paired_differences, pareto, scores_by_arm
 
     runs = table[(table["kind"] == "run") & (table["n"] > 1)]
@@ -85,7 +94,7 @@ def study_figures(table: pd.DataFrame) -> dict[str, Figure]:
     titles = {row["task"]: f"{row['metric']}{scale(row['metric'])[1]}" for _, row in runs.iterrows()}
     scores = [_row(row, row["mean"], row["low"], row["high"], row["scores"]) for _, row in runs.iterrows()]
     figures = {"scores_by_arm": scores_by_arm(scores, references=_references(table), metrics=titles)}
-    for baseline in ("none", "outputs"):
+    for baseline in compared_with(table) if baselines is None else baselines:
         gain = f"gain_over_{baseline}"
         compared = runs[runs[f"pairs_with_{baseline}"] > 1] if gain in runs else runs[:0]
         rows = [
@@ -146,7 +155,7 @@ def _quality(row: pd.Series) -> tuple[str, Callable[[pd.Series], tuple[float, fl
     return label, lambda r: (top - factor * r["mean"], top - factor * r["high"], top - factor * r["low"])
 
 
-def _text(store: RunStore, table: pd.DataFrame, figures: dict[str, Figure]) -> str:
+def _text(store: RunStore, table: pd.DataFrame, figures: dict[str, Figure], start: str) -> str:
     manifest = store.manifest
     runs = table[table["kind"] == "run"]
     seeds = sorted({seed for of_arm in runs["seeds"] for seed in of_arm}) if len(runs) else []
@@ -161,9 +170,9 @@ def _text(store: RunStore, table: pd.DataFrame, figures: dict[str, Figure]) -> s
         "",
         to_markdown(table),
         "In brackets: 95 % intervals over seeds (Student t). Gains are paired by seed, in the metric's points; "
-        "positive is better. Gap closed: of the way from `none` to the teacher (Fieller's interval), – where the gap "
-        "itself is not sure. TFLOPs: all of training, the teacher's forward passes included. In italics: baselines, "
-        "one evaluation each.",
+        f"positive is better. Gap closed: of the way from `{start}` to the teacher (Fieller's interval), – where the "
+        "gap itself is not sure. TFLOPs: all of training, the teacher's forward passes included. In italics: "
+        "baselines, one evaluation each.",
         "",
     ]
     if (without := runs[runs.get("no_score", 0) > 0]) is not None and len(without):

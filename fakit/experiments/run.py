@@ -441,6 +441,13 @@ def _steps_a_pass(rows: TrainingRows, args) -> int:
     return max(1, round(rows.labeled / labeled))
 
 
+def prepare_run(config: ExperimentConfig) -> Prepared:
+    """`prepare` on the device that the run is going to train on."""
+    device = build_arguments(config, tempfile.gettempdir()).device
+    with without_side_bars():
+        return prepare(config, device)
+
+
 def evaluate_baselines(config: ExperimentConfig) -> list[dict[str, Any]]:
     """Records, to stand beside the runs of a configuration, of what is there without any training of a student.
 
@@ -448,13 +455,12 @@ def evaluate_baselines(config: ExperimentConfig) -> list[dict[str, Any]]:
     """
     from transformers import set_seed
 
-    args = build_arguments(config, tempfile.gettempdir())
+    set_seed(config.seed)
+    prepared = prepare_run(config)
+    task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
+    splits = {"validation": prepared.validation, "test": prepared.test}
     set_seed(config.seed)
     with without_side_bars():
-        prepared = prepare(config, args.device)
-        task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
-        splits = {"validation": prepared.validation, "test": prepared.test}
-        set_seed(config.seed)
         student = build_student(config, teacher, task)
     scores = {"teacher": {name: _evaluate(teacher, split, task, tokenizer) for name, split in splits.items()}}
     copied = f"{task.metric}_copy"

@@ -132,7 +132,7 @@ class RunStore:
         if not path.is_file():
             raise ValueError(
                 f"{self.path} is no runs directory: looked for manifest.json, found {_listing(self.path)}. "
-                "Name the folder that `fakit distill` or run_study wrote, or make one with RunStore.create."
+                "Name the folder that `fakit distill` or `fakit study` wrote, or make one with RunStore.create."
             )
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))

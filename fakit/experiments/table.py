@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
+from fakit.experiments.schema import did_you_mean
 from fakit.experiments.statistics import Interval, differing_settings, gap_closed, paired_table
 from fakit.experiments.store import RunStore
 
-SOFT_LABELS = "outputs"  # the arm that is plain soft-label distillation
+BASELINES = ("none", "outputs")  # labels alone, and plain soft-label distillation
 UNSCALED = frozenset({"perplexity", "bits_per_byte", "nll", "loss", "mse"})  # not shown in percent
 _COMPARISON = {  # columns of paired_table → of study_table, {} the baseline arm
     "gain": "gain_over_{}",
@@ -22,33 +24,48 @@ _COMPARISON = {  # columns of paired_table → of study_table, {} the baseline a
 }
 
 
-def study_table(store: RunStore, level: float = 0.95) -> pd.DataFrame:
-    """One row a task and arm, then the baselines of each task.
+def study_table(store: RunStore, baselines: Sequence[str] | None = None, level: float = 0.95) -> pd.DataFrame:
+    """One row a task and arm, then the untrained baselines of each task.
 
-    Columns: task, arm, kind ("run" or "baseline"), metric, higher_is_better, n, seeds, scores, mean, low, high; for
-    each X of none and outputs that the task was run with: gain_over_X, …_low, …_high, gains_over_X (one a pair),
-    p_holm_over_X, pairs_with_X; gap_closed, …_low, …_high from none to the teacher (nan where not available); steps,
-    flops (training, mean), agreement (with the teacher, mean); no_score: seeds whose student gave NaN,
-    which no mean counts.
+    Args:
+        baselines: the arms that gains are paired against, and from the first of which the gap to the teacher is closed.
+            By default "none" and "outputs", as far as they were run.
+        level: of the intervals.
+
+    Returns:
+        columns task, arm, kind ("run" or "baseline"), metric, higher_is_better, n, seeds, scores, mean, low, high; for
+        each X of `baselines` gain_over_X, …_low, …_high, gains_over_X (one a pair), p_holm_over_X, pairs_with_X;
+        gap_closed, …_low, …_high (nan where not available); steps, flops (training, mean), agreement (with the
+        teacher, mean); no_score: seeds whose student gave NaN, which no mean counts.
 
     Raises:
-        ValueError: the store holds no finished run.
+        ValueError: the store holds no finished run, or none of an arm of `baselines`.
     """
     _check_records(store)
     runs = store.runs()
     if runs.empty:
-        raise ValueError(f"{store.path} holds no finished run yet; `fakit distill CONFIG.yaml` or run_study adds some.")
+        raise ValueError(
+            f"{store.path} holds no finished run yet; `fakit distill CONFIG.yaml` or `fakit study` adds some."
+        )
     runs = runs.assign(task=distinct_tasks(runs), score=runs["score"].astype(float))
     runs = runs.assign(arm=distinct_arms(runs))
-    baselines = runs[runs["kind"] == "baseline"]
+    arms = runs.loc[runs["kind"] == "run", "arm"].unique()
+    for arm in baselines or ():
+        if arm not in arms:
+            raise ValueError(
+                f"baselines: {arm!r} is not among the arms of {store.path}, which are {', '.join(arms)}."
+                + did_you_mean(arm, arms)
+            )
+    compared = BASELINES if baselines is None else tuple(baselines)
+    untrained = runs[runs["kind"] == "baseline"]
     parts = []
     for task in runs["task"].unique():
         trained = runs[(runs["task"] == task) & (runs["kind"] == "run")]
-        beside = baselines[baselines["task"] == task]
+        beside = untrained[untrained["task"] == task]
         if len(trained):
             teacher = beside.loc[beside["arm"] == "teacher", "score"]
             known = len(teacher) and not math.isnan(teacher.iloc[0])
-            parts.append(_task_table(trained, teacher.iloc[0] if known else None, level))
+            parts.append(_task_table(trained, teacher.iloc[0] if known else None, compared, level))
         parts.append(_baseline_rows(beside))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
@@ -112,8 +129,17 @@ def scale(metric: str) -> tuple[float, str]:
     return (1.0, "") if metric in UNSCALED else (100.0, " %")
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """The table for people: one block a task, means ± intervals, differences with a sign, what they cost."""
+def compared_with(table: pd.DataFrame) -> list[str]:
+    """The baselines of a `study_table`."""
+    return [column.removeprefix("pairs_with_") for column in table if column.startswith("pairs_with_")]
+
+
+def to_markdown(table: pd.DataFrame, baselines: Sequence[str] | None = None) -> str:
+    """The table for people: one block a task, means ± intervals, differences with a sign, what they cost.
+
+    Args:
+        baselines: of those of the table the ones to show; all by default.
+    """
     blocks = []
     for task, rows in table.groupby("task", sort=False):
         first = rows.iloc[0]
@@ -121,7 +147,7 @@ def to_markdown(table: pd.DataFrame) -> str:
         better = "higher" if first["higher_is_better"] else "lower"
         over = [
             arm
-            for arm in ("none", SOFT_LABELS)
+            for arm in (compared_with(table) if baselines is None else baselines)
             if f"gain_over_{arm}" in rows and rows[f"gain_over_{arm}"].notna().any()
         ]
         heads = [f"{task}", f"test {first['metric']}{unit} ({better} is better)"]
@@ -132,18 +158,18 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "\n".join(blocks)
 
 
-def _task_table(trained: pd.DataFrame, teacher: float | None, level: float) -> pd.DataFrame:
+def _task_table(trained: pd.DataFrame, teacher: float | None, baselines: tuple[str, ...], level: float) -> pd.DataFrame:
     everything, trained = trained, trained.dropna(subset=["score"])
     lost = everything[everything["score"].isna()].groupby("arm", sort=False).size()
     if trained.empty:
         return _without_score(everything, lost)
     arms = trained["arm"].unique()
-    own = paired_table(trained, "score", "none" if "none" in arms else arms[0], level)
+    own = paired_table(trained, "score", arms[0], level)
     table = own[["task", "arm", "n", "seeds", "scores", "mean", "low", "high"]].copy()
     table.insert(2, "kind", "run")
     table.insert(3, "metric", trained["metric"].iloc[0])
     table.insert(4, "higher_is_better", bool(trained["higher_is_better"].iloc[0]))
-    for baseline in (arm for arm in ("none", SOFT_LABELS) if arm in arms):
+    for baseline in (arm for arm in baselines if arm in arms):
         gains = paired_table(trained, "score", baseline, level)
         for column, name in _COMPARISON.items():
             table[name.format(baseline)] = gains[column]
@@ -152,8 +178,8 @@ def _task_table(trained: pd.DataFrame, teacher: float | None, level: float) -> p
     if "test.agreement" in trained:
         means["agreement"] = by_arm["test.agreement"].mean()
     table = table.join(means, on="arm")
-    if teacher is not None and "none" in arms:
-        closed = [_gap_closed(trained, arm, teacher, level) for arm in table["arm"]]
+    if teacher is not None and baselines and baselines[0] in arms:
+        closed = [_gap_closed(trained, arm, baselines[0], teacher, level) for arm in table["arm"]]
         for column, values in zip(
             ("gap_closed", "gap_closed_low", "gap_closed_high"), zip(*closed, strict=True), strict=True
         ):
@@ -182,12 +208,14 @@ def _without_score(trained: pd.DataFrame, lost: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _gap_closed(trained: pd.DataFrame, arm: str, teacher: float, level: float) -> tuple[float, float, float]:
-    scores = {name: trained[trained["arm"] == name].set_index("seed")["score"].sort_index() for name in (arm, "none")}
-    common = scores[arm].index.intersection(scores["none"].index)
-    if arm == "none" or common.empty:
+def _gap_closed(
+    trained: pd.DataFrame, arm: str, start: str, teacher: float, level: float
+) -> tuple[float, float, float]:
+    scores = {name: trained[trained["arm"] == name].set_index("seed")["score"].sort_index() for name in (arm, start)}
+    common = scores[arm].index.intersection(scores[start].index)
+    if arm == start or common.empty:
         return (math.nan,) * 3
-    closed = gap_closed(scores[arm][common], scores["none"][common], float(teacher), level)
+    closed = gap_closed(scores[arm][common], scores[start][common], float(teacher), level)
     return (closed.value.mean, closed.value.low, closed.value.high) if closed.value else (math.nan,) * 3
 
 

@@ -4,7 +4,7 @@ whatever YAML would make of it.
 
 import pytest
 
-from fakit.experiments import ExperimentConfig, study_from_yaml
+from fakit.experiments import ExperimentConfig, Study
 from fakit.experiments.schema import LARGEST
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -12,7 +12,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
-@pytest.mark.parametrize("read", [ExperimentConfig.from_yaml, study_from_yaml])
+@pytest.mark.parametrize("read", [ExperimentConfig.from_yaml, Study.from_yaml])
 @pytest.mark.parametrize(
     ("text", "message"),
     [

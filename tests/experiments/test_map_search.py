@@ -6,7 +6,7 @@ import pytest
 
 from fakit import LayerMap
 from fakit.experiments.map_search import check_disjoint, experiment_scorer, search_maps
-from fakit.experiments.map_study import increasing_maps
+from fakit.experiments.vary import increasing_maps
 
 MAPS = increasing_maps(2, 4)  # 1-2, 1-3, 1-4, 2-3, 2-4, 3-4
 TEXTS = {"choosing": ["a cat", "a dog"], "evaluation": ["a cow"]}

@@ -5,17 +5,12 @@ from itertools import pairwise
 
 import pytest
 
-from fakit.experiments import MapStudyConfig, RunStore, StudyConfig, map_scores, report, run_map_study, study_from_yaml
+from fakit.experiments import RunStore, Study, map_scores, maps, report
+from fakit.experiments import study as study_module
 from fakit.experiments.build import build_student, prepare
 from fakit.experiments.map_report import map_correlations, map_markdown
-from fakit.experiments.map_study import (
-    CONTROLS,
-    SIMILARITY,
-    increasing_maps,
-    random_pairs,
-    recorded_similarity,
-    similarity,
-)
+from fakit.experiments.map_study import SIMILARITY, recorded_similarity, similarity
+from fakit.experiments.vary import CONTROLS, increasing_maps, random_pairs
 
 SMALL = {
     "task": {"name": "reviews", "labels": 16},
@@ -23,6 +18,12 @@ SMALL = {
     "outputs": None,
     "training": {"steps": 1, "batch_size": 4, "max_length": 8},
 }
+
+
+def of_maps(student_layers, teacher_layers, **more):
+    kind = {"kind": "maps", "student_layers": student_layers, "teacher_layers": teacher_layers}
+    plain = {"base": SMALL, "vary": kind, "similarity_texts": 8, "baselines": False, "count_flops": False}
+    return Study.from_dict({**plain, **more})
 
 
 def test_every_increasing_map_is_there_once():
@@ -35,8 +36,7 @@ def test_every_increasing_map_is_there_once():
 
 
 def test_runs_differ_in_nothing_but_map_and_seed():
-    study = MapStudyConfig.from_dict({"maps": "increasing", "experiments": [SMALL], "seeds": [0, 1, 2]})
-    runs = study.runs(6, 6)
+    runs = of_maps(6, 6).runs()
     assert len(runs) == 3 * (1 + len(CONTROLS)) == len({run.run_id for run in runs})
     same = {json.dumps(run.replace(seed=0, name=None, layer_map="none").to_dict()) for run in runs}
     assert len(same) == 1
@@ -50,30 +50,26 @@ def test_the_random_map_is_of_the_seed_and_in_no_order():
     assert {t for draw in draws for _, t in draw} == set(range(1, 7))
 
 
-def test_a_file_with_maps_is_a_map_study_and_another_is_one_of_arms():
-    assert isinstance(study_from_yaml("configs/maps.yaml"), MapStudyConfig)
-    assert isinstance(study_from_yaml("configs/study.yaml"), StudyConfig)
-    with pytest.raises(ValueError, match=r"nowhere\.yaml"):
-        study_from_yaml("nowhere.yaml")
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("vary", "message"),
     [
-        ({"seeds": []}, "seeds: found none"),
-        ({"seeds": [1, 1]}, "one comes twice"),
-        ({"experiments": [SMALL, SMALL]}, "one for each task"),
-        ({"maps": "all"}, "increasing"),
+        (
+            maps(2, 6),
+            "a student of 6 layers with a teacher of 6, as reviews has .* student_layers: 6, teacher_layers: 6",
+        ),
+        ({"as it is": {}}, "other arms than as it is: give vary"),
     ],
 )
-def test_a_study_that_could_not_be_paired_is_refused(changes, message):
+def test_similarity_is_asked_of_all_the_maps_or_not_at_all(vary, message, tmp_path):
+    study = Study.from_dict({"base": SMALL, "vary": vary, "similarity_texts": 8, "baselines": False})
     with pytest.raises(ValueError, match=message):
-        MapStudyConfig.from_dict({"maps": "increasing", "experiments": [SMALL], **changes})
+        study.run(tmp_path, progress=False)
+    assert len(RunStore(tmp_path)) == 0 and not (tmp_path / SIMILARITY).exists()
 
 
-def test_a_study_is_run_scored_read_back_and_continued(tmp_path):
-    study = MapStudyConfig.from_dict({"maps": "increasing", "experiments": [SMALL], "seeds": [0], "texts": 8})
-    run_map_study(study, tmp_path, progress=False)
+def test_a_study_is_run_scored_read_back_and_continued(tmp_path, monkeypatch):
+    study = of_maps(6, 6, seeds=[0])
+    study.run(tmp_path, progress=False)
     cka = json.loads((tmp_path / SIMILARITY).read_text())["reviews"]["cka"]
     assert (len(cka), len(cka[0])) == (7, 7)
     scores = map_scores(tmp_path).set_index("map")
@@ -82,9 +78,10 @@ def test_a_study_is_run_scored_read_back_and_continued(tmp_path):
     assert first["cka"] == pytest.approx(sum(cka[i][i] for i in range(1, 7)) / 6)
     assert first["score"] == pytest.approx(first["scores"][0]) and 0 <= first["score"] <= 1
     assert scores["cka"].isna().to_dict()["none"] and scores["cka"].notna().sum() == len(scores) - 1
-    lines = (tmp_path / "runs.jsonl").read_text()
-    run_map_study(study, tmp_path, progress=False)  # nothing is left to do
-    assert (tmp_path / "runs.jsonl").read_text() == lines
+    before = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    monkeypatch.setattr(study_module, "record_similarity", lambda *_: pytest.fail("measured again"))
+    study.run(tmp_path, progress=False)  # nothing is left to do
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_the_texts_that_are_recorded_are_those_that_were_measured(config):
@@ -112,11 +109,11 @@ def recorded(folder, keep=lambda config: True, seeds=(0, 1), tasks=("reviews",),
     `keep` says which runs a stop left.
     """
     experiments = [{**SMALL, "task": {"name": task, "labels": 16}} for task in tasks]
-    study = MapStudyConfig.from_dict({"maps": "increasing", "experiments": experiments, "seeds": list(seeds)})
+    study = of_maps(3, 6, base=experiments, seeds=list(seeds))
     store = RunStore.open(folder, what=study.what)
     cka = [[1 - abs(2 * s - t) / 10 for t in range(7)] for s in range(4)]
     (folder / SIMILARITY).write_text(json.dumps({task: {"cka": cka} for task in tasks}))
-    for config in filter(keep, study.runs(3, 6)):
+    for config in filter(keep, study.runs()):
         store.append_run(record(config, cka, metric))
     return store
 
@@ -239,6 +236,18 @@ def test_a_map_that_the_table_does_not_have_has_no_place(tmp_path):
     cka = recorded_similarity(tmp_path)
     with pytest.raises(ValueError, match=r"map 2-4-6 is not among the 19 increasing maps of reviews"):
         map_markdown(table[table["map"] != "2-4-6"], map_correlations(table), cka)
+
+
+def test_gains_are_paired_against_the_maps_asked_for(tmp_path):
+    store = recorded(tmp_path)
+    made = report(store, tmp_path / "out", baselines=["reverse", "1-2-3"])
+    assert "| paired gain over reverse | paired gain over 1-2-3 | agreement |" in made.text
+    table = made.table.set_index("map")["score"]
+    cells = next(line for line in made.text.splitlines() if line.startswith("| 2-4-6")).split(" | ")
+    gains = [float(cell.split(" [")[0]) for cell in cells[3:5]]
+    assert gains == pytest.approx([100 * (table["2-4-6"] - table[name]) for name in ("reverse", "1-2-3")], abs=0.05)
+    with pytest.raises(ValueError, match="baselines: 'upside down' is not among the maps, which are 2-4-6"):
+        report(store, tmp_path / "out", baselines=["upside down"])
 
 
 def test_where_quality_falls_with_similarity_the_report_says_so(tmp_path):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fakit.experiments.report import report
+from fakit.experiments.report import report, study_figures
 from fakit.experiments.statistics import paired_table
 from fakit.experiments.store import RunStore
 from fakit.experiments.table import study_table, to_markdown
@@ -95,6 +95,26 @@ def test_markdown_says_the_same(store):
     assert "nan" not in text
     widths = {row.count("|") for row in text.splitlines() if row}
     assert len(widths) == 1
+
+
+def test_gains_are_paired_against_the_arms_asked_for(store):
+    table = study_table(store, baselines=["outputs", "all"])
+    assert [column for column in table if column.startswith("pairs_with_")] == ["pairs_with_outputs", "pairs_with_all"]
+    scores = {arm: np.array(SCORES["glosses", arm]) for arm in ("none", "outputs", "all")}
+    row = table.set_index(["task", "arm"]).loc[("glosses", "none")]
+    assert row["gains_over_all"] == pytest.approx(scores["none"] - scores["all"])
+    start = scores["outputs"].mean()  # the gap is closed from the first baseline on
+    assert row["gap_closed"] == pytest.approx((0.75 - start) / (0.85 - start))
+    assert "| gain over outputs | gain over all | gap closed |" in to_markdown(table)
+    assert "| gain over all | gap closed |" in (only := to_markdown(table, ["all"])) and "over outputs" not in only
+    assert {name for name in study_figures(table, ["all"]) if name.startswith("gain")} == {"gain_over_all"}
+    made = report(store, baselines=["outputs"])
+    assert "of the way from `outputs` to the teacher" in made.text and set(made.figures) >= {"gain_over_outputs"}
+    assert "gains_over_outputs" not in (made.path / "table.csv").read_text()
+    with pytest.raises(
+        ValueError, match=r"baselines: 'al' is not among the arms of .*, which are none, outputs, all.*'all'"
+    ):
+        study_table(store, baselines=["none", "al"])
 
 
 def test_a_report_is_written_and_needs_no_network(store, tmp_path):
@@ -233,7 +253,7 @@ def test_a_diverged_student_is_shown_without_a_score_and_averaged_nowhere(store)
 
 
 def test_where_a_report_cannot_go_is_said_before_the_work(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["fakit.experiments.report"], "study_table", lambda _: pytest.fail("worked"))
+    monkeypatch.setattr(sys.modules["fakit.experiments.report"], "study_table", lambda *_: pytest.fail("worked"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="where the report would go, cannot be written to"):
         report(store, tmp_path / "file" / "report")

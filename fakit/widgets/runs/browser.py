@@ -301,7 +301,7 @@ def run_browser(store: RunStore | str | Path, task: str | None = None) -> RunBro
     that no other beats.
 
     Args:
-        store: a runs directory (`fakit distill` and run_study write them), or its `RunStore`.
+        store: a runs directory (`fakit distill` and `fakit study` write them), or its `RunStore`.
         task: shown first; the first recorded one unless given.
 
     Raises:

@@ -1,0 +1,69 @@
+"""The recorded studies are those of the shipped configurations: each run id, and nothing left to do."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fakit.__main__ import main
+from fakit.experiments import ExperimentConfig, RunStore, Study
+from fakit.experiments import study as study_module
+from fakit.experiments.run import baseline_id
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDED = {
+    "study": "study.yaml",
+    "glosses_1400_labels": "study_glosses_1400.yaml",
+    "maps": "maps.yaml",
+    "weights": "weights.yaml",
+}
+
+
+def test_every_recorded_study_is_one_of_these():
+    assert {path.name for path in (ROOT / "data/recorded").iterdir() if (path / "runs.jsonl").exists()} == {*RECORDED}
+
+
+@pytest.mark.parametrize(("folder", "file"), RECORDED.items())
+def test_the_recorded_runs_are_those_of_the_study(folder, file):
+    study, store = Study.from_yaml(ROOT / "configs" / file), RunStore(ROOT / "data/recorded" / folder)
+    planned = [*study.runs(), *study.equal_compute_runs(store)]
+    by_kind = {"run": [], "baseline": []}
+    for record in store.records():
+        by_kind[record.get("kind", "run")].append(record["run_id"])
+    assert sorted(by_kind["run"]) == sorted(run.run_id for run in planned)
+    names = ("teacher", "untrained", "copy") if study.baselines else ()
+    first = [experiment.replace(seed=study.seeds[0]) for experiment in study.base]
+    assert {*by_kind["baseline"]} <= {baseline_id(experiment, name) for experiment in first for name in names}
+    assert len(by_kind["baseline"]) == (2 * len(first) + ("scans" in file or folder == "study")) * study.baselines
+    assert store.manifest["what"] == study.what
+
+
+@pytest.mark.parametrize(("folder", "file"), RECORDED.items())
+def test_the_command_finds_nothing_left_to_do(folder, file, tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "data/recorded" / folder, tmp_path / folder)
+    before = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+    for name in ("run_experiment", "prepare_run", "evaluate_baselines", "record_similarity"):
+        monkeypatch.setattr(study_module, name, lambda *_, **__: pytest.fail("there was something to do"))
+    assert main(["study", str(ROOT / "configs" / file), "--out", str(tmp_path / folder)]) == 0
+    assert "; 0 to go." in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir() if path.name in before} == before
+
+
+def test_each_run_of_the_weights_moves_one_weight_and_nothing_else():
+    study = Study.from_yaml(ROOT / "configs/weights.yaml")
+    whole = ExperimentConfig.from_yaml(ROOT / "configs/distill_glosses.yaml")
+    assert study.base == (whole.replace(**{"training.steps": study.base[0].training.steps}),)
+    by_arm = {run.arm: run for run in study.runs() if run.seed == 0}
+    start = by_arm.pop("default")
+    assert len(by_arm) == 3 * 2
+    for arm, moved in by_arm.items():
+        term, factor = arm.split(" × ")
+        assert getattr(moved, term).weight == float(factor) * getattr(start, term).weight
+        assert moved.replace(**{f"{term}.weight": getattr(start, term).weight, "name": "default"}) == start
+
+
+def test_the_record_of_the_weights_is_whole_and_small():
+    store = RunStore(ROOT / "data/recorded/weights")
+    runs = store.runs()
+    assert (runs["steps"] == runs["config.training.steps"]).all() and runs["score"].between(0, 1).all()
+    assert sum(path.stat().st_size for path in store.path.iterdir()) < 1_000_000
