@@ -10,7 +10,19 @@ report("runs/study")
 from fakit import require
 
 # what a run is scored and drawn with, too: asked before anything trains
-require("study", "pandas", "yaml", "plotly", "matplotlib", "mistune", "sklearn", "sacrebleu", "rouge_score", "jiwer")
+require(
+    "study",
+    "pandas",
+    "yaml",
+    "pydantic",
+    "plotly",
+    "matplotlib",
+    "mistune",
+    "sklearn",
+    "sacrebleu",
+    "rouge_score",
+    "jiwer",
+)
 
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.map_study import map_scores, recorded_similarity

@@ -1,4 +1,4 @@
-"""`ExperimentConfig`: one distillation run as one dataclass, the same object in a notebook and in a YAML file.
+"""`ExperimentConfig`: one distillation run as one object, the same in a notebook and in a YAML file.
 
 Example:
     >>> config = ExperimentConfig(task=TaskConfig("glosses", labels=1400), student=StudentConfig(layers=2))
@@ -14,16 +14,16 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from fakit import renamed
+from pydantic import Field
+
 from fakit.experiments.arguments import check_training_args
-from fakit.experiments.schema import Section, describe, did_you_mean, option
+from fakit.experiments.schema import Count, Natural, Number, Section, Truth, Weight, Whole, describe, did_you_mean
 from fakit.experiments.terms import (
-    LAYER_MAPS,
     AttentionConfig,
     FeaturesConfig,
+    MapInAFile,
     OutputsConfig,
     check_further_terms,
 )
@@ -31,7 +31,6 @@ from fakit.experiments.terms import (
 OLD_NAMES = {"labelled_fraction": "labeled_fraction", "normalised_mse": "normalized_mse"}
 """Of keys and losses, as runs of before have them; both are read, the new ones are written."""
 TRANSFER = ("features", "attention", "outputs")
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 ARMS = {
     "none": (),
     "outputs": ("outputs",),
@@ -42,15 +41,20 @@ ARMS = {
 """The study's arms: which transfer terms each keeps beside the task loss."""
 
 
-@dataclass(frozen=True)
+def _check_filled(path: str, value: str | None) -> None:
+    """An empty text would be taken for the folder that the command runs in."""
+    if value is not None and (not value.strip() or "\0" in value):
+        raise ValueError(f"{path}: found {describe(value)}, expected a name or a path.")
+
+
 class TaskConfig(Section):
     """What is learned: a task of the kit ("reviews", "glosses", "scans"), "glue/sst2", "hub:ID", or a path to data."""
 
     section: ClassVar[str] = "task"
     name: str = "glosses"
-    labels: int | str | None = option(None, at_least=1, choices=("all",))  # labeled examples; null: the task's default
-    seed: int | None = option(None, at_least=0)  # of the labeled subset; null: see build_task
-    options: dict[str, Any] = field(default_factory=dict)  # further keywords of load_task
+    labels: Annotated[Whole, Field(ge=1)] | Literal["all"] | None = None  # labeled examples; null: the task's default
+    seed: Natural | None = None  # of the labeled subset; null: see build_task
+    options: dict[str, Any] = Field(default_factory=dict)  # further keywords of load_task
 
     def _check(self) -> None:
         _check_filled("task.name", self.name)
@@ -58,56 +62,52 @@ class TaskConfig(Section):
             raise ValueError(f"task.options.{twice[0]}: is a key of task itself; write task.{twice[0]}.")
 
 
-@dataclass(frozen=True)
 class TeacherConfig(Section):
     """Who teaches: "embedded" (the kit's own teacher of the task), or a path or hub id for load_teacher."""
 
     section: ClassVar[str] = "teacher"
     id: str = "embedded"
     adapter: str | None = None
-    quantize: str | None = option(None, choices=("8bit", "4bit"))
+    quantize: Literal["8bit", "4bit"] | None = None
 
     def _check(self) -> None:
         _check_filled("teacher.id", self.id)
         _check_filled("teacher.adapter", self.adapter)
 
 
-@dataclass(frozen=True)
 class StudentConfig(Section):
     """Who learns: the teacher shrunk to a number of evenly spaced layers, or to layers by number; or `path`."""
 
     section: ClassVar[str] = "student"
-    layers: int | tuple[int, ...] = option(2, at_least=1)
-    hidden_size: int | None = option(None, at_least=1)
-    heads: int | None = option(None, at_least=1)
-    init: str = option("copy", choices=("copy", "random"))
+    layers: Count | tuple[Whole, ...] = 2
+    hidden_size: Count | None = None
+    heads: Count | None = None
+    init: Literal["copy", "random"] = "copy"
     path: str | None = None  # a saved model instead of a shrunken teacher
-    freeze_embeddings: bool = False  # keep the copied word embeddings: less to train and, with few labels, to forget
+    freeze_embeddings: Truth = False  # keep the copied word embeddings: less to train and, with few labels, to forget
 
     def _check(self) -> None:
         _check_filled("student.path", self.path)
 
 
-@renamed(labelled_fraction="labeled_fraction")
-@dataclass(frozen=True)
 class TrainingConfig(Section):
     """How long and how fast. `steps` are optimizer steps; each takes `batch_size` × `accumulation` texts a process."""
 
     section: ClassVar[str] = "training"
     old_names: ClassVar[dict[str, str]] = {"labelled_fraction": "labeled_fraction"}
-    steps: int = option(600, at_least=1)
-    batch_size: int = option(32, at_least=1)
-    labeled_fraction: float = option(0.5, above=0.0, at_most=1.0)  # of each batch, where an unlabeled pool is used
-    learning_rate: float = option(2e-4, above=0.0)
-    scheduler: str = option("linear", choices=SCHEDULERS)
-    warmup: int | float = option(0.1, at_least=0)  # steps when ≥ 1, else a share of all steps
-    weight_decay: float = option(0.01, at_least=0.0)
-    bf16: bool | str = option("auto", choices=("auto",))  # auto: where the device computes it faster than float32
-    accumulation: int = option(1, at_least=1)
-    max_length: int = option(128, at_least=2)  # tokens
-    log_every: int = option(10, at_least=1)  # steps
-    eval_every: int | None = option(None, at_least=1)  # steps; null: at the end only
-    save_every: int | None = option(None, at_least=1)  # steps; null: no checkpoint
+    steps: Count = 600
+    batch_size: Count = 32
+    labeled_fraction: Annotated[Number, Field(gt=0.0, le=1.0)] = 0.5  # of each batch, where an unlabeled pool is used
+    learning_rate: Annotated[Number, Field(gt=0.0)] = 2e-4
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup: Natural | Weight = 0.1  # steps when ≥ 1, else a share of all steps
+    weight_decay: Weight = 0.01
+    bf16: Truth | Literal["auto"] = "auto"  # auto: where the device computes it faster than float32
+    accumulation: Count = 1
+    max_length: Annotated[Whole, Field(ge=2)] = 128  # tokens
+    log_every: Count = 10  # steps
+    eval_every: Count | None = None  # steps; null: at the end only
+    save_every: Count | None = None  # steps; null: no checkpoint
 
     def _check(self) -> None:
         if self.warmup > max(1, self.steps):
@@ -121,28 +121,27 @@ class TrainingConfig(Section):
             )
 
 
-@dataclass(frozen=True)
 class ExperimentConfig(Section):
     """One run. A term set to null (None) is not computed; without any transfer term the student only sees labels."""
 
-    task: TaskConfig = field(default_factory=TaskConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    student: StudentConfig = field(default_factory=StudentConfig)
+    task: TaskConfig = TaskConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
     # a strategy, or pairs [student, teacher]; "random" is drawn anew with every pass over the labeled texts
-    layer_map: str | tuple[tuple[int, int], ...] = option("uniform", choices=LAYER_MAPS)
-    features: FeaturesConfig | None = field(default_factory=FeaturesConfig)
-    attention: AttentionConfig | None = field(default_factory=AttentionConfig)
-    outputs: OutputsConfig | None = field(default_factory=OutputsConfig)
-    task_weight: float | None = option(1.0, at_least=0.0)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    seed: int = option(0, at_least=0, at_most=2**32 - 1)
+    layer_map: MapInAFile = "uniform"
+    features: FeaturesConfig | None = FeaturesConfig()
+    attention: AttentionConfig | None = AttentionConfig()
+    outputs: OutputsConfig | None = OutputsConfig()
+    task_weight: Weight | None = 1.0
+    training: TrainingConfig = TrainingConfig()
+    seed: Annotated[Natural, Field(le=2**32 - 1)] = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     out: str | None = None  # the folder of the exported student and of checkpoints; null: nothing is saved
     name: str | None = None  # the arm's name in tables; null: derived from the terms
     # further terms by name: {kind: features, attention, outputs or package.module:Class, and its settings}
-    terms: dict[str, Any] = field(default_factory=dict)
+    terms: dict[str, Any] = Field(default_factory=dict)
     # handed on to transformers.TrainingArguments, such as {optim: adamw_8bit, activation_checkpointing: true}
-    training_args: dict[str, Any] = field(default_factory=dict)
+    training_args: dict[str, Any] = Field(default_factory=dict)
 
     def _check(self) -> None:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
@@ -219,12 +218,6 @@ def by_names(config: Any, names: Mapping[str, str]) -> Any:
     if isinstance(config, list | tuple):
         return [by_names(item, names) for item in config]
     return names.get(config, config) if isinstance(config, str) else config
-
-
-def _check_filled(path: str, value: str | None) -> None:
-    """An empty text would be taken for the folder that the command runs in."""
-    if value is not None and (not value.strip() or "\0" in value):
-        raise ValueError(f"{path}: found {describe(value)}, expected a name or a path.")
 
 
 def _slug(text: str) -> str:

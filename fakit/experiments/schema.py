@@ -1,58 +1,97 @@
-"""Checked dataclasses that read and write plain mappings: what a YAML file may hold, and an answer to what it may not.
+"""Checked models that read and write plain mappings: what a YAML file may hold, and an answer to what it may not.
 
-A `Section` is a frozen dataclass whose type hints are the schema. However it is built, by keyword in a notebook or by
-`from_dict` from a file, every value is checked at once, and an error names the key with its path, what was found and
-what is allowed:
+A `Section` is a frozen pydantic model, so its type hints are the schema. However it is built, by keyword in a notebook
+or by `from_dict` from a file, every value is checked at once. pydantic finds what is wrong; `Section` says it by the
+key's path, with what was found and what is allowed:
 
     outputs.loss: 'foward_kl' is not one of forward_kl, reverse_kl, jsd, logit_mse. Did you mean 'forward_kl'?
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fakit import warn_of_old_name
 from fakit.files import write_whole
 
 
-def option(default: Any = dataclasses.MISSING, *, choices=None, at_least=None, above=None, at_most=None, below=None):
-    """A dataclass field with the values it may take."""
-    rules = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {name: rule for name, rule in rules.items() if rule is not None}
-    return dataclasses.field(default=default, metadata=metadata)
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic reads it as 1 or 0
+        raise ValueError
+    return value
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """Base of every configuration dataclass. `section` is the path its keys have in a file, "" at the top."""
+Whole = Annotated[int, Field(strict=True, lt=2**63)]
+Number = Annotated[float, BeforeValidator(_no_truth), Field(allow_inf_nan=False)]  # YAML's 5e-4 is text
+Truth = Annotated[bool, Field(strict=True)]
+Count = Annotated[Whole, Field(ge=1)]
+Natural = Annotated[Whole, Field(ge=0)]
+Weight = Annotated[Number, Field(ge=0.0)]
 
+
+class Section(BaseModel):
+    """Base of every configuration. `section` is the path its keys have in a file, "" at the top."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
     section: ClassVar[str] = ""
     old_names: ClassVar[Mapping[str, str]] = {}  # of keys and of chosen values; accepted with a warning for one release
 
-    def __post_init__(self):
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            path = self._path(field.name)
-            value = coerce(getattr(self, field.name), hints[field.name], path)
-            if isinstance(value, str) and value in self.old_names and field.metadata.get("choices"):
-                warn_of_old_name(f"{path}: {value}", self.old_names[value])
-                value = self.old_names[value]
-            _check_rules(value, field.metadata, path)
-            object.__setattr__(self, field.name, value)  # frozen for everyone else: 1 becomes 1.0, a list a tuple
+    def __init__(self, *values: Any, **by_key: Any):
+        given = self._by_current_names(dict(zip(self.keys(), values, strict=False)) | by_key)
+        if len(values) > len(self.keys()):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self.keys())}; found {len(values)} values.")
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise ValueError(self._answer(error, given)) from None
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
         self._check()
+        return self
 
     def _check(self) -> None:
         """Rules that concern several keys at once; raises ValueError."""
+
+    @classmethod
+    def _answer(cls, error: ValidationError, given: Mapping[str, Any]) -> str:
+        """The first thing that is wrong, in a sentence; unknown keys first."""
+        found = sorted(error.errors(include_url=False), key=lambda wrong: wrong["type"] != "extra_forbidden")
+        kind, where = found[0]["type"], cls.section or "the top level"
+        if not found[0]["loc"]:  # of `_check`
+            return str(found[0]["ctx"]["error"])
+        key = str(found[0]["loc"][0])
+        path = cls._path(key)
+        if kind == "extra_forbidden":
+            keys = ", ".join(cls.keys())
+            return f"{path}: unknown key at {where}; the keys are {keys}.{did_you_mean(key, cls.keys())}"
+        if kind == "missing" and key not in given:
+            return f"{path}: missing at {where}; found {', '.join(given) or 'no key'}."
+        of_key = [wrong for wrong in found if wrong["loc"][0] == key]
+        value, kinds = given[key], kinds_of(cls.model_fields[key])
+        for wrong in of_key:
+            if wrong["type"] == "value_error" and str(wrong["ctx"]["error"]):  # of a section below, or of a validator
+                return str(wrong["ctx"]["error"])
+            if wrong["type"] in _BOUNDS and len(wrong["loc"]) <= 2:
+                ((_, bound),) = wrong["ctx"].items()
+                if bound == 2**63:
+                    return f"{path}: found {value:.3g}, and nothing here counts that far."
+                return f"{path}: found {value}, expected a value {_BOUNDS[wrong['type']]} {bound}."
+        choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
+        if isinstance(value, str) and choices:
+            return f"{path}: {value!r} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}"
+        expected = " or ".join(_words(kind) for kind in kinds if kind is not types.NoneType or len(kinds) == 1)
+        off = types.NoneType in kinds and str(value).lower() in ("none", "off", "no", "false")
+        return f"{path}: found {describe(value)}, expected {expected}.{' Write null to leave it out.' if off else ''}"
 
     @classmethod
     def _path(cls, key: str) -> str:
@@ -61,42 +100,35 @@ class Section:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Build from a plain mapping. Raises ValueError that names the key, what was found and what is allowed."""
-        where = cls.section or "the top level"
         if not isinstance(data, Mapping):
+            where = cls.section or "the top level"
             raise ValueError(f"{where}: found {describe(data)}, expected a mapping with keys {', '.join(cls.keys())}.")
-        data = cls._by_current_names(data)
-        for key in data:
-            if key not in cls.keys():  # noqa: SIM118 — keys() is ours
-                raise ValueError(
-                    f"{cls._path(str(key))}: unknown key at {where}; the keys are {', '.join(cls.keys())}."
-                    + did_you_mean(key, cls.keys())
-                )
-        missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in data]
-        if missing:
-            raise ValueError(
-                f"{cls._path(missing[0])}: missing at {where}; found {', '.join(map(str, data)) or 'no key'}."
-            )
-        return cls(**data)
+        return cls(**{str(key): value for key, value in data.items()})
 
     @classmethod
     def _by_current_names(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         current = {}
         for key, value in data.items():
-            name = cls.old_names.get(str(key), key)
+            name = cls.old_names.get(key, key)
             if name != key:
                 warn_of_old_name(cls._path(key), cls._path(name))
             if name in current or (name != key and name in data):
                 raise ValueError(f"{cls._path(key)}: is the old name of {cls._path(name)}; give one of them.")
+            if isinstance(value, str) and value in cls.old_names:
+                warn_of_old_name(f"{cls._path(key)}: {value}", cls.old_names[value])
+                value = cls.old_names[value]
+            if isinstance(value, Mapping) and name in cls.model_fields and _is_section(cls.model_fields[name]):
+                value = {str(key): of_key for key, of_key in value.items()}
             current[name] = value
         return current
 
     @classmethod
     def keys(cls) -> list[str]:
-        return [field.name for field in dataclasses.fields(cls)]
+        return list(cls.model_fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mappings, lists and scalars: what JSON and YAML hold. `from_dict` gives back an equal object."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {key: _plain(getattr(self, key)) for key in self.keys()}
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
@@ -137,7 +169,7 @@ class Section:
                     f"give the whole of it: replace({head}={{...}})."
                 )
             own[head] = current.replace(**inner)
-        return dataclasses.replace(self, **own)
+        return type(self)(**{key: getattr(self, key) for key in self.keys()} | own)
 
     def _repr_markdown_(self) -> str:
         return f"```yaml\n{self.to_yaml()}```"
@@ -227,21 +259,6 @@ def _yaml_error(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: no valid YAML{context}: {problem}{cure}."
 
 
-def coerce(value: Any, hint: Any, path: str) -> Any:
-    """`value` as `hint` asks for it (YAML's 5e-4 is text, 1 is no float, a sequence is a list), or ValueError."""
-    arms = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if value is None and types.NoneType in arms:
-        return None
-    for arm in arms:
-        found = _as(value, arm)
-        if found is not _NO:
-            return found
-    expected = " or ".join(_words(arm) for arm in arms)
-    off = types.NoneType in arms and str(value).lower() in ("none", "off", "no", "false")
-    cure = " Write null to leave it out." if off else ""
-    raise ValueError(f"{path}: found {describe(value)}, expected {expected}.{cure}")
-
-
 def describe(value: Any) -> str:
     """A value and its kind, in few words: "'yes' (text)"."""
     kinds = {bool: "yes/no", str: "text", int: "whole number", float: "number", type(None): "nothing"}
@@ -254,69 +271,43 @@ def did_you_mean(found: Any, allowed: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-_NO = object()  # "this hint does not take the value", where None is itself a value
+_BOUNDS = {
+    "greater_than_equal": "at least",
+    "greater_than": "above",
+    "less_than_equal": "at most",
+    "less_than": "below",
+}
+"""pydantic's kinds of errors, in words."""
 
 
-def _as(value: Any, hint: Any) -> Any:
-    """`value` as one hint (a Section, bool, int, float, str, dict, tuple[X, ...], tuple[X, Y]); `_NO` if it is none."""
-    origin = typing.get_origin(hint) or hint
-    if issubclass(origin, Section):
-        return value if isinstance(value, origin) else origin.from_dict(value) if isinstance(value, Mapping) else _NO
-    if origin is bool or origin is str:
-        return value if isinstance(value, origin) else _NO
-    if origin is int:
-        return value if isinstance(value, int) and not isinstance(value, bool) else _NO
-    if origin is float:
-        try:
-            number = _NO if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            return _NO
-        return number if number is not _NO and math.isfinite(number) else _NO
-    if origin is dict:
-        return dict(value) if isinstance(value, Mapping) and all(isinstance(key, str) for key in value) else _NO
-    if origin is tuple and isinstance(value, list | tuple):
-        arms = typing.get_args(hint)
-        inner = [arms[0]] * len(value) if arms[-1] is Ellipsis else list(arms)
-        if len(inner) != len(value):
-            return _NO
-        items = tuple(_as(item, arm) for item, arm in zip(value, inner, strict=True))
-        return _NO if any(item is _NO for item in items) else items
-    return _NO
+def kinds_of(hint: Any) -> list[Any]:
+    """The kinds of value that a field takes, of `A | B` each, without what is said of them beside."""
+    hint = getattr(hint, "annotation", hint)
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return [kind for arm in typing.get_args(hint) for kind in kinds_of(arm)]
+    return [hint]
 
 
-def _words(hint: Any) -> str:
+def _is_section(hint: Any) -> bool:
+    return any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds_of(hint))
+
+
+def _words(kind: Any) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
-    if hint in names:
-        return names[hint]
-    origin = typing.get_origin(hint) or hint
+    origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if kind in names:
+        return names[kind]
+    if origin is Literal:
+        return ", ".join(inside)
     if origin is dict:
         return "a mapping"
     if origin is tuple:
-        inner = typing.get_args(hint)[0]
+        inner = kinds_of(inside[0])[0]
         kinds = {int: "whole numbers", str: "names"}
         return f"a list of {kinds.get(inner, 'pairs of whole numbers' if typing.get_args(inner) else 'mappings')}"
-    return f"a mapping with keys {', '.join(hint.keys())}"
-
-
-def _check_rules(value: Any, rules: Mapping[str, Any], path: str) -> None:
-    if value is None:
-        return
-    choices = rules.get("choices")
-    if choices is not None and isinstance(value, str) and value not in choices:
-        raise ValueError(f"{path}: {value!r} is not one of {', '.join(choices)}.{did_you_mean(value, choices)}")
-    if not isinstance(value, int | float):
-        return
-    if abs(value) >= 2**63:
-        raise ValueError(f"{path}: found {value:.3g}, and nothing here counts that far.")
-    bounds = {
-        "at_least": (lambda bound: value >= bound, "at least"),
-        "above": (lambda bound: value > bound, "above"),
-        "at_most": (lambda bound: value <= bound, "at most"),
-        "below": (lambda bound: value < bound, "below"),
-    }
-    for name, (holds, words) in bounds.items():
-        if name in rules and not holds(rules[name]):
-            raise ValueError(f"{path}: found {value}, expected a value {words} {rules[name]}.")
+    return f"a mapping with keys {', '.join(kind.keys())}"
 
 
 def _check_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
@@ -363,10 +354,6 @@ def _check_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
         )
     sizes[id(node)] = total
     return total
-
-
-def _is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _plain(value: Any) -> Any:

@@ -11,16 +11,17 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BeforeValidator, Field
 
 from fakit import warn_of_old_name
 from fakit.experiments.build import Prepared
 from fakit.experiments.config import ARMS, ExperimentConfig
 from fakit.experiments.map_study import SIMILARITY, record_similarity
 from fakit.experiments.run import RunResult, baseline_id, evaluate_baselines, prepare_run, run_experiment
-from fakit.experiments.schema import Section, describe, from_file, option
+from fakit.experiments.schema import Section, Truth, Whole, describe, from_file
 from fakit.experiments.store import RunStore
 from fakit.experiments.vary import Change, read_vary
 from fakit.training.distributed import end_with_parent
@@ -28,7 +29,10 @@ from fakit.training.distributed import end_with_parent
 EQUAL_COMPUTE = "{arm}, equal compute"
 
 
-@dataclass(frozen=True)
+def _several(base: Any) -> Any:
+    return (base,) if isinstance(base, ExperimentConfig) else base
+
+
 class Study(Section):
     """Experiments × what is varied × seeds. All runs of a task and seed start from the same student and see the same
     texts in the same order, so they may be compared in pairs.
@@ -59,22 +63,14 @@ class Study(Section):
     """
 
     old_names: ClassVar[dict[str, str]] = {"experiments": "base"}
-    base: tuple[ExperimentConfig, ...]
-    vary: dict[str, Any]
-    seeds: tuple[int, ...] = (0, 1, 2)
+    base: Annotated[tuple[ExperimentConfig, ...], BeforeValidator(_several)]
+    vary: Annotated[dict[str, Any], BeforeValidator(read_vary)]
+    seeds: tuple[Whole, ...] = (0, 1, 2)
     equal_compute: tuple[str, ...] = ()
-    baselines: bool = True
-    similarity_texts: int | None = option(None, at_least=8)
-    count_flops: bool = True
+    baselines: Truth = True
+    similarity_texts: Annotated[Whole, Field(ge=8)] | None = None
+    count_flops: Truth = True
     what: str = "arms with paired seeds"
-
-    def __post_init__(self):
-        given = {"base": (self.base,) if isinstance(self.base, ExperimentConfig) else self.base}
-        given |= {"vary": read_vary(self.vary)}
-        given |= {"seeds": tuple(self.seeds) if isinstance(self.seeds, range) else self.seeds}
-        for name, value in given.items():
-            object.__setattr__(self, name, value)
-        super().__post_init__()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], folder: str | Path = ".") -> Self:

@@ -5,51 +5,53 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, Union
 
-from fakit.experiments.schema import Section, describe, did_you_mean, option
+from pydantic import Field, create_model
+
+from fakit.experiments.schema import Count, Number, Section, Truth, Weight, Whole, describe, did_you_mean, kinds_of
 from fakit.layer_maps import LayerMap
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
 from fakit.objective.objective import check_name
 from fakit.objective.term import Term
-from fakit.objective.terms import ATTENTION_LOSSES, HEADS, Attention, Features, Outputs
+from fakit.objective.terms import ATTENTION_LOSSES, Attention, Features, Outputs
 
 LAYER_MAPS = ("uniform", "last", "first", "skip", "reverse", "all_to_one", "random", "none")
 Pairs = tuple[tuple[int, int], ...]
+MapInAFile = Literal[LAYER_MAPS] | tuple[tuple[Whole, Whole], ...]
 # A strategy's name or explicit pairs → the layer map between the two models.
 MapOf = Callable[[str | Pairs], LayerMap]
 
 
 class TermSection(Section):
-    """What the three have in common. Keys that are the loss's own parameters go into `parameters`."""
+    """A term in a file, every setting of its class. Keys that are the loss's own parameters go into `parameters`."""
 
     made: ClassVar[type[Term]]
-    losses: ClassVar[Mapping[str, Any]] = {}
-    shown: ClassVar[tuple[str, ...]] = ()  # in a file always; others only where they differ, so that run ids stay
+    losses: ClassVar[Mapping[str, Any]]
+    shown: ClassVar[tuple[str, ...]]  # in a file always; others only where they differ, so that run ids stay
 
     @classmethod
-    def from_dict(cls, data):
-        """As `Section.from_dict`; a parameter of the loss, such as jsd's beta, is a key like any other."""
-        loss = cls.losses.get(data.get("loss", "")) if isinstance(data, Mapping) else None
-        keys = cls.keys()
+    def _by_current_names(cls, data):
+        """As `Section`; a parameter of the loss, such as jsd's beta, is a key like any other."""
+        data, keys = super()._by_current_names(data), cls.keys()
+        loss = cls.losses.get(data["loss"]) if isinstance(data.get("loss"), str) else None
         if loss is None or "parameters" not in keys:
-            return super().from_dict(data)
-        own = [name for name in inspect.signature(loss).parameters if name in data and name not in keys]
-        rest = {key: value for key, value in data.items() if key not in own}
-        if own:
-            rest["parameters"] = {**rest.get("parameters", {}), **{name: data[name] for name in own}}
-        return super().from_dict(rest)
+            return data
+        own = {key: data.pop(key) for key in inspect.signature(loss).parameters if key in data and key not in keys}
+        return {**data, "parameters": {**data.get("parameters", {}), **own}} if own else data
 
     def to_dict(self):
         """Without the settings that are as they would be anyway."""
-        plain = super().to_dict()
-        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
-        kept = {k: v for k, v in plain.items() if k in self.shown or v not in (_listed(defaults[k]), {})}
-        return {k: v for k, v in kept.items() if k != "parameters"} | kept.get("parameters", {})
+        own = {key: value for key, value in super().to_dict().items() if key in self.shown or not self._is_default(key)}
+        return {key: value for key, value in own.items() if key != "parameters"} | own.get("parameters", {})
+
+    def _is_default(self, key: str) -> bool:
+        return getattr(self, key) == type(self).model_fields[key].default
 
     def _check(self) -> None:
+        if (temperature := getattr(self, "temperature", 1.0)) < 1e-3:  # logits over it leave float32
+            raise ValueError(f"{self.section}.temperature: found {temperature:g}, expected a value of 0.001 at least.")
         try:
             self.build(_without_models)
         except ValueError as error:
@@ -63,64 +65,40 @@ class TermSection(Section):
         return self.made(**settings)
 
 
-@dataclass(frozen=True)
-class FeaturesConfig(TermSection):
-    """Hidden-state matching over the mapped layers."""
-
-    section: ClassVar[str] = "features"
-    old_names: ClassVar[Mapping[str, str]] = feature_losses.OLD_NAMES
-    made = Features
-    losses = feature_losses.LOSSES
-    shown = ("loss", "weight")
-
-    loss: str = option("mse", choices=tuple(feature_losses.LOSSES))
-    weight: float = option(1.0, at_least=0.0)
-    projection: str | None = option("linear", choices=("linear",))
-    layer_map: str | tuple[tuple[int, int], ...] | None = option(None, choices=LAYER_MAPS)  # null: the experiment's
-    parameters: dict[str, Any] = field(default_factory=dict)
+# What a file may say where a signature says no more than the type.
+IN_A_FILE: dict[Any, Any] = {
+    bool: Truth,
+    int: Count,
+    float: Weight,
+    LayerMap: MapInAFile,
+    tuple[str, ...]: tuple[str, ...],
+}
+TEMPERATURE = Annotated[Number, Field(gt=0.0)]
 
 
-@dataclass(frozen=True)
-class AttentionConfig(TermSection):
-    """Attention-map matching over the mapped layers."""
-
-    section: ClassVar[str] = "attention"
-    made = Attention
-    losses = ATTENTION_LOSSES
-    shown = ("loss", "weight", "heads")
-
-    loss: str = option("kl", choices=tuple(ATTENTION_LOSSES))
-    weight: float = option(1.0, at_least=0.0)
-    heads: str = option("one-to-one", choices=HEADS)
-    relations: tuple[str, ...] = ("queries", "keys", "values")
-    relation_heads: int | None = option(None, at_least=1)
-    layer_map: str | tuple[tuple[int, int], ...] | None = option(None, choices=LAYER_MAPS)  # null: the experiment's
-
-
-@dataclass(frozen=True)
-class OutputsConfig(TermSection):
-    """Output-distribution matching at a temperature."""
-
-    section: ClassVar[str] = "outputs"
-    made = Outputs
-    losses = output_losses.LOSSES
-    shown = ("loss", "temperature", "weight")
-
-    loss: str = option("forward_kl", choices=tuple(output_losses.LOSSES))
-    temperature: float = option(2.0, above=0.0)
-    weight: float = option(1.0, at_least=0.0)
-    vocab_size: int | None = option(None, at_least=1)
-    chunked: bool = True
-    parameters: dict[str, Any] = field(default_factory=dict)
-
-    def _check(self) -> None:
-        if self.temperature < 1e-3:  # logits over it leave float32
-            raise ValueError(
-                f"{self.section}.temperature: found {self.temperature:g}, expected a value of 0.001 at least."
-            )
-        super()._check()
+def section_of(
+    made: type[Term], losses: Mapping[str, Any], shown: tuple[str, ...], old_names: Mapping[str, str] | None = None
+) -> type[TermSection]:
+    """The schema of a term class: its signature, where a loss is one of the named."""
+    fields = {}
+    for name, parameter in inspect.signature(made).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        own = {"loss": [Literal[*losses]], "temperature": [TEMPERATURE], "parameters": [dict[str, Any]]}
+        kinds = own.get(name) or kinds_of(parameter.annotation)
+        hint = Union[*(IN_A_FILE.get(kind, kind) for kind in kinds)]
+        fields[name] = hint, {} if name == "parameters" else parameter.default
+    section = create_model(
+        f"{made.__name__}Config", __base__=TermSection, __module__=__name__, __doc__=made.__doc__, **fields
+    )
+    section.made, section.losses, section.shown = made, losses, shown
+    section.section, section.old_names = made.__name__.lower(), old_names or {}
+    return section
 
 
+FeaturesConfig = section_of(Features, feature_losses.LOSSES, ("loss", "weight"), old_names=feature_losses.OLD_NAMES)
+AttentionConfig = section_of(Attention, ATTENTION_LOSSES, ("loss", "weight", "heads"))
+OutputsConfig = section_of(Outputs, output_losses.LOSSES, ("loss", "temperature", "weight"))
 KINDS = {"features": FeaturesConfig, "attention": AttentionConfig, "outputs": OutputsConfig}
 
 
@@ -145,7 +123,7 @@ def build_further_term(name: str, given: Any, map_of: MapOf) -> Term:
         )
     kind, settings = given["kind"], {key: value for key, value in given.items() if key != "kind"}
     if kind in KINDS:
-        named = type(KINDS[kind].__name__, (KINDS[kind],), {"section": f"terms.{name}"})
+        named = type(KINDS[kind].__name__, (KINDS[kind],), {"section": f"terms.{name}", "__module__": __name__})
         return named.from_dict(settings).build(map_of)
     made = _class_of(name, kind)
     if settings.get("layer_map") is not None:

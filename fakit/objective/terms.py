@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from fakit.tracing.trace import Trace
 
 # Relations have no maps in the sense of the others: the term compares them itself.
 ATTENTION_LOSSES = attention_losses.LOSSES | {"relations": None}
-HEADS = ("one-to-one", "group-mean", "best-match")
+Heads = Literal["one-to-one", "group-mean", "best-match"]
+HEADS: tuple[str, ...] = get_args(Heads)
 # What the objective itself gives a loss; everything else in its signature may be set by keyword.
 GIVEN = ("student", "teacher", "mask", "temperature")
 
@@ -79,7 +80,7 @@ class Features(_OverLayers):
 
     loss: str | Callable = "mse"
     weight: float = 1.0
-    projection: str | None = "linear"
+    projection: Literal["linear"] | None = "linear"
     layer_map: LayerMap | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
 
@@ -87,7 +88,7 @@ class Features(_OverLayers):
         self,
         loss: str | Callable = "mse",
         weight: float = 1.0,
-        projection: str | None = "linear",
+        projection: Literal["linear"] | None = "linear",
         layer_map: LayerMap | None = None,
         parameters: Mapping[str, Any] | None = None,
         **more: Any,
@@ -181,7 +182,7 @@ class Attention(_OverLayers):
 
     loss: str | Callable = "kl"
     weight: float = 1.0
-    heads: str = "one-to-one"
+    heads: Heads = "one-to-one"
     relations: tuple[str, ...] = ("queries", "keys", "values")
     relation_heads: int | None = None
     layer_map: LayerMap | None = None
@@ -190,7 +191,7 @@ class Attention(_OverLayers):
         self,
         loss: str | Callable = "kl",
         weight: float = 1.0,
-        heads: str = "one-to-one",
+        heads: Heads = "one-to-one",
         relations: tuple[str, ...] = ("queries", "keys", "values"),
         relation_heads: int | None = None,
         layer_map: LayerMap | None = None,

@@ -8,7 +8,6 @@ from fakit import Attention, Features, LayerMap, Outputs, shrink
 from fakit.experiments.build import build_objective
 from fakit.experiments.config import (
     ARMS,
-    LAYER_MAPS,
     AttentionConfig,
     ExperimentConfig,
     FeaturesConfig,
@@ -18,6 +17,7 @@ from fakit.experiments.config import (
     TeacherConfig,
     TrainingConfig,
 )
+from fakit.experiments.terms import LAYER_MAPS
 from tests.families import tiny
 
 FULL = ExperimentConfig(
@@ -83,6 +83,12 @@ def test_full_config_differs_from_the_default_in_every_key():
     ("data", "words"),
     [
         ({"trainng": {}}, ["trainng", "training", "layer_map", "Did you mean 'training'?"]),
+        ({"training": {1: 3}}, ["training.1: unknown key at training"]),
+        ({"outputs": {"loss": ["jsd"]}}, ["outputs.loss: found ['jsd'] (list)", "forward_kl"]),
+        ({"outputs": {"parameters": None}}, ["outputs.parameters: found None (nothing), expected a mapping"]),
+        ({"task": {"labels": True}}, ["task.labels", "True (yes/no)", "a whole number or all"]),
+        ({"outputs": {"temperature": True}}, ["outputs.temperature", "True (yes/no)", "a number"]),
+        ({"training": {"steps": "5"}}, ["training.steps", "'5' (text)"]),
         ({"training": {"step": 3}}, ["training.step:", "batch_size", "Did you mean 'steps'?"]),
         (
             {"outputs": {"loss": "foward_kl"}},
