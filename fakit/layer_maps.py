@@ -308,10 +308,11 @@ class LayerMap:
         weights = "" if len(set(self.pair_weights)) < 2 else f", weights={self.pair_weights}"
         return f"LayerMap({self.pairs}{weights}, name={self.name!r})"
 
+    def __str__(self) -> str:
+        return ", ".join(f"S{s} ← T{t}" for s, t in self.pairs) or "no layer is matched"
+
     def _repr_markdown_(self) -> str:
-        if not self.pairs:
-            return f"**{self.name}**: no layer is matched"
-        return f"**{self.name}**: " + ", ".join(f"S{s} ← T{t}" for s, t in self.pairs)
+        return f"**{self.name}**: {self}"
 
 
 def _listed(layers: Depths) -> list[int]:

@@ -240,6 +240,7 @@ def test_equality_hash_and_how_a_map_shows_itself():
     assert layer_map == LayerMap([(2, 4), (1, 2)], name="other") and hash(layer_map) == hash(LayerMap([(2, 4), (1, 2)]))
     assert layer_map != LayerMap([(1, 2), (2, 4)], weights=[1, 2]) and layer_map != [(1, 2), (2, 4)]
     assert layer_map._repr_markdown_() == "**custom**: S1 ← T2, S2 ← T4"
+    assert str(layer_map) == "S1 ← T2, S2 ← T4" and str(LayerMap.none()) == "no layer is matched"
     assert repr(LayerMap([(1, 2), (2, 4)], weights=[1, 2])) == (
         "LayerMap([(1, 2), (2, 4)], weights=[1.0, 2.0], name='custom')"
     )

@@ -56,6 +56,11 @@ class Interval:
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
 
+    @property
+    def sign(self) -> int:
+        """1 or −1 where the whole interval lies above or below 0; 0 where it includes 0, or there is none."""
+        return int(self.low > 0) - int(self.high < 0)
+
     def format(self, scale: float = 1.0, digits: int = 3, sign: bool = False) -> str:
         """ "+3.2 [1.0, 5.4]", each number times `scale`."""
         plus = "+" if sign else ""

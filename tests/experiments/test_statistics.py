@@ -31,7 +31,7 @@ def test_mean_interval_by_hand():
 def test_one_seed_gives_no_interval():
     interval = mean_interval([0.7])
     assert interval.mean == 0.7 and math.isnan(interval.low) and interval.p is None
-    assert not interval.excludes_zero
+    assert not interval.excludes_zero and interval.sign == 0
     assert str(interval) == "0.700 (n = 1 seed: no interval)"
 
 
@@ -51,7 +51,7 @@ def test_paired_difference_against_scipy(seed, level):
 def test_pairing_removes_what_seeds_share():
     baseline = np.array([0.1, 0.5, 0.9])
     pair = paired_difference(baseline + np.array([0.01, 0.012, 0.011]), baseline)
-    assert pair.excludes_zero
+    assert pair.excludes_zero and pair.sign == 1 and paired_difference(baseline, baseline + 0.01).sign == -1
     assert pair.high - pair.low < 0.006
     assert stats.ttest_ind(baseline + 0.011, baseline).pvalue > 0.9
 

@@ -156,14 +156,11 @@ class MappingBoard(anywidget.AnyWidget):
     @property
     def sentence(self) -> str:
         """The map in one sentence, with the mean similarity of its pairs."""
-        pairs = self._layer_map.pairs
-        if not pairs:
-            return f"{self._layer_map.name}: no layer is matched."
-        listed = ", ".join(f"S{s} ← T{t}" for s, t in pairs)
-        return f"{self._layer_map.name}: {listed}{self._alike(pairs)}."
+        layer_map = self._layer_map
+        return f"{layer_map.name}: {layer_map}{self._alike(layer_map.pairs)}."
 
     def _alike(self, pairs: list[tuple[int, int]]) -> str:
-        if self.similarity is None:
+        if self.similarity is None or not pairs:
             return ""
         measured = [value for pair in pairs if not np.isnan(value := self.similarity[pair])]
         return f"; mean similarity {np.mean(measured):.2f}" if measured else "; similarity not measured"
