@@ -48,6 +48,11 @@ class Attributions:
     def __len__(self) -> int:
         return len(self.scores)
 
+    @property
+    def gap(self) -> np.ndarray:
+        """(N,) What completeness lacks: |delta| as a share of the change of the logit, |outputs − baselines|."""
+        return np.abs(self.delta) / np.abs(self.outputs - self.baselines)
+
 
 def attribute(
     model,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def _number(value: float) -> str:
-    return "NaN" if math.isnan(value) else f"{value:.3f}"
+def _number(value: float, digits: int = 3) -> str:
+    return "NaN" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ class Similarity:
     def above_null(self) -> bool | None:
         """Whether the value lies above what chance reaches; None without a null."""
         return None if self.null is None else bool(self.value > self.null)
+
+    def format(self, digits: int = 2) -> str:
+        """ "0.83 [0.80, 0.86]", the interval where there is one; in parentheses where chance reaches as much."""
+        text = _number(self.value, digits)
+        if self.interval is not None:
+            text += " [" + ", ".join(_number(end, digits) for end in self.interval) + "]"
+        return f"({text})" if self.null is not None and self.value <= self.null else text
 
     def _facts(self) -> list[str]:
         facts = []
@@ -148,16 +155,11 @@ class SimilarityMatrix:
             parts.append(f"(in brackets: within what chance reaches, {self.permutations} permutations)")
         return "; ".join(parts)
 
-    def _cell(self, i: int, j: int, interval: bool) -> str:
-        text = _number(self.values[i, j])
-        if interval and self.bootstrap:
-            text += f" [{_number(self.low[i, j])}, {_number(self.high[i, j])}]"
-        return f"({text})" if self.inside_null[i, j] else text
-
     def __str__(self) -> str:
         cells = [["", *(f"T{t}" for t in self.teacher_numbers)]]
-        for i, s in enumerate(self.student_numbers):
-            cells.append([f"S{s}", *(self._cell(i, j, False) for j in range(len(self.teacher_numbers)))])
+        for s in self.student_numbers:
+            short = (replace(self[s, t], interval=None).format(3) for t in self.teacher_numbers)
+            cells.append([f"S{s}", *short])
         width = max(len(cell) for row in cells for cell in row)
         table = ["  ".join(cell.rjust(width) for cell in row) for row in cells]
         return "\n".join([self._caption(), *table, *self.warnings])
@@ -165,7 +167,7 @@ class SimilarityMatrix:
     def _repr_markdown_(self) -> str:
         header = "| | " + " | ".join(f"T{t}" for t in self.teacher_numbers) + " |"
         lines = [header, "|---" * (len(self.teacher_numbers) + 1) + "|"]
-        for i, s in enumerate(self.student_numbers):
-            row = " | ".join(self._cell(i, j, True) for j in range(len(self.teacher_numbers)))
+        for s in self.student_numbers:
+            row = " | ".join(self[s, t].format(3) for t in self.teacher_numbers)
             lines.append(f"| **S{s}** | {row} |")
         return "\n".join([*lines, "", self._caption(), *(f"\n⚠ {warning}" for warning in self.warnings)])

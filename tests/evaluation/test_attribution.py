@@ -21,6 +21,9 @@ def test_completeness(bert, words):
     sums = np.array([scores.sum() for scores in result.scores])
     np.testing.assert_allclose(sums - (result.outputs - result.baselines), result.delta, atol=1e-5)
     np.testing.assert_allclose(result.delta, 0, atol=1e-3)
+    few = attribute(model, words, TEXTS, steps=1)
+    np.testing.assert_allclose(few.gap * np.abs(few.outputs - few.baselines), np.abs(few.delta))
+    assert (few.gap > result.gap).all()
     assert np.abs(sums).min() > 0.05
     with torch.no_grad():
         logits = torch.cat([model(**words([text], return_tensors="pt")).logits for text in TEXTS])

@@ -192,6 +192,7 @@ def test_a_constant_layer_is_nan_everywhere_with_its_reason():
         assert np.isnan(getattr(found, name)[1]).all() and not np.isnan(getattr(found, name)[0]).any()
     assert "student layer 1 with itself is 0" in found.warnings[0]
     assert "NaN" in str(found) and "⚠" in found._repr_markdown_()
+    assert found[1, 0].format() == "NaN [NaN, NaN]"
     assert list(found.best) == [0]
 
 
@@ -207,6 +208,9 @@ def test_the_matrix_draws_itself_and_hands_out_single_similarities():
     one = found[0, 4]
     assert float(one) == found.values[0, 1] and one.interval == (found.low[0, 1], found.high[0, 1])
     assert one.null == found.null[0, 1] and one.above_null is True and one.clusters == 60
+    low, high = one.interval
+    assert one.format() == f"{one.value:.2f} [{low:.2f}, {high:.2f}]" and f"| {one.format(3)} |" in markdown
+    assert found[3, 0].format().startswith("(") and found[3, 0].format().endswith("])")
     assert "95% interval" in str(one) and "chance reaches" in one._repr_markdown_() and str(one).startswith("CKA 0.")
     with pytest.raises(ValueError, match=r"student 1, teacher 4.*\[0, 3\].*\[0, 4, 6\]"):
         found[1, 4]
