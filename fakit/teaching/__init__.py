@@ -2,7 +2,9 @@
 
 from fakit import require
 
-require("lab", "nbclient", "nbconvert", "nbformat", "latex2mathml", "jinja2", "pygments", "plotly", "matplotlib")
+require(
+    "lab", "nbclient", "nbconvert", "nbformat", "latex2mathml", "IPython", "jinja2", "pygments", "plotly", "matplotlib"
+)
 
 from fakit.teaching.exercises import Exercise, Result, is_empty, predict
 from fakit.teaching.setup import Session, setup
