@@ -362,7 +362,8 @@ def work(_):
     print(os.getpid(), flush=True)
     time.sleep(600)
 if __name__ == "__main__":
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, spawn, _start_worker, (os.getcwd(), False)) as pool:
         list(pool.map(work, range(2)))
 """
 
