@@ -75,7 +75,7 @@ def require(extra: str, *packages: str) -> None:
 
 
 def renamed(**names: str) -> Callable:
-    """A function or a class that still takes keywords by their old names, with a warning; for one release.
+    """A function that still takes keywords by their old names, with a warning; for one release.
 
     >>> @renamed(colour="color")
     ... def dot(color):
@@ -84,22 +84,19 @@ def renamed(**names: str) -> Callable:
     'red'
     """
 
-    def wrap(target: Any) -> Any:
-        call = target.__init__ if isinstance(target, type) else target
-
-        @functools.wraps(call)
+    def wrap(function: Callable) -> Callable:
+        @functools.wraps(function)
         def accepting(*args: Any, **keywords: Any) -> Any:
             for old in names.keys() & keywords.keys():
                 if names[old] in keywords:
-                    raise TypeError(f"{target.__qualname__}: {old} is the old name of {names[old]}; give one of them.")
-                warn_of_old_name(f"{target.__qualname__}({old}=…)", f"{names[old]}=")
+                    raise TypeError(
+                        f"{function.__qualname__}: {old} is the old name of {names[old]}; give one of them."
+                    )
+                warn_of_old_name(f"{function.__qualname__}({old}=…)", f"{names[old]}=")
                 keywords[names[old]] = keywords.pop(old)
-            return call(*args, **keywords)
+            return function(*args, **keywords)
 
-        if not isinstance(target, type):
-            return accepting
-        target.__init__ = accepting
-        return target
+        return accepting
 
     return wrap
 

@@ -28,8 +28,6 @@ from fakit.experiments.terms import (
     check_further_terms,
 )
 
-OLD_NAMES = {"labelled_fraction": "labeled_fraction", "normalised_mse": "normalized_mse"}
-"""Of keys and losses, as runs of before have them; both are read, the new ones are written."""
 TRANSFER = ("features", "attention", "outputs")
 ARMS = {
     "none": (),
@@ -119,6 +117,10 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"training.warmup: found {self.warmup}, expected whole steps (≥ 1) or a share of all steps (below 1)."
             )
+
+
+OLD_NAMES = {**TrainingConfig.old_names, **FeaturesConfig.old_names}
+"""Of keys and losses, as runs of before have them; both are read, the new ones are written."""
 
 
 class ExperimentConfig(Section):

@@ -158,7 +158,3 @@ def _class_of(name: str, kind: str) -> type[Term]:
 def _without_models(given: str | Pairs) -> LayerMap:
     """Pairs are looked at before there are models; what a strategy makes of the models is not known yet."""
     return LayerMap.none() if isinstance(given, str) else LayerMap(given)
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from fakit.teaching.words import Page, listed
 
 DONE, NOT_YET, WRONG = "passes", "not done yet", "not right"
 _MARKS = {DONE: ("✓", "#009E73"), NOT_YET: ("…", "#7A7A7A"), WRONG: ("✗", "#D55E00")}
@@ -39,19 +40,6 @@ class Result:
 
     def __repr__(self) -> str:
         return f"{_MARKS[self.status][0]} {self.status}: {self.message}"
-
-
-@dataclass(frozen=True)
-class _Page:
-    """Markdown that draws itself."""
-
-    text: str
-
-    def _repr_markdown_(self) -> str:
-        return self.text
-
-    def __repr__(self) -> str:
-        return re.sub(r"</?(details|summary|b|br)>", "", self.text).strip()
 
 
 def is_empty(answer: Any) -> bool:
@@ -153,10 +141,10 @@ class Exercise:
             f"the check of an exercise returns None, a bool or a message; it returned {type(verdict).__name__}"
         )
 
-    def hints(self) -> _Page:
+    def hints(self) -> Page:
         """The ladder of hints, each collapsed."""
         named = zip(_HINTS[: len(self._hints)], self._hints, strict=True)
-        return _Page("\n\n".join(f"<details><summary>{name}</summary>\n\n{text}\n\n</details>" for name, text in named))
+        return Page("\n\n".join(f"<details><summary>{name}</summary>\n\n{text}\n\n</details>" for name, text in named))
 
     def _repr_markdown_(self) -> str:
         dots = "" if self.difficulty is None else f"<span title='difficulty'>{self._dots}</span>"
@@ -174,6 +162,16 @@ class Exercise:
     @property
     def _name(self) -> str:
         return f"Exercise {self.number}".rstrip()
+
+
+def one_of(told: Mapping[str, str | None]) -> Callable[[Any], str | None]:
+    """The check of a question that a letter answers: letter → what is wrong with it, None for the right one.
+
+    >>> one_of({"a": None, "b": "that is the teacher."})("B")
+    'that is the teacher.'
+    """
+    letters = f"answer with one letter: {listed(told, 'or')}."
+    return lambda answer: told.get(str(answer).strip().lower(), letters)
 
 
 class predict:
@@ -195,7 +193,7 @@ class predict:
         self.question = question
         self.options = {chr(ord("a") + i): option for i, option in enumerate(options)}
 
-    def reveal(self, answer: str, because: str = "", mine: str | None = None) -> _Page:
+    def reveal(self, answer: str, because: str = "", mine: str | None = None) -> Page:
         """The answer (a letter), why, and what the reader said; `mine` None or "" is a prediction not made.
 
         Raises:
@@ -206,9 +204,9 @@ class predict:
                 raise ValueError(f"{name} = {letter!r}: the options are {', '.join(self.options)}")
         text = f"The answer is <b>{answer}) {self.options[answer]}</b>" + (f": {because}." if because else ".")
         if is_empty(mine):
-            return _Page(text)
+            return Page(text)
         right = " As you said." if mine == answer else f" You said {mine}) {self.options[mine]}."
-        return _Page(text + right)
+        return Page(text + right)
 
     def _repr_markdown_(self) -> str:
         listed = "\n".join(f"- {letter}) {option}" for letter, option in self.options.items())

@@ -1,18 +1,31 @@
-"""Sentences of a notebook whose numbers are computed."""
+"""Text of a notebook: markdown that draws itself, and sentences whose numbers are computed."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 
-class _Listed(str):
-    """Names as prose lists them."""
+@dataclass(frozen=True)
+class Page:
+    """Markdown that draws itself."""
 
-    def __new__(cls, names: Iterable[Any]) -> _Listed:
-        *rest, last = [str(name) for name in names] or ["none"]
-        return super().__new__(cls, f"{', '.join(rest)} and {last}" if rest else last)
+    text: str
+
+    def _repr_markdown_(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return re.sub(r"</?(details|summary|b|br)>", "", self.text).strip()
+
+
+def listed(names: Iterable[Any], word: str = "and") -> str:
+    """Names as prose lists them: "a, b and c"; "none" where there are none."""
+    *rest, last = [str(name) for name in names] or ["none"]
+    return f"{', '.join(rest)} {word} {last}" if rest else last
 
 
 def say(template: str, **values: Any) -> None:
@@ -33,18 +46,7 @@ def say(template: str, **values: Any) -> None:
     from IPython.display import display
 
     shown = {
-        name: _Listed(value) if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value) else value
+        name: listed(value) if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value) else value
         for name, value in values.items()
     }
-    display(_Said(textwrap.dedent(template).strip().format(**shown)))
-
-
-class _Said:
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def _repr_markdown_(self) -> str:
-        return self.text
-
-    def __repr__(self) -> str:
-        return self.text
+    display(Page(textwrap.dedent(template).strip().format(**shown)))

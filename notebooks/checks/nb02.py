@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fakit.similarity import Similarity, cka, hsic
-from fakit.teaching import Exercise
+from fakit.teaching import Exercise, one_of
 
 
 def gaussian(seed: int, *shape: int) -> Tensor:
@@ -164,16 +164,15 @@ order = Exercise(
 # --- 02.4 -------------------------------------------------------------------------------------------------------------
 
 
-def check_claim(answer: str) -> str | None:
-    told = {
+check_claim = one_of(
+    {
         "a": "CKA is no share of information, and 0.07 lies within what chance reaches (0.09).",
         "b": "absence of evidence is no evidence of absence: the interval goes up to 0.16.",
         "c": None,
         "d": "how well a student answers was not measured: in the table of section 9 the model of the highest CKA is "
         "not the one that answers best.",
     }
-    return told.get(str(answer).strip().lower(), "answer with one letter: a, b, c or d.")
-
+)
 
 report = Similarity(value=0.07, estimator="debiased", n=64, clusters=64, null=0.09, interval=(-0.02, 0.16))
 claim = Exercise(

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fakit.similarity import match_heads, sink_share
-from fakit.teaching import Exercise
+from fakit.teaching import Exercise, one_of
 
 Pairs = set[tuple[int, int]]
 
@@ -293,8 +293,8 @@ repair = Exercise(
 # --- 03.5 -------------------------------------------------------------------------------------------------------------
 
 
-def check_claim(answer: str) -> str | None:
-    told = {
+check_claim = one_of(
+    {
         "a": "attributions are not maps; attention is one ingredient of an answer, not its reason, and the report did "
         "not measure reasons.",
         "b": "one seed, two students, 32 sentences: the difference may be noise. "
@@ -304,8 +304,7 @@ def check_claim(answer: str) -> str | None:
         "e": "one seed, two students, 32 sentences: a small difference is no proof of no effect. "
         "Notebook 06 says what would be needed.",
     }
-    return told.get(str(answer).strip().lower(), "answer with one letter: a, b, c, d or e.")
-
+)
 
 claim = Exercise(
     "A report of two students, trained once each as in section 6, says: *on 32 unseen sentences the divergence of the "

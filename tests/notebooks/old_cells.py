@@ -4,16 +4,15 @@ what its last hint solves.
 
 from __future__ import annotations
 
-import ast
 import linecache
 import re
-from pathlib import Path
 
 import nbformat
 
 from fakit.teaching import Exercise
+from tests.notebooks.cells import NOTEBOOKS, assert_told, solution
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+__all__ = ["assert_ladder", "assert_told", "exercise", "solution", "source"]
 
 
 def source(notebook: str, cell: str) -> str:
@@ -41,26 +40,9 @@ def stub(notebook: str, cell: str, namespace: dict):
     return namespace[re.search(r"check\((\w+)\)", last)[1]]
 
 
-def solution(task: Exercise, namespace: dict):
-    """What the last hint defines: its function or variable, the last name that it binds."""
-    hint = task._hints[-1]
-    fenced = re.search(r"```python\n(.*?)```", hint, re.DOTALL)
-    code = fenced[1] if fenced else hint.strip("`")
-    exec(code, namespace)
-    bound = [node for node in ast.parse(code).body if isinstance(node, (ast.FunctionDef, ast.Assign))]
-    last = bound[-1]
-    return namespace[last.name if isinstance(last, ast.FunctionDef) else last.targets[0].id]
-
-
 def assert_ladder(notebook: str, cell: str, task: Exercise, namespace: dict) -> None:
     """The stub in the notebook is "not done yet", and the solution in the last hint passes."""
     result = task.check(stub(notebook, cell, namespace))
     assert result.status == "not done yet", result
     result = task.check(solution(task, namespace))
     assert result.status == "passes", result
-
-
-def assert_told(task: Exercise, answer, message: str) -> None:
-    """A wrong answer is not right, and is told this."""
-    result = task.check(answer)
-    assert result.status == "not right" and message in result.message, result
