@@ -96,3 +96,10 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.mean()
     mask = mask.bool().reshape(mask.shape + (1,) * (values.dim() - mask.dim())).expand_as(values)
     return values.masked_fill(~mask, 0.0).sum() / mask.sum()
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / ‖x‖ over the last dimension. A row of zeros has no direction: it stays 0, and gets no gradient."""
+    norm = x.norm(dim=-1, keepdim=True)
+    nothing = norm < 1e-12
+    return torch.where(nothing, 0.0, x / norm.masked_fill(nothing, 1.0))

@@ -69,11 +69,12 @@ class Features(_OverLayers):
     """Feature matching over the mapped layers.
 
     Args:
-        loss: "mse", "cosine", "normalized_mse", "layernorm_mse", or any function (student, teacher, mask) of (B, T, d)
-            tensors.
+        loss: "mse", "cosine" or another of `fakit.losses.features.LOSSES`, or any function (student, teacher, mask) of
+            (B, T, d) tensors.
         weight: α.
         projection: "linear" learns a linear map from the student's width to the teacher's for each mapped pair whose
-            widths differ; None forbids it. Pairs of one width never have one.
+            widths differ; None forbids it. Pairs of one width never have one, nor do losses that compare relations
+            within each model ("gram", "cka_loss", "rkd_distance" …: `fakit.losses.relational`).
         layer_map: for this term alone; the objective's unless given.
         parameters: the loss's own, by name, as further keywords.
     """
@@ -99,6 +100,11 @@ class Features(_OverLayers):
         self.loss, self.weight, self.projection, self.layer_map = loss, weight, projection, layer_map
         self.parameters = dict(parameters or {}) | more
         self.function = with_parameters("Features", loss, feature_losses.LOSSES, self.parameters)
+        if self.parameters and not callable(loss):  # what it refuses of its parameters (beta = 0), it refuses now
+            self.function(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), None)
+        chosen = choose("Features", loss, feature_losses.LOSSES)
+        self._widths_differ = getattr(chosen, "widths_differ", False)  # see `fakit.losses.relational.relational`
+        self._count = getattr(chosen, "count", None)
         if projection not in ("linear", None):
             raise ValueError(f"Features(projection={projection!r}) is not known; choose 'linear' or None.")
         self._made = True
@@ -106,22 +112,29 @@ class Features(_OverLayers):
     def needs(self, side: str) -> Needs:
         return Needs(hidden_states=self._layers(side, self.shares()))
 
+    def count(self, batch: CountedBatch) -> Tensor:
+        return batch.tokens if self._count is None else self._count(batch.mask.sum(1))
+
     def cached(self) -> Needs:
         return Needs(hidden_states=self._layers("teacher", self.possible_pairs()))
 
     def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
         ours = kept(student, "hidden_states", pair[0])  # (B, T, d_S)
         theirs = kept(teacher, "hidden_states", pair[1])  # (B, T, d_T)
-        if ours.shape[-1] != theirs.shape[-1]:
+        if self.projects(ours.shape[-1], theirs.shape[-1]):
             projection = self.projection_of(pair, ours.shape[-1], theirs.shape[-1], like=ours)
             ours = projection(ours.to(projection.weight.dtype))  # (B, T, d_T)
         return self.function(ours, theirs, common_mask(student, teacher, pair))
 
     def prepare(self, student_width: int, teacher_width: int) -> None:
         """One linear map d_S → d_T for each pair, where widths differ; for every pair that a random map may draw."""
-        if student_width != teacher_width:
+        if self.projects(student_width, teacher_width):
             for pair in self.possible_pairs():
                 self.projection_of(pair, student_width, teacher_width)
+
+    def projects(self, student_width: int, teacher_width: int) -> bool:
+        """Whether a projection stands between two layers of these widths."""
+        return student_width != teacher_width and not self._widths_differ
 
     def projection_of(self, pair: Pair, d_student: int, d_teacher: int, like: Tensor | None = None) -> nn.Linear:
         """The projection of a layer pair, made if it is not there.

@@ -569,7 +569,7 @@ def check_fit(
 
     s, t = student.config.get_text_config(), teacher.config.get_text_config()
     for name, features in objective.of_kind(Features).items():
-        if objective.pairs(name) and features.projection is None and s.hidden_size != t.hidden_size:
+        if objective.pairs(name) and features.projection is None and features.projects(s.hidden_size, t.hidden_size):
             raise ValueError(
                 f"the student is {s.hidden_size} wide, the teacher {t.hidden_size}, and Features(projection=None) "
                 "allows no projection; use projection='linear', or a student of the teacher's width."

@@ -1,13 +1,15 @@
 """What every loss promises: 0 at equality, nothing from padding, float32 or better, gradients that are right."""
 
 import doctest
+import math
+import random
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from fakit.losses import attention, features, outputs, reduce
+from fakit.losses import attention, features, outputs, reduce, relational
 
 B, T, D, V, H = 3, 5, 6, 7, 2
 MASK = torch.tensor([[True] * 5, [True, True, True, False, False], [False, True, False, True, True]])
@@ -20,6 +22,7 @@ class Case:
     function: object
     kind: str  # "features" | "attention" | "outputs"
     options: dict
+    least: float | None = 0.0  # where student equals teacher; None: not the same number everywhere
 
     def pair(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -43,6 +46,8 @@ class Case:
 
 
 CASES = {f"features.{name}": Case(loss, "features", {}) for name, loss in features.LOSSES.items()}
+CASES["features.l1_cosine"].least = math.log1p(1 / math.e)
+CASES["features.codir"].least = None
 CASES |= {f"attention.{name}": Case(loss, "attention", {}) for name, loss in attention.LOSSES.items()}
 CASES |= {f"outputs.{name}": Case(loss, "outputs", {"temperature": 2.5}) for name, loss in outputs.LOSSES.items()}
 CASES["outputs.jsd, beta .2"] = Case(outputs.jsd, "outputs", {"temperature": 0.7, "beta": 0.2})
@@ -52,16 +57,18 @@ every_loss = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 @every_loss
 @pytest.mark.parametrize("mask", [None, MASK], ids=["no mask", "mask"])
-def test_0_at_equality_and_above_0_elsewhere(case, mask):
+def test_0_at_equality_and_more_elsewhere(case, mask):
     student, teacher = case.pair()
-    assert abs(case(teacher, teacher.clone(), mask).item()) < 1e-15
-    assert case(student, teacher, mask).item() > 1e-3
+    equal = case(teacher, teacher.clone(), mask).item()
+    assert case.least is None or abs(equal - case.least) < 1e-15
+    assert case(student, teacher, mask).item() > equal + 1e-3
 
 
 @every_loss
 def test_0_at_equality_in_float32(case):
     _, teacher = case.pair(torch.float32)
-    assert abs(case(teacher, teacher.clone(), MASK).item()) < 1e-7
+    found = case(teacher, teacher.clone(), MASK).item()
+    assert case.least is None or abs(found - case.least) < 1e-7
 
 
 @every_loss
@@ -116,6 +123,49 @@ def test_half_precision_is_computed_in_float32(case, dtype):
 
 
 @every_loss
+def test_autocast_changes_nothing(case):
+    student, teacher = case.pair(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = case(student, teacher, MASK)
+    assert inside.dtype == torch.float32 and inside.item() == case(student, teacher, MASK).item()
+
+
+@every_loss
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_small_and_large_numbers_give_finite_values_and_gradients(case, scale):
+    student, teacher = case.pair(torch.float32)
+    if case.kind != "attention":  # whose rows sum to 1
+        student, teacher = scale * student, scale * teacher
+    loss = case(student.requires_grad_(), teacher, MASK)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()
+
+
+@every_loss
+@pytest.mark.parametrize("seed", range(8))
+def test_every_shape_is_a_mean_over_what_counts(case, seed):
+    """Random shapes, one token and one text among them, and random masks: the same as without the padding."""
+    draw = random.Random(seed)
+    rows, length, width = draw.choice([1, 2, 4]), draw.choice([1, 2, 6]), draw.choice([2, 3, 9])
+    generator = torch.Generator().manual_seed(seed)
+    shape = {
+        "features": (rows, length, width),
+        "attention": (rows, H, length, length),
+        "outputs": (rows, length, width),
+    }
+    sides = [torch.randn(shape[case.kind], generator=generator, dtype=torch.float64) for _ in range(2)]
+    sides = [side.softmax(-1) if case.kind == "attention" else side for side in sides]
+    one = sides[0].requires_grad_()
+    loss = case(one, sides[1])
+    loss.backward()
+    assert loss.isfinite() and one.grad.isfinite().all()
+    pad = (0, 3, 0, 3) if case.kind == "attention" else (0, 0, 0, 3)
+    mask = torch.arange(length + 3).expand(rows, -1) < length
+    wider = [torch.nn.functional.pad(side.detach(), pad, value=torch.nan) for side in sides]
+    assert case(*wider, mask).item() == pytest.approx(loss.item(), rel=1e-9, abs=1e-12)
+
+
+@every_loss
 def test_a_mask_of_ones_is_no_mask_and_integers_are_bools(case):
     student, teacher = case.pair()
     ones = torch.ones(B, T, dtype=torch.long)
@@ -132,7 +182,9 @@ def test_masks_and_shapes_that_do_not_fit_are_refused(case):
         case(student, teacher[:2])
 
 
-@pytest.mark.parametrize("module", [features, attention, outputs, reduce], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [features, relational, attention, outputs, reduce], ids=lambda module: module.__name__
+)
 def test_docstring_examples_run(module):
     assert doctest.testmod(module).failed == 0
 

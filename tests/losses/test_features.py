@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fakit.losses import features
+from fakit.losses import features, relational
 
 B, T, D = 3, 4, 8
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 1]]).bool()
@@ -36,15 +36,30 @@ def standard(x: np.ndarray) -> np.ndarray:
     return centered / math.sqrt(sum(centered**2) / len(x) + 1e-5)
 
 
+def huber(x: float) -> float:
+    return x * x / 2 if abs(x) < 1 else abs(x) - 0.5
+
+
 DISTANCES = {
     "mse": lambda s, t: sum((a - b) ** 2 for a, b in zip(s, t, strict=True)) / D,
     "cosine": lambda s, t: 1 - float(np.dot(s, t)) / (np.linalg.norm(s) * np.linalg.norm(t)),
     "normalized_mse": lambda s, t: float(((unit(s) - unit(t)) ** 2).sum()) / D,
     "layernorm_mse": lambda s, t: float(((standard(s) - standard(t)) ** 2).sum()) / D,
+    "smooth_l1": lambda s, t: sum(huber(a - b) for a, b in zip(s, t, strict=True)) / D,
+    "l1_cosine": lambda s, t: float(abs(s - t).sum()) / D + math.log1p(math.exp(-float(unit(s) @ unit(t)))),
+    "mobilebert": lambda s, t: (
+        100 * float(((standard(s) - standard(t)) ** 2).sum()) / D
+        + 5000 * (sum(s) / D - sum(t) / D) ** 2
+        + 5 * abs(float(np.var(s)) - float(np.var(t)))
+    ),
 }
 
 
-@pytest.mark.parametrize("name", features.LOSSES)
+def test_every_loss_is_recomputed_here_or_with_the_relations():
+    assert set(DISTANCES) | set(relational.LOSSES) == set(features.LOSSES)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
 def test_equals_a_plain_loop_over_tokens(name):
     student, teacher = tensors()
     assert features.LOSSES[name](student, teacher, MASK).item() == pytest.approx(by_token(DISTANCES[name]), rel=1e-12)
@@ -110,3 +125,52 @@ def test_a_token_of_zeros_has_no_direction_and_a_finite_gradient(name, zero):
     assert loss.item() == pytest.approx((2 * others + own * (1 if name == "cosine" else 2 / 8)) / 3, rel=1e-5)
     assert student.grad.abs().max() < 10 and student.grad[0, [0, 2]].norm() > 0
     assert student.grad[0, 1].abs().max() < 1e-8
+
+
+def test_smooth_l1_is_quadratic_below_beta_and_linear_above():
+    student, teacher = torch.tensor([[[0.5, 3.0]]]), torch.zeros(1, 1, 2)
+    assert features.smooth_l1(student, teacher).item() == (0.125 + 2.5) / 2
+    assert features.smooth_l1(student, teacher, beta=2.0).item() == (0.0625 + 2.0) / 2
+    assert features.smooth_l1(student, teacher, beta=1e-9).item() == pytest.approx(1.75)  # the L1 norm
+    with pytest.raises(ValueError, match=r"smooth_l1 wants beta above 0.*found 0"):
+        features.smooth_l1(student, teacher, beta=0)
+
+
+def test_l1_cosine_has_its_minimum_where_the_two_agree():
+    """Lillama's loss as its code has it: l1_loss(a, y).mean(-1) - log sigmoid(cosine_similarity(a, y))."""
+    student, teacher = tensors()
+    l1 = (student - teacher).abs().mean(-1)
+    theirs = l1 - torch.sigmoid(torch.nn.functional.cosine_similarity(student, teacher, dim=-1)).log()
+    assert features.l1_cosine(student, teacher).item() == pytest.approx(theirs.mean().item(), rel=1e-12)
+    least = features.l1_cosine(teacher, teacher).item()
+    assert least == pytest.approx(math.log(1 + 1 / math.e), rel=1e-12)
+    for step in (1e-3, -1e-3):
+        assert features.l1_cosine(teacher + step, teacher).item() > least
+        assert features.l1_cosine(teacher * (1 + step), teacher).item() > least
+
+
+def test_mobilebert_sees_the_offset_and_the_scale_that_layernorm_mse_does_not():
+    _, teacher = tensors()
+    assert features.mobilebert(teacher + 0.5, teacher, beta=1.0, gamma=0.0, hidden=0.0).item() == pytest.approx(0.25)
+    variance = teacher.var(-1, correction=0).mean().item()
+    found = features.mobilebert(3 * teacher, teacher, hidden=0.0, beta=0.0, gamma=1.0).item()
+    assert found == pytest.approx(8 * variance, rel=1e-12)
+
+
+def numbers(*shape: int, shift: int) -> torch.Tensor:
+    count = torch.arange(math.prod(shape), dtype=torch.float64)
+    return ((7 * count + shift) % 11 - 5).view(shape) / 4
+
+
+def test_equal_textbrewer():
+    """TextBrewer 0.2.1.post1 (PyPI), its losses run on these numbers. Its `pkd_loss` looks at the first token alone and
+    sums over dimensions. Its masked `mmd_loss` divides by the length in place of the width, which later code mended.
+    """
+    student, teacher = numbers(2, 4, 6, shift=1), numbers(2, 4, 6, shift=5)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    assert features.mse(student, teacher, mask).item() == pytest.approx(1.75625, rel=1e-12)  # hid_mse_loss
+    assert features.cosine(student, teacher, mask).item() == pytest.approx(1.4283883599254583, rel=1e-9)  # cos_loss
+    first = features.normalized_mse(student[:, :1], teacher[:, :1]).item()
+    assert 6 * first == pytest.approx(2.68745738392324, rel=1e-12)  # pkd_loss
+    unmasked = features.nst(student, teacher[..., :3]).item()  # mmd_loss([S, S], [T, T])
+    assert unmasked == pytest.approx(0.053056504991319434, rel=1e-12)
