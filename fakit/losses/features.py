@@ -16,7 +16,17 @@ from torch.nn import functional as F
 from fakit import warn_of_old_name
 from fakit.losses import relational
 from fakit.losses.reduce import at_least_float32, check_mask, check_same_shape, masked_mean, unit
-from fakit.losses.relational import cka_loss, codir, gram, nst, procrustes, rkd_angle, rkd_distance, similarity
+from fakit.losses.relational import (
+    cka_loss,
+    codir,
+    gram,
+    margin_ranking,
+    nst,
+    procrustes,
+    rkd_angle,
+    rkd_distance,
+    similarity,
+)
 
 __all__ = [
     "LOSSES",
@@ -27,6 +37,7 @@ __all__ = [
     "gram",
     "l1_cosine",
     "layernorm_mse",
+    "margin_ranking",
     "mobilebert",
     "mse",
     "normalized_mse",

@@ -6,11 +6,11 @@ may differ and no projection is learned (`codir`, which compares the rows of the
 
 Two questions tell them apart.
 
-* Which rows? Tokens of one text (`nst`, `similarity`, `rkd_distance`, `rkd_angle`: the mean over pairs or triples of
-  tokens of a text), all valid tokens of the batch (`gram`, `procrustes`, `cka_loss`), or texts, each the mean of its
-  tokens (`codir`). `Pooled` gives them texts in place of tokens.
-* What do they not see? `cka_loss` no rotation, offset or scale; `rkd_angle` and `rkd_distance` neither; `similarity` no
-  rotation and no length of a row; `gram`, `procrustes` and `nst` no rotation alone.
+* Which rows? Tokens of one text (`nst`, `similarity`, `margin_ranking`, `rkd_distance`, `rkd_angle`: the mean over
+  pairs or triples of tokens of a text), all valid tokens of the batch (`gram`, `procrustes`, `cka_loss`), or texts,
+  each the mean of its tokens (`codir`). `Pooled` gives them texts in place of tokens.
+* What do they not see? `cka_loss` no rotation, offset or scale; `rkd_angle` and `rkd_distance` neither; `similarity`
+  and `margin_ranking` no rotation and no length of a row; `gram`, `procrustes` and `nst` no rotation alone.
 
 A text of one token has no pair, one of two no angle: it does not count, and where no text has one the loss is 0.
 """
@@ -65,6 +65,12 @@ def pairs(lengths: Tensor) -> Tensor:
 def distinct_pairs(lengths: Tensor) -> Tensor:
     """The number of pairs of two tokens of one row. (B,) -> ()"""
     return (lengths * (lengths - 1)).sum()
+
+
+def pairs_of_pairs(lengths: Tensor) -> Tensor:
+    """The number of pairs {a, b} of unordered pairs a = {i, j} of tokens of one row. (B,) -> ()"""
+    unordered = lengths * (lengths - 1) // 2
+    return (unordered * (unordered - 1) // 2).sum()
 
 
 def distinct_triples(lengths: Tensor) -> Tensor:
@@ -132,6 +138,30 @@ def similarity(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
     with in_full(student):
         ours, theirs = (unit(x) @ unit(x).mT for x in (student, teacher))  # (B, T, T)
         return _mean((ours - theirs).square(), _pairs(mask, distinct=False))
+
+
+@relational(count=pairs_of_pairs)
+def margin_ranking(student: Tensor, teacher: Tensor, mask: Tensor | None = None, margin: float = 0.015) -> Tensor:
+    """Order of similarities: of two pairs of rows, the student's more similar one is to be the teacher's, by a margin.
+
+        mean over pairs a = (i, j), b = (k, l) of max(0, margin - sign(cos_T(a) - cos_T(b)) · (cos_S(a) - cos_S(b)))
+
+    Jasper (Zhang et al. 2024) over the embeddings of a batch's texts, which is `Pooled("margin_ranking")`: n rows have
+    n⁴/8 pairs of pairs, all in memory, too many for the tokens of a long text. Not 0 where the two sides are equal, if
+    similarities lie closer together than the margin. Where the teacher's are the same, b is to be the larger one, as in
+    released code. The teacher gets no gradient.
+    """
+    if not margin >= 0:
+        raise ValueError(f"margin_ranking wants a margin of 0 or more, not {margin!r}.")
+    student, teacher, mask = _prepare("margin_ranking", student, teacher, mask)
+    i, j = torch.triu_indices(mask.shape[1], mask.shape[1], offset=1, device=mask.device)  # the pairs
+    a, b = torch.triu_indices(len(i), len(i), offset=1, device=mask.device)  # the pairs of pairs
+    with in_full(student):
+        ours, theirs = ((unit(x) @ unit(x).mT)[:, i, j] for x in (student, teacher))  # (B, pairs)
+        above = theirs[:, a] - theirs[:, b]  # (B, pairs of pairs)
+        sign = torch.where(above > 0, 1.0, -1.0).masked_fill(above.isnan(), torch.nan)
+        counts = mask[:, i] & mask[:, j]
+        return _mean((margin - sign * (ours[:, a] - ours[:, b])).relu(), counts[:, a] & counts[:, b])
 
 
 @relational(count=distinct_pairs)
@@ -310,6 +340,7 @@ def codir(student: Tensor, teacher: Tensor, mask: Tensor | None = None, scale: f
 LOSSES = {
     "nst": nst,
     "similarity": similarity,
+    "margin_ranking": margin_ranking,
     "rkd_distance": rkd_distance,
     "rkd_angle": rkd_angle,
     "gram": gram,

@@ -47,7 +47,7 @@ class Case:
 
 CASES = {f"features.{name}": Case(loss, "features", {}) for name, loss in features.LOSSES.items()}
 CASES["features.l1_cosine"].least = math.log1p(1 / math.e)
-CASES["features.codir"].least = None
+CASES["features.codir"].least = CASES["features.margin_ranking"].least = None
 CASES |= {f"attention.{name}": Case(loss, "attention", {}) for name, loss in attention.LOSSES.items()}
 CASES |= {f"outputs.{name}": Case(loss, "outputs", {"temperature": 2.5}) for name, loss in outputs.LOSSES.items()}
 CASES["outputs.jsd, beta .2"] = Case(outputs.jsd, "outputs", {"temperature": 0.7, "beta": 0.2})

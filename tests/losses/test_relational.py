@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fakit.losses import features, relational
-from fakit.losses.features import cka_loss, codir, gram, mse, procrustes, rkd_angle
+from fakit.losses.features import cka_loss, codir, gram, margin_ranking, mse, procrustes, rkd_angle
 from fakit.similarity import cka
 
 B, T = 3, 5
@@ -71,6 +71,17 @@ def by_loops_rkd_angle(student: Tensor, teacher: Tensor) -> float:
     return sum(found) / len(found)
 
 
+def by_loops_margin_ranking(student: Tensor, teacher: Tensor) -> float:
+    found = []
+    for text in zip(texts(student), texts(teacher), strict=True):
+        pairs = list(itertools.combinations(range(len(text[0])), 2))
+        ours, theirs = ([float(unit(side[i]) @ unit(side[j])) for i, j in pairs] for side in text)
+        for a, b in itertools.combinations(range(len(pairs)), 2):
+            above = ours[a] - ours[b] if theirs[a] > theirs[b] else ours[b] - ours[a]
+            found.append(max(0.0, 0.015 - above))
+    return sum(found) / len(found)
+
+
 def by_loops_gram(student: Tensor, teacher: Tensor) -> float:
     ours, theirs = (rows(x) @ rows(x).T for x in (student, teacher))  # (n, n)
     return float(((ours - theirs) ** 2).sum() / (theirs**2).sum())
@@ -105,6 +116,7 @@ def by_loops_codir(student: Tensor, teacher: Tensor, scale: float = 20.0) -> flo
 AGAIN = {
     "nst": lambda s, t: by_pair(s, t, lambda a, b: float(a @ b) / len(a)),
     "similarity": lambda s, t: by_pair(s, t, lambda a, b: float(unit(a) @ unit(b))),
+    "margin_ranking": by_loops_margin_ranking,
     "rkd_distance": by_loops_rkd_distance,
     "rkd_angle": by_loops_rkd_angle,
     "gram": by_loops_gram,
@@ -181,6 +193,7 @@ CHANGES = [rotated, moved, scaled, token_scaled, turned_by_text]
 BLIND = {
     "nst": {rotated, turned_by_text},
     "similarity": {rotated, scaled, token_scaled, turned_by_text},
+    "margin_ranking": {rotated, scaled, token_scaled, turned_by_text},
     "rkd_distance": {rotated, moved, scaled, turned_by_text},
     "rkd_angle": {rotated, moved, scaled, turned_by_text},
     "gram": {rotated},
@@ -202,7 +215,7 @@ def test_blind_to_what_its_docstring_says_and_to_nothing_else(name, change):
         assert abs(after - before) > 1e-3 * abs(before)
 
 
-@every_relation
+@pytest.mark.parametrize("name", [name for name in ANY_WIDTHS if name != "margin_ranking"])
 def test_0_at_a_rotation_into_a_wider_space(name):
     """What no projection is needed for: a student of half the width can have the same geometry."""
     teacher = tensors(4, 4)[1]
@@ -282,9 +295,10 @@ def test_value_and_gradient_are_finite_where_nothing_is_there(name, what, dtype)
     student, teacher = (x.to(dtype).requires_grad_() for x in degenerate()[what])
     loss = relational.LOSSES[name](student, teacher, MASK)
     loss.backward()
-    assert loss.isfinite() and student.grad.isfinite().all() and teacher.grad.isfinite().all()
+    assert loss.isfinite() and student.grad.isfinite().all()
+    assert teacher.grad.isfinite().all() if name != "margin_ranking" else teacher.grad is None
     assert student.grad.abs().max() < 1e4
-    if what in ("both zeros", "student is teacher") and name != "codir":
+    if what in ("both zeros", "student is teacher") and name not in ("codir", "margin_ranking"):
         expected = 1.0 if (name, what) == ("cka_loss", "both zeros") else 0.0
         assert loss.item() == pytest.approx(expected, abs=1e-6) and student.grad.abs().max() < 1e-6
 
@@ -295,7 +309,9 @@ def test_tokens_that_are_all_equal_have_no_cka():
         assert cka_loss(student + shift, teacher, MASK).item() == 1
 
 
-@pytest.mark.parametrize(("name", "length"), [("rkd_distance", 1), ("rkd_angle", 1), ("rkd_angle", 2)])
+@pytest.mark.parametrize(
+    ("name", "length"), [("margin_ranking", 2), ("rkd_distance", 1), ("rkd_angle", 1), ("rkd_angle", 2)]
+)
 def test_texts_too_short_for_a_relation_count_nothing(name, length):
     student, teacher = (x.requires_grad_() for x in tensors())
     loss = relational.LOSSES[name](student[:, :length], teacher[:, :length])
@@ -306,10 +322,10 @@ def test_texts_too_short_for_a_relation_count_nothing(name, length):
 
 @every
 def test_nan_in_a_token_that_counts_shows_in_the_loss(name):
-    student, teacher = tensors(6, 6)
-    for number in (torch.nan, torch.inf):
-        student[0, 0, 0] = number
-        assert not relational.LOSSES[name](student, teacher, MASK).isfinite()
+    for side, number in itertools.product((0, 1), (torch.nan, torch.inf)):
+        sides = tensors(6, 6)
+        sides[side][0, 0, 0] = number
+        assert not relational.LOSSES[name](*sides, MASK).isfinite()
 
 
 @every_relation
@@ -322,7 +338,7 @@ def test_batches_that_differ_are_refused(name):
 # -- what the mean is over -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["nst", "similarity", "rkd_distance", "rkd_angle"])
+@pytest.mark.parametrize("name", ["nst", "similarity", "margin_ranking", "rkd_distance", "rkd_angle"])
 def test_the_mean_over_parts_of_a_batch_is_the_mean_over_all_of_it(name):
     loss = relational.LOSSES[name]
     student, teacher = tensors()
@@ -331,3 +347,15 @@ def test_the_mean_over_parts_of_a_batch_is_the_mean_over_all_of_it(name):
     values = [loss(student[b : b + 1], teacher[b : b + 1], MASK[b : b + 1]).item() for b in range(B)]
     assert sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights) == pytest.approx(whole, rel=1e-12)
     assert loss.count(MASK.sum(1)).item() == sum(weights) != B
+
+
+def test_margin_ranking_in_a_case_of_three_texts():
+    """cos of the pairs (1, 2), (1, 3), (2, 3): the student's 0.6, 0.8, 0; the teacher's 0.8, 0.6, 0."""
+    student = torch.tensor([[[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.8, -0.6, 0.0]]], dtype=torch.float64)
+    teacher = student[:, [0, 2, 1]]
+    wrong_order = 0.2 + 0.015  # of the first two pairs; the third is below both by more than the margin
+    assert margin_ranking(student, teacher).item() == pytest.approx(wrong_order / 3, rel=1e-12)
+    assert margin_ranking(student, teacher, margin=0.65).item() == pytest.approx((0.85 + 0.05) / 3, rel=1e-12)
+    assert margin_ranking(teacher, teacher).item() == 0
+    with pytest.raises(ValueError, match="margin of 0 or more, not -1"):
+        margin_ranking(student, teacher, margin=-1)

@@ -57,7 +57,9 @@ def test_widths_that_differ_are_refused_before_training_only_where_they_matter(n
             check_fit(teacher, student, term(name, projection=None))
 
 
-@pytest.mark.parametrize("name", ["smooth_l1", "mobilebert", "nst", "similarity", "rkd_distance", "rkd_angle"])
+@pytest.mark.parametrize(
+    "name", ["smooth_l1", "mobilebert", "nst", "margin_ranking", "similarity", "rkd_distance", "rkd_angle"]
+)
 def test_parts_of_a_batch_make_the_whole(name):
     torch.manual_seed(0)
     rows, made = uneven(causal=False, rows=8), term(name).double().prepare(16, 32).double()
