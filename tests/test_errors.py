@@ -236,7 +236,7 @@ def test_soft_labels_of_a_single_output_say_nothing():
             lambda: Outputs("kl"),
             r"Outputs\('kl'\) is not known; choose one of \['forward_kl', 'reverse_kl', 'jsd', 'logit_mse'\]",
         ),
-        (lambda: Features(projection="mlp"), "projection='mlp'.*choose 'linear' or None"),
+        (lambda: Features(projection="l1"), "projection='l1'.*choose one of 'linear', 'orthogonal', 'mlp', or None"),
         (lambda: Attention(heads="max"), "heads='max'.*choose 'one-to-one', 'group-mean' or 'best-match'"),
         (lambda: Outputs(temperature=0), "temperature=0.*finite and above 0"),
     ],

@@ -13,6 +13,7 @@ from fakit.experiments.schema import Count, Number, Section, Truth, Weight, Whol
 from fakit.layer_maps import LayerMap
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
+from fakit.objective.feature_terms import KINDS as FEATURE_TERMS
 from fakit.objective.objective import check_name
 from fakit.objective.term import Term
 from fakit.objective.terms import ATTENTION_LOSSES, Attention, Features, Outputs
@@ -100,6 +101,7 @@ FeaturesConfig = section_of(Features, feature_losses.LOSSES, ("loss", "weight"),
 AttentionConfig = section_of(Attention, ATTENTION_LOSSES, ("loss", "weight", "heads"))
 OutputsConfig = section_of(Outputs, output_losses.LOSSES, ("loss", "temperature", "weight"))
 KINDS = {"features": FeaturesConfig, "attention": AttentionConfig, "outputs": OutputsConfig}
+KNOWN = (*KINDS, *FEATURE_TERMS)
 
 
 def check_further_terms(terms: Mapping[str, Any]) -> None:
@@ -118,7 +120,7 @@ def build_further_term(name: str, given: Any, map_of: MapOf) -> Term:
     """
     if not isinstance(given, Mapping) or not isinstance(given.get("kind"), str):
         raise ValueError(
-            f"terms.{name}: found {describe(given)}, expected a mapping with a kind: {', '.join(KINDS)}, or "
+            f"terms.{name}: found {describe(given)}, expected a mapping with a kind: {', '.join(KNOWN)}, or "
             "package.module:Class."
         )
     kind, settings = given["kind"], {key: value for key, value in given.items() if key != "kind"}
@@ -140,11 +142,13 @@ def build_further_term(name: str, given: Any, map_of: MapOf) -> Term:
 
 
 def _class_of(name: str, kind: str) -> type[Term]:
+    if kind in FEATURE_TERMS:
+        return FEATURE_TERMS[kind]
     module, colon, attribute = kind.partition(":")
     if not colon:
         raise ValueError(
-            f"terms.{name}.kind: {kind!r} is not one of {', '.join(KINDS)}, and no "
-            f"package.module:Class.{did_you_mean(kind, KINDS)}"
+            f"terms.{name}.kind: {kind!r} is not one of {', '.join(KNOWN)}, and no "
+            f"package.module:Class.{did_you_mean(kind, KNOWN)}"
         )
     try:
         found = getattr(importlib.import_module(module), attribute, None)

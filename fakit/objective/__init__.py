@@ -2,6 +2,7 @@
 
 from fakit.layer_maps import Pair
 from fakit.objective.breakdown import Breakdown
+from fakit.objective.feature_terms import Dynamics, Flow, LayerAttention, Pooled
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.objective import Objective
 from fakit.objective.term import FrozenTermError, Term
@@ -12,12 +13,16 @@ __all__ = [
     "Attention",
     "Breakdown",
     "CountedBatch",
+    "Dynamics",
     "Features",
+    "Flow",
     "FrozenTermError",
+    "LayerAttention",
     "Needs",
     "Objective",
     "Outputs",
     "Pair",
+    "Pooled",
     "Task",
     "Term",
     "Weights",

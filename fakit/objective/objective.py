@@ -7,7 +7,7 @@ It is a dictionary of terms and their weighted sum: each term is optional, other
 at any time, and each call returns a breakdown by term and by layer pair.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
@@ -19,8 +19,9 @@ from fakit.objective.breakdown import Breakdown, total
 from fakit.objective.diagnosis import whose_numbers
 from fakit.objective.needs import Needs
 from fakit.objective.over_heads import compare_over_heads, with_logits
+from fakit.objective.projections import LeastSquares
 from fakit.objective.term import Term
-from fakit.objective.terms import Attention, Features, Outputs, Task
+from fakit.objective.terms import Attention, Features, Outputs, OverLayers, Task
 from fakit.objective.weights import Weights
 from fakit.tracing.trace import Trace
 
@@ -68,7 +69,7 @@ class Objective(nn.Module):
             )
         for name, term in given.items():
             _check_term(name, term)
-            over_layers = isinstance(term, Features | Attention)
+            over_layers = isinstance(term, OverLayers)
             if over_layers and layer_map is None and term.layer_map is None:
                 keyword = f"{name}=…" if name in OWN else f"terms={{{name!r}: …}}"
                 raise ValueError(
@@ -218,6 +219,35 @@ class Objective(nn.Module):
         for term in self._terms.values():
             term.prepare(student_width, teacher_width)
         return self
+
+    @property
+    def projection_parameters(self) -> dict[str, int]:
+        """How many numbers each projection trains beside the student; none of them is in its export."""
+        return {name: sum(p.numel() for p in module.parameters()) for name, module in self.projections.items()}
+
+    def fit_projections(self, students: Iterable[Trace], teachers: Iterable[Trace]) -> dict[str, float]:
+        """Start linear and orthogonal projections at the best maps between some traces, in place of random ones.
+
+        Args:
+            students, teachers: traces of the same batches, in order, with what the objective needs.
+
+        Returns:
+            {projection: the share of the teacher's squares that its map leaves, 0…1}
+
+        Raises:
+            ValueError: no projections, one that has no closed form ("mlp"), or numbers of traces that differ.
+        """
+        sums: dict[str, LeastSquares] = {}
+        with torch.no_grad():
+            for student, teacher in zip(students, teachers, strict=True):
+                for term in self.of_kind(Features).values():
+                    for pair in term.shares():
+                        term.gather(student, teacher, pair, sums)
+        if not sums:
+            raise ValueError(
+                "this objective has no projections to fit for these traces: widths agree, or no term needs them equal."
+            )
+        return {name: found.solve() for name, found in sums.items()}
 
     # -- the loss -------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from fakit.losses.task import REGRESSION, SEVERAL_LABELS, task_loss
 from fakit.objective.breakdown import total
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.positions import common_mask, kept, predicting
+from fakit.objective.projections import KINDS as PROJECTIONS
+from fakit.objective.projections import LeastSquares, Projection, make_projection
 from fakit.objective.term import Term, choose, normalized
 from fakit.tracing.trace import Trace
 
@@ -32,7 +34,7 @@ HEADS: tuple[str, ...] = get_args(Heads)
 GIVEN = ("student", "teacher", "mask", "temperature")
 
 
-class _OverLayers(Term):
+class OverLayers(Term):
     """A term over layer pairs: a weighted mean of the losses at each."""
 
     embeddings: ClassVar[bool] = True  # layer 0 may be mapped
@@ -65,32 +67,38 @@ class _OverLayers(Term):
 
 
 @dataclass(init=False)
-class Features(_OverLayers):
+class Features(OverLayers):
     """Feature matching over the mapped layers.
 
     Args:
         loss: "mse", "cosine" or another of `fakit.losses.features.LOSSES`, or any function (student, teacher, mask) of
             (B, T, d) tensors.
         weight: α.
-        projection: "linear" learns a linear map from the student's width to the teacher's for each mapped pair whose
-            widths differ; None forbids it. Pairs of one width never have one, nor do losses that compare relations
-            within each model ("gram", "cka_loss", "rkd_distance" …: `fakit.losses.relational`).
+        projection: "linear", "orthogonal" or "mlp" learns a map from the student's width to the teacher's for each pair
+            whose widths differ (`fakit.objective.projections`); None forbids it. Losses that compare relations within
+            each model ("gram", "cka_loss", "rkd_distance" …: `fakit.losses.relational`) never have one.
         layer_map: for this term alone; the objective's unless given.
+        shared: one projection for all pairs.
+        at_equal_width: a projection also where widths agree (Chen et al. 2022, arXiv 2210.15274: it helps in vision).
         parameters: the loss's own, by name, as further keywords.
     """
 
     loss: str | Callable = "mse"
     weight: float = 1.0
-    projection: Literal["linear"] | None = "linear"
+    projection: Projection | None = "linear"
     layer_map: LayerMap | None = None
+    shared: bool = False
+    at_equal_width: bool = False
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def __init__(
         self,
         loss: str | Callable = "mse",
         weight: float = 1.0,
-        projection: Literal["linear"] | None = "linear",
+        projection: Projection | None = "linear",
         layer_map: LayerMap | None = None,
+        shared: bool = False,
+        at_equal_width: bool = False,
         parameters: Mapping[str, Any] | None = None,
         **more: Any,
     ):
@@ -98,6 +106,7 @@ class Features(_OverLayers):
             warn_of_old_name(loss, feature_losses.OLD_NAMES[loss])
             loss = feature_losses.OLD_NAMES[loss]
         self.loss, self.weight, self.projection, self.layer_map = loss, weight, projection, layer_map
+        self.shared, self.at_equal_width = shared, at_equal_width
         self.parameters = dict(parameters or {}) | more
         self.function = with_parameters("Features", loss, feature_losses.LOSSES, self.parameters)
         if self.parameters and not callable(loss):  # what it refuses of its parameters (beta = 0), it refuses now
@@ -105,8 +114,14 @@ class Features(_OverLayers):
         chosen = choose("Features", loss, feature_losses.LOSSES)
         self._widths_differ = getattr(chosen, "widths_differ", False)  # see `fakit.losses.relational.relational`
         self._count = getattr(chosen, "count", None)
-        if projection not in ("linear", None):
-            raise ValueError(f"Features(projection={projection!r}) is not known; choose 'linear' or None.")
+        if projection not in (*PROJECTIONS, None):
+            known = ", ".join(map(repr, PROJECTIONS))
+            raise ValueError(f"Features(projection={projection!r}) is not known; choose one of {known}, or None.")
+        if at_equal_width and (projection is None or self._widths_differ):
+            raise ValueError(
+                f"Features({loss!r}, projection={projection!r}, at_equal_width=True): this one never has a "
+                "projection; leave at_equal_width out, or take a loss that compares states and a projection."
+            )
         self._made = True
 
     def needs(self, side: str) -> Needs:
@@ -119,24 +134,44 @@ class Features(_OverLayers):
         return Needs(hidden_states=self._layers("teacher", self.possible_pairs()))
 
     def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
+        ours, theirs, mask = self.sides(student, teacher, pair)
+        return self.function(self.projected(ours, theirs.shape[-1], pair, mask), theirs, mask)
+
+    def sides(self, student: Trace, teacher: Trace, pair: Pair) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is compared at a layer pair, before any projection, (B, T, d_S) and (B, T, d_T); which of it counts."""
         ours = kept(student, "hidden_states", pair[0])  # (B, T, d_S)
         theirs = kept(teacher, "hidden_states", pair[1])  # (B, T, d_T)
-        if self.projects(ours.shape[-1], theirs.shape[-1]):
-            projection = self.projection_of(pair, ours.shape[-1], theirs.shape[-1], like=ours)
-            ours = projection(ours.to(projection.weight.dtype))  # (B, T, d_T)
-        return self.function(ours, theirs, common_mask(student, teacher, pair))
+        return ours, theirs, common_mask(student, teacher, pair)
+
+    def projected(self, ours: Tensor, teacher_width: int, pair: Pair, mask: Tensor | None) -> Tensor:
+        """The student's side in the teacher's width, where the loss needs that. (B, T, d_S) -> (B, T, d_T)"""
+        if not self.projects(ours.shape[-1], teacher_width):
+            return ours
+        if mask is not None:  # NaN in padding must not reach the projection's gradient
+            ours = ours.masked_fill(~mask.unsqueeze(-1), 0.0)
+        projection = self.projection_of(pair, ours.shape[-1], teacher_width, like=ours)
+        return projection(ours.to(next(projection.parameters()).dtype))
+
+    def gather(self, student: Trace, teacher: Trace, pair: Pair, sums: dict[str, LeastSquares]) -> None:
+        """Add what a pair's projection is fitted to, `Objective.fit_projections`."""
+        ours, theirs, mask = self.sides(student, teacher, pair)
+        if not self.projects(ours.shape[-1], theirs.shape[-1]):
+            return
+        name, projection = self._projection_name(pair), self.projection_of(pair, ours.shape[-1], theirs.shape[-1])
+        rows = slice(None) if mask is None else mask
+        sums.setdefault(name, LeastSquares(name, projection)).add(ours[rows], theirs[rows])
 
     def prepare(self, student_width: int, teacher_width: int) -> None:
-        """One linear map d_S → d_T for each pair, where widths differ; for every pair that a random map may draw."""
+        """One projection d_S → d_T for each pair, where there is one; for every pair that a random map may draw."""
         if self.projects(student_width, teacher_width):
             for pair in self.possible_pairs():
                 self.projection_of(pair, student_width, teacher_width)
 
     def projects(self, student_width: int, teacher_width: int) -> bool:
         """Whether a projection stands between two layers of these widths."""
-        return student_width != teacher_width and not self._widths_differ
+        return (student_width != teacher_width or self.at_equal_width) and not self._widths_differ
 
-    def projection_of(self, pair: Pair, d_student: int, d_teacher: int, like: Tensor | None = None) -> nn.Linear:
+    def projection_of(self, pair: Pair, d_student: int, d_teacher: int, like: Tensor | None = None) -> nn.Module:
         """The projection of a layer pair, made if it is not there.
 
         Raises:
@@ -155,11 +190,11 @@ class Features(_OverLayers):
                     f"a projection {d_student} → {d_teacher} for S{pair[0]}←T{pair[1]} was made during this call; an "
                     "optimizer built earlier does not train it. Call objective.prepare(d_student, d_teacher) first, "
                     "and give the optimizer objective.parameters() too.",
-                    stacklevel=5,
+                    stacklevel=6,
                 )
-            projection = nn.Linear(d_student, d_teacher, bias=False)
+            projection = make_projection(self.projection, d_student, d_teacher)
             modules[name] = projection if like is None else projection.to(like.device)
-        projection = cast(nn.Linear, modules[name])
+        projection: Any = modules[name]
         if (projection.in_features, projection.out_features) != (d_student, d_teacher):
             raise ValueError(
                 f"the projection of S{pair[0]}←T{pair[1]} maps {projection.in_features} → {projection.out_features}, "
@@ -169,12 +204,14 @@ class Features(_OverLayers):
         return projection
 
     def _projection_name(self, pair: Pair) -> str:
+        if self.shared:
+            return f"{self.place.name}_all"
         own = "" if self.place.name == "features" else f"{self.place.name}_"  # two terms may map one pair
         return f"{own}S{pair[0]}_T{pair[1]}"
 
 
 @dataclass(init=False)
-class Attention(_OverLayers):
+class Attention(OverLayers):
     """Attention alignment over the mapped layers (layer 0 has none and is left out).
 
     Args:
