@@ -5,16 +5,30 @@ or None, and a temperature τ > 0. P = softmax(z_T/τ) is the teacher, Q = softm
 sum over classes, the mean over valid positions, times τ², which keeps the gradient's size as τ grows (Hinton et al.
 2015). 0 where the two agree, for each of them.
 
+| loss | at one position | where it leads |
+|---|---|---|
+| forward_kl | KL(P ‖ Q) | covers all that the teacher finds possible: start with it |
+| reverse_kl | KL(Q ‖ P) | keeps to what the teacher finds likely |
+| jsd | β KL(P ‖ M) + (1 - β) KL(Q ‖ M) | between the two, at most ln 2 |
+| skew_forward_kl, skew_reverse_kl | KL(P ‖ αP + (1 - α)Q), KL(Q ‖ αQ + (1 - α)P) | as the KLs, at most -ln α |
+| akl | forward and reverse KL, by where the gap lies | head and tail at the same pace |
+| taid | KL(softmax((1 - t) z_S + t z_T) ‖ Q) | a teacher that moves away from the student |
+| dkd | α TCKD + β NCKD | the classes beside the label count by themselves |
+| tvd | ½ Σ abs(P - Q) | no class by much; 1 - acceptance of a draft |
+| neg_log_acceptance, lk_hybrid | -log Σ min(P, Q); λ KL + (1 - λ) TV | drafts for speculative decoding |
+| uld | Σ abs(sort(P) - sort(Q)) | any two vocabularies, class by rank |
+| logit_mse | mean of (z_S - z_T)² | the logits themselves; regression |
+| rlkd | 1 - Spearman of the top k | the order at the top: `fakit.losses.ranking` |
+
 A logit of -inf takes its class out of the vocabulary (a head padded to a round size, constrained decoding). Out on both
 sides, it counts 0 and gets no gradient. Out on one side alone, a divergence that is infinite there (forward KL where Q
-= 0 < P, reverse KL where P = 0 < Q, the squared difference) is huge or inf: about 1e37 times the mass in float32. The
-Jensen-Shannon divergence stays below ln 2.
+= 0 < P, reverse KL where P = 0 < Q, the squared difference) is huge or inf: about 1e37 times the mass in float32. What
+is bounded in the table stays so.
 
-`PER_POSITION` holds each formula by itself, from logits that are already divided by τ to one number a position;
-`fakit.losses.fused.chunked` uses the same ones.
+`PER_POSITION` holds each formula by itself (`fakit.losses.divergences`), from logits that are already divided by τ to
+one number a position; `fakit.losses.fused.chunked` uses the same ones.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -22,175 +36,9 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from fakit.losses.reduce import at_least_float32, check_mask, masked_mean, values_known
-
-_FIX = (
-    "Different vocabularies: pad-only differences are cut with Outputs(vocab_size=N); different tokenizers cannot be "
-    "matched token by token."
-)
-
-
-def _prepare(
-    name: str, student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    if student.shape != teacher.shape or student.dim() not in (2, 3):
-        raise ValueError(
-            f"{name} compares logits of one shape, (B, T, V) or (B, C); student has {tuple(student.shape)}, teacher "
-            f"has {tuple(teacher.shape)}. {_FIX}"
-        )
-    check_mask(name, mask, student.shape[:-1])
-    check_temperature(name, temperature)
-    if mask is not None:
-        padding = ~mask.bool().unsqueeze(-1)
-        student, teacher = student.masked_fill(padding, 0.0), teacher.masked_fill(padding, 0.0)
-    student, teacher = at_least_float32(student) / temperature, at_least_float32(teacher) / temperature
-    dtype = torch.promote_types(student.dtype, teacher.dtype)  # float64 where one side is
-    student, teacher = student.to(dtype), teacher.to(dtype)
-    return student.clamp_min(lowest(student.dtype)), teacher.clamp_min(lowest(teacher.dtype))
-
-
-def check_temperature(name: str, temperature: float | Tensor) -> None:
-    """Raise ValueError unless the temperature is a tensor, or a finite number above 0."""
-    if not isinstance(temperature, Tensor) and not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(
-            f"{name} wants a finite temperature above 0, not {temperature!r}; 1 leaves the distributions as they are."
-        )
-
-
-def check_vocabularies(student: int, teacher: int, vocab_size: int | None) -> None:
-    """Raise ValueError unless `vocab_size` entries are in both vocabularies, or, where it is None, both have one size.
-
-    Args:
-        student, teacher: numbers of entries of the logits.
-    """
-    if vocab_size is None and student != teacher:
-        raise ValueError(
-            f"vocabulary sizes differ: the student's logits have {student} entries, the teacher's {teacher}. If one "
-            f"head is only padded, Outputs(vocab_size={min(student, teacher)}) cuts both to the shared true "
-            "vocabulary; if the tokenizers differ, outputs cannot be matched token by token."
-        )
-    if vocab_size is not None and not 1 <= vocab_size <= min(student, teacher):
-        raise ValueError(
-            f"vocab_size={vocab_size} entries are not in both vocabularies: the student has {student}, the teacher "
-            f"{teacher}."
-        )
-
-
-def lowest(dtype: torch.dtype) -> float:
-    """What a logit of -inf is replaced by: its probability is 0 all the same, but 0 times it is 0 and not NaN.
-
-    An eighth of the range, so that sums and differences of a few stay finite.
-    """
-    return torch.finfo(dtype).min / 8
-
-
-def _kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(softmax(teacher) ‖ softmax(student)) over the last dimension, also where the two hardly differ. (..., V)
-    -> (...)
-    """
-    return _KL.apply(teacher, student)
-
-
-class _KL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, teacher, student):
-        log_p, u = _log_ratio(teacher, student)
-        p = log_p.exp()
-        values = small_kl(-(p * u).sum(-1), p, u, lambda rows: student.flatten(0, -2)[rows].softmax(-1))
-        ctx.save_for_backward(teacher, student, values)
-        return values
-
-    @staticmethod
-    def backward(ctx, gradient):
-        teacher, student, values = ctx.saved_tensors
-        log_p, u = _log_ratio(teacher, student)
-        p, gradient, values = log_p.exp(), gradient.unsqueeze(-1), values.unsqueeze(-1)
-        u = u - ((p * u).sum(-1, keepdim=True) + values)  # Σ p u = -KL, so what all u are wrong by is known
-        to_student = torch.where(u.abs() < 1, p * torch.expm1(u.clamp(-1, 1)), (log_p + u).exp() - p)  # q - p
-        return -gradient * p * (u + values), gradient * to_student
-
-
-def _log_ratio(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """log p and u = log q - log p, the logits subtracted first:
-    logarithms of small probabilities would swallow their difference.
-    """
-    above = [z.logsumexp(-1, keepdim=True) for z in (teacher, student)]
-    return teacher - above[0], (student - teacher) - (above[1] - above[0])
-
-
-# Below it a KL is summed up anew: in float32 Σ p (log p - log q) is right to some 1e-6 over a large vocabulary, however
-# small it is itself.
-_SMALL = 0.03
-# Elements of one block of the sum; its few intermediate results stay in a CPU's caches.
-_BLOCK = 2**17
-
-
-def small_kl(values: Tensor, p: Tensor, u: Tensor, q_of: Callable) -> Tensor:
-    """KL divergences, the small ones computed anew without cancellation.
-
-    With v = u - Σ p u and φ(v) = eᵛ - 1 - v ≥ 0, KL(p ‖ q) = log(1 + Σ p φ(v)): every summand is small where the KL is,
-    and a number that is added to all u, such as the error of a log-sum-exp, changes nothing.
-
-    Args:
-        values: (...), Σ -p u.
-        p, u: (..., V), u = log q - log p.
-        q_of: gives q, the rows counted over all leading dimensions, of those that a slice selects.
-    """
-    if not values_known(values):
-        anew = _around_zero(p.flatten(0, -2), u.flatten(0, -2), q_of, slice(None)).view(values.shape)
-        return torch.where(values < _SMALL, anew, values)
-    shape, values, p, u = values.shape, values.flatten(), p.reshape(-1, p.shape[-1]), u.reshape(-1, u.shape[-1])
-    step = max(1, _BLOCK // p.shape[-1])
-    for start in range(0, len(p), step):
-        rows = slice(start, start + step)
-        small = values[rows] < _SMALL
-        if small.any():
-            values[rows] = torch.where(small, _around_zero(p[rows], u[rows], q_of, rows), values[rows])
-    return values.view(shape)
-
-
-def _around_zero(p: Tensor, u: Tensor, q_of: Callable, rows: slice) -> Tensor:
-    """log(1 + Σ p φ(v)): φ by its series near 0, where the difference would cancel; by q where eᵛ would overflow.
-    (n, V) -> (n,)
-    """
-    mean = torch.linalg.vecdot(p, u).unsqueeze(-1)
-    v = u - mean
-    near = torch.finfo(u.dtype).eps ** 0.25
-    low, high = (x.item() for x in v.aminmax()) if values_known(v) else (-math.inf, math.inf)
-    if max(-low, high) < near:
-        return torch.linalg.vecdot(p, _series(v)).log1p()
-    if high < 20 and p.shape[-1] > 1000:  # what cancels in one of so many summands is nothing in their sum
-        return torch.linalg.vecdot(p, torch.expm1(v).sub_(v)).log1p()
-    w = v.clamp_max(20.0)
-    phi = torch.where(v.abs() < near, _series(v.clamp(-near, near)), torch.expm1(w) - w)
-    return torch.where(v > 20, q_of(rows) * torch.exp(-mean) - p - p * v, p * phi).sum(-1).log1p()
-
-
-def _series(v: Tensor) -> Tensor:
-    """eᵛ - 1 - v = v²/2 + v³/6 + v⁴/24 + v⁵/120 + …"""
-    return v.div(120).add_(1 / 24).mul_(v).add_(1 / 6).mul_(v).add_(1 / 2).mul_(v).mul_(v)
-
-
-def _forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    return _kl(teacher, student)
-
-
-def _reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    return _kl(student, teacher)
-
-
-def _jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
-    if not 0 < beta < 1:
-        raise ValueError(
-            f"jsd mixes teacher and student with 0 < beta < 1, not {beta!r}; its limits are forward_kl and reverse_kl."
-        )
-    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-
-
-def _logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    return (student - teacher).square().mean(-1)
+from fakit.losses import divergences, ranking
+from fakit.losses.logits import GIVEN, asked_of, mean_over_positions
+from fakit.losses.ranking import rlkd
 
 
 def forward_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -200,14 +48,12 @@ def forward_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, tem
     >>> forward_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]), temperature=2.0).item()
     0.0
     """
-    student, teacher = _prepare("forward_kl", student, teacher, mask, temperature)
-    return temperature**2 * masked_mean(_forward_kl(student, teacher), mask)
+    return mean_over_positions("forward_kl", divergences.forward_kl, student, teacher, mask, temperature)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """τ² Σ Q log(Q/P): the student keeps to what the teacher finds likely. MiniLLM (Gu et al. 2024), token by token."""
-    student, teacher = _prepare("reverse_kl", student, teacher, mask, temperature)
-    return temperature**2 * masked_mean(_reverse_kl(student, teacher), mask)
+    return mean_over_positions("reverse_kl", divergences.reverse_kl, student, teacher, mask, temperature)
 
 
 def jsd(
@@ -217,8 +63,118 @@ def jsd(
 
     0 < β < 1; divided by β its limit is forward KL (β → 0), divided by 1-β reverse KL (β → 1).
     """
-    student, teacher = _prepare("jsd", student, teacher, mask, temperature)
-    return temperature**2 * masked_mean(_jsd(student, teacher, beta), mask)
+    return mean_over_positions("jsd", divergences.jsd, student, teacher, mask, temperature, beta=beta)
+
+
+def skew_forward_kl(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0, alpha: float = 0.1
+) -> Tensor:
+    """τ² KL(P ‖ αP + (1-α)Q), 0 ≤ α < 1: forward KL, at most -ln α. DistiLLM (Ko et al., ICML 2024, 2402.03898)."""
+    formula = divergences.skew_forward_kl
+    return mean_over_positions("skew_forward_kl", formula, student, teacher, mask, temperature, alpha=alpha)
+
+
+def skew_reverse_kl(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0, alpha: float = 0.1
+) -> Tensor:
+    """τ² KL(Q ‖ αQ + (1-α)P), 0 ≤ α < 1: reverse KL, at most -ln α. DistiLLM (Ko et al., ICML 2024, 2402.03898)."""
+    formula = divergences.skew_reverse_kl
+    return mean_over_positions("skew_reverse_kl", formula, student, teacher, mask, temperature, alpha=alpha)
+
+
+def tvd(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """τ² ½ Σ |P - Q|, total variation; f-distill (Wen et al., ACL 2023).
+
+    At τ = 1 it is 1 - α, the share of a draft's tokens that speculative decoding rejects: α = Σ min(P, Q).
+
+    >>> import math, torch
+    >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]])  # (½, ½), (¾, ¼)
+    >>> round(tvd(student, teacher).item(), 6)
+    0.25
+    """
+    return mean_over_positions("tvd", divergences.tvd, student, teacher, mask, temperature)
+
+
+def akl(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0, head: float = 0.5
+) -> Tensor:
+    """τ² [g_h/(g_h + g_t) KL(P‖Q) + g_t/(g_h + g_t) KL(Q‖P)]. Adaptive KL (Wu et al. 2024, arXiv 2404.02657).
+
+    Forward KL fits the classes at the head of the teacher's distribution first, reverse KL those in its tail; each
+    counts by where the two models are apart. The head are the teacher's likeliest classes up to a cumulative P of
+    `head`, and the likeliest in any case; g_h and g_t are Σ |P - Q| over head and tail, without gradient.
+    """
+    return mean_over_positions("akl", divergences.akl, student, teacher, mask, temperature, head=head)
+
+
+def taid(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0, t: float = 0.4
+) -> Tensor:
+    """τ² KL(P_t ‖ Q), P_t = softmax(((1-t) z_S + t z_T)/τ), z_S in it without gradient. TAID (Shing et al., ICLR 2025,
+    arXiv 2501.16937).
+
+    t from 0 (nothing to learn) to 1 (forward KL), growing with training; 0.4 is where the paper starts.
+    """
+    return mean_over_positions("taid", divergences.taid, student, teacher, mask, temperature, t=t)
+
+
+def dkd(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+) -> Tensor:
+    """τ² (α TCKD + β NCKD): decoupled KD (Zhao et al., CVPR 2022, arXiv 2203.08679).
+
+    TCKD is the KL of (P_y, 1 - P_y) from (Q_y, 1 - Q_y), y the label; NCKD is the KL over the other classes alone. With
+    α = 1 and β = 1 - P_y it would be forward KL, which lets the other classes count less the surer the teacher is.
+
+    Args:
+        labels: integers (B, T) or (B,), a class for each position. Positions of -100 are left out, as the task's loss
+            leaves them out; where all are, the loss is 0 (with graph).
+
+    Raises:
+        ValueError: no labels, or labels that are no classes.
+    """
+    if labels is None:
+        raise ValueError(
+            "dkd treats the labeled class apart from the others, and no labels were given: dkd(…, labels=…), integers "
+            "of the positions' shape. Without labels, forward_kl compares all classes alike."
+        )
+    parameters = {"labels": labels, "alpha": alpha, "beta": beta}
+    return mean_over_positions("dkd", divergences.dkd, student, teacher, mask, temperature, **parameters)
+
+
+def uld(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """τ² Σ |sort(P) - sort(Q)|: universal logit distillation (Boizard et al. 2024, arXiv 2402.12030), for any two
+    vocabularies (B, T, V_S) and (B, T, V_T); the shorter is filled up with zeros.
+
+    It sees how probabilities fall off and not which classes have them: exchanging classes changes nothing, and 0 does
+    not mean that the two agree. `Outputs("uld")` aligns the k-th predicting position of a row with the teacher's k-th.
+    """
+    return mean_over_positions("uld", divergences.uld, student, teacher, mask, temperature)
+
+
+def neg_log_acceptance(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """τ² (-log α), α = Σ min(P, Q): the acceptance rate of speculative decoding, with a gradient also where it is
+    low: that of total variation over α. LK losses (Samarin et al. 2026, arXiv 2602.23881).
+    """
+    formula = divergences.neg_log_acceptance
+    return mean_over_positions("neg_log_acceptance", formula, student, teacher, mask, temperature)
+
+
+def lk_hybrid(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0, eta: float = 3.0
+) -> Tensor:
+    """τ² [λ KL(P‖Q) + (1-λ) ½ Σ|P-Q|], λ = exp(-η α), α = Σ min(P, Q) of each position without gradient: from KL to
+    the acceptance rate itself, as that grows. LK losses (Samarin et al. 2026, arXiv 2602.23881).
+    """
+    return mean_over_positions("lk_hybrid", divergences.lk_hybrid, student, teacher, mask, temperature, eta=eta)
 
 
 def logit_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -227,8 +183,7 @@ def logit_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temp
 
     The one loss here that a single regression output (B, 1) can have.
     """
-    student, teacher = _prepare("logit_mse", student, teacher, mask, temperature)
-    return temperature**2 * masked_mean(_logit_mse(student, teacher), mask)
+    return mean_over_positions("logit_mse", divergences.logit_mse, student, teacher, mask, temperature)
 
 
 def bernoulli(logits: Tensor) -> Tensor:
@@ -248,14 +203,30 @@ def bernoulli(logits: Tensor) -> Tensor:
     return torch.stack([logits, torch.zeros_like(logits)], -1)
 
 
-LOSSES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "logit_mse": logit_mse}
-
+LOSSES = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "logit_mse": logit_mse,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
+    "akl": akl,
+    "taid": taid,
+    "dkd": dkd,
+    "uld": uld,
+    "neg_log_acceptance": neg_log_acceptance,
+    "lk_hybrid": lk_hybrid,
+    "rlkd": rlkd,
+}
 # (student logits / τ, teacher logits / τ), (..., V) each, without -inf -> (...); τ² and the mean over positions are the
 # caller's
-PER_POSITION = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "logit_mse": _logit_mse}
+PER_POSITION = divergences.PLAIN | {"dkd": divergences.dkd, "uld": divergences.uld, "rlkd": ranking.per_position}
+# Over yes and no, each label by itself, these compare nothing: the label's class, the order and the rank of two.
+ONE_OF_MANY = ("dkd", "uld", "rlkd")
 
 
-def per_position(name: str, **parameters: float) -> Callable[[Tensor, Tensor], Tensor]:
+def per_position(name: str, **parameters: float) -> Callable[..., Tensor]:
     """A formula of `PER_POSITION` with its own parameters set.
 
     Raises:
@@ -270,10 +241,18 @@ def per_position(name: str, **parameters: float) -> Callable[[Tensor, Tensor], T
     formula = PER_POSITION[name]
     if not parameters:
         return formula
-    known = dict(list(signature(formula).parameters.items())[2:])  # after student and teacher
+    known = {n: p for n, p in list(signature(formula).parameters.items())[2:] if n not in GIVEN}  # after both sides
     if unknown := [key for key in parameters if key not in known]:
         takes = ", ".join(map(str, known.values())) or "none"
         raise ValueError(f"{name} has no parameter {', '.join(unknown)}; it takes {takes}.")
     formula = partial(formula, **parameters)
-    formula(torch.zeros(1, 2), torch.zeros(1, 2))  # a value out of its range is refused here, before any work
+    try_out(formula)
     return formula
+
+
+def try_out(formula: Callable) -> None:
+    """Call a loss, or a formula with its parameters set, on almost nothing:
+    a value out of its range is refused here, before any work.
+    """
+    given = {"labels": torch.zeros(1, dtype=torch.long)} if "labels" in asked_of(formula) else {}
+    formula(torch.zeros(1, 4), torch.zeros(1, 4), **given)

@@ -16,11 +16,13 @@ from fakit.losses import outputs
 from fakit.losses.fused import chunked, liger
 from fakit.losses.fused.chunked import fused_outputs
 from fakit.losses.fused.output_head import Head
+from fakit.losses.logits import asked_of
 from fakit.losses.task import task_loss
 
 B, T, V = 3, 7, 11
 MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3, [False, True, True, False, True, True, False]])
 divergences = pytest.mark.parametrize("divergence", outputs.LOSSES)
+LABELED = [name for name, formula in outputs.PER_POSITION.items() if "labels" in asked_of(formula)]
 
 
 def make(dtype: torch.dtype = torch.float64, student: int = V, teacher: int = V, bias: bool = True) -> list[Tensor]:
@@ -53,7 +55,8 @@ def plain(
     student = torch.nn.functional.linear(student_hidden, student_weight, student_bias)  # (B, T, V)
     teacher = torch.nn.functional.linear(teacher_hidden, teacher_weight, teacher_bias)
     student, teacher = (z if f is None else f(z) for z, f in zip((student, teacher), finish, strict=True))
-    compared = outputs.LOSSES[divergence](student[..., :cut], teacher[..., :cut], mask, temperature)
+    given = {"labels": task_labels} if divergence in LABELED else {}
+    compared = outputs.LOSSES[divergence](student[..., :cut], teacher[..., :cut], mask, temperature, **given)
     task = task_loss(student, task_labels)
     return outputs_weight * compared + task_weight * task, compared, task
 
@@ -93,17 +96,18 @@ def test_equals_whole_logits(divergence, chunk, dtype, tolerance):
 def test_finishing_functions_and_a_cut_vocabulary(divergence, bias):
     finish = (lambda z: 2 * torch.tanh(z / 2), lambda z: z / 3)  # Gemma's soft cap, Granite's scale
     tensors = make(student=V, teacher=V + 3, bias=bias)
+    given = labels().clamp_max(V - 3)  # what is cut off is no label
     found = fused_outputs(
         *heads(tensors, finish),
         MASK,
         divergence=divergence,
         temperature=0.5,
         weights=(1.0, 2.0),
-        labels=labels(),
+        labels=given,
         vocab_size=V - 2,
         chunk=5,
     )
-    expected = plain(tensors, MASK, divergence, 0.5, 1.0, labels(), 2.0, cut=V - 2, finish=finish)
+    expected = plain(tensors, MASK, divergence, 0.5, 1.0, given, 2.0, cut=V - 2, finish=finish)
     assert_equal(found, expected, tensors[:3], 1e-9)
 
 
@@ -135,7 +139,8 @@ def test_gradients_with_a_parameter_are_those_of_finite_differences():
     )
 
 
-@divergences
+# finite differences see the parts that get no gradient; these equal their whole forms all the same
+@pytest.mark.parametrize("divergence", [name for name in outputs.LOSSES if name not in ("akl", "taid", "lk_hybrid")])
 def test_gradients_are_those_of_finite_differences(divergence):
     student, teacher = make()[:3], make()[3:]
     options = {"divergence": divergence, "temperature": 1.5, "weights": (1.0, 0.5), "labels": labels(), "chunk": 4}
@@ -174,7 +179,7 @@ class Watch(TorchDispatchMode):
 
 @divergences
 def test_whole_logits_never_exist_and_backward_only_scales(divergence):
-    N, vocabulary, width, chunk = 64, 50, 2, 8
+    N, vocabulary, width, chunk = 64, 120, 2, 8
     leaf = torch.randn(N, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     teacher = torch.randn(N, width), torch.randn(vocabulary, width)
@@ -236,9 +241,8 @@ def test_padding_has_no_effect(divergence, number):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_0_at_equality(divergence, dtype):
     tensors = make(dtype)[:3]
-    total, _, _ = fused_outputs(
-        Head(*tensors), Head(*tensors).detach(), MASK, divergence=divergence, temperature=2.5, chunk=4
-    )
+    options = {"divergence": divergence, "temperature": 2.5, "chunk": 4, "weights": (1.0, 0.0), "labels": labels()}
+    total, _, _ = fused_outputs(Head(*tensors), Head(*tensors).detach(), MASK, **options)
     total.backward()
     assert abs(total.item()) < 1e-7 and all(x.grad.norm() < 1e-6 for x in tensors)
 
@@ -252,8 +256,10 @@ def test_entries_out_of_both_vocabularies_count_0(divergence):
     without = [
         x.detach()[kept].requires_grad_(x.requires_grad) if i in (1, 2, 4, 5) else x for i, x in enumerate(tensors)
     ]
+    given = labels().clamp_max(3)  # below the entry that is taken out
     found, expected = (
-        fused_outputs(*heads(x), MASK, divergence=divergence, temperature=0.5)[0] for x in (tensors, without)
+        fused_outputs(*heads(x), MASK, divergence=divergence, temperature=0.5, weights=(1.0, 0.0), labels=given)[0]
+        for x in (tensors, without)
     )
     classes = V / (V - 1) if divergence == "logit_mse" else 1.0  # a mean over classes counts the entry, as equal
     assert found.item() * classes == pytest.approx(expected.item(), rel=1e-12)
@@ -455,7 +461,55 @@ def test_small_differences_survive_in_chunks(divergence, temperature):
     generator = torch.Generator().manual_seed(7)
     hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(9000, 8, generator=generator)
     moved = hidden + (0.02 if temperature == 1.0 else 0.5) * torch.randn(6, 8, generator=generator)
-    found = fused_outputs(Head(moved, weight), Head(hidden, weight), divergence=divergence, temperature=temperature)
+    given = torch.arange(6) * 1000
+    options = {"temperature": temperature, "weights": (1.0, 0.0), "labels": given}
+    found = fused_outputs(Head(moved, weight), Head(hidden, weight), divergence=divergence, **options)
     student, teacher = moved.double() @ weight.double().T, hidden.double() @ weight.double().T
-    expected = outputs.LOSSES[divergence](student, teacher, None, temperature).item()
+    given = {"labels": given} if divergence in LABELED else {}
+    expected = outputs.LOSSES[divergence](student, teacher, None, temperature, **given).item()
     assert found[1].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_labels_choose_the_class_in_every_chunk_and_where_it_counts():
+    tensors, given = make(), labels()
+    options = {"divergence": "dkd", "parameters": {"alpha": 2.0, "beta": 3.0}, "temperature": 1.5, "labels": given}
+    found = fused_outputs(*heads(tensors), MASK, weights=(0.7, 0.0), chunk=4, **options)
+    whole = [head.logits() for head in heads(tensors)]
+    counted = MASK & (given != -100)
+    rows = outputs.dkd(*(z[counted] for z in whole), None, 1.5, labels=given[counted], alpha=2.0, beta=3.0)
+    assert found[2] is None
+    assert_equal(found[:2], [0.7 * rows, rows], tensors[:3], 1e-9)
+    nothing = fused_outputs(*heads(tensors), MASK, weights=(1.0, 0.0), **options | {"labels": given * 0 - 100})[0]
+    assert nothing.item() == 0 and all((g == 0).all() for g in torch.autograd.grad(nothing, tensors[:3]))
+    with pytest.raises(ValueError, match=r"'dkd' looks at the label of each position, and no labels were given.*3, 7"):
+        fused_outputs(*heads(tensors), MASK, divergence="dkd")
+
+
+def test_sorted_probabilities_of_two_vocabularies():
+    tensors = make(student=V, teacher=V + 4)
+    found = fused_outputs(*heads(tensors), MASK, divergence="uld", temperature=2.0, labels=labels(), chunk=4)
+    whole = [head.logits() for head in heads(tensors)]
+    expected = outputs.uld(*whole, MASK, 2.0), task_loss(whole[0], labels())
+    assert_equal(found, [sum(expected), *expected], tensors[:3], 1e-9)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "tvd", "rlkd", "dkd"])
+@pytest.mark.parametrize("by_itself", [False, True], ids=["total", "term"])
+def test_a_temperature_that_learns(divergence, by_itself):
+    parameters = {"divergence": "forward_kl"} if divergence == "rlkd" else {}
+    tensors, found = make(), []
+    given = {"labels": labels()} if divergence == "dkd" else {}
+    for fused in (True, False):
+        tau = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+        if fused:
+            options = {"divergence": divergence, "parameters": parameters, "temperature": tau, "labels": labels()}
+            total, term, _ = fused_outputs(*heads(tensors), MASK, weights=(0.7, 0.0), chunk=4, **options)
+        else:
+            whole = [head.logits() for head in heads(tensors)]
+            term = outputs.LOSSES[divergence](*whole, MASK, tau, **parameters, **given)
+            total = 0.7 * term
+        value = term if by_itself else total
+        found.append((value, *torch.autograd.grad(value, [tau, *tensors[:3]])))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert found[0][1].abs() > 1e-3

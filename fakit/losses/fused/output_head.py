@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fakit.losses import outputs
 from fakit.losses.fused.gemm import times_transposed
+from fakit.losses.kl import lowest
 
 
 @dataclass
@@ -87,11 +87,12 @@ class ChunkedHead:
         self.buffer: Tensor | None = None
         # -inf can come from a bias or a finishing function alone; it is replaced there, and not in a pass over all
         # logits
-        self.share_of_lowest = min(1.0, plan.temperature)
+        tau = plan.temperature
+        self.share_of_lowest = tau.clamp_max(1.0) if isinstance(tau, Tensor) else min(1.0, tau)
         self.bias: Tensor | None = None
         if bias is not None:
             bias = cast(bias)
-            self.bias = bias.clamp_min(self.share_of_lowest * outputs.lowest(bias.dtype))
+            self.bias = bias.clamp_min(self.share_of_lowest * lowest(bias.dtype))
 
     def logits(self, chunk: slice) -> Tensor:
         """finish(h Wᵀ + b), float32 or float64. (n, V), good until the next call"""
@@ -112,7 +113,7 @@ class ChunkedHead:
             return out
         with torch.enable_grad():
             self.before = out.detach().requires_grad_()
-            self.after = self.finish(self.before).clamp_min(self.share_of_lowest * outputs.lowest(out.dtype))
+            self.after = self.finish(self.before).clamp_min(self.share_of_lowest * lowest(out.dtype))
         return self.after.detach()
 
     def zero_grads(self, wanted):
