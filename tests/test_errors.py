@@ -234,7 +234,7 @@ def test_soft_labels_of_a_single_output_say_nothing():
         (lambda: Attention("js"), r"Attention\('js'\) is not known; choose one of \['kl', 'mse', 'relations'\]"),
         (
             lambda: Outputs("kl"),
-            r"Outputs\('kl'\) is not known; choose one of \['forward_kl', 'reverse_kl', 'jsd', 'logit_mse'\]",
+            r"Outputs\('kl'\) is not known; choose one of \['forward_kl', 'reverse_kl', 'jsd', 'logit_mse', 'skew",
         ),
         (lambda: Features(projection="l1"), "projection='l1'.*choose one of 'linear', 'orthogonal', 'mlp', or None"),
         (lambda: Attention(heads="max"), "heads='max'.*choose 'one-to-one', 'group-mean' or 'best-match'"),

@@ -150,6 +150,18 @@ class CountedBatch(Mapping):
         return predicting_positions(self.mask, labels, self.causal, self.documents).sum()
 
     @property
+    def labeled_positions(self) -> Tensor:
+        """The number of `positions` that carry a label. ()"""
+        labels = self.labels
+        assert labels is not None, "without labels the term is off"
+        labeled, own = labels != -100, self.get("decoder_attention_mask")
+        if own is not None and own.shape == labels.shape:
+            labeled = labeled & own.bool()
+        elif labels.shape == (len(self.mask), self.mask.shape[1] - self.causal):  # of the tokens that `mask` is of
+            labeled = labeled & predicting_positions(self.mask, self.get("labels"), self.causal, self.documents)
+        return labeled.sum()
+
+    @property
     def labels(self) -> Tensor | None:
         """Labels as the task's loss sees them: without those that nothing predicts."""
         labels = self.get("labels")

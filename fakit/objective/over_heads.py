@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from fakit.losses.fused.chunked import fused_outputs
-from fakit.objective.positions import predicting
+from fakit.losses.logits import ANY_VOCABULARIES
+from fakit.objective.positions import aligned, predicting
 from fakit.objective.term import Term
 from fakit.objective.terms import Outputs, Task
 from fakit.tracing.trace import Trace
@@ -25,7 +26,8 @@ def compare_over_heads(
     """Those of the terms that need no logits in full, where the traces have heads: their weighted sum ()
     and each of them.
 
-    The first output term and the task have one pass together; every other output term has its own.
+    The first output term that compares token by token and the task have one pass together; every other output term has
+    its own.
     """
     if student.head is None:
         return None, {}
@@ -36,8 +38,9 @@ def compare_over_heads(
     if any(isinstance(t, Outputs) and n not in outputs for n, t in terms.items()):
         task = None  # logits are made in full anyway
     total, found = None, {}
-    for number, name in enumerate(outputs or [None]):
-        beside = task if number == 0 else None
+    with_task = next((name for name, term in outputs.items() if _in_place(term)), None)
+    for name in outputs if with_task is not None else [None, *outputs]:
+        beside = task if name == with_task else None
         if name is None and beside is None:
             continue
         part, values = _pass(terms, weights, name, beside, student, teacher, labels, shares)
@@ -50,12 +53,17 @@ def _pass(terms, weights, name: str | None, task: str | None, student, teacher, 
     settings = terms[name] if name is not None else Outputs()  # of a term that is not there nothing is used
     ours = student.head
     mask, theirs = None, ours.detach()  # not looked at by the task alone
-    if name is not None:
-        mask, theirs = predicting(student, teacher, labels, ours.hidden), teacher.head
-    labels = labels if task is not None else None
-    if student.causal:
-        ours, theirs = (replace(head, hidden=head.hidden[:, :-1]) for head in (ours, theirs))
-        labels = None if labels is None else labels[:, 1:]
+    if name is not None and not _in_place(settings):
+        *hidden, mask = aligned(student, teacher, labels, ours.hidden, teacher.head.hidden)
+        ours, theirs = (replace(h, hidden=x) for h, x in zip((ours, teacher.head), hidden, strict=True))
+        labels = None
+    else:
+        if name is not None:
+            mask, theirs = predicting(student, teacher, labels, ours.hidden), teacher.head
+        labels = labels if task is not None or settings.needs_labels else None
+        if student.causal:
+            ours, theirs = (replace(head, hidden=head.hidden[:, :-1]) for head in (ours, theirs))
+            labels = None if labels is None else labels[:, 1:]
     total, outputs, task_value = fused_outputs(
         ours,
         theirs,
@@ -69,6 +77,11 @@ def _pass(terms, weights, name: str | None, task: str | None, student, teacher, 
         shares=(shares.get(name), shares.get(task)),
     )
     return total, {n: value for n, value in ((name, outputs), (task, task_value)) if value is not None}
+
+
+def _in_place(term: Outputs) -> bool:
+    """Whether it compares the two sides token by token, as they are."""
+    return term.loss not in ANY_VOCABULARIES
 
 
 def with_logits(trace: Trace) -> Trace:

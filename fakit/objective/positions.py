@@ -14,6 +14,33 @@ def predicting(student: Trace, teacher: Trace, labels: Tensor | None, like: Tens
     return predicting_positions(mask, labels, student.causal, student.documents)
 
 
+def aligned(
+    student: Trace, teacher: Trace, labels: Tensor | None, ours: Tensor, theirs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of tokens (B, T_S, …), (B, T_T, …) side by side, where the two sides may have been given the texts in
+    tokens of their own: the k-th predicting position of each row beside the teacher's k-th, as long as both have one.
+
+    Labels say which tokens predict on the student's side, and on the teacher's where it has as many tokens; else its
+    mask does.
+
+    Returns:
+        (B, K, …), (B, K, …) and a mask (B, K), K the shorter side's length.
+    """
+    masks = []
+    for trace, logits in ((student, ours), (teacher, theirs)):
+        mask = trace.logits_mask
+        mask = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if mask is None else mask
+        known = labels if labels is not None and labels.shape == mask.shape else None
+        masks.append(predicting_positions(mask, known, trace.causal, trace.documents).to(ours.device))
+    K = min(mask.shape[1] for mask in masks)
+    sides = []
+    for values, mask in zip((ours, theirs), masks, strict=True):
+        first = (~mask).long().argsort(dim=1, stable=True)[:, :K]  # the predicting ones, in their order
+        sides.append(values[torch.arange(len(values), device=first.device).unsqueeze(1), first])
+    counts = torch.stack([mask.sum(1) for mask in masks]).amin(0)  # (B,)
+    return sides[0], sides[1], torch.arange(K, device=ours.device) < counts.unsqueeze(1)
+
+
 def predicting_positions(mask: Tensor, labels: Tensor | None, causal: bool, documents: Tensor | None = None) -> Tensor:
     """Which tokens of a mask (B, T) predict something: all of them, or in causal models those before a valid one, (B,
     T - 1).

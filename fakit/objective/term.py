@@ -63,7 +63,7 @@ class Term:
     weight: float = 1.0
     layer_map: LayerMap | None = None
     #: True where there is nothing to compare without labels.
-    needs_labels: ClassVar[bool] = False
+    needs_labels: bool = False
     _settable: ClassVar[frozenset[str]] = frozenset()
     _place: Place
 

@@ -17,10 +17,11 @@ from fakit.losses import attention as attention_losses
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
 from fakit.losses.fused import streamed
+from fakit.losses.logits import ANY_VOCABULARIES, asked_of, check_vocabularies
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS, task_loss
 from fakit.objective.breakdown import total
 from fakit.objective.needs import CountedBatch, Needs
-from fakit.objective.positions import common_mask, kept, predicting
+from fakit.objective.positions import aligned, common_mask, kept, predicting
 from fakit.objective.projections import KINDS as PROJECTIONS
 from fakit.objective.projections import LeastSquares, Projection, make_projection
 from fakit.objective.term import Term, choose, normalized
@@ -31,7 +32,7 @@ ATTENTION_LOSSES = attention_losses.LOSSES | {"relations": None}
 Heads = Literal["one-to-one", "group-mean", "best-match"]
 HEADS: tuple[str, ...] = get_args(Heads)
 # What the objective itself gives a loss; everything else in its signature may be set by keyword.
-GIVEN = ("student", "teacher", "mask", "temperature")
+GIVEN = ("student", "teacher", "mask", "temperature", "labels")
 
 
 class OverLayers(Term):
@@ -339,8 +340,9 @@ class Outputs(Term):
     """Output-distribution matching.
 
     Args:
-        loss: "forward_kl", "reverse_kl", "jsd", "logit_mse", or any function (student logits, teacher logits, mask,
-            temperature).
+        loss: a name of `fakit.losses.outputs.LOSSES` ("forward_kl", "jsd", "dkd" …, with a table of what each is for),
+            or any function (student logits, teacher logits, mask, temperature). A function that names `labels` is given
+            each position's, shifted already in causal models, and the term is off without labels, as "dkd" is.
         temperature: τ > 0 at the start; `objective.temperature` may be set at any time.
         weight: γ.
         vocab_size: cut both vocabularies to their first `vocab_size` entries, for families that pad the head
@@ -374,9 +376,14 @@ class Outputs(Term):
         self.vocab_size, self.chunked = vocab_size, chunked
         self.parameters = dict(parameters or {}) | more
         self.function = with_parameters("Outputs", loss, output_losses.LOSSES, self.parameters)
+        self.needs_labels = "labels" in asked_of(self.function)  # those of each position, as "dkd" does
         if not callable(loss):  # what it refuses of its parameters (beta = 2), it refuses now
-            one = torch.zeros(1, 2)
-            self.function(one, one, None, temperature=1.0)
+            output_losses.try_out(self.function)
+        if vocab_size is not None and loss in ANY_VOCABULARIES:
+            raise ValueError(
+                f"Outputs({loss!r}, vocab_size={vocab_size}): {loss} compares vocabularies of any two sizes by their "
+                "sorted probabilities, and a cut would drop some; leave vocab_size out."
+            )
         self._made = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -393,7 +400,7 @@ class Outputs(Term):
         return Needs(logits=True, in_chunks=self.in_chunks)
 
     def count(self, batch: CountedBatch) -> Tensor:
-        return batch.positions
+        return batch.labeled_positions if self.needs_labels else batch.positions
 
     def compare(self, student: Trace, teacher: Trace, labels: Tensor | None) -> Tensor:
         ours, theirs = student.logits, teacher.logits  # (B, C) or (B, T, V)
@@ -402,21 +409,25 @@ class Outputs(Term):
             raise ValueError(
                 f"output matching needs logits, and the {side}'s trace has none; capture(..., logits=True)."
             )
-        output_losses.check_vocabularies(ours.shape[-1], theirs.shape[-1], self.vocab_size)
+        check_vocabularies(ours.shape[-1], theirs.shape[-1], self.vocab_size, self.loss)
         if self.vocab_size is not None:
             ours, theirs = ours[..., : self.vocab_size], theirs[..., : self.vocab_size]
         mask = None
         problem = problem_type(student, teacher, ours, labels)
         if not callable(self.loss) and self.loss != "logit_mse":
+            check_distribution(self.loss, problem, ours.shape[-1])
             if problem == SEVERAL_LABELS:
                 ours, theirs = output_losses.bernoulli(ours), output_losses.bernoulli(theirs)  # (B, C, 2)
                 return self.function(ours, theirs, None, temperature=self.temperature)
-            check_distribution(self.loss, problem, ours.shape[-1])
-        if ours.dim() == 3:
+        if ours.dim() == 3 and self.loss in ANY_VOCABULARIES:
+            ours, theirs, mask = aligned(student, teacher, labels, ours, theirs)
+        elif ours.dim() == 3:
             mask = predicting(student, teacher, labels, ours)
             if student.causal:
                 ours, theirs = ours[:, :-1], theirs[:, :-1]
-        return self.function(ours, theirs, mask, temperature=self.temperature)
+                labels = None if labels is None else labels[:, 1:]
+        given = {"labels": labels} if self.needs_labels else {}
+        return self.function(ours, theirs, mask, temperature=self.temperature, **given)
 
 
 @dataclass(init=False)
@@ -428,7 +439,7 @@ class Task(Term):
         weight: δ.
     """
 
-    needs_labels: ClassVar[bool] = True
+    needs_labels = True
 
     weight: float = 1.0
 
@@ -504,6 +515,11 @@ def problem_type(student: Trace, teacher: Trace, logits: Tensor, labels: Tensor 
 def check_distribution(loss: str, problem: str | None, classes: int) -> None:
     """Raise ValueError where a divergence of distributions is asked of numbers that are none."""
     if problem == SEVERAL_LABELS:
+        if loss in output_losses.ONE_OF_MANY:
+            raise ValueError(
+                f"{loss} looks at which of many classes is meant, and with several labels a text each label is yes or "
+                "no by itself; use Outputs('forward_kl')."
+            )
         return
     if classes == 1:
         raise ValueError(

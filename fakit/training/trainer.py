@@ -20,6 +20,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedModel, Trainer, T
 from transformers.trainer_utils import SaveStrategy
 
 from fakit.files import check_room
+from fakit.losses.logits import ANY_VOCABULARIES
 from fakit.losses.task import task_loss
 from fakit.models.blocks import find_blocks, stack_depths, without_adapter
 from fakit.models.head_kinds import problem_type, without_logits
@@ -562,7 +563,9 @@ def check_fit(
     report = preflight(teacher, student, teacher_tokenizer if both else None, student_tokenizer if both else None)
     outputs = objective.of_kind(Outputs).values()
     compares = any(objective.needs_of(name, "teacher").logits for name in objective.terms)
-    if not compares or (outputs and all(term.vocab_size is not None for term in outputs)):  # or cut to what is shared
+    # cut to what both have, or of sorted probabilities
+    any_sizes = [term.vocab_size is not None or term.loss in ANY_VOCABULARIES for term in outputs]
+    if not compares or (any_sizes and all(any_sizes)):
         report.rows = [row for row in report.rows if row.name not in ("labels", "vocabulary (logits)", "problem type")]
     report.raise_if_error()
     _check_heads(teacher, student, objective)
