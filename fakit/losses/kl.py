@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fakit.losses.reduce import values_known
+from fakit.losses.fused.blocks import blocks, may_look
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -107,13 +107,12 @@ def small_kl(values: Tensor, p: Tensor, u: Tensor, q_of: Callable) -> Tensor:
         p, u: (..., V), u = log q - log p.
         q_of: gives q, the rows counted over all leading dimensions, of those that a slice selects.
     """
-    if not values_known(values):
+    if not may_look(values):
         anew = _around_zero(p.flatten(0, -2), u.flatten(0, -2), q_of, slice(None)).view(values.shape)
         return torch.where(values < _SMALL, anew, values)
     shape, values, p, u = values.shape, values.flatten(), p.reshape(-1, p.shape[-1]), u.reshape(-1, u.shape[-1])
-    step = max(1, _BLOCK // p.shape[-1])
-    for start in range(0, len(p), step):
-        rows = slice(start, start + step)
+    for block in blocks(len(p), max(1, _BLOCK // p.shape[-1]), lambda end: p.shape[-1]):
+        rows = slice(block.start, block.end)
         small = values[rows] < _SMALL
         if small.any():
             values[rows] = torch.where(small, _around_zero(p[rows], u[rows], q_of, rows), values[rows])
@@ -127,7 +126,7 @@ def _around_zero(p: Tensor, u: Tensor, q_of: Callable, rows: slice) -> Tensor:
     mean = torch.linalg.vecdot(p, u).unsqueeze(-1)
     v = u - mean
     near = torch.finfo(u.dtype).eps ** 0.25
-    low, high = (x.item() for x in v.aminmax()) if values_known(v) else (-math.inf, math.inf)
+    low, high = (x.item() for x in v.aminmax()) if may_look(v) else (-math.inf, math.inf)
     if max(-low, high) < near:
         return torch.linalg.vecdot(p, _series(v)).log1p()
     if high < 20 and p.shape[-1] > 1000:  # what cancels in one of so many summands is nothing in their sum

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from fakit.losses.fused.blocks import SIZES, Block, block_size, use_blocks
+from fakit.losses.fused.blocks import Block, use_blocks
 from fakit.models.load import skip_patterns
 from fakit.models.pretrained import CLASSES
 from fakit.planner.ledger import Ledger
@@ -165,19 +165,18 @@ class _Shape:
 def loops_of(accelerator: bool, ledger: Ledger) -> AbstractContextManager[None]:
     """Inside, losses take the block sizes of the device that is planned for, and two blocks stand for all.
 
-    Fake tensors are CPU tensors (torch without CUDA makes no others), so an accelerator's sizes are set. Blocks are
-    alike: the last two are run, their memory is that of every other pair, and their FLOPs count for all.
+    Fake tensors are CPU tensors (torch without CUDA makes no others), so losses are told what they would run on. Blocks
+    are alike: the last two are run, their memory is that of every other pair, and their FLOPs count for all.
     """
 
     def hand_out(blocks: Sequence[Block]) -> Iterator[Block]:
-        last = blocks[-2:]
+        last, outside = blocks[-2:], ledger.repeat
         if len(last) < len(blocks):
-            ledger.repeat = _elements(blocks) / _elements(last)
+            ledger.repeat = outside * _elements(blocks) / _elements(last)
         yield from last
-        ledger.repeat = 1.0
+        ledger.repeat = outside
 
-    sizes = {loss: block_size(loss, "cuda") for loss in SIZES} if accelerator else {}
-    return use_blocks(**sizes, hand_out=hand_out)
+    return use_blocks(accelerator=accelerator, hand_out=hand_out)
 
 
 def _elements(blocks: Sequence[Block]) -> int:

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from fakit.losses.attention import map_kl
-from fakit.losses.fused.blocks import SIZES, Block, block_size, blocks, use_blocks
+from fakit.losses.fused.blocks import SIZES, Block, block_size, blocks, may_look, use_blocks
 from fakit.losses.fused.chunked import fused_outputs
 from fakit.losses.fused.output_head import Head
 from fakit.losses.fused.streamed import streamed_map_kl
+from fakit.losses.kl import kl
 
 
 def test_sizes_are_asked_and_set_inside_alone():
@@ -78,3 +79,28 @@ def test_blocks_do_not_keep_a_loss_from_being_compiled():
     given = query, key, key.detach(), query.detach()
     compiled = torch.compile(lambda *x: streamed_map_kl(*x, causal=True), backend="eager", fullgraph=True)
     assert compiled(*given).item() == pytest.approx(streamed_map_kl(*given, causal=True).item(), rel=1e-6)
+
+
+def test_small_divergences_are_summed_in_blocks_on_a_cpu_and_at_once_elsewhere():
+    """What an accelerator would do can be run, and counted, on a CPU; the numbers are the same."""
+    torch.manual_seed(0)
+    teacher = torch.randn(40, 5000)
+    student = teacher + 0.01 * torch.randn(40, 5000)
+    handed_out = []
+
+    def hand_out(every):
+        handed_out.append(len(every))
+        return every
+
+    with use_blocks(hand_out=hand_out):
+        in_blocks = kl(teacher, student)
+    assert handed_out == [2]  # 2^17 elements each
+    with use_blocks(accelerator=True, hand_out=hand_out):
+        assert not may_look(teacher) and block_size("outputs", "cpu") == SIZES["outputs"][1]
+        at_once = kl(teacher, student)
+    assert handed_out == [2] and may_look(teacher)
+    exact = torch.nn.functional.kl_div(
+        student.double().log_softmax(-1), teacher.double().log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    for found in (in_blocks, at_once):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)

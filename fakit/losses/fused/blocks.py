@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from fakit.losses.reduce import values_known
 
 # Elements of one block, on a CPU and on an accelerator, which wants more at once.
 # attention: scores over batch, heads, queries and keys; 4 MiB in float32 stays in a CPU's caches.
@@ -34,6 +37,7 @@ class Block(NamedTuple):
 class _Setting:
     attention: int | None = None
     outputs: int | None = None
+    accelerator: bool | None = None
     hand_out: Callable[[Sequence[Block]], Iterable[Block]] = iter
 
 
@@ -54,7 +58,19 @@ def block_size(loss: str, device: str) -> int:
     if loss not in SIZES:
         raise ValueError(f"loss {loss!r} has no blocks; choose one of {', '.join(SIZES)}.")
     given = getattr(_current(), loss)
-    return SIZES[loss][device != "cpu"] if given is None else given
+    return SIZES[loss][_is_accelerator(device)] if given is None else given
+
+
+def _is_accelerator(device: str) -> bool:
+    asked = _current().accelerator
+    return device != "cpu" if asked is None else asked
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether a loss may look at numbers to save work: where they are known (`values_known`) and lie on a CPU, or are
+    to be taken as if they did not.
+    """
+    return not _is_accelerator(x.device.type) and values_known(x)
 
 
 @contextmanager
@@ -62,6 +78,7 @@ def use_blocks(
     *,
     attention: int | None = None,
     outputs: int | None = None,
+    accelerator: bool | None = None,
     hand_out: Callable[[Sequence[Block]], Iterable[Block]] | None = None,
 ) -> Iterator[None]:
     """Inside, fused losses work in other blocks; what is not given stays as it is.
@@ -69,6 +86,7 @@ def use_blocks(
     Args:
         attention: elements of one block of the streamed losses; a block has one query of every head at least.
         outputs: elements of one block of the chunked losses; a block has 256 tokens at least.
+        accelerator: what is asked for the tensors' device is answered for an accelerator, or for a CPU.
         hand_out: given a loss's blocks, returns those that it goes through. A loss is the sum over them, so leaving
             some out is for those who look at something else than its value.
 
@@ -79,7 +97,12 @@ def use_blocks(
         if size is not None and size < 1:
             raise ValueError(f"{loss}={size}: a block has at least one element.")
     before = _setting.get()
-    made = _Setting(attention or before.attention, outputs or before.outputs, hand_out or before.hand_out)
+    made = _Setting(
+        attention or before.attention,
+        outputs or before.outputs,
+        before.accelerator if accelerator is None else accelerator,
+        hand_out or before.hand_out,
+    )
     token = _setting.set(made)
     try:
         yield
