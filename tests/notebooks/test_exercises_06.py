@@ -2,26 +2,15 @@
 a classic wrong answer is told what is wrong.
 """
 
+import nbformat
 import numpy as np
 import pytest
-from IPython.display import Markdown
 from scipy import stats
 
-from fakit.experiments import paired_difference
-from fakit.experiments.statistics import mean_interval
-from fakit.teaching import Exercise
-from tests.notebooks.old_cells import assert_ladder, assert_told, exercise, solution, source
+from tests.notebooks.cells import NOTEBOOKS, assert_ladder, assert_told, checks, exercise, solution
 
 SCORES = {"all": np.array([0.81, 0.84, 0.80]), "outputs": np.array([0.78, 0.83, 0.79])}
-# what earlier cells of the notebook define
-KNOWN = {
-    **{"np": np, "Exercise": Exercise, "Markdown": Markdown, "display": lambda *_: None, "tasks": ["glosses"]},
-    **{
-        "paired_difference": paired_difference,
-        "mean_interval": mean_interval,
-        "scores_of": lambda task, arm: SCORES[arm],
-    },
-}
+INTERVAL, CLAIM, REPORT = "interval", "claim", "honest_report"
 
 
 def welch_half_width(ours, theirs):
@@ -29,12 +18,14 @@ def welch_half_width(ours, theirs):
     return (high - low) / 2
 
 
-KNOWN["welch_half_width"] = welch_half_width
-exec(source("06_results_analysis", "s06-bug"), KNOWN)
+def report_of_colleague():
+    """As the notebook shows it."""
+    cells = nbformat.read(NOTEBOOKS / "06_results_analysis.ipynb", as_version=4).cells
+    namespace: dict = {}
+    exec(next(cell.source for cell in cells if cell.id == "s06-bug"), namespace)
+    return namespace["report_of_colleague"]
 
-INTERVAL = ("06_results_analysis", "s06-exercise-1")
-CLAIM = ("06_results_analysis", "s06-exercise-2")
-REPORT = ("06_results_analysis", "s06-exercise-3")
+
 DIFFERENCE = SCORES["all"] - SCORES["outputs"]
 MEAN, DEVIATION, T = (
     DIFFERENCE.mean(),
@@ -45,16 +36,20 @@ OWN = sum((T * scores.std(ddof=1) / 3**0.5) ** 2 for scores in SCORES.values()) 
 
 
 def around(half, mean=MEAN):
-    return mean - half, mean + half
+    return lambda ours, theirs: (mean - half, mean + half)
 
 
-@pytest.mark.parametrize("where", [INTERVAL, CLAIM, REPORT], ids=lambda where: where[1])
-def test_the_solution_in_the_hints_passes_and_the_stub_is_not_done(where):
-    assert_ladder(*where, *exercise(*where, KNOWN))
+def test_the_tests_know_the_scores_of_the_check():
+    assert np.array_equal(checks("06").ALL, SCORES["all"]) and np.array_equal(checks("06").OUTPUTS, SCORES["outputs"])
+
+
+@pytest.mark.parametrize("name", [INTERVAL, CLAIM, REPORT])
+def test_the_solution_in_the_hints_passes_and_the_stub_is_not_done(name):
+    assert_ladder("06", name, {})
 
 
 @pytest.mark.parametrize(
-    ("where", "answer", "message"),
+    ("name", "answer", "message"),
     [
         (INTERVAL, around(1.96 * DEVIATION), "with 3 seeds Student's t is 4.30"),
         (INTERVAL, around(OWN), "adds up the two arms' own intervals"),
@@ -67,7 +62,7 @@ def test_the_solution_in_the_hints_passes_and_the_stub_is_not_done(where):
         (CLAIM, "c", "were paired"),
         (CLAIM, "d", "equal-compute row"),
         (CLAIM, "e", "one letter"),
-        (REPORT, KNOWN["report_of_colleague"], "the function as it was"),
+        (REPORT, report_of_colleague(), "the function as it was"),
         (REPORT, lambda validation, test: validation.max(), "as lucky as the other"),
         (REPORT, lambda validation, test: test[-1], "the last checkpoint needs no choice"),
         (REPORT, lambda validation, test: test.mean(), "the accuracy of no model"),
@@ -75,14 +70,13 @@ def test_the_solution_in_the_hints_passes_and_the_stub_is_not_done(where):
         (REPORT, lambda validation, test: 0.5, "it gives 0.500"),
     ],
 )
-def test_a_wrong_answer_is_told_what_is_wrong(where, answer, message):
-    assert_told(exercise(*where, KNOWN)[0], answer, message)
+def test_a_wrong_answer_is_told_what_is_wrong(name, answer, message):
+    assert_told(exercise("06", name), answer, message)
 
 
 def test_the_bug_lies_and_its_repair_does_not():
-    truth, validation, test = KNOWN["made_up_runs"](runs=2000)
-    task, namespace = exercise(*REPORT, KNOWN)
-    repaired = solution(task, namespace)
-    for report, chooser, luck in ((KNOWN["report_of_colleague"], test, 0.03), (repaired, validation, 0.0)):
+    truth, validation, test = checks("06").made_up_runs(runs=2000)
+    repaired = solution(exercise("06", REPORT), {})
+    for report, chooser, luck in ((report_of_colleague(), test, 0.03), (repaired, validation, 0.0)):
         reported = np.mean([report(v, t) for v, t in zip(validation, test, strict=True)])
         assert reported - truth[chooser.argmax(1)].mean() == pytest.approx(luck, abs=0.01)

@@ -12,8 +12,6 @@ from tests.notebooks.cells import NOTEBOOKS, checks
 WIDTH = 100  # characters that a cell of JupyterLab and of the report shows without a scroll bar
 FILES = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
 each = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-REWRITTEN = [path for path in FILES if (NOTEBOOKS / "checks" / f"nb{path.stem[:2]}.py").exists()]
-rewritten = pytest.mark.parametrize("path", REWRITTEN, ids=lambda path: path.stem)
 HEADER = r"""# \d\d · [^\n]+
 
 \*\*Question: [^\n]+\?\*\*
@@ -40,12 +38,12 @@ def lines(cell) -> int:
     return sum(bool(line.strip()) for line in cell.source.splitlines())
 
 
-@rewritten
+@each
 def test_one_form_of_header(path):
     assert re.match(HEADER, cells(path)[0].source)
 
 
-@rewritten
+@each
 def test_the_method_is_visible(path):
     """Short cells, no page of plumbing: one cell, a training loop, may be longer than the rest."""
     sizes = [lines(cell) for cell in shown(path)]
@@ -72,7 +70,7 @@ def test_links_lead_to_files(path):
     assert not [target for target in files if not (path.parent / target).exists()]
 
 
-@rewritten
+@each
 def test_exercises_say_what_they_ask_for(path):
     """Every exercise of the notebook's checks is shown, answered and hinted at in it, with its difficulty and minutes."""
     exercises = {name: it for name, it in vars(checks(path.stem)).items() if isinstance(it, Exercise)}
