@@ -62,9 +62,9 @@ class Interval:
         return int(self.low > 0) - int(self.high < 0)
 
     def format(self, scale: float = 1.0, digits: int = 3, sign: bool = False) -> str:
-        """ "+3.2 [1.0, 5.4]", each number times `scale`."""
+        """ "+3.2 [1.0, 5.4]", each number times `scale`; what rounds to 0 is 0, never -0."""
         plus = "+" if sign else ""
-        mean, low, high = (format(value * scale, f"{plus}.{digits}f") for value in (self.mean, self.low, self.high))
+        mean, low, high = (format(value * scale, f"{plus}z.{digits}f") for value in (self.mean, self.low, self.high))
         return mean if math.isnan(self.low) else f"{mean} [{low}, {high}]"
 
     def __str__(self) -> str:

@@ -174,16 +174,18 @@ def _extremes(rows: list[dict], higher: bool) -> tuple[dict, dict, list[dict]]:
 
 
 def _name_extremes(figure: Any, rows: list[dict], number: int, higher: bool) -> None:
-    """Write the name of the map that CKA would choose and of the one that is best above their bars."""
+    """Write the name of the best map above its bar, and of the one that CKA would choose below its own."""
     chosen, best, _ = _extremes(rows, higher)
-    top = "high" if higher else "low"  # a reversed axis has the low end on top
+    top, bottom = ("high", "low") if higher else ("low", "high")  # a reversed axis has the low end on top
     where = {
         "xref": axis_id("x", number),
         "yref": axis_id("y", number),
         "font": {"size": SMALL, "color": ALIGNED.color},
     }
-    for row in (chosen,) if chosen is best else (chosen, best):
-        note(figure, row["map"], row["cka"], row.get(top, row["score"]), yanchor="bottom", yshift=1, **where)
+    note(figure, best["map"], best["cka"], best.get(top, best["score"]), yanchor="bottom", yshift=1, **where)
+    if chosen is not best:
+        end = chosen.get(bottom, chosen["score"])
+        note(figure, chosen["map"], chosen["cka"], end, yanchor="top", yshift=-10, **where)
 
 
 def _sentence(task: str, rows: list[dict], found: Any, higher: bool) -> str:

@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from fakit.experiments.statistics import (
+    Interval,
     gap_closed,
     holm,
     mean_interval,
@@ -26,6 +27,7 @@ def test_mean_interval_by_hand():
     assert interval.high == pytest.approx(2 + 2.4841377, abs=1e-6)
     assert (interval.n, interval.level) == (3, 0.95)
     assert str(interval) == "2.000 [-0.484, 4.484] (95% interval, n = 3 seeds)"
+    assert Interval(-0.001, -0.03, 0.004, n=3).format(100, 0) == "0 [-3, 0]"  # not -0
 
 
 def test_one_seed_gives_no_interval():

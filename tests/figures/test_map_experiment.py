@@ -88,6 +88,7 @@ def test_of_an_error_rate_the_lowest_is_the_best_and_stands_on_top():
     names = {note.text: note for note in figure.plotly.layout.annotations}
     assert "4-5-6" not in names  # the worst
     assert names["1-2-4"].y == pytest.approx(1 - 0.77)  # above its bar, which on this axis ends at `low`
+    assert names["1-2-4"].yanchor == "bottom" and names["1-2-3"].yanchor == "top"  # below its own
 
 
 def test_each_task_has_its_own_direction():
