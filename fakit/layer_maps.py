@@ -6,7 +6,7 @@ Layers are numbered as everywhere in the kit: 0 is the output of the embeddings,
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from numbers import Integral
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 Pair = tuple[int, int]  # student layer, teacher layer
 Depths = int | Sequence[int]  # of a model, or of an encoder-decoder's encoder and decoder
+# The maps that follow from depths alone, by their names: what `LayerMap.named` and a configuration know.
+STRATEGIES = ("uniform", "last", "first", "skip", "reverse", "all_to_one", "top", "every", "random", "none")
 
 
 class WeightMatrix(Tensor):
@@ -85,19 +87,19 @@ class LayerMap:
         [(1, 6), (2, 12), (3, 18)]
         """
         stacks = _depths(student_layers, teacher_layers)
-        return cls(_stacked(stacks, lambda S, T: [_spaced(j, S, T) for j in range(1, S + 1)]), name="uniform")
+        return cls(_stacked(stacks, lambda S, T: [(j, _spaced(j, S, T)) for j in range(1, S + 1)]), name="uniform")
 
     @classmethod
     def last(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
         """The teacher's last layers: j ↦ T - S + j."""
         stacks = _depths(student_layers, teacher_layers, name="last")
-        return cls(_stacked(stacks, lambda S, T: range(T - S + 1, T + 1)), name="last")
+        return cls(_stacked(stacks, lambda S, T: [(j, T - S + j) for j in range(1, S + 1)]), name="last")
 
     @classmethod
     def first(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
         """The teacher's first layers: j ↦ j."""
         stacks = _depths(student_layers, teacher_layers, name="first")
-        return cls(_stacked(stacks, lambda S, T: range(1, S + 1)), name="first")
+        return cls(_stacked(stacks, lambda S, T: [(j, j) for j in range(1, S + 1)]), name="first")
 
     @classmethod
     def skip(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
@@ -105,8 +107,8 @@ class LayerMap:
         pairs = cls.uniform(student_layers, teacher_layers).pairs[:-1]
         if not pairs:
             raise ValueError(
-                f"skip leaves the last of {student_layers} student layers out and nothing remains; use "
-                "LayerMap.uniform."
+                f"skip leaves the last of {_shown(_listed(student_layers))} student layers out and nothing remains; "
+                "use LayerMap.uniform."
             )
         return cls(pairs, name="skip")
 
@@ -114,7 +116,8 @@ class LayerMap:
     def reverse(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
         """Uniform, upside down: j ↦ uniform(S + 1 - j). A control that should hurt if the order of layers matters."""
         stacks = _depths(student_layers, teacher_layers)
-        return cls(_stacked(stacks, lambda S, T: [_spaced(j, S, T) for j in range(S, 0, -1)]), name="reverse")
+        upside_down = _stacked(stacks, lambda S, T: [(j, _spaced(S + 1 - j, S, T)) for j in range(1, S + 1)])
+        return cls(upside_down, name="reverse")
 
     @classmethod
     def all_to_one(cls, student_layers: Depths, teacher_layers: Depths, teacher_layer: int | None = None) -> "LayerMap":
@@ -130,8 +133,29 @@ class LayerMap:
             raise ValueError(
                 f"teacher layer {teacher_layer} asked of a {T}-layer teacher; it has 0 (embeddings) to {T}."
             )
-        pairs = _stacked(stacks, lambda S, T: [T if teacher_layer is None else teacher_layer] * S)
+        onto = {T: T if teacher_layer is None else teacher_layer for _, T in stacks}
+        pairs = _stacked(stacks, lambda S, T: [(j, onto[T]) for j in range(1, S + 1)])
         return cls(pairs, name="all_to_one")
+
+    @classmethod
+    def top(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
+        """The last layer on the last, of each stack, and nothing else. MiniLM (Wang et al. 2020), DistilBERT's cosine.
+
+        >>> LayerMap.top(3, 6).pairs
+        [(3, 6)]
+        """
+        return cls(_stacked(_depths(student_layers, teacher_layers), lambda S, T: [(S, T)]), name="top")
+
+    @classmethod
+    def every(cls, student_layers: Depths, teacher_layers: Depths) -> "LayerMap":
+        """Every student layer on every teacher layer of its stack, for a term that weighs them itself
+        (`fakit.objective.feature_terms.LayerAttention`). ALP-KD (Passban et al. 2021).
+
+        >>> LayerMap.every(1, 3).pairs
+        [(1, 1), (1, 2), (1, 3)]
+        """
+        stacks = _depths(student_layers, teacher_layers)
+        return cls(_stacked(stacks, lambda S, T: product(range(1, S + 1), range(1, T + 1))), name="every")
 
     @classmethod
     def random(cls, student_layers: Depths, teacher_layers: Depths, seed: int | str = 0) -> "LayerMap":
@@ -141,7 +165,8 @@ class LayerMap:
         """
         stacks = _depths(student_layers, teacher_layers, name="random")
         draw = random.Random(f"fakit {seed}")
-        layer_map = cls(_stacked(stacks, lambda S, T: sorted(draw.sample(range(1, T + 1), S))), name="random")
+        drawn = _stacked(stacks, lambda S, T: enumerate(sorted(draw.sample(range(1, T + 1), S)), 1))
+        layer_map = cls(drawn, name="random")
         layer_map._redraw = (student_layers, teacher_layers, seed)
         return layer_map
 
@@ -151,6 +176,33 @@ class LayerMap:
         so that it stands in for any strategy.
         """
         return cls([], name="none")
+
+    @classmethod
+    def named(
+        cls, given: str | Iterable[Sequence[int]], student_layers: Depths, teacher_layers: Depths, seed: int | str = 0
+    ) -> "LayerMap":
+        """The map of a strategy's name (`STRATEGIES`), as a configuration says it, or of explicit pairs.
+
+        Args:
+            given: "uniform", "last" …, or pairs (student layer, teacher layer).
+            seed: of a random map.
+
+        Raises:
+            ValueError: no strategy of this name, a map that does not fit the depths.
+
+        >>> LayerMap.named("last", 2, 4).pairs
+        [(1, 3), (2, 4)]
+        """
+        if not isinstance(given, str):
+            layer_map = cls(given)
+        elif given not in STRATEGIES:
+            raise ValueError(f"layer map {given!r} is not known; choose one of {', '.join(STRATEGIES)}, or give pairs.")
+        elif given == "random":
+            layer_map = cls.random(student_layers, teacher_layers, seed=seed)
+        else:
+            layer_map = getattr(cls, given)(student_layers, teacher_layers)
+        layer_map.check(student_layers, teacher_layers)
+        return layer_map
 
     @classmethod
     def from_similarity(cls, matrix, method: str = "monotone") -> "LayerMap":
@@ -347,11 +399,11 @@ def _depths(student_layers: Depths, teacher_layers: Depths, name: str | None = N
     return list(zip(ours, theirs, strict=True))
 
 
-def _stacked(stacks: list[tuple[int, int]], teachers: Callable[[int, int], Iterable[int]]) -> list[tuple[int, int]]:
-    """Pairs of a strategy, stack by stack. `teachers(S, T)`: the teacher layers of student layers 1…S of one stack."""
+def _stacked(stacks: list[tuple[int, int]], pairs_of: Callable[[int, int], Iterable[Pair]]) -> list[Pair]:
+    """Pairs of a strategy, stack by stack. `pairs_of(S, T)`: those of one stack, its layers counted from 1."""
     pairs, ours, theirs = [], 0, 0
     for S, T in stacks:
-        pairs += [(ours + j, theirs + t) for j, t in enumerate(teachers(S, T), 1)]
+        pairs += [(ours + s, theirs + t) for s, t in pairs_of(S, T)]
         ours, theirs = ours + S, theirs + T
     return pairs
 

@@ -292,7 +292,7 @@ FLOORS = [
     ["similarity", "models", "figures"],
     ["tracing", "tasks"],
     ["objective", "evaluation"],
-    ["training"],
+    ["training", "recipes"],
     ["experiments", "teaching", "planner"],
     ["widgets"],
     ["__main__"],

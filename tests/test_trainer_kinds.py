@@ -5,7 +5,6 @@ import torch
 import transformers as hf
 
 from fakit import Attention, DistillationTrainer, Features, LayerMap, Objective, Outputs, Task, capture, shrink
-from fakit.experiments.build import build_layer_map
 from fakit.models import stack_depths, without_layerdrop
 from fakit.models.kinds import layerdrop
 from tests.families import EVERY, SIZES, batch_for, tiny
@@ -126,7 +125,7 @@ def test_uniform_maps_of_unequal_stacks_pair_encoder_with_encoder(tmp_path):
     student = shrink(teacher, layers=[1, 4, 7, 8])
     depths = [stack_depths(student), stack_depths(teacher)]
     assert depths == [[2, 2], [6, 2]]
-    configured = build_layer_map("uniform", 0, *depths)
+    configured = LayerMap.named("uniform", *depths)
     assert configured.pairs == LayerMap.uniform(*depths).pairs == [(1, 3), (2, 6), (3, 7), (4, 8)]
     plain = LayerMap.uniform(4, 8)
     assert plain.pairs[2] == (3, 6)  # a decoder's layer on an encoder's

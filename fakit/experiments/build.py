@@ -18,7 +18,7 @@ from fakit.experiments.batches import batch_plan
 from fakit.experiments.config import TRANSFER, ExperimentConfig
 from fakit.experiments.schema import did_you_mean
 from fakit.experiments.terms import Pairs, build_further_term
-from fakit.layer_maps import Depths, LayerMap
+from fakit.layer_maps import LayerMap
 from fakit.objective.objective import Objective
 from fakit.objective.terms import Task
 
@@ -237,29 +237,12 @@ def check_lengths(rows: Dataset, max_length: int, **models: PreTrainedModel) -> 
             )
 
 
-def build_layer_map(given: str | Pairs, seed: int, student_layers: Depths, teacher_layers: Depths) -> LayerMap:
-    """The layer map of a strategy's name, or of explicit pairs (student layer, teacher layer).
-
-    Args:
-        seed: of a random map.
-        student_layers, teacher_layers: depths; of encoder-decoders those of encoder and decoder, each mapped by itself.
-    """
-    if not isinstance(given, str):
-        layer_map = LayerMap(given)
-    elif given == "random":
-        layer_map = LayerMap.random(student_layers, teacher_layers, seed=seed)
-    else:
-        layer_map = getattr(LayerMap, given)(student_layers, teacher_layers)
-    layer_map.check(student_layers, teacher_layers)
-    return layer_map
-
-
 def build_objective(config: ExperimentConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> Objective:
     """The objective of the configured terms, with projections where the widths differ."""
     from fakit.models.blocks import stack_depths
 
     def map_of(given: str | Pairs) -> LayerMap:
-        return build_layer_map(given, config.seed, stack_depths(student), stack_depths(teacher))
+        return LayerMap.named(given, stack_depths(student), stack_depths(teacher), seed=config.seed)
 
     objective = Objective(
         map_of(config.layer_map),

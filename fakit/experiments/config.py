@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from fakit import recipes
 from fakit.experiments.arguments import check_training_args
 from fakit.experiments.schema import Count, Natural, Number, Section, Truth, Weight, Whole, describe, did_you_mean
 from fakit.experiments.terms import (
@@ -124,8 +125,18 @@ OLD_NAMES = {**TrainingConfig.old_names, **FeaturesConfig.old_names}
 
 
 class ExperimentConfig(Section):
-    """One run. A term set to null (None) is not computed; without any transfer term the student only sees labels."""
+    """One run. A term set to null (None) is not computed; without any transfer term the student only sees labels.
 
+    `recipe` stands for the terms, layer map and name of a published objective (`fakit.recipes`): keys beside it change
+    them one by one, and what is recorded are the settings themselves.
+
+    Example:
+        >>> config = ExperimentConfig(recipe="distilbert", features={"weight": 0.5})
+        >>> config.arm, config.features.loss, config.outputs.weight, config.attention
+        ('distilbert', 'cosine', 5.0, None)
+    """
+
+    shorthands: ClassVar[tuple[str, ...]] = ("recipe",)
     task: TaskConfig = TaskConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
@@ -163,6 +174,11 @@ class ExperimentConfig(Section):
                 f"training.save_every: found {describe(self.training.save_every)} and no `out`; checkpoints need a "
                 "folder: set out: runs/my-student, or save_every: null."
             )
+
+    @classmethod
+    def _by_current_names(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        given = {key: value for key, value in data.items() if key != "recipe"}
+        return super()._by_current_names(given if data.get("recipe") is None else _beside(data["recipe"], given))
 
     def to_dict(self) -> dict[str, Any]:
         """Without `terms` and `training_args` where they are empty: the ids of runs from before them stay."""
@@ -207,6 +223,29 @@ class ExperimentConfig(Section):
         return self.replace(
             terms=kept, **{term: None for term in TRANSFER if term in self.transfers and term not in ARMS[arm]}
         )
+
+
+def _beside(recipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's settings, changed by the keys beside it, which may be dotted."""
+    found = recipes.named(recipe)
+    settings = {**found.configuration, "name": found.name}
+    for key, value in given.items():
+        head, *inner = key.split(".") if key.split(".")[0] in settings else [key]
+        for part in reversed(inner):
+            value = {part: value}
+        if inner and settings[head] is None:
+            raise ValueError(
+                f"{key}: the recipe {found.name} has no {head}, so its keys cannot be changed one by one; give the "
+                f"whole of it: {head}: {{…}}."
+            )
+        settings[head] = _merged(settings.get(head), value)
+    return settings
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 
 
 def by_names(config: Any, names: Mapping[str, str]) -> Any:

@@ -43,6 +43,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     section: ClassVar[str] = ""
+    shorthands: ClassVar[tuple[str, ...]] = ()  # keys that stand for others, beside those of the fields
     old_names: ClassVar[Mapping[str, str]] = {}  # of keys and of chosen values; accepted with a warning for one release
 
     def __init__(self, *values: Any, **by_key: Any):
@@ -72,8 +73,8 @@ class Section(BaseModel):
         key = str(found[0]["loc"][0])
         path = cls._path(key)
         if kind == "extra_forbidden":
-            keys = ", ".join(cls.keys())
-            return f"{path}: unknown key at {where}; the keys are {keys}.{did_you_mean(key, cls.keys())}"
+            keys = [*cls.shorthands, *cls.keys()]
+            return f"{path}: unknown key at {where}; the keys are {', '.join(keys)}.{did_you_mean(key, keys)}"
         if kind == "missing" and key not in given:
             return f"{path}: missing at {where}; found {', '.join(given) or 'no key'}."
         of_key = [wrong for wrong in found if wrong["loc"][0] == key]
@@ -153,9 +154,9 @@ class Section(BaseModel):
         for key, value in self._by_current_names(changes).items():
             head, _, rest = key.partition(".")
             if head not in self.keys():
+                known = [*self.shorthands, *self.keys()]
                 raise ValueError(
-                    f"{self._path(key)}: unknown key; the keys are {', '.join(self.keys())}."
-                    + did_you_mean(head, self.keys())
+                    f"{self._path(key)}: unknown key; the keys are {', '.join(known)}." + did_you_mean(head, known)
                 )
             if rest:
                 nested.setdefault(head, {})[rest] = value

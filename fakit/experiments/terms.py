@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 from pydantic import Field, create_model
 
 from fakit.experiments.schema import Count, Number, Section, Truth, Weight, Whole, describe, did_you_mean, kinds_of
-from fakit.layer_maps import LayerMap
+from fakit.layer_maps import STRATEGIES, LayerMap
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
 from fakit.objective.feature_terms import KINDS as FEATURE_TERMS
@@ -18,9 +18,8 @@ from fakit.objective.objective import check_name
 from fakit.objective.term import Term
 from fakit.objective.terms import ATTENTION_LOSSES, Attention, Features, Outputs
 
-LAYER_MAPS = ("uniform", "last", "first", "skip", "reverse", "all_to_one", "random", "none")
 Pairs = tuple[tuple[int, int], ...]
-MapInAFile = Literal[LAYER_MAPS] | tuple[tuple[Whole, Whole], ...]
+MapInAFile = Literal[STRATEGIES] | tuple[tuple[Whole, Whole], ...]
 # A strategy's name or explicit pairs → the layer map between the two models.
 MapOf = Callable[[str | Pairs], LayerMap]
 

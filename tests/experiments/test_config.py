@@ -17,7 +17,7 @@ from fakit.experiments.config import (
     TeacherConfig,
     TrainingConfig,
 )
-from fakit.experiments.terms import LAYER_MAPS
+from fakit.layer_maps import STRATEGIES
 from tests.families import tiny
 
 FULL = ExperimentConfig(
@@ -42,7 +42,7 @@ FULL = ExperimentConfig(
 
 def _variants():
     """Every combination of terms on and off, with the layer maps and task weights going round."""
-    maps = itertools.cycle((*LAYER_MAPS, ((1, 1),), ((1, 6), (2, 3))))
+    maps = itertools.cycle((*STRATEGIES, ((1, 1),), ((1, 6), (2, 3))))
     for n, (features, attention, outputs) in enumerate(itertools.product((True, False), repeat=3)):
         for layers, init in itertools.product((1, (2, 4)), ("copy", "random")):
             yield ExperimentConfig(

@@ -1,0 +1,137 @@
+"""Write docs/losses.md: every loss, term and recipe, from the code itself.
+
+python scripts/losses_page.py
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fakit import recipes
+from fakit.layer_maps import STRATEGIES, LayerMap
+from fakit.losses import attention, features, outputs
+from fakit.objective import feature_terms, terms
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/losses.md"
+
+HEAD = (
+    "# Losses, terms, layer maps and recipes\n",
+    "This page is made from the code by `python scripts/losses_page.py`; a test holds it to be up to date.",
+    "Every loss is a mean over what counts, computed in float32 or better.",
+    '`Features("cosine")`, `Outputs("jsd", beta=0.1)`, or the same name in YAML, chooses it.',
+    "Student S, teacher T; hidden states s, t; attention maps A; distributions P (teacher) and Q (student); "
+    "temperature τ.\n",
+    '**Start with** `Outputs("forward_kl", temperature=2.0)` beside the task.',
+    "Add `Features` and `Attention` where the student could not inherit what it needs (random start, another width, "
+    "another architecture), and measure them against outputs alone.",
+)
+RELATIONS = (
+    "KL of softmax(X Xᵀ/√d_r) for queries, keys and values, re-split into relation heads. MiniLMv2 (Wang et al. 2021); "
+    "of values alone MiniLM (Wang et al. 2020)."
+)
+
+
+def summary(made: Callable) -> str:
+    """What a function or class does, in one line of a Markdown table: its docstring up to where a year says from where,
+    the second paragraph at most, and an equation that stands by itself.
+    """
+    parts = re.split(r"\n\s*\n", inspect.getdoc(made) or "")
+    equation = len(parts) > 1 and parts[1].startswith("    ")
+    said = parts[: 1 + equation]
+    if not re.search(r"(19|20)\d\d", " ".join(said)) and len(parts) > len(said) and _is_prose(parts[len(said)]):
+        said.append(parts[len(said)])
+    said = [f"`{' '.join(part.split())}`" if part.startswith("    ") else " ".join(part.split()) for part in said]
+    return " ".join(said).replace("|", "\\|")
+
+
+def _is_prose(paragraph: str) -> bool:
+    return not paragraph.startswith((">>>", "Args:", "Raises:", "Returns:", "    "))
+
+
+def own_parameters(function: Callable, given: tuple[str, ...]) -> str:
+    """Names and defaults of what a loss takes beside the two sides."""
+    found = inspect.signature(function).parameters.values()
+    own = [p for p in found if p.name not in given and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return ", ".join(f"`{p.name}={p.default!r}`" for p in own) or "–"
+
+
+def place(made: Callable) -> str:
+    """A link to the file that a function or class stands in."""
+    path = Path(inspect.getsourcefile(inspect.unwrap(made))).relative_to(ROOT)
+    return f"[{path.relative_to('fakit')}](../{path})"
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table(head: tuple[str, ...], rows) -> str:
+    return "\n".join(row(*cells) for cells in (head, ["---"] * len(head), *rows))
+
+
+def used_by(kind: str, loss: str) -> str:
+    """The recipes that use a loss in a term of a kind."""
+    found = []
+    for name, recipe in sorted(recipes.RECIPES.items()):
+        settings = recipe().configuration
+        own = [(key, settings[key]) for key in ("features", "attention", "outputs") if settings[key]]
+        own += [(term["kind"], term) for term in settings["terms"].values()]
+        over_states = ("features", *feature_terms.KINDS)
+        if any((k == kind or (kind == "features" and k in over_states)) and t.get("loss") == loss for k, t in own):
+            found.append(f"[{name}](#{name})")
+    return ", ".join(found) or "–"
+
+
+def losses(kind: str, known: Mapping[str, Callable], given: tuple[str, ...]) -> str:
+    rows = [
+        (f"`{name}`", summary(loss), own_parameters(loss, given), used_by(kind, name), place(loss))
+        for name, loss in known.items()
+    ]
+    return table(("name", "what, and from where", "own parameters", "recipes", "code"), rows)
+
+
+def recipe_section(name: str) -> str:
+    recipe = recipes.RECIPES[name]()
+    said = [f"### {name}", f"{recipe.title}.\n{recipe.source}.", f"$$ {' '.join(recipe.equation.split())} $$"]
+    said.append(f"```yaml\n{recipe.to_yaml()}```")
+    if recipe.published:
+        said.append(
+            "\n".join(["Published beside it, and not set:\n", *(f"* {k}: {v}" for k, v in recipe.published.items())])
+        )
+    if recipe.ours:
+        said.append("\n".join(["Ours:\n", *(f"* {line}" for line in recipe.ours)]))
+    if recipe.evidence:
+        said.append(f"Evidence: {recipe.evidence}")
+    return "\n\n".join(said)
+
+
+def page() -> str:
+    sides = ("student", "teacher", "mask")
+    maps = [(f"`{name}`", summary(getattr(LayerMap, name)), place(LayerMap)) for name in STRATEGIES]
+    maps += [(f"`LayerMap.{n}`", summary(getattr(LayerMap, n)), place(LayerMap)) for n in ("from_similarity", "emd")]
+    further = [(f"`{n}`", f"`{k.__name__}`", summary(k), place(k)) for n, k in feature_terms.KINDS.items()]
+    own = "`relations`, `relation_heads` of the term"
+    relations = ("`relations`", RELATIONS, own, used_by("attention", "relations"), place(terms.Attention))
+    parts = [
+        "\n".join(HEAD),
+        "## Hidden states: `Features(loss)`",
+        losses("features", features.LOSSES, sides),
+        "## Further terms over hidden states: `terms: {name: {kind: …}}`",
+        table(("kind", "class", "what, and from where", "code"), further),
+        "## Attention: `Attention(loss)`",
+        losses("attention", attention.LOSSES, sides) + "\n" + row(*relations),
+        "## Outputs: `Outputs(loss, temperature=τ)`",
+        losses("outputs", outputs.LOSSES, (*sides, "temperature", "labels")),
+        "## Layer maps",
+        table(("name", "what, and from where", "code"), maps),
+        "## Recipes: `recipes.tinybert()`, or `recipe: tinybert`",
+        "A recipe stands for settings; keys beside it change them, such as `features: {weight: 0.5}`.",
+        *(recipe_section(name) for name in sorted(recipes.RECIPES)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
