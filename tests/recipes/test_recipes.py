@@ -33,7 +33,7 @@ def teacher():
 def student(teacher):
     """Two of the teacher's three layers, moved a little, so that nothing is 0."""
     torch.manual_seed(1)
-    model = shrink(teacher, layers=S).eval()
+    model = shrink(teacher, layers=S).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
