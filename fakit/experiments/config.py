@@ -127,8 +127,9 @@ OLD_NAMES = {**TrainingConfig.old_names, **FeaturesConfig.old_names}
 class ExperimentConfig(Section):
     """One run. A term set to null (None) is not computed; without any transfer term the student only sees labels.
 
-    `recipe` stands for the terms, layer map and name of a published objective (`fakit.recipes`): keys beside it change
-    them one by one, and what is recorded are the settings themselves.
+    `recipe` stands for the terms, layer map and name of a published objective (`fakit.recipes`). Keys beside it change
+    them one by one; a term that is given with its loss is a new one, and null leaves a term out, also one of `terms`.
+    What is recorded are the settings themselves.
 
     Example:
         >>> config = ExperimentConfig(recipe="distilbert", features={"weight": 0.5})
@@ -239,11 +240,12 @@ def _beside(recipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
                 f"whole of it: {head}: {{…}}."
             )
         settings[head] = _merged(settings.get(head), value)
-    return settings
+    return {**settings, "terms": {name: term for name, term in settings["terms"].items() if term is not None}}
 
 
 def _merged(old: Any, new: Any) -> Any:
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+    """Mappings key by key; but another loss is another term, with none of the old one's parameters."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)) or "loss" in new:
         return new
     return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 

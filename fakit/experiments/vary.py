@@ -20,6 +20,7 @@ from fakit.experiments.config import ARMS, ExperimentConfig
 from fakit.experiments.schema import did_you_mean
 from fakit.experiments.terms import Pairs
 from fakit.layer_maps import LayerMap
+from fakit.recipes import RECIPES, named
 
 Changes = Mapping[str, Any]
 Change = Changes | Callable[[ExperimentConfig, int], ExperimentConfig | Changes]
@@ -126,6 +127,28 @@ def weights(factors: Mapping[str, Sequence[float]]) -> dict[str, Change]:
     return changes
 
 
+def published(names: Sequence[str] = tuple(RECIPES), none: bool = True) -> dict[str, Change]:
+    """Published objectives against each other (`fakit.recipes`), each by its name, beside labels alone ("none").
+
+    Args:
+        names: which recipes; all unless given.
+        none: also the experiment without any teacher.
+
+    Raises:
+        ValueError: a recipe that is not known, or that comes twice.
+
+    >>> published(["pkd", "tinybert"], none=False)
+    {'pkd': {'recipe': 'pkd'}, 'tinybert': {'recipe': 'tinybert'}}
+    """
+    found: dict[str, Change] = {"none": partial(_with_arm, "none")} if none else {}
+    for name in names:
+        named(name)
+        if name in found:
+            raise ValueError(f"recipes: found {list(names)}, in which one comes twice.")
+        found[name] = {"recipe": name}
+    return found
+
+
 def _is_factor(number: Any) -> bool:
     return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number) and number >= 0
 
@@ -141,7 +164,12 @@ def _times(term: str, factor: float, config: ExperimentConfig, seed: int) -> Cha
     return {key: factor * attrgetter(key)(config)}
 
 
-KINDS: dict[str, Callable[..., dict[str, Change]]] = {"arms": arms, "maps": maps, "weights": weights}
+KINDS: dict[str, Callable[..., dict[str, Change]]] = {
+    "arms": arms,
+    "maps": maps,
+    "weights": weights,
+    "recipes": published,
+}
 """The functions that a file names: `vary: arms`, `vary: {kind: maps, student_layers: 3, teacher_layers: 6}`."""
 
 

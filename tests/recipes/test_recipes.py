@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fakit import LayerMap, capture, recipes, shrink
+from fakit.experiments import Study
 from fakit.experiments.build import build_objective
 from fakit.experiments.config import ExperimentConfig
 from fakit.recipes.recipe import KEYS, Recipe
@@ -21,6 +23,7 @@ BATCH = families.batch(rows=3)
 each = pytest.mark.parametrize("name", NAMES)
 LABELS = torch.tensor([0, 2, 1])
 S, T = 2, 3
+POOLED = {"kind": "pooled", "loss": "mse", "layer_map": "top"}
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +195,30 @@ def test_keys_beside_a_recipe_change_it_one_by_one(tmp_path):
     config = ExperimentConfig.from_yaml(tmp_path / "run.yaml")
     assert (config.features.loss, config.features.weight, config.outputs) == ("cosine", 0.5, None)
     assert config.task_weight == 2.0 and config.layer_map == "top" and config.arm == "distilbert"
+
+
+def test_another_loss_is_another_term_and_null_leaves_one_out():
+    config = ExperimentConfig(
+        recipe="fdd", outputs={"loss": "forward_kl", "temperature": 3.0}, terms={"dynamics": None, "more": POOLED}
+    )
+    assert (config.outputs.loss, config.outputs.parameters, config.outputs.temperature) == ("forward_kl", {}, 3.0)
+    assert config.terms == {"more": POOLED} and config.features.loss == "cosine"
+    assert ExperimentConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_studies_of_recipes_can_be_run():
+    configs = Path(__file__).parents[2] / "configs"
+    everything = Study.from_yaml(configs / "recipes.yaml")
+    assert set(everything.vary) == {"none", *NAMES} and len(everything.seeds) >= 5
+    assert all(config.arm == arm for config, arm in zip(everything.runs(), everything.vary, strict=False))
+    cells = Study.from_yaml(configs / "skew_and_dynamics.yaml").runs()[:4]
+    assert [(c.outputs.loss, "dynamics" in c.terms) for c in cells] == [
+        ("forward_kl", False),
+        ("skew_forward_kl", False),
+        ("forward_kl", True),
+        ("skew_forward_kl", True),
+    ]
+    assert all(c.features.loss == "cosine" and c.outputs.weight == 1.0 for c in cells)
 
 
 def test_a_study_may_vary_recipes():
