@@ -11,6 +11,7 @@ import pytest
 
 from fakit.experiments import RunStore, Study, map_scores, recorded_similarity
 from fakit.experiments.map_report import map_correlations, map_markdown
+from scripts import losses_page
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs/instructor_guide.md").read_text()
@@ -47,6 +48,10 @@ def test_the_page_on_maps_is_the_recorded_study():
     text = map_markdown(table, map_correlations(table), recorded_similarity(folder))
     page = (ROOT / "docs/layer_maps.md").read_text()
     assert re.search(r"<!-- maps[^>]*-->\n(.*?)<!-- /maps -->", page, re.S)[1].strip() == text.strip()
+
+
+def test_the_page_of_losses_is_what_the_code_says():
+    assert (ROOT / "docs/losses.md").read_text() == losses_page.page(), "run python scripts/losses_page.py"
 
 
 def test_plans_take_the_minutes_that_they_say():
