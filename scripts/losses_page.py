@@ -126,7 +126,7 @@ def page() -> str:
         losses("outputs", outputs.LOSSES, (*sides, "temperature", "labels")),
         "## Layer maps",
         table(("name", "what, and from where", "code"), maps),
-        "## Recipes: `recipes.tinybert()`, or `recipe: tinybert`",
+        "## Recipes: `recipes.pkd()`, or `recipe: pkd`",
         "A recipe stands for settings; keys beside it change them, such as `features: {weight: 0.5}`.",
         *(recipe_section(name) for name in sorted(recipes.RECIPES)),
     ]

@@ -137,8 +137,8 @@ def published(names: Sequence[str] = tuple(RECIPES), none: bool = True) -> dict[
     Raises:
         ValueError: a recipe that is not known, or that comes twice.
 
-    >>> published(["pkd", "tinybert"], none=False)
-    {'pkd': {'recipe': 'pkd'}, 'tinybert': {'recipe': 'tinybert'}}
+    >>> published(["pkd", "gkd"], none=False)
+    {'pkd': {'recipe': 'pkd'}, 'gkd': {'recipe': 'gkd'}}
     """
     found: dict[str, Change] = {"none": partial(_with_arm, "none")} if none else {}
     for name in names:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from fakit import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,6 +104,9 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """What `recipe: name` stands for in a configuration."""
+        require("study", "yaml")
+        import yaml
+
         return yaml.safe_dump(
             {"recipe": self.name, **_copy(self.settings)}, sort_keys=False, allow_unicode=True, default_flow_style=None
         )

@@ -210,6 +210,7 @@ def test_a_file_makes_of_a_kind_what_python_makes(kind):
         "arms": {"names": ["none", "all"]},
         "maps": {"student_layers": 2, "teacher_layers": 4},
         "weights": {"factors": {"task": [2]}},
+        "recipes": {"names": ["pkd", "gkd"]},
     }[kind]
     made = Study(ExperimentConfig(), KINDS[kind](**options)).runs()
     assert Study.from_dict({"base": {}, "vary": {"kind": kind, **options}}).runs() == made

@@ -232,7 +232,7 @@ def test_a_study_may_vary_recipes():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"recipe": "tinibert"}, "Did you mean 'tinybert'?"),
+        ({"recipe": "distilbret"}, "Did you mean 'distilbert'?"),
         ({"recipe": {"beta": 0.1}}, "a mapping with its name"),
         ({"recipe": ["gkd"]}, "is not known"),
         ({"recipe": {"name": "gkd", "alpha": 1}}, "recipe.alpha: gkd has no such option; it takes beta."),
