@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import find
-from tests.browser.pages import running_lab, watched
+from tests.browser.pages import Lab, running_lab, watched
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,14 +32,23 @@ def watch(browser):
         yield page
 
 
-@pytest.fixture(scope="module")
-def lab(browser, tmp_path_factory):
-    """JupyterLab over a copy of notebooks/; a test may add notebooks of its own to `lab.folder`."""
+@pytest.fixture(scope="session")
+def jupyter(tmp_path_factory):
+    """JupyterLab over a copy of notebooks/, one for all files of tests: its URL, its folder and its settings."""
     scratch = tmp_path_factory.mktemp("lab")
     folder = scratch / "notebooks"
     if (ROOT / "notebooks").is_dir():
         shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns("runs", ".ipynb_checkpoints"))
     else:
         folder.mkdir()
-    with running_lab(browser, folder, scratch / "jupyter") as running:
-        yield running
+    with running_lab(folder, scratch / "jupyter") as (url, settings):
+        yield url, folder, settings
+
+
+@pytest.fixture(scope="module")
+def lab(browser, jupyter):
+    """JupyterLab without kernels, in its light theme; a test may add notebooks of its own to `lab.folder`."""
+    url, folder, settings = jupyter
+    running = Lab(url, folder, settings, browser)
+    yield running
+    running.shut_down()

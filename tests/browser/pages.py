@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -202,6 +203,7 @@ class Lab:
 
     url: str
     folder: Path
+    settings: Path  # of the user, as against those that the lab starts with
     browser: Browser
 
     def write(self, name: str, *sources: str) -> str:
@@ -210,6 +212,13 @@ class Lab:
         notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(notebook, self.folder / name)
         return name
+
+    def shut_down(self) -> None:
+        """End every kernel, and forget settings such as the theme: the next file of tests finds the lab as new."""
+        for session in json.load(urllib.request.urlopen(f"{self.url}/api/sessions", timeout=60)):
+            asked = urllib.request.Request(f"{self.url}/api/sessions/{session['id']}", method="DELETE")
+            urllib.request.urlopen(asked, timeout=60).close()
+        shutil.rmtree(self.settings, ignore_errors=True)
 
     @contextlib.contextmanager
     def open(self, name: str, **options) -> Iterator[Notebook]:
@@ -221,8 +230,10 @@ class Lab:
 
 
 @contextlib.contextmanager
-def running_lab(browser: Browser, folder: Path, scratch: Path) -> Iterator[Lab]:
-    """Start JupyterLab on `folder`; settings, workspaces and runtime files are those of `scratch` alone."""
+def running_lab(folder: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
+    """Start JupyterLab on `folder`; settings, workspaces and runtime files are those of `scratch` alone. Its URL, and
+    where it keeps what a user sets.
+    """
     settings = scratch / "settings"
     settings.mkdir(parents=True)
     (settings / "overrides.json").write_text(json.dumps(OVERRIDES))
@@ -233,13 +244,17 @@ def running_lab(browser: Browser, folder: Path, scratch: Path) -> Iterator[Lab]:
     environment = os.environ | {name: str(scratch / name.lower()) for name in directories}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
     command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
-    command += ["--IdentityProvider.token=", f"--LabApp.app_settings_dir={settings}"]
+    command += [
+        "--IdentityProvider.token=",
+        "--ServerApp.disable_check_xsrf=True",
+        f"--LabApp.app_settings_dir={settings}",
+    ]
     log = scratch / "jupyterlab.log"
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as server:
         try:
             _wait_for(f"{url}/api/status", server, log)
-            yield Lab(url, folder, browser)
+            yield url, scratch / "jupyterlab_settings_dir"
         finally:
             server.terminate()
             try:
