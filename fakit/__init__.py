@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fakit.models.preflight import preflight
     from fakit.models.shrink import shrink
     from fakit.objective.objective import Objective
+    from fakit.objective.schedules import Schedule
     from fakit.objective.term import Term
     from fakit.objective.terms import Attention, Features, Outputs, Task
     from fakit.tracing.capture import capture
@@ -44,6 +45,7 @@ _EXPORTS = {
     "LayerMap": "fakit.layer_maps",
     "Objective": "fakit.objective.objective",
     "Outputs": "fakit.objective.terms",
+    "Schedule": "fakit.objective.schedules",
     "Task": "fakit.objective.terms",
     "TeacherCache": "fakit.training.teacher_cache",
     "Term": "fakit.objective.term",

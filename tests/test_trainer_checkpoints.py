@@ -60,8 +60,10 @@ def test_a_checkpoint_holds_the_projections_and_settings_beside_the_student(tmp_
     }
     assert all(torch.equal(weights(trainer)[f"objective.{name}"], p) for name, p in saved.items())
     assert json.loads((folder / "objective.json").read_text()) == {
-        "weights": {"features": 0.5, "attention": 2.0, "outputs": 1.5, "task": 0.7},
-        "temperature": 2.0,
+        "features": {"weight": 0.5},
+        "attention": {"weight": 2.0},
+        "outputs": {"weight": 1.5, "temperature": 2.0},
+        "task": {"weight": 0.7},
     }
 
 

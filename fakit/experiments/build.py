@@ -17,7 +17,7 @@ import torch
 from fakit.experiments.batches import batch_plan
 from fakit.experiments.config import TRANSFER, ExperimentConfig
 from fakit.experiments.schema import did_you_mean
-from fakit.experiments.terms import Pairs, build_further_term
+from fakit.experiments.terms import Pairs, build_further_term, built
 from fakit.layer_maps import LayerMap
 from fakit.objective.objective import Objective
 from fakit.objective.terms import Task
@@ -247,7 +247,7 @@ def build_objective(config: ExperimentConfig, student: PreTrainedModel, teacher:
     objective = Objective(
         map_of(config.layer_map),
         **{name: getattr(config, name) and getattr(config, name).build(map_of) for name in TRANSFER},
-        task=None if config.task_weight is None else Task(weight=config.task_weight),
+        task=None if config.task_weight is None else Task(weight=built(config.task_weight)),
         terms={name: build_further_term(name, given, map_of) for name, given in config.terms.items()},
     )
     return objective.prepare(*(model.config.get_text_config().hidden_size for model in (student, teacher)))

@@ -26,8 +26,12 @@ from fakit.experiments.terms import (
     FeaturesConfig,
     MapInAFile,
     OutputsConfig,
+    built,
     check_further_terms,
+    highest,
+    schedule_at,
 )
+from fakit.objective.schedules import Schedule
 
 TRANSFER = ("features", "attention", "outputs")
 ARMS = {
@@ -146,7 +150,7 @@ class ExperimentConfig(Section):
     features: FeaturesConfig | None = FeaturesConfig()
     attention: AttentionConfig | None = AttentionConfig()
     outputs: OutputsConfig | None = OutputsConfig()
-    task_weight: Weight | None = 1.0
+    task_weight: Weight | schedule_at("task_weight") | None = 1.0
     training: TrainingConfig = TrainingConfig()
     seed: Annotated[Natural, Field(le=2**32 - 1)] = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -165,7 +169,8 @@ class ExperimentConfig(Section):
             )
         check_further_terms(self.terms)
         check_training_args(self.training_args)
-        if not self.transfers and not self.task_weight:
+        self._check_schedules()
+        if not self.transfers and not (self.task_weight is not None and highest(self.task_weight)):
             raise ValueError(
                 "features, attention, outputs, task_weight: all are null or of weight 0, so there is nothing to "
                 "learn from; give at least one a weight above 0."
@@ -175,6 +180,19 @@ class ExperimentConfig(Section):
                 f"training.save_every: found {describe(self.training.save_every)} and no `out`; checkpoints need a "
                 "folder: set out: runs/my-student, or save_every: null."
             )
+
+    def _check_schedules(self) -> None:
+        """Where one goes on until the end, it starts before that."""
+        sections = {name: getattr(self, name) for name in TRANSFER if getattr(self, name) is not None}
+        settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+        settings |= {f"terms.{name}.{key}": value for name, given in self.terms.items() for key, value in given.items()}
+        for path, value in (settings | {"task_weight": self.task_weight}).items():
+            schedule = built(value)
+            if isinstance(schedule, Schedule):
+                try:
+                    schedule.until(self.training.steps)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def _by_current_names(cls, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,9 +206,11 @@ class ExperimentConfig(Section):
 
     @property
     def transfers(self) -> tuple[str, ...]:
-        """The transfer terms that are on: "features", "attention", "outputs" and further ones with a weight above 0."""
-        own = [name for name in TRANSFER if getattr(self, name) is not None and getattr(self, name).weight > 0]
-        return (*own, *(name for name, given in self.terms.items() if given.get("weight", 1.0) > 0))
+        """The transfer terms that are on: "features", "attention", "outputs" and further ones, with a weight above 0 at
+        some time.
+        """
+        own = [name for name in TRANSFER if getattr(self, name) is not None and highest(getattr(self, name).weight) > 0]
+        return (*own, *(name for name, given in self.terms.items() if highest(given.get("weight", 1.0)) > 0))
 
     @property
     def arm(self) -> str:

@@ -498,7 +498,8 @@ def baseline_id(config: ExperimentConfig, arm: str) -> str:
 
 
 def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 4) -> float | None:
-    """FLOPs of one optimizer step, forward and backward, teacher included: the mean over typical batches.
+    """FLOPs of one optimizer step, forward and backward, teacher included: the mean over typical batches, and over the
+    steps where a schedule switches terms on and off.
 
     The teacher's forward ends where the objective needs no more of it, and this counts what is done. None for a
     quantized teacher. Random numbers drawn here (dropout) do not count: the run goes on as if nothing was measured.
@@ -511,6 +512,12 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
         return None
     distiller, device = trainer.model, trainer.args.device
     distiller.to(device)
+    objective, steps = trainer.objective, trainer.args.max_steps
+    # the steps with the same terms on cost the same, and the first of them stands for all
+    on: dict[tuple[str, ...], list[int]] = {}
+    for step in range(steps if objective.weights.schedules else 1):
+        objective.set_step(step, of=steps)
+        on.setdefault(tuple(filter(objective.active, objective.terms)), []).append(step)
     was_training = distiller.training
     trainable = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     counts = []
@@ -522,9 +529,12 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
             def step(batch=batch):
                 torch.autograd.grad(distiller(**batch)["loss"], trainable, allow_unused=True)
 
-            counts.append(count_flops(step))
+            for alike in on.values():
+                objective.set_step(alike[0], of=steps)
+                counts.append(count_flops(step) * len(alike))
         distiller.train(was_training)
-    per_batch = sum(counts) / len(counts)
+    objective.set_step(0, of=steps)
+    per_batch = sum(counts) / batches / sum(map(len, on.values()))
     return per_batch * trainer.args.gradient_accumulation_steps * trainer.args.world_size
 
 

@@ -5,16 +5,29 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Field, create_model
 
-from fakit.experiments.schema import Count, Number, Section, Truth, Weight, Whole, describe, did_you_mean, kinds_of
+from fakit.experiments.schema import (
+    Count,
+    Natural,
+    Number,
+    Section,
+    Truth,
+    Weight,
+    Whole,
+    describe,
+    did_you_mean,
+    kinds_of,
+)
 from fakit.layer_maps import STRATEGIES, LayerMap
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
 from fakit.objective.feature_terms import KINDS as FEATURE_TERMS
 from fakit.objective.objective import check_name
+from fakit.objective.schedules import Kind, Schedule, from_file
 from fakit.objective.term import Term
 from fakit.objective.terms import ATTENTION_LOSSES, Attention, Features, Outputs
 
@@ -22,6 +35,65 @@ Pairs = tuple[tuple[int, int], ...]
 MapInAFile = Literal[STRATEGIES] | tuple[tuple[Whole, Whole], ...]
 # A strategy's name or explicit pairs → the layer map between the two models.
 MapOf = Callable[[str | Pairs], LayerMap]
+
+
+class ScheduleSection(Section):
+    """A number that changes over training, in place of a number: {from: 1.0, to: 0.1, kind: cosine}."""
+
+    def to_dict(self):
+        """Without what is as it would be anyway."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        return {
+            key: value
+            for key, value in super().to_dict().items()
+            if key in ("from", "to", "kind") or getattr(self, key) != defaults[key]
+        }
+
+    def _check(self) -> None:
+        try:
+            self.build()
+        except ValueError as error:
+            raise ValueError(f"{self.section}: {error}") from error
+
+    def build(self) -> Schedule:
+        """The schedule."""
+        return Schedule.from_dict(self.to_dict())
+
+
+def schedule_at(path: str) -> type[ScheduleSection]:
+    """The schema of a schedule that stands at a key of a file."""
+    fields = {
+        "from": (Number, ...),
+        "to": (Number, ...),
+        "kind": (Kind, "linear"),
+        "start": (Natural, 0),
+        "end": (Count | None, None),
+        "milestones": (tuple[Whole, ...], ()),
+    }
+    section = create_model("ScheduleSection", __base__=ScheduleSection, __module__=__name__, **fields)
+    section.section = path
+    return section
+
+
+def built(value: Any) -> Any:
+    """A setting of a configuration, or the schedule that stands in its place; also where no schema has looked at it:
+    a class of one's own may take mappings of other keys.
+    """
+    return value.build() if isinstance(value, ScheduleSection) else from_file(value)
+
+
+def highest(weight: Any) -> float:
+    """Of a weight over training."""
+    weight = built(weight)
+    return weight.highest if isinstance(weight, Schedule) else weight
+
+
+def times(factor: float, weight: Any) -> Any:
+    """A weight of a configuration times a factor, a schedule at both of its ends."""
+    weight = built(weight)
+    if not isinstance(weight, Schedule):
+        return factor * weight
+    return {**weight.to_dict(), "from": factor * weight.start_value, "to": factor * weight.end_value}
 
 
 class TermSection(Section):
@@ -50,8 +122,10 @@ class TermSection(Section):
         return getattr(self, key) == type(self).model_fields[key].default
 
     def _check(self) -> None:
-        if (temperature := getattr(self, "temperature", 1.0)) < 1e-3:  # logits over it leave float32
-            raise ValueError(f"{self.section}.temperature: found {temperature:g}, expected a value of 0.001 at least.")
+        temperature = built(getattr(self, "temperature", 1.0))
+        lowest = temperature.lowest if isinstance(temperature, Schedule) else temperature
+        if lowest < 1e-3:  # logits over it leave float32
+            raise ValueError(f"{self.section}.temperature: found {lowest:g}, expected a value of 0.001 at least.")
         try:
             self.build(_without_models)
         except ValueError as error:
@@ -59,7 +133,9 @@ class TermSection(Section):
 
     def build(self, map_of: MapOf) -> Term:
         """The term. `map_of` makes a layer map of a strategy's name or of pairs."""
-        settings = {name: getattr(self, name) for name in self.keys()}
+        settings = {name: built(getattr(self, name)) for name in self.keys()}
+        if "parameters" in settings:
+            settings["parameters"] = {key: built(value) for key, value in settings["parameters"].items()}
         if settings.get("layer_map") is not None:
             settings["layer_map"] = map_of(settings["layer_map"])
         return self.made(**settings)
@@ -77,23 +153,34 @@ TEMPERATURE = Annotated[Number, Field(gt=0.0)]
 
 
 def section_of(
-    made: type[Term], losses: Mapping[str, Any], shown: tuple[str, ...], old_names: Mapping[str, str] | None = None
+    made: type[Term],
+    losses: Mapping[str, Any],
+    shown: tuple[str, ...],
+    old_names: Mapping[str, str] | None = None,
+    path: str | None = None,
 ) -> type[TermSection]:
-    """The schema of a term class: its signature, where a loss is one of the named."""
-    fields = {}
+    """The schema of a term class at a key of a file: its signature, where a loss is one of the named."""
+    fields, path = {}, path or made.__name__.lower()
     for name, parameter in inspect.signature(made).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
-        own = {"loss": [Literal[*losses]], "temperature": [TEMPERATURE], "parameters": [dict[str, Any]]}
+        schedule = schedule_at(f"{path}.{name}")
+        own = {"loss": [Literal[*losses]], "temperature": [TEMPERATURE, schedule], "parameters": [dict[str, Any]]}
         kinds = own.get(name) or kinds_of(parameter.annotation)
-        hint = Union[*(IN_A_FILE.get(kind, kind) for kind in kinds)]
+        hint = Union[*(schedule if kind is Schedule else IN_A_FILE.get(kind, kind) for kind in kinds)]
         fields[name] = hint, {} if name == "parameters" else parameter.default
     section = create_model(
         f"{made.__name__}Config", __base__=TermSection, __module__=__name__, __doc__=made.__doc__, **fields
     )
     section.made, section.losses, section.shown = made, losses, shown
-    section.section, section.old_names = made.__name__.lower(), old_names or {}
+    section.section, section.old_names = path, old_names or {}
     return section
+
+
+@cache
+def at_path(kind: type[TermSection], path: str) -> type[TermSection]:
+    """The schema of a further term, whose errors name its own key."""
+    return section_of(kind.made, kind.losses, kind.shown, kind.old_names, path)
 
 
 FeaturesConfig = section_of(Features, feature_losses.LOSSES, ("loss", "weight"), old_names=feature_losses.OLD_NAMES)
@@ -124,13 +211,12 @@ def build_further_term(name: str, given: Any, map_of: MapOf) -> Term:
         )
     kind, settings = given["kind"], {key: value for key, value in given.items() if key != "kind"}
     if kind in KINDS:
-        named = type(KINDS[kind].__name__, (KINDS[kind],), {"section": f"terms.{name}", "__module__": __name__})
-        return named.from_dict(settings).build(map_of)
+        return at_path(KINDS[kind], f"terms.{name}").from_dict(settings).build(map_of)
     made = _class_of(name, kind)
     if settings.get("layer_map") is not None:
         settings["layer_map"] = map_of(settings["layer_map"])
     try:
-        return made(**settings)
+        return made(**{key: built(value) for key, value in settings.items()})
     except TypeError as error:
         takes = ", ".join(inspect.signature(made).parameters)
         raise ValueError(

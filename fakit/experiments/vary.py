@@ -18,7 +18,7 @@ from typing import Any
 
 from fakit.experiments.config import ARMS, ExperimentConfig
 from fakit.experiments.schema import did_you_mean
-from fakit.experiments.terms import Pairs
+from fakit.experiments.terms import Pairs, highest, times
 from fakit.layer_maps import LayerMap
 from fakit.recipes import RECIPES, named
 
@@ -154,14 +154,14 @@ def _is_factor(number: Any) -> bool:
 
 
 def _times(term: str, factor: float, config: ExperimentConfig, seed: int) -> Changes:
-    has = [*config.transfers, *(["task"] if config.task_weight else [])]
+    has = [*config.transfers, *(["task"] if config.task_weight is not None and highest(config.task_weight) else [])]
     if term not in has:
         raise ValueError(f"the weight of {term!r} was to be changed; this experiment has the terms {', '.join(has)}.")
     if term in config.terms:
         own = config.terms[term]
-        return {"terms": {**config.terms, term: {**own, "weight": factor * own.get("weight", 1.0)}}}
+        return {"terms": {**config.terms, term: {**own, "weight": times(factor, own.get("weight", 1.0))}}}
     key = "task_weight" if term == "task" else f"{term}.weight"
-    return {key: factor * attrgetter(key)(config)}
+    return {key: times(factor, attrgetter(key)(config))}
 
 
 KINDS: dict[str, Callable[..., dict[str, Change]]] = {

@@ -24,6 +24,7 @@ from fakit.figures.figure import Figure
 from fakit.figures.theme import ALIGNED, BASELINE, DIFFERENCE, EXTRA, SMALL, STUDENT, TEACHER, TEXT, Role, arm
 
 NOT_TERMS = ("step", "epoch", "seed", "lr", "learning_rate", "grad_norm", "seconds", "time")
+SETTINGS = ("weight/", "temperature")  # how names of what a trainer logs of weights and temperatures begin
 TERM_STYLES = {
     "task": BASELINE,
     "features": STUDENT,
@@ -99,7 +100,10 @@ def loss_curves(
     rows = records(history, ("step",), "loss_curves")
     numeric = (int, float, np.integer, np.floating)
     found = distinct(
-        name for row in rows for name, value in row.items() if isinstance(value, numeric) and name not in NOT_TERMS
+        name
+        for row in rows
+        for name, value in row.items()
+        if isinstance(value, numeric) and name not in NOT_TERMS and not name.startswith(SETTINGS)
     )
     terms = found if terms is None else list(terms)
     if missing := [name for name in terms if name not in found]:

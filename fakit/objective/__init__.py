@@ -5,6 +5,7 @@ from fakit.objective.breakdown import Breakdown
 from fakit.objective.feature_terms import Dynamics, Flow, LayerAttention, Pooled
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.objective import Objective
+from fakit.objective.schedules import Schedule
 from fakit.objective.term import FrozenTermError, Term
 from fakit.objective.terms import Attention, Features, Outputs, Task
 from fakit.objective.weights import Weights
@@ -23,6 +24,7 @@ __all__ = [
     "Outputs",
     "Pair",
     "Pooled",
+    "Schedule",
     "Task",
     "Term",
     "Weights",

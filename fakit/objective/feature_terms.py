@@ -17,6 +17,7 @@ from fakit.losses.features import mse
 from fakit.losses.reduce import at_least_float32, in_full
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.projections import Projection
+from fakit.objective.schedules import Schedule
 from fakit.objective.term import normalized
 from fakit.objective.terms import Features
 from fakit.tracing.trace import Trace
@@ -48,7 +49,7 @@ class Pooled(Features):
     def __init__(
         self,
         loss: str | Callable = "cosine",
-        weight: float = 1.0,
+        weight: float | Schedule = 1.0,
         pool: str = "mean",
         prefixes: Sequence[int] = (),
         projection: Projection | None = "linear",
@@ -189,7 +190,11 @@ class Flow(_Neighbors):
     """
 
     def __init__(
-        self, weight: float = 1.0, projection: Projection | None = "linear", layer_map: LayerMap | None = None, **more
+        self,
+        weight: float | Schedule = 1.0,
+        projection: Projection | None = "linear",
+        layer_map: LayerMap | None = None,
+        **more,
     ):
         super().__init__("mse", weight, projection, layer_map, **more)
 
@@ -232,7 +237,9 @@ class LayerAttention(Features):
 
     scale: float | None = None
 
-    def __init__(self, loss: str | Callable = "mse", weight: float = 1.0, scale: float | None = None, **settings: Any):
+    def __init__(
+        self, loss: str | Callable = "mse", weight: float | Schedule = 1.0, scale: float | None = None, **settings: Any
+    ):
         self.scale = scale
         super().__init__(loss, weight, **settings)
         if self._widths_differ:

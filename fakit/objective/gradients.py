@@ -217,7 +217,7 @@ def _measure(objective, teacher, student, batches, terms, temperatures: list[flo
     own = objective.temperature
     softened = [name for name in names if name in objective.softened]  # depend on τ
     measured = []
-    with torch.enable_grad(), _set(objective, dict.fromkeys(names, 1.0), own):
+    with torch.enable_grad(), _set(objective, dict.fromkeys(names, 1.0)):
         traces = [_traces(objective, teacher, student, batch) for batch in batches]
         fixed = _mean([objective(*trace) for trace in traces])
         kept = {name: _gradient(loss, parameters) for name, loss in fixed.terms.items() if name not in softened}
@@ -281,19 +281,17 @@ def _chosen(objective: Objective, batches: list[Mapping], terms: Sequence[str] |
 
 
 @contextmanager
-def _set(objective: Objective, weights: dict[str, float], temperature: float | None) -> Iterator[None]:
-    """While open, these weights (others 0) and this τ; then the objective's own again."""
-    before = dict(objective.weights)
-    own = objective.temperature
+def _set(objective: Objective, weights: dict[str, float], temperature: float | None = None) -> Iterator[None]:
+    """While open, these weights (others 0), and this τ where one is given; then the objective's own again."""
+    before, stepped = objective.settings, objective.stepped
     try:
+        objective.stepped = True  # what is measured here is the step at hand
         objective.weights.update({name: weights.get(name, 0.0) for name in before})
         if temperature is not None:
             objective.temperature = temperature
         yield
     finally:
-        objective.weights.update(before)
-        if own is not None:
-            objective.temperature = own
+        objective.settings, objective.stepped = before, stepped
 
 
 def _traces(objective: Objective, teacher, student, batch: Mapping) -> tuple:

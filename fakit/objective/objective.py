@@ -20,6 +20,7 @@ from fakit.objective.diagnosis import whose_numbers
 from fakit.objective.needs import Needs
 from fakit.objective.over_heads import compare_over_heads, with_logits
 from fakit.objective.projections import LeastSquares
+from fakit.objective.schedules import Schedule, all_off
 from fakit.objective.term import Term
 from fakit.objective.terms import Attention, Features, Outputs, OverLayers, Task
 from fakit.objective.weights import Weights
@@ -48,6 +49,10 @@ class Objective(nn.Module):
     ...     terms={"embeddings": Features("mse", layer_map=LayerMap([(0, 0)]), weight=0.5)},
     ... )
     >>> objective.weights["features"] = 0.3
+    >>> objective.temperature = Schedule(4.0, 1.0, "cosine", end=500)
+    >>> objective.set_step(250)
+    >>> objective.temperature
+    2.5
     """
 
     def __init__(
@@ -80,7 +85,8 @@ class Objective(nn.Module):
         self._layer_map = LayerMap.none() if layer_map is None else layer_map
         self.projections = nn.ModuleDict()  # "S1_T2": Linear(d_S, d_T)
         self._terms = {n: term.placed(n, self._layer_map, self.projections) for n, term in given.items()}
-        self.weights = Weights({name: term.weight for name, term in given.items()}, self._terms)
+        self.weights = Weights(self._terms)
+        self.stepped = False  # once `set_step` was called: until then, schedules stand where they start
 
     # -- its terms ------------------------------------------------------------------------------------------------
 
@@ -117,17 +123,36 @@ class Objective(nn.Module):
 
     @property
     def temperature(self) -> float | None:
-        """τ of the terms that have one, which may be set at any time: then of all of them. None where none has."""
+        """τ of the terms that have one, which may be set at any time, to a number or a `Schedule`: then of all of them.
+        None where none has.
+        """
         return next((term.temperature for term in self.softened.values()), None)
 
     @temperature.setter
-    def temperature(self, temperature: float) -> None:
+    def temperature(self, temperature: float | Schedule) -> None:
         if not self.softened:
             raise ValueError(
                 "this objective has no outputs term, and so no temperature; Objective(…, outputs=Outputs())."
             )
         for term in self.softened.values():
             term.temperature = temperature
+
+    @property
+    def settings(self) -> dict[str, dict[str, float | Schedule]]:
+        """What may be set at any time, as it was written: {term: {"weight": …, "temperature": …}}; may be set, too."""
+        return {
+            name: {setting: term.written(setting) for setting in ("weight", *sorted(term.settable))}
+            for name, term in self._terms.items()
+        }
+
+    @settings.setter
+    def settings(self, settings: Mapping[str, Mapping[str, float | Schedule]]) -> None:
+        for name, own in settings.items():
+            for setting, value in own.items():
+                if setting == "weight":
+                    self.weights[name] = value
+                else:
+                    setattr(self._terms[name], setting, value)
 
     @property
     def layer_map(self) -> LayerMap:
@@ -150,11 +175,68 @@ class Objective(nn.Module):
             )
         super().__setattr__(name, value)
 
+    # -- schedules ------------------------------------------------------------------------------------------------
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """What changes with the step: {"features.weight": …, "outputs.temperature": …, "outputs.t": …}."""
+        found = {}
+        for name, term in self._terms.items():
+            for setting, written in term.place.schedules.items():
+                inside = {setting: written} if isinstance(written, Schedule) else written
+                found |= {f"{name}.{key}": value for key, value in inside.items() if isinstance(value, Schedule)}
+        return found
+
+    def set_step(self, step: int, of: int | None = None) -> None:
+        """Put every schedule at its number of an optimizer step. A loop of one's own calls it before each step, once
+        for all micro-batches; `DistillationTrainer` does it itself.
+
+        Args:
+            step: optimizer steps done: 0 before the first.
+            of: in all; schedules without an end ask for it.
+
+        Raises:
+            ValueError: a schedule without an end and no `of`, or one that starts only there.
+
+        >>> objective = Objective(outputs=Outputs(weight=Schedule(0.0, 1.0)))
+        >>> for step in range(4):
+        ...     objective.set_step(step, of=4)
+        ...     print(objective.weights["outputs"], objective.needs_teacher())
+        0.0 False
+        0.25 True
+        0.5 True
+        0.75 True
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"set_step({step!r}): a step is the number of optimizer steps done, 0 before the first.")
+        for name, schedule in self.schedules.items():
+            try:
+                schedule.until(of)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        for term in self._terms.values():
+            term.set_step(step, of)
+        self.stepped = True
+
+    def check_schedules(self, steps: int) -> None:
+        """Raise ValueError where a training of so many steps would come to one in which every weight is 0."""
+        written = {name: term.written("weight") for name, term in self._terms.items()}
+        if (step := all_off(written, steps)) is not None:
+            weights = ", ".join(f"{name} {weight}" for name, weight in written.items())
+            raise ValueError(
+                f"when {step} of {steps} steps are done, every weight is 0, and nothing is left to learn from: "
+                f"{weights}. Let one of them stay above 0."
+            )
+
     # -- what it needs --------------------------------------------------------------------------------------------
 
     def active(self, name: str) -> bool:
-        """True when the term exists and its weight is above 0."""
+        """True when the term exists and its weight is above 0 in this step."""
         return self.weights.get(name, 0.0) > 0
+
+    def ever_active(self, name: str) -> bool:
+        """True when it is active now, or its schedule may make it so."""
+        return self.active(name) or name in self.weights.schedules
 
     def map_of(self, name: str) -> LayerMap:
         """The layer map of a term: its own, or the objective's."""
@@ -273,6 +355,12 @@ class Objective(nn.Module):
         if teacher is None and self.needs_teacher():
             raise ValueError(
                 f"the objective {dict(self.weights)} compares with a teacher, and no teacher trace was given."
+            )
+        if not self.stepped and torch.is_grad_enabled() and (changing := self.schedules):
+            raise ValueError(
+                f"{', '.join(changing)}: scheduled by the optimizer step, and which one this is was not said, so that "
+                "nothing would ever change. Call objective.set_step(step, of=steps) before each step; "
+                "DistillationTrainer does it."
             )
         teacher = None if teacher is None else teacher.detach()
         labels = student.own_labels(labels)

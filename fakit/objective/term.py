@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fakit.layer_maps import Depths, LayerMap, Pair
 from fakit.objective.needs import CountedBatch, Needs
+from fakit.objective.schedules import Schedule, at_step, scheduled
 from fakit.tracing.trace import Trace
 
 
@@ -25,12 +26,17 @@ class Place:
         layer_map: its own, or the objective's; of random maps the one drawn last.
         modules: all of the objective's trainable modules, by name.
         matches: heads matched in the call at hand.
+        schedules: the settings that change with the step, as they were written: a Schedule, or parameters with one.
+        step, steps: optimizer steps done, and in all; None until they are said.
     """
 
     name: str
     layer_map: LayerMap
     modules: nn.ModuleDict
     matches: dict[Pair, Tensor] = field(default_factory=dict)
+    schedules: dict[str, Any] = field(default_factory=dict)
+    step: int | None = None
+    steps: int | None = None
 
 
 class Term:
@@ -46,7 +52,8 @@ class Term:
       overridden.
     * `cached()`: what a teacher cache must store for it; what it needs of the teacher unless overridden.
 
-    A term stays as it was made: the objective takes a copy, whose weight is `objective.weights[name]`.
+    A term stays as it was made: the objective takes a copy, whose weight is `objective.weights[name]`. Any of its
+    numbers may be a `Schedule`; there it is the number of the step.
 
     >>> class LastToken(Term):
     ...     def needs(self, side):
@@ -60,11 +67,12 @@ class Term:
     ...         return batch.texts
     """
 
-    weight: float = 1.0
+    weight: float | Schedule = 1.0
     layer_map: LayerMap | None = None
     #: True where there is nothing to compare without labels.
     needs_labels: bool = False
-    _settable: ClassVar[frozenset[str]] = frozenset()
+    #: Settings that may be set in an objective at any time, as its weight may.
+    settable: ClassVar[frozenset[str]] = frozenset()
     _place: Place
 
     # -- what a subclass says -----------------------------------------------------------------------------------------
@@ -127,25 +135,51 @@ class Term:
         vars(self)["_made"] = True
         placed = copy.copy(self)
         own = self.layer_map
-        vars(placed)["_place"] = Place(name, layer_map if own is None else own, modules)
+        changing = {name: value for name, value in vars(self).items() if scheduled(value)}
+        vars(placed)["_place"] = Place(name, layer_map if own is None else own, modules, schedules=changing)
+        vars(placed).update(at_step(changing, 0))
         return placed
 
+    def set_step(self, step: int, steps: int | None) -> None:
+        """Put what is scheduled at its number of a step."""
+        self.place.step, self.place.steps = step, steps
+        vars(self).update(at_step(self.place.schedules, step, steps))
+
+    def written(self, setting: str) -> Any:
+        """A setting as it was written: the Schedule, where it is one."""
+        now = getattr(self, setting)
+        return self._place.schedules.get(setting, now) if "_place" in vars(self) else now
+
+    def write(self, setting: str, value: Any) -> None:
+        """Set what may be set at any time, to a number or a Schedule; it replaces the Schedule that was there."""
+        place = self.place
+        if isinstance(value, Schedule):
+            if place.step is not None:
+                value.until(place.steps)
+            place.schedules[setting] = value
+        else:
+            place.schedules.pop(setting, None)
+        vars(self)[setting] = at_step(value, place.step or 0, place.steps)
+
     def describe(self) -> dict[str, Any]:
-        """Its settings by name, without the weight."""
+        """Its settings by name, as they were written, without the weight."""
         names = (
             [f.name for f in fields(self)] if is_dataclass(self) else [n for n in vars(self) if not n.startswith("_")]
         )
-        return {name: getattr(self, name) for name in names if name != "weight"}
+        return {name: self.written(name) for name in names if name != "weight"}
 
     def __setattr__(self, name: str, value: object) -> None:
-        if vars(self).get("_made") and not ("_place" in vars(self) and name in self._settable):
+        if "_place" in vars(self) and name in self.settable:
+            self.write(name, value)
+            return
+        if vars(self).get("_made"):
             kind, known = (
                 type(self).__name__,
                 self._place.name if "_place" in vars(self) else type(self).__name__.lower(),
             )
             if name == "weight":
                 instead = f"objective.weights[{known!r}] = {value!r} changes the weight"
-            elif name in self._settable:
+            elif name in self.settable:
                 instead = f"objective.{name} = {value!r} changes it"
             else:
                 instead = f"make a new one and a new Objective with it: Objective(…, {known}={kind}(…, {name}=…))"

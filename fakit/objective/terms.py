@@ -24,6 +24,7 @@ from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.positions import aligned, common_mask, kept, predicting
 from fakit.objective.projections import KINDS as PROJECTIONS
 from fakit.objective.projections import LeastSquares, Projection, make_projection
+from fakit.objective.schedules import Schedule, scheduled
 from fakit.objective.term import Term, choose, normalized
 from fakit.tracing.trace import Trace
 
@@ -85,7 +86,7 @@ class Features(OverLayers):
     """
 
     loss: str | Callable = "mse"
-    weight: float = 1.0
+    weight: float | Schedule = 1.0
     projection: Projection | None = "linear"
     layer_map: LayerMap | None = None
     shared: bool = False
@@ -95,7 +96,7 @@ class Features(OverLayers):
     def __init__(
         self,
         loss: str | Callable = "mse",
-        weight: float = 1.0,
+        weight: float | Schedule = 1.0,
         projection: Projection | None = "linear",
         layer_map: LayerMap | None = None,
         shared: bool = False,
@@ -109,10 +110,10 @@ class Features(OverLayers):
         self.loss, self.weight, self.projection, self.layer_map = loss, weight, projection, layer_map
         self.shared, self.at_equal_width = shared, at_equal_width
         self.parameters = dict(parameters or {}) | more
-        self.function = with_parameters("Features", loss, feature_losses.LOSSES, self.parameters)
-        if self.parameters and not callable(loss):  # what it refuses of its parameters (beta = 0), it refuses now
-            self.function(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), None)
-        chosen = choose("Features", loss, feature_losses.LOSSES)
+        self._bare = chosen = checked("Features", loss, feature_losses.LOSSES, self.parameters)
+        for given in ends(self.parameters):
+            if given and not callable(loss):  # what it refuses of its parameters (beta = 0), it refuses now
+                chosen(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), None, **given)
         self._widths_differ = getattr(chosen, "widths_differ", False)  # see `fakit.losses.relational.relational`
         self._count = getattr(chosen, "count", None)
         if projection not in (*PROJECTIONS, None):
@@ -124,6 +125,11 @@ class Features(OverLayers):
                 "projection; leave at_equal_width out, or take a loss that compares states and a projection."
             )
         self._made = True
+
+    @property
+    def function(self) -> Callable:
+        """The loss with its own parameters set, as they are in this step."""
+        return partial(self._bare, **self.parameters) if self.parameters else self._bare
 
     def needs(self, side: str) -> Needs:
         return Needs(hidden_states=self._layers(side, self.shares()))
@@ -232,7 +238,7 @@ class Attention(OverLayers):
     embeddings: ClassVar[bool] = False  # they do not attend
 
     loss: str | Callable = "kl"
-    weight: float = 1.0
+    weight: float | Schedule = 1.0
     heads: Heads = "one-to-one"
     relations: tuple[str, ...] = ("queries", "keys", "values")
     relation_heads: int | None = None
@@ -241,7 +247,7 @@ class Attention(OverLayers):
     def __init__(
         self,
         loss: str | Callable = "kl",
-        weight: float = 1.0,
+        weight: float | Schedule = 1.0,
         heads: Heads = "one-to-one",
         relations: tuple[str, ...] = ("queries", "keys", "values"),
         relation_heads: int | None = None,
@@ -343,21 +349,22 @@ class Outputs(Term):
         loss: a name of `fakit.losses.outputs.LOSSES` ("forward_kl", "jsd", "dkd" …, with a table of what each is for),
             or any function (student logits, teacher logits, mask, temperature). A function that names `labels` is given
             each position's, shifted already in causal models, and the term is off without labels, as "dkd" is.
-        temperature: τ > 0 at the start; `objective.temperature` may be set at any time.
+        temperature: τ > 0, a number or a `Schedule`; `objective.temperature` may be set at any time.
         weight: γ.
         vocab_size: cut both vocabularies to their first `vocab_size` entries, for families that pad the head
             differently.
         chunked: over a large vocabulary, make and compare logits a chunk of tokens at a time, where both models have a
             plain linear head and the loss is one of the named; the same number with a fraction of the memory.
             False always makes them whole.
-        parameters: the loss's own, by name, as further keywords: `Outputs("jsd", beta=0.1)`. In chunks, too.
+        parameters: the loss's own, by name, as further keywords: `Outputs("jsd", beta=0.1)`. In chunks, too. Each may
+            be a `Schedule`: `Outputs("taid", t=Schedule(0.4, 1.0))`.
     """
 
-    _settable: ClassVar[frozenset[str]] = frozenset({"temperature"})
+    settable: ClassVar[frozenset[str]] = frozenset({"temperature"})
 
     loss: str | Callable = "forward_kl"
-    temperature: float = 2.0
-    weight: float = 1.0
+    temperature: float | Schedule = 2.0
+    weight: float | Schedule = 1.0
     vocab_size: int | None = None
     chunked: bool = True
     parameters: dict[str, Any] = field(default_factory=dict)
@@ -365,8 +372,8 @@ class Outputs(Term):
     def __init__(
         self,
         loss: str | Callable = "forward_kl",
-        temperature: float = 2.0,
-        weight: float = 1.0,
+        temperature: float | Schedule = 2.0,
+        weight: float | Schedule = 1.0,
         vocab_size: int | None = None,
         chunked: bool = True,
         parameters: Mapping[str, Any] | None = None,
@@ -375,10 +382,11 @@ class Outputs(Term):
         self.loss, self.temperature, self.weight = loss, temperature, weight
         self.vocab_size, self.chunked = vocab_size, chunked
         self.parameters = dict(parameters or {}) | more
-        self.function = with_parameters("Outputs", loss, output_losses.LOSSES, self.parameters)
-        self.needs_labels = "labels" in asked_of(self.function)  # those of each position, as "dkd" does
-        if not callable(loss):  # what it refuses of its parameters (beta = 2), it refuses now
-            output_losses.try_out(self.function)
+        self._bare = checked("Outputs", loss, output_losses.LOSSES, self.parameters)
+        self.needs_labels = "labels" in asked_of(self._bare)  # those of each position, as "dkd" does
+        for given in ends(self.parameters):
+            if not callable(loss):  # what it refuses of its parameters (beta = 2), it refuses now
+                output_losses.try_out(partial(self._bare, **given))
         if vocab_size is not None and loss in ANY_VOCABULARIES:
             raise ValueError(
                 f"Outputs({loss!r}, vocab_size={vocab_size}): {loss} compares vocabularies of any two sizes by their "
@@ -387,9 +395,16 @@ class Outputs(Term):
         self._made = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "temperature" and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"Outputs(temperature={value!r}): a temperature is finite and above 0.")
+        if name == "temperature":
+            lowest = value.lowest if isinstance(value, Schedule) else value
+            if not (lowest > 0 and math.isfinite(lowest)):
+                raise ValueError(f"Outputs(temperature={value!r}): a temperature is finite and above 0.")
         super().__setattr__(name, value)
+
+    @property
+    def function(self) -> Callable:
+        """The loss with its own parameters set, as they are in this step."""
+        return partial(self._bare, **self.parameters) if self.parameters else self._bare
 
     @property
     def in_chunks(self) -> bool:
@@ -441,9 +456,9 @@ class Task(Term):
 
     needs_labels = True
 
-    weight: float = 1.0
+    weight: float | Schedule = 1.0
 
-    def __init__(self, weight: float = 1.0):
+    def __init__(self, weight: float | Schedule = 1.0):
         self.weight = weight
         self._made = True
 
@@ -463,8 +478,8 @@ class Task(Term):
         return task_loss(student.logits, labels, student.causal, student.problem_type)
 
 
-def with_parameters(term: str, loss: str | Callable, known: Mapping[str, Callable], parameters: Mapping) -> Callable:
-    """The function of a loss with its own parameters set.
+def checked(term: str, loss: str | Callable, known: Mapping[str, Callable], parameters: Mapping) -> Callable:
+    """The function of a loss, which takes these parameters.
 
     Raises:
         ValueError: a loss that is not known, or a parameter that is not in its signature.
@@ -482,7 +497,15 @@ def with_parameters(term: str, loss: str | Callable, known: Mapping[str, Callabl
             f"{term}({name!r}, {unknown[0]}={parameters[unknown[0]]!r}): {name} has no parameter {unknown[0]!r}; it "
             f"has {', '.join(allowed) or 'none of its own'}, and {term} takes {', '.join(_own_settings(term))}."
         )
-    return partial(function, **parameters)
+    return function
+
+
+def ends(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A loss's own parameters as they are at first and at last, where one of them is a Schedule."""
+    if not scheduled(parameters):
+        return [dict(parameters)]
+    sides = ("start_value", "end_value")
+    return [{n: getattr(v, side) if scheduled(v) else v for n, v in parameters.items()} for side in sides]
 
 
 def _own_settings(term: str) -> list[str]:

@@ -60,6 +60,7 @@ class Recipe:
         from fakit.layer_maps import LayerMap
         from fakit.objective.feature_terms import KINDS
         from fakit.objective.objective import Objective
+        from fakit.objective.schedules import from_file
         from fakit.objective.terms import Attention, Features, Outputs, Task
 
         kinds = {"features": Features, "attention": Attention, "outputs": Outputs, **KINDS}
@@ -70,7 +71,7 @@ class Recipe:
         def term(kind: str, settings: Mapping[str, Any] | None):
             if settings is None:
                 return None
-            own = {key: value for key, value in settings.items() if key != "kind"}
+            own = {key: from_file(value) for key, value in settings.items() if key != "kind"}
             if "layer_map" in own:
                 own["layer_map"] = map_of(own["layer_map"])
             return kinds[kind](**own)
@@ -79,7 +80,7 @@ class Recipe:
         return Objective(
             map_of(found["layer_map"]),
             **{name: term(name, found[name]) for name in ("features", "attention", "outputs")},
-            task=None if found["task_weight"] is None else Task(weight=found["task_weight"]),
+            task=None if found["task_weight"] is None else Task(weight=from_file(found["task_weight"])),
             terms={name: term(settings["kind"], settings) for name, settings in found["terms"].items()},
         )
 

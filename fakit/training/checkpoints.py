@@ -288,9 +288,10 @@ def _lacks(files: Mapping[str, Any]) -> str | None:
 
 def _settings(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "objective.json"
-    settings = json.loads(path.read_text()) if path.is_file() else {"weights": {}, "temperature": None}
-    found = {f"objective.weights.{name}": weight for name, weight in settings["weights"].items()}
-    return found | {"objective.outputs.temperature": settings["temperature"]}
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    weights = {name: own["weight"] for name, own in settings.items()}
+    others = {name: {key: v for key, v in own.items() if key != "weight"} for name, own in settings.items()}
+    return flat({"objective": {"weights": weights, **others}})
 
 
 def _flaw_without_list(checkpoint: Path) -> str | None:

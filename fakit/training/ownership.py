@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fakit.layer_maps import LayerMap
 from fakit.objective.objective import Objective
+from fakit.objective.schedules import Schedule
 from fakit.training.teacher_cache.fingerprints import shaping_facts
 
 # What of TrainingArguments decides about the steps. Folders, logging, evaluation, saving and speed do not.
@@ -52,7 +53,13 @@ def objective_facts(objective: Objective) -> dict[str, Any]:
         name: {setting: _plain(value) for setting, value in term.describe().items() if value != {}}
         for name, term in objective.terms.items()
     }
-    return {"weights": dict(objective.weights), "layer_map": _plain(objective.layer_map), **described}
+    weights = {name: _plain(term.written("weight")) for name, term in objective.terms.items()}
+    return {"weights": weights, "layer_map": _plain(objective.layer_map), **described}
+
+
+def setting_facts(objective: Objective) -> dict[str, Any]:
+    """`Objective.settings` as JSON has them."""
+    return _plain(objective.settings)
 
 
 def student_facts(student: nn.Module) -> dict[str, Any]:
@@ -95,6 +102,8 @@ def _plain(value: Any) -> Any:
         if value.is_random:
             return {"random": value.possible_pairs(), "first": value.for_epoch(0).pairs}
         return [[*pair, weight] for pair, weight in zip(value.pairs, value.pair_weights, strict=True)]
+    if isinstance(value, Schedule):
+        return value.to_dict()
     if isinstance(value, Tensor) or hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, dict):

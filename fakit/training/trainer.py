@@ -8,7 +8,7 @@ as a plain transformers model.
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from fakit.objective.breakdown import Breakdown
 from fakit.objective.diagnosis import whose_numbers
 from fakit.objective.needs import Needs
 from fakit.objective.objective import Objective
+from fakit.objective.schedules import Schedule
 from fakit.objective.terms import Attention, Features, Outputs, check_distribution
 from fakit.tracing.capture import capture, check_attention
 from fakit.tracing.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
@@ -49,6 +50,7 @@ from fakit.training.ownership import (
     bytes_of_checkpoint,
     data_fingerprint,
     objective_facts,
+    setting_facts,
     student_facts,
 )
 from fakit.training.precision import precision_name, settle
@@ -181,7 +183,9 @@ class DistillationTrainer(Trainer):
             compute_metrics, callbacks, optimizers …).
 
     Logs, beside the Trainer's own: each term before weighting under its name, each layer pair as "features/S1_T2",
-    averaged over the steps since the last log that had it. `trainer.objective.weights` may be set while training.
+    averaged over the steps since the last log that had it; the weights and τ of the last of these steps as
+    "weight/features" and "temperature"; of a scheduled weight also the mean of the weighted term,
+    "weighted/features". `trainer.objective.weights` may be set while training.
 
     Raises:
         ValueError: before any work, when teacher, student and objective do not fit: what both sides have, and the fix.
@@ -253,9 +257,11 @@ class DistillationTrainer(Trainer):
         self.teacher, self.student, self.objective = teacher, student, objective
         self.epochs = _EpochCallback(objective)
         self.add_callback(self.epochs)
+        self.add_callback(_ScheduleCallback(objective))
         # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for
         # them
         self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._numbers: dict[str, float] = {}  # weights and temperatures of the last step
         self._is_checkpoint = False
         # settings that the steps follow from and that are not seen here, such as an experiment's: a checkpoint is bound
         # to them, too
@@ -317,8 +323,11 @@ class DistillationTrainer(Trainer):
         """The objective's total; the breakdown goes into the running means of the log."""
         outputs = model(**inputs)
         if model.training:
-            self._last_inputs = inputs
-            for name, value in _flat(self.distiller.breakdown).items():
+            self._last_inputs, self._numbers = (
+                inputs,
+                _numbers(self.objective),
+            )  # a callback may set others before the log
+            for name, value in _flat(self.distiller.breakdown, self.objective.weights.schedules).items():
                 total, steps = self._sums.get(name, (0.0, 0))
                 self._sums[name] = total + value, steps + 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
@@ -340,7 +349,7 @@ class DistillationTrainer(Trainer):
             self.distiller.breakdown.check(self._whose_numbers)
             means = torch.stack([total / steps for total, steps in self._sums.values()])  # (terms and layer pairs,)
             means = self.accelerator.gather(means.unsqueeze(0)).mean(0)  # over the processes
-            logs |= dict(zip(self._sums, means.tolist(), strict=True))
+            logs |= dict(zip(self._sums, means.tolist(), strict=True)) | self._numbers
             self._sums = {}
         super().log(logs, *args, **kwargs)
 
@@ -498,7 +507,7 @@ class DistillationTrainer(Trainer):
         if self._is_checkpoint:
             rest = {k: v.contiguous() for k, v in _part(state, "objective.").items()}
             save_file(rest, folder / _PROJECTIONS)
-            (folder / _OBJECTIVE).write_text(json.dumps(_settings(distiller.objective), indent=2))
+            (folder / _OBJECTIVE).write_text(json.dumps(setting_facts(distiller.objective), indent=2))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -531,9 +540,10 @@ class DistillationTrainer(Trainer):
         else:
             distiller.load_state_dict(state, strict=not adapted)
         settings = json.loads((folder / _OBJECTIVE).read_text())
-        distiller.objective.weights.update(settings["weights"])
-        if settings["temperature"] is not None and distiller.objective.temperature is not None:
-            distiller.objective.temperature = settings["temperature"]
+        distiller.objective.settings = {
+            name: {key: Schedule.from_dict(value) if isinstance(value, dict) else value for key, value in own.items()}
+            for name, own in settings.items()
+        }
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -643,14 +653,34 @@ class _EpochCallback(TrainerCallback):
             self.objective.set_epoch(state.global_step // self.steps)
 
 
-def _flat(breakdown: Breakdown) -> dict[str, Tensor]:
+class _ScheduleCallback(TrainerCallback):
+    """Every schedule at its number of the optimizer step, the same for all of its micro-batches."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.objective.check_schedules(state.max_steps)
+        self.on_step_begin(args, state, control)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.objective.set_step(state.global_step, of=state.max_steps)
+
+
+def _flat(breakdown: Breakdown, changing: Iterable[str]) -> dict[str, Tensor]:
+    """What is averaged for the log; weighted terms only where the weight of one is another in each step."""
     layers = {f"{n}/S{s}_T{t}": v for n, pairs in breakdown.per_layer.items() for (s, t), v in pairs.items()}
-    return {**breakdown.terms, **layers}
+    weighted = {f"weighted/{name}": breakdown.weighted[name] for name in changing if name in breakdown.weighted}
+    return {**breakdown.terms, **layers, **weighted}
+
+
+def _numbers(objective: Objective) -> dict[str, float]:
+    """Weights and temperatures of this step, as they are logged."""
+    softened = {name: term.temperature for name, term in objective.softened.items()}
+    one = len(set(softened.values())) == 1
+    taus = {"temperature": objective.temperature} if one else {f"temperature/{n}": tau for n, tau in softened.items()}
+    return {f"weight/{name}": weight for name, weight in objective.weights.items()} | taus
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _settings(objective: Objective) -> dict:
-    return {"weights": dict(objective.weights), "temperature": objective.temperature}

@@ -40,6 +40,7 @@ class Cockpit(widgets.VBox):
         sliders: term → slider of its weight.
         temperature: slider of τ, None without an output term.
         view: "loss before weighting" or "weighted loss".
+        schedules: what moves the sliders by itself, in words; a slider that is moved by hand replaces its schedule.
         sentence: what the picture shows, in words.
         svg: the picture.
     """
@@ -74,6 +75,7 @@ class Cockpit(widgets.VBox):
         )
         self._bar = widgets.IntProgress(description="progress", style=LABEL, layout={"width": WIDE})
         self._where, self._status, self._failure = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.schedules = widgets.HTML()
         self._picture, self._table, self._log = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self._drawing = threading.RLock()  # a click may come on another thread than the look at the clock
         self._moving = False  # sliders moved by the session, not by a hand
@@ -90,6 +92,7 @@ class Cockpit(widgets.VBox):
                 widgets.HBox([self.go, self.step, self.stop, self.save, self._where]),
                 self._bar,
                 widgets.HBox(list(self._controls().values()), layout={"flex_flow": "row wrap"}),
+                self.schedules,
                 self.view,
                 self._status,
                 self._failure,
@@ -185,8 +188,9 @@ class Cockpit(widgets.VBox):
                 self._draw_curves()
             if "samples" in kinds:
                 self._table.value = self._samples()
-            if "log" in kinds:
+            if kinds & {"curve", "log"}:
                 self._place_sliders()
+            if "log" in kinds:
                 self._log.value = self._lines()
             if kinds & {"state", "curve"}:
                 self._draw_state()
@@ -231,6 +235,9 @@ class Cockpit(widgets.VBox):
             )
 
     def _place_sliders(self) -> None:
+        running = self.session.schedules
+        lines = ", ".join(f"{name} {schedule}" for name, schedule in running.items())
+        self.schedules.value = f"<span style='padding-left:12px'>scheduled: {escape(lines)}</span>" if lines else ""
         self._moving = True
         try:
             for name, value in self.session.settings.items():

@@ -59,8 +59,9 @@ class LossWeights(Panel):
 
     def _write(self, change: object = None) -> None:
         for name, slider in self.sliders.items():
-            self._objective.weights[name] = slider.value
-        if self.temperature is not None:
+            if slider.value != self._objective.weights[name]:  # one that was not moved keeps its schedule
+                self._objective.weights[name] = slider.value
+        if self.temperature is not None and self.temperature.value != self._objective.temperature:
             self._objective.temperature = self.temperature.value
         self.refresh()
 

@@ -4,7 +4,8 @@ import itertools
 import pytest
 import yaml
 
-from fakit import Attention, Features, LayerMap, Outputs, shrink
+from fakit import Attention, Features, LayerMap, Outputs, Schedule, shrink
+from fakit.experiments import Study, weights
 from fakit.experiments.build import build_objective
 from fakit.experiments.config import (
     ARMS,
@@ -17,6 +18,7 @@ from fakit.experiments.config import (
     TeacherConfig,
     TrainingConfig,
 )
+from fakit.experiments.schema import settings
 from fakit.layer_maps import STRATEGIES
 from tests.families import tiny
 
@@ -291,3 +293,89 @@ def test_what_is_no_term_in_a_file_is_refused_by_its_key(text, message, tmp_path
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         ExperimentConfig.from_yaml(tmp_path / "run.yaml")
+
+
+# -- schedules --------------------------------------------------------------------------------------------------------
+
+SCHEDULED = """
+training: {steps: 400}
+features: {loss: mse, weight: {from: 1.0, to: 0.1, kind: cosine, start: 0, end: 200}}
+attention: {weight: {from: 0, to: 2, kind: steps, milestones: [100, 300]}}
+outputs: {loss: taid, temperature: {from: 4, to: 1}, t: {from: 0.4, to: 1.0}}
+task_weight: {from: 0.0, to: 1.0, kind: warmup, end: 40}
+terms:
+  embeddings: {kind: features, layer_map: [[0, 0]], weight: {from: 0.5, to: 0}}
+  contrast: {kind: "tests.objective.own_term:Contrastive", student_layer: 2, scale: {from: 5.0, to: 10.0}}
+"""
+
+
+def test_schedules_come_from_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text(SCHEDULED)
+    config = ExperimentConfig.from_yaml(tmp_path / "run.yaml")
+    assert ExperimentConfig.from_dict(config.to_dict()) == config
+    assert ExperimentConfig.from_yaml(config.to_yaml(tmp_path / "b.yaml") and tmp_path / "b.yaml") == config
+    assert config.to_dict()["features"]["weight"] == {"from": 1.0, "to": 0.1, "kind": "cosine", "end": 200}
+    teacher = tiny("bert")
+    objective = build_objective(config, shrink(teacher, 2), teacher)
+    assert objective.schedules == {
+        "features.weight": Schedule(1.0, 0.1, "cosine", end=200),
+        "attention.weight": Schedule(0, 2, "steps", milestones=(100, 300)),
+        "outputs.temperature": Schedule(4, 1),
+        "outputs.t": Schedule(0.4, 1.0),
+        "task.weight": Schedule(0.0, 1.0, "warmup", end=40),
+        "embeddings.weight": Schedule(0.5, 0.0),
+        "contrast.scale": Schedule(5.0, 10.0),
+    }
+    objective.set_step(100, of=400)
+    assert dict(objective.weights) == pytest.approx(
+        {"features": 0.55, "attention": 1, "outputs": 1, "task": 1, "embeddings": 0.375, "contrast": 1}
+    )
+    assert config.transfers == ("features", "attention", "outputs", "embeddings", "contrast")
+
+
+def test_a_schedule_changes_by_its_keys_and_by_a_factor():
+    config = ExperimentConfig.from_dict(yaml.safe_load(SCHEDULED))
+    changed = config.replace(**settings(["features.weight.to=0.2", "outputs.temperature.kind=constant"]))
+    assert changed.features.weight.build() == Schedule(1.0, 0.2, "cosine", end=200)
+    assert changed.outputs.temperature.build() == Schedule(4, 1, "constant") and changed.run_id != config.run_id
+    assert config.replace(**{"features.weight": 0.5}).features.weight == 0.5
+    scheduled = ExperimentConfig().replace(**{"features.weight": {"from": 0.0, "to": 1.0}})
+    assert scheduled.arm == "all" and scheduled.features.weight.build() == Schedule(0.0, 1.0)
+
+    study = Study(config, vary={"low": {"features.weight.to": 0.05}} | weights({"features": [2], "embeddings": [4]}))
+    low, _, twice, other = study.runs()[:4]
+    assert low.features.weight.build() == Schedule(1.0, 0.05, "cosine", end=200)
+    assert twice.features.weight.build() == Schedule(2.0, 0.2, "cosine", end=200)
+    assert other.terms["embeddings"]["weight"] == {"from": 2.0, "to": 0.0, "kind": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("features: {weight: {from: 1.0}}", "features.weight.to: missing at features.weight"),
+        ("features: {weight: {from: 1.0, too: 2}}", "features.weight.too: unknown key .* Did you mean 'to'"),
+        ("features: {weight: {from: 1, to: 0, kind: cosin}}", "features.weight.kind: 'cosin' is not one of linear"),
+        ("features: {weight: {from: 1, to: -1}}", r"features.weight: Schedule\(1.0, -1.0, 'linear'\): end_value is -1"),
+        ("features: {weight: {from: 1, to: 0, end: 0}}", "features.weight.end: found 0, expected a value at least 1"),
+        ("features: {weight: {from: 1, to: 0, start: 9, end: 5}}", "features.weight: .*it ends at step 5"),
+        ("features: {weight: [1, 0]}", "features.weight: found .*expected a number or a mapping with keys from, to"),
+        (
+            "outputs: {temperature: {from: 1, to: 0}}",
+            "outputs.temperature: found 0, expected a value of 0.001 at least",
+        ),
+        ("outputs: {loss: taid, t: {from: 0, to: 2}}", "outputs: taid goes from"),
+        ("task_weight: {from: 1, to: 0, kind: steps}", r"task_weight: .*found milestones \[\]"),
+        ("terms: {x: {kind: features, weight: {from: 1, to: 0, kind: x}}}", "terms.x.weight.kind: 'x' is not one of"),
+        (
+            "features: {weight: {from: 1, to: 0, start: 900}}",
+            "features.weight: .*starts at step 900, and training ends",
+        ),
+        (
+            "{features: {weight: {from: 0, to: 0}}, attention: null, outputs: null, task_weight: 0}",
+            "nothing to learn from",
+        ),
+    ],
+)
+def test_what_is_no_schedule_in_a_file_is_refused_by_its_key(text, message):
+    with pytest.raises(ValueError, match=message):
+        ExperimentConfig.from_dict(yaml.safe_load(text))

@@ -14,6 +14,7 @@ from fakit.experiments.build import (
     build_teacher,
     build_training_rows,
 )
+from fakit.experiments.config import ARMS
 from fakit.experiments.run import RunResult, evaluate_baselines, run_experiment, step_flops
 from fakit.experiments.store import RunStore
 from fakit.training.trainer import DistillationTrainer
@@ -170,6 +171,26 @@ def test_counting_flops_includes_the_teacher_and_leaves_the_run_alone(config, mo
     uncounted = run_experiment(config, progress=False)
     assert uncounted.flops is None
     assert uncounted.history == everything.history and uncounted.test == everything.test
+
+
+def test_a_schedule_is_recorded_as_written_and_in_every_logged_step_and_its_flops_are_counted(config, tmp_path):
+    """6 steps: the first four on labels alone, the last two as the arm "all"."""
+    step = {"from": 0.0, "to": 1.0, "kind": "steps", "milestones": [4]}
+    late = config.replace(**{f"{term}.weight": step for term in ARMS["all"]})
+    late = late.replace(**{"outputs.temperature": {"from": 4.0, "to": 1.0}, "training.log_every": 1})
+    store = RunStore.open(tmp_path / "runs")
+    result = run_experiment(late, store, progress=False)
+    assert store.record(late.run_id)["config"]["features"]["weight"] == step
+    history = RunResult.from_store(store, late.run_id).history
+    assert [row["weight/features"] for row in history] == [0, 0, 0, 0, 1, 1]
+    assert [row["temperature"] for row in history] == pytest.approx([4.0, 3.5, 3.0, 2.5, 2.0, 1.5])
+    assert ["features" in row for row in history] == [False] * 4 + [True] * 2
+    never, always = (
+        run_experiment(config.replace(**{f"{term}.weight": weight for term in ARMS["all"]}), progress=False)
+        for weight in (step | {"milestones": [100]}, 1.0)
+    )
+    assert result.flops == pytest.approx(4 * never.flops_per_step + 2 * always.flops_per_step, rel=1e-9)
+    assert always.flops_per_step > 1.3 * never.flops_per_step and result.flops == 6 * result.flops_per_step
 
 
 def test_a_causal_task_reports_the_error_rate_and_the_copy_baseline(config, world):

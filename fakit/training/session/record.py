@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fakit.files import write_whole
+from fakit.objective.schedules import Schedule
 from fakit.training.probes import Sample
 
 FILE = "session.json"
@@ -24,6 +25,17 @@ class News(NamedTuple):
     kind: str
     step: int
     value: Any
+
+
+class Setting(NamedTuple):
+    """A weight or a temperature: its number of this step, and what it was set to."""
+
+    number: float
+    written: float | Schedule
+
+    def __str__(self) -> str:
+        scheduled = isinstance(self.written, Schedule)
+        return f"{self.number:g} ({self.written})" if scheduled else f"{self.number:g}"
 
 
 class Record:
@@ -59,16 +71,18 @@ class Record:
         return news
 
     def point(self, step: int, logs: Mapping[str, float], weights: Mapping[str, float]) -> None:
-        """A log of the trainer, made with `weights`: a point of the curve, the terms also weighted."""
-        row = {"step": step, **logs}
-        row |= {f"weighted/{name}": weight * row[name] for name, weight in weights.items() if name in row}
+        """A log of the trainer, made with `weights`: a point of the curve, the terms also weighted. Of a scheduled
+        weight, which is another in each step, the trainer logs the mean itself.
+        """
+        row = {f"weighted/{name}": weight * logs[name] for name, weight in weights.items() if name in logs}
+        row = {"step": step, **row, **logs}
         self.curve.append(row)
         self.tell("curve", step, row)
 
-    def change(self, step: int, name: str, old: float, new: float) -> None:
-        """A weight, or the temperature, that is another from this step on."""
-        self.events.append({"step": step, "name": name, "old": old, "new": new})
-        self.note(step, f"{name} {old:g} → {new:g}")
+    def change(self, step: int, name: str, old: Setting, new: Setting) -> None:
+        """A weight, or the temperature, that is another from this step on; each as its number and as it was written."""
+        self.events.append({"step": step, "name": name, "old": old.number, "new": new.number})
+        self.note(step, f"{name} {old} → {new}")
 
     def note(self, step: int, text: str) -> None:
         """A line of the log."""

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from fakit.objective.weights import Weights
+from fakit.objective.schedules import Schedule, all_off
+from fakit.objective.weights import check_weight
 from fakit.training.probes import LayerProbe, SampleProbe
 from fakit.training.session.record import News, Record
 from fakit.training.session.steering import FAILED, FINISHED, PAUSED, READY, RUNNING, STOPPED, TEMPERATURE, Loop
@@ -187,33 +188,41 @@ class TrainSession:
         """
         self._steer("stop", math.inf, stopping=True)
 
-    def set_weight(self, term: str, value: float) -> None:
-        """A term's weight from the next step on.
+    def set_weight(self, term: str, value: float | Schedule) -> None:
+        """A term's weight from the next step on. It replaces a schedule that runs.
 
         Raises:
             ValueError: a term that the objective lacks, a weight that is negative or not finite,
                 or nothing left to learn from.
         """
         with self._changed:
-            coming = Weights({name: self.settings[name] for name in self.objective.weights})
-            coming[term] = value  # refuses what the objective's own would refuse
-            if not any(coming.values()):
+            coming = {name: self._loop.written()[name] for name in self.objective.weights}
+            if term not in coming:
                 raise ValueError(
-                    f"with {term} at 0 every weight is 0: nothing is left to learn from; raise another first"
+                    f"no term {term!r} in this objective, so it has no weight; terms: {list(self.objective.weights)}."
                 )
-            self._ask("set", term, float(value))
+            coming[term] = value = check_weight(term, value)
+            done, steps = self.progress
+            if (off := all_off(coming, steps or None, done)) is not None:
+                asked = value if isinstance(value, Schedule) else f"{value:g}"
+                raise ValueError(
+                    f"with {term} at {asked} every weight is 0 when {off} steps are done: nothing is left to learn "
+                    "from; raise another first"
+                )
+            self._ask("set", term, value)
 
-    def set_temperature(self, value: float) -> None:
-        """τ of the outputs from the next step on.
+    def set_temperature(self, value: float | Schedule) -> None:
+        """τ of the outputs from the next step on. It replaces a schedule that runs.
 
         Raises:
             ValueError: a temperature that is not above 0 or not finite, or an objective without outputs.
         """
         if self.objective.temperature is None:
             raise ValueError("this objective matches no outputs, so it has no temperature; give it Outputs(…)")
-        if not isinstance(value, Real) or not 0 < value < math.inf:
+        lowest = value.lowest if isinstance(value, Schedule) else value
+        if not isinstance(lowest, Real) or not 0 < lowest < math.inf:
             raise ValueError(f"temperature {value!r}: a temperature is finite and above 0")
-        self._ask("set", TEMPERATURE, float(value))
+        self._ask("set", TEMPERATURE, value if isinstance(value, Schedule) else float(value))
 
     def checkpoint(self, wait: bool = True) -> Path | None:
         """Save student, projections, optimizer, random state and this session's records, to resume from exactly.
@@ -279,6 +288,12 @@ class TrainSession:
         """Weights by term, and the temperature where there is one: as they will be from the next step on."""
         with self._changed:
             return self._loop.settings()
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """Those that run, by term, and "temperature": what `settings` follows."""
+        with self._changed:
+            return {name: value for name, value in self._loop.written().items() if isinstance(value, Schedule)}
 
     @property
     def progress(self) -> tuple[int, int]:

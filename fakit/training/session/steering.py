@@ -13,9 +13,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from fakit.objective.schedules import Schedule, at_step
 from fakit.training.checkpoints import add_file
 from fakit.training.probes import LayerProbe, SampleProbe
-from fakit.training.session.record import FILE, Record
+from fakit.training.session.record import FILE, Record, Setting
 from fakit.training.trainer import DistillationTrainer
 
 READY, RUNNING, PAUSED, FINISHED, STOPPED, FAILED = "ready", "running", "paused", "finished", "stopped", "failed"
@@ -54,7 +55,7 @@ class Loop(TrainerCallback):
         self.after_step: Callable[[], None] | None = None
         self.seconds = 0.0  # of all steps, looks included, pauses left out
         self.first_step = 0
-        self._settings = self._now()
+        self._settings = self.settings_now()
         self._resumed: Path | None = None
         self._since = 0.0
 
@@ -84,7 +85,12 @@ class Loop(TrainerCallback):
 
     def settings(self) -> dict[str, float]:
         """Weights and temperature as they will be once everything that was asked is carried out."""
-        return self._now() | {name: value for kind, name, value in self.requests if kind == "set"}
+        return at_step(self.written(), self.steps, self.trainer.state.max_steps or None)
+
+    def written(self) -> dict[str, float | Schedule]:
+        """The same, as they were set."""
+        now = {name: setting.written for name, setting in self.settings_now().items()}
+        return now | {name: value for kind, name, value in self.requests if kind == "set"}
 
     def enter(self, state: str) -> None:
         """Be in another state, and tell."""
@@ -105,7 +111,7 @@ class Loop(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """The first look."""
-        self._settings, self.first_step = self._now(), self.steps
+        self._settings, self.first_step = self.settings_now(), self.steps
         self._note("started" if self._resumed is None else f"resumed from {self._resumed.name}")
         self.carry_out()  # what was asked before the checkpoint came with its settings
         self._look()
@@ -113,8 +119,8 @@ class Loop(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Record what other hands changed: a callback, a cell that writes objective.weights."""
-        for name, new in (now := self._now()).items():
-            if new != self._settings[name]:
+        for name, new in (now := self.settings_now()).items():
+            if new.written != self._settings[name].written:
                 self.record.change(self.steps, name, self._settings[name], new)
         self._settings = now
 
@@ -134,7 +140,8 @@ class Loop(TrainerCallback):
         """The point of the curve, then whatever was asked."""
         if "loss" not in logs:  # the summary at the end
             return
-        used = {name: self._settings[name] for name in self.objective.weights}  # a callback may have set others by now
+        # a callback may have set others by now
+        used = {name: self._settings[name].number for name in self.objective.weights}
         self.record.point(self.steps, logs, used)
         self.carry_out()
         with self.changed:
@@ -162,14 +169,14 @@ class Loop(TrainerCallback):
             self.carry_out()
         self._since = time.perf_counter()
 
-    def _change(self, name: str, new: float) -> None:
-        old = self._now()[name]
+    def _change(self, name: str, value: float | Schedule) -> None:
+        old = self.settings_now()[name]
         if name == TEMPERATURE:
-            self.objective.temperature = new
+            self.objective.temperature = value
         else:
-            self.objective.weights[name] = new
-        self._settings[name] = new
-        if new != old:
+            self.objective.weights[name] = value
+        self._settings[name] = new = self.settings_now()[name]
+        if new.written != old.written:
             self.record.change(self.steps, name, old, new)
 
     def _save(self, written: Future[Path]) -> None:
@@ -205,9 +212,13 @@ class Loop(TrainerCallback):
             self._note(text)
             self.enter(state)
 
-    def _now(self) -> dict[str, float]:
-        tau = self.objective.temperature
-        return dict(self.objective.weights) | ({} if tau is None else {TEMPERATURE: tau})
+    def settings_now(self) -> dict[str, Setting]:
+        """Weights and temperature of this step."""
+        weights, written = self.objective.weights, self.objective.settings
+        found = {name: Setting(weights[name], own["weight"]) for name, own in written.items()}
+        if (name := next(iter(self.objective.softened), None)) is not None:
+            found[TEMPERATURE] = Setting(self.objective.temperature, written[name]["temperature"])
+        return found
 
     def _note(self, text: str) -> None:
         self.record.note(self.steps, text)

@@ -63,12 +63,12 @@ class CacheContent:
         return cls(tuple(needs.hidden_states), tuple(needs.attentions), tuple(needs.inputs), needs.logits, top_k, dtype)
 
     def missing(self, objective: Objective) -> list[str]:
-        """What the objective asks of its teacher at the weights and layer maps of this moment,
-        and this content has not.
+        """What the objective asks of its teacher at the weights and layer maps of this moment, or once a schedule lets
+        a weight rise, and this content has not.
         """
         found = []
         for name in objective.terms:
-            needs = objective.needs_of(name, "teacher") if objective.active(name) else Needs()
+            needs = objective.needs_of(name, "teacher") if objective.ever_active(name) else Needs()
             for what, asked, kept in (
                 ("hidden state", needs.hidden_states, self.hidden_states),
                 ("attention", needs.attentions, self.attentions),
