@@ -5,6 +5,7 @@ from fakit import require
 require("study", "plotly", "matplotlib")
 
 from fakit.figures.attention import attention_pair, head_matching, head_profiles, rollout, token_attributions
+from fakit.figures.divergences import by_temperature, class_pulls, fitted_students, moved_logit
 from fakit.figures.fidelity import memory_bars, reliability
 from fakit.figures.figure import Figure
 from fakit.figures.gradients import term_pulls
@@ -26,7 +27,10 @@ __all__ = [
     "Figure",
     "attention_pair",
     "bias_curve",
+    "by_temperature",
+    "class_pulls",
     "distillation_story",
+    "fitted_students",
     "gradient_bars",
     "gradient_conflict",
     "head_matching",
@@ -38,6 +42,7 @@ __all__ = [
     "map_experiment",
     "memory_bars",
     "memory_plan",
+    "moved_logit",
     "paired_differences",
     "pareto",
     "quantization_by_layer",

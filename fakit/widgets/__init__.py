@@ -10,6 +10,7 @@ require("lab", "ipywidgets", "anywidget", "traitlets", "IPython", "plotly", "mat
 
 from fakit.widgets.attention.viewer import AttentionViewer, attention_viewer
 from fakit.widgets.cockpit import Cockpit, cockpit
+from fakit.widgets.explorer import Explorer, explorer
 from fakit.widgets.loss_laboratory import LossLaboratory, loss_laboratory
 from fakit.widgets.mapping.board import MappingBoard, mapping_board
 from fakit.widgets.panel import Panel
@@ -23,6 +24,7 @@ __all__ = [
     "AttentionViewer",
     "Cockpit",
     "EstimatorSwitch",
+    "Explorer",
     "LossLaboratory",
     "LossWeights",
     "MappingBoard",
@@ -34,6 +36,7 @@ __all__ = [
     "attention_viewer",
     "cockpit",
     "estimator_switch",
+    "explorer",
     "loss_laboratory",
     "loss_weights",
     "mapping_board",

@@ -52,6 +52,27 @@ def _map_rows(rng):
     return rows
 
 
+def _peaks():
+    """A teacher of two peaks, and what four losses might make of one bump."""
+
+    def bump(center, width):
+        powers = np.exp(-(((np.arange(41) - center) / width) ** 2) / 2)
+        return powers / powers.sum()
+
+    fits = {
+        "forward_kl": bump(17, 11),
+        "reverse_kl": bump(11, 2.5),
+        "jsd": bump(18, 11),
+        "skew_reverse_kl": bump(12, 3),
+    }
+    return 0.6 * bump(11, 2.5) + 0.4 * bump(29, 3.5), fits
+
+
+def _tail(exponent):
+    powers = np.arange(1.0, 41.0) ** -exponent
+    return powers / powers.sum()
+
+
 def examples() -> dict[str, draw.Figure]:
     """name → Figure, every public figure function at least once."""
     rng = np.random.default_rng(0)
@@ -125,6 +146,19 @@ def examples() -> dict[str, draw.Figure]:
         "profiles": draw.head_profiles({"T2": (rng.uniform(size=12), rng.uniform(size=12)), "S1": (rng.uniform(size=12), rng.uniform(size=12))}),
         "attributions": draw.token_attributions(rng.normal(size=len(TOKENS)), rng.normal(size=len(TOKENS)), TOKENS),
         "rollout": draw.rollout(teacher[0], student[0], TOKENS),
+        "fitted": draw.fitted_students(*_peaks()),
+        "fitted_one": draw.fitted_students(_peaks()[0], {"jsd, beta = 0.50": _peaks()[1]["jsd"]}),
+        "class_pulls": draw.class_pulls(
+            _tail(1.0), _tail(0.5), {"forward_kl": _tail(0.5) - _tail(1.0), "logit_mse": np.sin(np.arange(40.0)), "rlkd": np.r_[1.0, -1.0, np.zeros(38)]},
+            {"head": (0, 2), "tail": (28, 39)},
+        ),
+        "by_temperature": draw.by_temperature(
+            [0.5, 1, 2, 4, 8], {"forward_kl": [0.2, 0.4, 0.8, 0.95, 0.99], "tvd": [-0.1, 0.2, 0.3, 0.6, 0.8]}, {"forward_kl": [0.4, 0.2, 0.16, 0.2, 0.21], "tvd": [0.1, 0.15, 0.2, 0.4, 0.8]},
+        ),
+        "moved_logit": draw.moved_logit(
+            np.linspace(-1, 3, 9), {"B": [1, 1, 1, 1.5, 2, 2.5, 3, 3, 3], "A": [3, 3, 3, 3, 3, 2.5, 2, 2, 2], "C": [2, 2, 2, 1.5, 1, 1, 1, 1, 1]},
+            {"rlkd, k = 2": np.linspace(0, 1.5, 9), "MOR@2": [0.5] * 4 + [1.0] * 5}, 1.5,
+        ),
         "losses": draw.loss_curves(history, events=[{"step": 120, "name": "features", "old": 1.0, "new": 0.3}]),
         "loss_bars": draw.loss_bars({"features": 0.41, "outputs": 0.92, "task": 1.3}, {"features": 1.0, "attention": 0.0, "outputs": 0.5, "task": 1.0}),
         "gradients": draw.gradient_bars({"features": 2.31, "attention": 0.42, "outputs": 1.17, "task": 0.66}),
