@@ -231,7 +231,10 @@ def test_soft_labels_of_a_single_output_say_nothing():
             lambda: Features("l2"),
             r"Features\('l2'\) is not known; choose one of \['mse', 'cosine', .*or pass a function",
         ),
-        (lambda: Attention("js"), r"Attention\('js'\) is not known; choose one of \['kl', 'mse', 'relations'\]"),
+        (
+            lambda: Attention("js"),
+            r"Attention\('js'\) is not known; choose one of \['kl', 'mse', 'score_mse', 'relations', 'minilm'\]",
+        ),
         (
             lambda: Outputs("kl"),
             r"Outputs\('kl'\) is not known; choose one of \['forward_kl', 'reverse_kl', 'jsd', 'logit_mse', 'skew",

@@ -3,7 +3,7 @@
 Every function takes student maps (B, H, T, T), teacher maps (B, H, T, T), rows = queries summing to 1 over keys, and
 mask, bool (B, T), True = counts: a pair takes part when its query and its key both count. Or mask says it pair by pair,
 bool (B, 1, T, T), for causal models whose queries see no later keys. The mean is over queries that count (KL)
-or pairs that count (MSE).
+or pairs that count (MSE). `score_mse` is given scores in place of maps, before the softmax.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from fakit.losses.fused.streamed import streamed_map_kl
 from fakit.losses.reduce import at_least_float32, check_mask, check_same_shape, masked_mean
 
-__all__ = ["LOSSES", "group_mean", "head_costs", "map_kl", "map_mse", "over_valid_keys", "streamed_map_kl"]
+__all__ = ["LOSSES", "group_mean", "head_costs", "map_kl", "map_mse", "over_valid_keys", "score_mse", "streamed_map_kl"]
 
 _FIX = "Head counts that differ need Attention(..., heads='group-mean')."
 
@@ -69,6 +69,17 @@ def map_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Ten
     return masked_mean((student - teacher).square(), None if pairs is None else pairs.expand_as(student))
 
 
+def score_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of (s_S - s_T)² over batch, heads and valid (query, key) pairs, of scores q·k/√d before the softmax, (B, H,
+    T, T). TinyBERT (Jiao et al. 2020, eq. 7).
+
+    Ours: pairs that are masked take no part. TinyBERT's code sets scores below -100 to 0 on both sides, so that a
+    masked pair counts as one without error, and a real score that low loses its gradient. Unlike maps, scores carry an
+    offset of each row that the softmax takes out: the loss is not blind to it.
+    """
+    return map_mse(student, teacher, mask)
+
+
 def group_mean(maps: Tensor, heads: int) -> Tensor:
     """Average neighboring heads down to `heads`. (B, H, T, T) -> (B, heads, T, T); H must be a multiple of `heads`."""
     if maps.shape[1] % heads:
@@ -89,4 +100,4 @@ def head_costs(measure, student: Tensor, teacher: Tensor, mask: Tensor | None = 
     return torch.stack([torch.stack(row) for row in rows])
 
 
-LOSSES = {"kl": map_kl, "mse": map_mse}
+LOSSES = {"kl": map_kl, "mse": map_mse, "score_mse": score_mse}

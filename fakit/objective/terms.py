@@ -17,6 +17,7 @@ from fakit.losses import attention as attention_losses
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
 from fakit.losses.fused import streamed
+from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.losses.logits import ANY_VOCABULARIES, asked_of, check_vocabularies
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS, task_loss
 from fakit.objective.breakdown import total
@@ -28,8 +29,8 @@ from fakit.objective.schedules import Schedule, scheduled
 from fakit.objective.term import Term, choose, normalized
 from fakit.tracing.trace import Trace
 
-# Relations have no maps in the sense of the others: the term compares them itself.
-ATTENTION_LOSSES = attention_losses.LOSSES | {"relations": None}
+# Those with relations are no function of two maps: the term compares them itself.
+ATTENTION_LOSSES = attention_losses.LOSSES | {"relations": None, "minilm": None}
 Heads = Literal["one-to-one", "group-mean", "best-match"]
 HEADS: tuple[str, ...] = get_args(Heads)
 # What the objective itself gives a loss; everything else in its signature may be set by keyword.
@@ -222,16 +223,20 @@ class Attention(OverLayers):
     """Attention alignment over the mapped layers (layer 0 has none and is left out).
 
     Args:
-        loss: "kl" or "mse" of the maps, "relations" (MiniLMv2: KL of softmax(X Xᵀ/√d_r) for queries, keys and values),
-            or any function (student maps, teacher maps, mask) of (B, H, T, T) tensors. The named ones never hold a T ×
-            T map where both models hand over their queries and keys; a function is given the maps in full.
+        loss: "kl" or "mse" of the maps; "score_mse" of the scores before the softmax (TinyBERT, Jiao et al. 2020); the
+            mean KL of relations softmax(X Xᵀ/√d_r) ("relations", MiniLMv2, Wang et al. 2021: for queries, keys and
+            values); the KL of the maps plus that of the values' relations ("minilm", Wang et al. 2020, for the last
+            layers alone: layer_map=LayerMap([(L_S, L_T)])); or any function (student maps, teacher maps, mask) of (B,
+            H, T, T) tensors. The named ones never hold a T × T map where both models hand over their queries and keys;
+            a function is given the maps in full.
         weight: β.
         heads: how maps of unequal head counts are compared. "one-to-one" compares head h with head h and needs equal
             counts; "group-mean" first averages neighboring heads of the side that has more; "best-match" gives each
             student head the teacher head that it is closest to in this batch (greedily, each teacher head once while
             there are others): see `Breakdown.heads`.
-        relations: which of "queries", "keys" and "values" the relations are of.
-        relation_heads: R; the largest number up to the student's heads that divides both widths unless given.
+        relations: which of "queries", "keys" and "values" the relations of "relations" are of.
+        relation_heads: R, of "relations" and "minilm"; the largest number up to the student's heads that divides both
+            widths unless given, MiniLM's own where both sides have as many heads.
         layer_map: for this term alone; the objective's unless given.
     """
 
@@ -274,25 +279,30 @@ class Attention(OverLayers):
         return Needs(attentions=self._layers("teacher", self.possible_pairs()), inputs=self._inputs())
 
     def _inputs(self) -> frozenset[str]:
-        return frozenset(self.relations if self.loss == "relations" else ("queries", "keys"))
+        if self.loss == "relations":
+            return frozenset(self.relations)
+        return frozenset(("queries", "keys", "values") if self.loss == "minilm" else ("queries", "keys"))
 
     def count(self, batch: CountedBatch) -> Tensor:
-        return batch.pairs if self.loss == "mse" else batch.tokens
+        return batch.pairs if self.loss in ("mse", "score_mse") else batch.tokens
 
     def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
-        ours, theirs = student.attention.get(pair[0]), teacher.attention.get(pair[1])
         mask = common_mask(student, teacher, pair)
-        if self.loss == "relations":
-            return self._compare_relations(student, teacher, pair, mask)
+        shown = pair[0] in student.attention and pair[1] in teacher.attention
         # maps in full: a function wants them, or a family gives nothing else
-        if callable(self.loss) or ours is None or theirs is None:
+        if callable(self.loss) or (self.loss in ("kl", "mse") and not shown):
             return self._compare_maps(student, teacher, pair, mask)
+        ours, theirs = self._inputs_at(student, teacher, pair)
+        if self.loss == "relations":
+            return self._compare_relations(ours, theirs, self.relations, mask)
         heads = self._heads(pair, ours.query.shape[1], theirs.query.shape[1])
+        loss, same = ("kl" if self.loss == "minilm" else self.loss), theirs
         if self.heads == "best-match":
-            costs = streamed.head_costs(self.loss, ours, theirs, mask)
+            costs = streamed.head_costs(loss, ours, theirs, mask)
             self.place.matches[pair] = streamed.match_heads(costs)
-            theirs = theirs.select_heads(self.place.matches[pair])
-        return streamed.streamed_loss(self.loss, ours, theirs, mask, heads)
+            same = theirs.select_heads(self.place.matches[pair])
+        found = streamed.streamed_loss(loss, ours, same, mask, heads)
+        return found + self._compare_relations(ours, theirs, ("values",), mask) if self.loss == "minilm" else found
 
     def _compare_maps(self, student: Trace, teacher: Trace, pair: Pair, mask: Tensor | None) -> Tensor:
         ours, theirs = student.attention_maps(pair[0]), teacher.attention_maps(pair[1])  # (B, H, T, T)
@@ -312,18 +322,22 @@ class Attention(OverLayers):
                 mask = mask & (student.documents[:, None, :, None] == student.documents[:, None, None, :])
         return self.function(ours, theirs, mask)
 
-    def _compare_relations(self, student: Trace, teacher: Trace, pair: Pair, mask: Tensor | None) -> Tensor:
+    def _inputs_at(self, student: Trace, teacher: Trace, pair: Pair) -> list[Any]:
+        """Both sides' attention inputs; ValueError where a side shows its maps alone."""
         for trace, layer in zip((student, teacher), pair, strict=True):
             if layer in trace.maps:
+                of = "scores before the softmax" if self.loss == "score_mse" else "queries, keys and values"
                 raise ValueError(
-                    f"relations are of queries, keys and values, and {trace.name} gives only its attention maps; use "
-                    "Attention('kl') or Attention('mse'), or a model that uses transformers' attention interface."
+                    f"{self.loss!r} is of {of}, and {trace.name} gives only its attention maps; use Attention('kl') or "
+                    "Attention('mse'), or a model that uses transformers' attention interface."
                 )
-        ours, theirs = (kept(t, "attentions", i) for t, i in zip((student, teacher), pair, strict=True))
+        return [kept(trace, "attentions", layer) for trace, layer in zip((student, teacher), pair, strict=True)]
+
+    def _compare_relations(self, ours: AttentionInputs, theirs: AttentionInputs, of: tuple[str, ...], mask) -> Tensor:
         heads = self.relation_heads
-        heads = streamed.relation_heads(ours, theirs, self.relations) if heads is None else heads
+        heads = streamed.relation_heads(ours, theirs, of) if heads is None else heads
         losses = []
-        for which in self.relations:
+        for which in of:
             sides = streamed.relation_inputs(ours, which, heads), streamed.relation_inputs(theirs, which, heads)
             losses.append(streamed.streamed_loss("kl", *sides, mask))
         return total(losses) / len(losses)

@@ -68,6 +68,22 @@ def test_map_mse_is_the_mean_over_pairs_of_valid_tokens():
     assert attention.map_mse(*maps(), MASK).item() == pytest.approx(sum(found) / len(found), rel=1e-12)
 
 
+def test_score_mse_is_the_mean_over_unmasked_pairs():
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (20 * torch.randn(2, B, H, T, T, generator=generator, dtype=torch.float64)).unbind()
+    past = torch.ones(T, T, dtype=torch.bool).tril()
+    pairs = past & MASK[:, None, :, None] & MASK[:, None, None, :]  # (B, 1, T, T)
+    masked = [x.masked_fill(~pairs, torch.finfo(torch.float32).min) for x in (student, teacher + 1)]
+    found = [
+        (float(student[b, h, q, k]) - float(teacher[b, h, q, k]) - 1) ** 2
+        for b, n in enumerate(LENGTHS)
+        for h in range(H)
+        for q in range(n)
+        for k in range(q + 1)
+    ]
+    assert attention.score_mse(*masked, pairs).item() == pytest.approx(sum(found) / len(found), rel=1e-12)
+
+
 def test_literal_numbers():
     student, teacher = torch.tensor([[[[0.5, 0.5]] * 2]]), torch.tensor([[[[0.75, 0.25]] * 2]])
     assert attention.map_kl(student, teacher).item() == pytest.approx(0.130812, abs=1e-6)  # .75 ln 1.5 + .25 ln .5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fakit.losses.attention import group_mean, map_kl, map_mse
+from fakit.losses.attention import group_mean, map_kl, map_mse, score_mse
 from fakit.losses.fused import streamed
 from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.losses.fused.blocks import use_blocks
@@ -68,21 +68,22 @@ def test_zero_at_equality_and_gradcheck():
 
 @pytest.mark.parametrize("heads", [None, 1], ids=["head by head", "group mean"])
 @pytest.mark.parametrize("student, teacher", [(True, False), (False, True), (True, True)])
-def test_where_one_side_masks_what_the_other_sees(student, teacher, heads):
+@pytest.mark.parametrize("loss", ["kl", "score_mse"])
+def test_where_one_side_masks_what_the_other_sees(loss, student, teacher, heads):
     """A causal or windowed student of a teacher that sees all:
     what the teacher gives to hidden keys pulls at nothing.
     """
     sq, sk, tq, tk = inputs(B=1, H=2, H_kv=2, T=5)
 
-    def loss(q, k):
+    def value(q, k):
         sides = AttentionInputs(q, k, None, None, 0.4, student), AttentionInputs(tq, tk, None, None, 0.3, teacher)
-        return streamed_loss("kl", *sides, None, heads)
+        return streamed_loss(loss, *sides, None, heads)
 
-    assert torch.autograd.gradcheck(loss, (sq.requires_grad_(), sk.requires_grad_()))
+    assert torch.autograd.gradcheck(value, (sq.requires_grad_(), sk.requires_grad_()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("loss", ["kl", "mse"])
+@pytest.mark.parametrize("loss", ["kl", "mse", "score_mse"])
 def test_autocast_does_not_reach_it(loss, dtype):
     sq, sk, tq, tk = (40 * x for x in inputs(dtype=torch.float32))
     sides = [AttentionInputs(q, k, None, None, 0.4, False) for q, k in ((sq.requires_grad_(), sk), (tq, tk))]
@@ -158,8 +159,16 @@ SETTINGS = {
 
 
 def plain_loss(loss, student, teacher, mask, heads):
-    """The same over maps in full: padding out of the softmax, pairs that both sides mask out of the mean."""
+    """The same over maps in full: padding out of the softmax, pairs that both sides mask out of the mean; of scores
+    those that either masks.
+    """
     tokens = torch.ones(2, T, dtype=torch.bool) if mask is None else mask
+    if loss == "score_mse":
+        scores = [side.scores().clamp_min(-1e30) for side in (student, teacher)]
+        pairs = tokens[:, None, :, None] & tokens[:, None, None, :]
+        for side in (student, teacher):
+            pairs = pairs if side.allowed() is None else pairs & side.allowed().any(1, keepdim=True)
+        return score_mse(*(scores if heads is None else [group_mean(s, heads) for s in scores]), pairs)
     maps = []
     for side in (student, teacher):
         scores = side.scores().masked_fill(~tokens[:, None, None, :], torch.finfo(side.query.dtype).min)
@@ -178,7 +187,7 @@ def plain_loss(loss, student, teacher, mask, heads):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("loss", ["kl", "mse"])
+@pytest.mark.parametrize("loss", ["kl", "mse", "score_mse"])
 @pytest.mark.parametrize("heads", [None, 2])
 @pytest.mark.parametrize("mask", [None, MASK])
 @pytest.mark.parametrize("block", [300, 2**20])
@@ -196,7 +205,7 @@ def test_what_a_layer_does_to_its_scores_is_honored(name, loss, heads, mask, blo
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
     gradients = [torch.autograd.grad(2 * x, learned, allow_unused=True) for x in (found, expected)]
     for ours, theirs in zip(*gradients, strict=True):
-        if ours is None:  # sinks take no part in the KL over keys
+        if ours is None:  # sinks take no part in the KL over keys, nor in scores
             assert theirs is None or theirs.abs().max() < 1e-12
         else:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * theirs.abs().max().item())
@@ -206,7 +215,7 @@ def test_what_a_layer_does_to_its_scores_is_honored(name, loss, heads, mask, blo
 
 def test_float32_equals_the_plain_loss_to_its_precision():
     student, teacher = layer(dtype=torch.float32, softcap=1.5), layer(seed=1, dtype=torch.float32)
-    for loss in ("kl", "mse"):
+    for loss in ("kl", "mse", "score_mse"):
         found, expected = (
             streamed_loss(loss, student, teacher, MASK),
             plain_loss(loss, student, teacher.detach(), MASK, None),
@@ -228,7 +237,7 @@ def test_heads_that_no_group_mean_can_make_equal_are_refused_with_both_counts():
 # -- which head with which --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["kl", "mse"])
+@pytest.mark.parametrize("loss", ["kl", "mse", "score_mse"])
 def test_head_costs_are_the_losses_of_single_heads(loss):
     student, teacher = layer(4, kv_heads=2), layer(3, seed=1)
     costs = streamed.head_costs(loss, student, teacher, MASK)
@@ -236,7 +245,7 @@ def test_head_costs_are_the_losses_of_single_heads(loss):
         for g in range(3):
             one = [side.select_heads(torch.tensor([i])) for side, i in ((student, h), (teacher, g))]
             expected = streamed_loss(loss, *one, MASK)
-            if loss == "mse":  # the cost counts queries, the loss pairs
+            if loss != "kl":  # the cost counts queries, the loss pairs
                 expected = expected * (MASK.sum(1).square().sum().double() / MASK.sum())
             torch.testing.assert_close(costs[h, g], expected.detach(), rtol=1e-9, atol=0)
 
@@ -249,6 +258,20 @@ def test_matching_finds_heads_in_another_order_and_uses_each_teacher_head_before
     assert streamed.match_heads(torch.tensor([[0.1, 0.2, 5.0], [0.0, 0.3, 4.0]])).tolist() == [1, 0]
     crowded = streamed.match_heads(torch.rand(5, 2, generator=torch.Generator().manual_seed(0)))
     assert sorted(crowded.bincount(minlength=2).tolist()) == [2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_large_scores_are_compared_to_their_last_digit(dtype):
+    """1e4 on both sides, and different by 3: a sum of squares apart from a product would have lost it."""
+    query, key = torch.full((1, 2, 4, 1), 100.0, dtype=dtype), torch.full((1, 2, 4, 1), 100.0, dtype=dtype)
+    student, teacher = (AttentionInputs(query.clone(), key, None, None, s, True) for s in (1.0, 1.0003))
+    student.query.requires_grad_()
+    found = streamed_loss("score_mse", student, teacher)
+    found.backward()
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(9, rel=1e-3)
+    assert student.query.grad.isfinite().all() and (student.query.grad != 0).all()
+    costs = streamed.head_costs("score_mse", student, teacher)  # a query's, whose keys are 1, 2, 3 and 4
+    torch.testing.assert_close(costs, torch.full((2, 2), 9 * 2.5), rtol=1e-3, atol=0)
 
 
 # -- relations --------------------------------------------------------------------------------------------------------

@@ -50,17 +50,20 @@ def streamed_map_kl(
 def streamed_loss(
     loss: str, student: AttentionInputs, teacher: AttentionInputs, mask: Tensor | None = None, heads: int | None = None
 ) -> Tensor:
-    """`map_kl` or `map_mse` of two layers' maps, computed without storing them. A scalar with gradient for the student.
+    """`map_kl` or `map_mse` of two layers' maps, or `score_mse` of their scores, computed without storing them. A
+    scalar with gradient for the student.
 
     Args:
-        loss: "kl" or "mse".
+        loss: "kl", "mse" or "score_mse".
         student, teacher: attention inputs with one B and T on both sides; d_head and H_kv may differ.
         mask: bool (B, T), True = counts, as query and as key.
-        heads: average neighboring heads' maps down to this many on both sides first; None compares head h with head h.
+        heads: average neighboring heads' maps (scores) down to this many on both sides first; None compares head h with
+            head h.
 
     Maps are over the keys that count, whether or not the layer itself masks the padding. The KL takes no account of
     attention sinks (its rows sum to 1 over the tokens, as in `map_kl`); the MSE compares maps that a sink has taken its
-    share of. A pair that both sides mask (future, window) takes no part in the MSE's mean.
+    share of. A pair that both sides mask (future, window) takes no part in the MSE's mean; one that either side masks
+    has no score there, and takes no part in that of scores.
 
     Raises:
         ValueError: B, H or T differ between the sides, or a mask of another shape.
@@ -79,11 +82,16 @@ def head_costs(loss: str, student: AttentionInputs, teacher: AttentionInputs, ma
         valid = ours.valid
         costs = ours.query.new_zeros(ours.query.shape[1], theirs.query.shape[1])
         for start, end, keys in _blocks(student, teacher):
-            log_s, log_t = (side.log_maps(start, end, keys) for side in (ours, theirs))
+            log_s, log_t = (side.rows(start, end, keys) for side in (ours, theirs))
             dtype = torch.promote_types(log_s.dtype, log_t.dtype)  # einsum wants one
             log_s, log_t = log_s.to(dtype), log_t.to(dtype)
             counts = valid[:, None, start:end, None]
-            if loss == "kl":
+            if loss == "score_mse":  # scores may be large and close: their squares apart would be no sum to trust
+                pairs = _pairs(loss, ours, theirs, start, end, keys)
+                scores = log_t.masked_fill(~pairs, 0.0)
+                for h, one in enumerate(log_s.masked_fill(~pairs, 0.0).split(1, dim=1)):
+                    costs[h] += (scores - one).square().sum((0, 2, 3))
+            elif loss == "kl":
                 p = log_t.exp() * counts
                 costs += (p * log_t).sum((0, 2, 3)) - torch.einsum("bhqk,bgqk->hg", log_s, p)
             else:
@@ -158,7 +166,7 @@ class _Side:
 
     def __init__(self, inputs: AttentionInputs, mask: Tensor | None, loss: str):
         B, _, T, _ = inputs.query.shape
-        self.inputs = inputs
+        self.inputs, self.loss = inputs, loss
         self.valid = torch.ones(B, T, dtype=torch.bool, device=inputs.query.device) if mask is None else mask.bool()
         # a mask that hides nothing would cost a pass over every block
         self.masked = mask is not None and not (values_known(self.valid) and self.valid.all())
@@ -176,8 +184,13 @@ class _Side:
         # of the block at hand: masked pairs, whether the teacher may see some of them, and the slope of the soft cap
         self.hidden, self.hides_more, self._slope = None, False, None
 
-    def log_maps(self, start: int, end: int, keys: int) -> Tensor:
-        """log softmax of one block of rows, over the keys that count. (B, H, rows, keys)"""
+    def rows(self, start: int, end: int, keys: int) -> Tensor:
+        """What the loss compares of one block of rows: the logarithms of maps, or scores. (B, H, rows, keys)"""
+        scores = self.scores(start, end, keys)
+        return scores if self.loss == "score_mse" else self.log_maps(scores)
+
+    def scores(self, start: int, end: int, keys: int) -> Tensor:
+        """Of one block of rows, before the softmax; the lowest float where a pair is masked. (B, H, rows, keys)"""
         scores = (self.query[:, :, start:end] * self.inputs.scaling) @ self.key[:, :, :keys].transpose(-2, -1)
         if (cap := self.inputs.softcap) is not None:
             scores = scores.div_(cap).tanh_()
@@ -198,6 +211,10 @@ class _Side:
                 self.biases
             ):  # which may hold the lowest float themselves: a row that is masked whole must not become -inf
                 scores = scores.clamp_min_(torch.finfo(scores.dtype).min)
+        return scores
+
+    def log_maps(self, scores: Tensor) -> Tensor:
+        """Their log softmax over the keys that count."""
         if self.sinks is None:
             log_maps = scores.log_softmax(-1)
         else:
@@ -247,22 +264,21 @@ class _Streamed(torch.autograd.Function):
         with in_full(student.query):
             ours, theirs = (_Side(side, mask, loss) for side in (student, teacher))
             valid = ours.valid
-            compare = _kl if loss == "kl" else _mse
+            compare = {"kl": _kl, "mse": _mse, "score_mse": _score_mse}[loss]
             needs_grad = any(tensor.requires_grad for tensor in learned)
             if needs_grad:
                 ours.gradients()
             total, pairs = ours.query.new_zeros(()), valid.new_zeros((), dtype=torch.long)
             for start, end, keys in _blocks(student, teacher):
                 counts = valid[:, None, start:end, None]  # (B, 1, rows, 1): padded queries take no part
-                log_s, log_t = (side.log_maps(start, end, keys) for side in (ours, theirs))
+                log_s, log_t = (side.rows(start, end, keys) for side in (ours, theirs))
                 ours.hides_more = ours.hidden is not None and not _same(ours.hidden, theirs.hidden)
+                if loss != "kl":
+                    looked_at = _pairs(loss, ours, theirs, start, end, keys)
+                    pairs += looked_at.any(1).sum()
+                    counts = looked_at if loss == "score_mse" else counts
                 value, grad = compare(log_s, log_t, ours, counts, heads, needs_grad)
                 total += value
-                if loss == "mse":
-                    looked_at = counts & valid[:, None, None, :keys]
-                    if ours.hidden is not None and theirs.hidden is not None:
-                        looked_at = looked_at & ~(ours.hidden & theirs.hidden)
-                    pairs += looked_at.any(1).sum()
                 if needs_grad:
                     ours.back(grad, start, end, keys)
             compared = (student.query.shape[1] if heads is None else heads) * (valid.sum() if loss == "kl" else pairs)
@@ -308,6 +324,30 @@ def _mse(log_s: Tensor, log_t: Tensor, ours: _Side, counts: Tensor, heads: int |
     difference = _grouped(q, heads) - _grouped(p, heads)
     value = (difference.square() * counts).sum()
     return value, _through_softmax(q, 2 * difference, ours, counts) if needs_grad else None
+
+
+def _score_mse(s: Tensor, t: Tensor, ours: _Side, pairs: Tensor, heads: int | None, needs_grad: bool):
+    """Σ (s - t)² of one block over the pairs that count, and its gradient in the student's scores."""
+    members = 1 if heads is None else s.shape[1] // heads
+    # before the mean of heads: masked scores are the lowest float, whose sum is -inf
+    s, t = (_grouped(x.masked_fill(~pairs, 0.0), heads) for x in (s, t))
+    difference = s - t  # 0 at pairs that do not count
+    grad = (2 / members * difference).repeat_interleave(members, dim=1) if needs_grad else None
+    return difference.square().sum(), grad
+
+
+def _pairs(loss: str, ours: _Side, theirs: _Side, start: int, end: int, keys: int) -> Tensor:
+    """The pairs of one block that a mean of squares is over: of maps those that a side sees, of scores those that both
+    see, in every head. bool (B, 1 or H, rows, keys)
+    """
+    pairs = ours.valid[:, None, start:end, None] & ours.valid[:, None, None, :keys]
+    hidden = [side.hidden for side in (ours, theirs) if side.hidden is not None]
+    if loss == "score_mse":
+        for masked in hidden:
+            pairs = pairs & ~masked.any(1, keepdim=True)
+    elif len(hidden) == 2:
+        pairs = pairs & ~(hidden[0] & hidden[1])
+    return pairs
 
 
 def _through_softmax(q: Tensor, grad: Tensor, ours: _Side, counts: Tensor) -> Tensor:
