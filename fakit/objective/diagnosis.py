@@ -15,7 +15,7 @@ def whose_numbers(term: Term, pairs: list[Pair], student: Trace | None, teacher:
         if trace is None or not needs:
             continue
         layers = {pair[index] for pair in pairs}
-        found = _not_finite(trace, needs, layers or needs.hidden_states | needs.attentions)
+        found = _not_finite(trace, needs, layers or needs.layers)
         if found:
             fix = (
                 " Look at its weights: damaged, or loaded in float16 where bfloat16 or float32 would hold them." * index
@@ -28,6 +28,9 @@ def _not_finite(trace: Trace, needs: Needs, layers: set[int] | frozenset[int]) -
     for layer in sorted(layers & needs.hidden_states):
         if _wrong(trace.hidden_states.get(layer), trace.layer_mask(layer)):
             return f"hidden states of layer {layer} are"
+    for layer in sorted(layers & needs.attention_outputs):
+        if _wrong(trace.attention_outputs.get(layer), trace.layer_mask(layer)):
+            return f"attention outputs of layer {layer} are"
     for layer in sorted(layers & needs.attentions):
         inputs = trace.attention.get(layer)
         given = [trace.maps.get(layer)] if inputs is None else [inputs.query, inputs.key, inputs.value]

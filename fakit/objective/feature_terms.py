@@ -36,8 +36,8 @@ class Pooled(Features):
     `Pooled("margin_ranking")` with weights 10, 200 and 20, the latter two over Matryoshka prefixes.
 
     Args:
-        loss, weight, projection, layer_map, shared, at_equal_width, parameters: see `Features`. The projection is that
-            of the pooled vectors.
+        loss, weight, projection, layer_map, shared, at_equal_width, parameters, at: see `Features`. The projection is
+            that of the pooled vectors.
         pool: "mean", "first" or "last".
         prefixes: Matryoshka: the mean of the loss over the first p dimensions, for each p. Losses of relations take the
             student's first p dimensions and all of the teacher's, others the first p of both.
@@ -123,25 +123,25 @@ class _Neighbors(Features):
     """A term over two neighboring pairs of the layer map, named by the upper one."""
 
     def _shares_of(self, layer_map: LayerMap) -> dict[Pair, float]:
-        weights = dict(zip(layer_map.pairs, layer_map.pair_weights, strict=True))
+        weights = self._weights_of(layer_map)
         if len(weights) == 1:
             raise ValueError(
                 f"{type(self).__name__} compares neighboring layers of the map, and {layer_map!r} has one pair: map "
                 "two layers or more, (0, 0) for the embeddings among them."
             )
-        return normalized({upper: weights[upper] for _, upper in pairwise(layer_map.pairs)})
+        return normalized({upper: weights[upper] for _, upper in pairwise(weights)})
 
     def below(self, pair: Pair) -> Pair:
         """The pair before it in the map."""
-        pairs = self.place.layer_map.pairs
+        pairs = list(self._weights_of(self.place.layer_map))
         return pairs[pairs.index(pair) - 1]
 
     def needs(self, side: str) -> Needs:
         pairs = self.shares()
-        return Needs(hidden_states=self._layers(side, {*pairs, *map(self.below, pairs)}))
+        return self._needs(self._layers(side, {*pairs, *map(self.below, pairs)}))
 
     def cached(self) -> Needs:
-        return Needs(hidden_states=self._layers("teacher", self.place.layer_map.possible_pairs()))
+        return self._needs(self._layers("teacher", self._looked_at()))
 
     def both(self, student: Trace, teacher: Trace, pair: Pair):
         """`sides` of the pair below and of this one: the first two and the mask of tokens that count in both."""
@@ -164,7 +164,7 @@ class Dynamics(_Neighbors):
     It goes beside `Features`, which matches the states themselves: `terms={"dynamics": Dynamics("cosine")}`.
 
     Args:
-        loss, weight, projection, layer_map, shared, at_equal_width, parameters: see `Features`; the default loss is
+        loss, weight, projection, layer_map, shared, at_equal_width, parameters, at: see `Features`; the default loss is
             that of optipfair's code. The projection is that of the difference.
     """
 
@@ -186,7 +186,7 @@ class Flow(_Neighbors):
     go through the upper pair's projection.
 
     Args:
-        weight, projection, layer_map, shared, at_equal_width: see `Features`.
+        weight, projection, layer_map, shared, at_equal_width, at: see `Features`.
     """
 
     def __init__(
@@ -230,8 +230,8 @@ class LayerAttention(Features):
     no gradient goes through the attention.
 
     Args:
-        loss, weight, projection, layer_map, shared, at_equal_width, parameters: see `Features`; one projection for each
-            student layer.
+        loss, weight, projection, layer_map, shared, at_equal_width, parameters, at: see `Features`; one projection for
+            each student layer.
         scale: of the products; 1/d_T unless given, since hidden states are long.
     """
 
@@ -259,14 +259,13 @@ class LayerAttention(Features):
         return {group[-1]: sum(weights[pair] for pair in group) for group in self._grouped(weights).values()}
 
     def _teachers(self, pair: Pair) -> list[int]:
-        return [t for s, t in sorted(self.place.layer_map.pairs) if s == pair[0]]
+        return [t for s, t in sorted(self._weights_of(self.place.layer_map)) if s == pair[0]]
 
     def needs(self, side: str) -> Needs:
-        pairs = self.place.layer_map.pairs
-        return Needs(hidden_states=self._layers(side, pairs))
+        return self._needs(self._layers(side, self._weights_of(self.place.layer_map)))
 
     def cached(self) -> Needs:
-        return Needs(hidden_states=self._layers("teacher", self.place.layer_map.possible_pairs()))
+        return self._needs(self._layers("teacher", self._looked_at()))
 
     def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
         sides = [self.sides(student, teacher, (pair[0], t)) for t in self._teachers(pair)]

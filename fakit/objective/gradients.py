@@ -300,14 +300,14 @@ def _traces(objective: Objective, teacher, student, batch: Mapping) -> tuple:
     device = next(student.parameters()).device
     ours = objective.needs("student", labels=labels is not None)
     # logits whole: over a head the output term and the task have one gradient together
-    student_trace = capture(student, batch, ours.hidden_states, ours.attentions, ours.logits)
+    student_trace = capture(student, batch, **ours.asked(whole=True))
     teacher_trace = None
     if objective.needs_teacher():
         if teacher is None:
             raise ValueError(f"the terms {list(objective.weights)} compare with a teacher, and none was given.")
         theirs = objective.needs("teacher")
         with torch.no_grad():
-            teacher_trace = capture(teacher, batch, theirs.hidden_states, theirs.attentions, theirs.logits)
+            teacher_trace = capture(teacher, batch, **theirs.asked(whole=True))
     return student_trace, teacher_trace, None if labels is None else labels.to(device)
 
 

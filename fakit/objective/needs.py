@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from fakit.objective.positions import predicting_positions
 from fakit.tracing.inputs import find_documents
 from fakit.tracing.trace import Trace
+
+LAYERS = ("hidden_states", "attentions", "attention_outputs")
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Needs:
     Attributes:
         hidden_states: layers 0…L.
         attentions: layers 1…L, whose attention inputs are kept.
+        attention_outputs: layers 1…L, of which is kept what their attention adds to the hidden states.
         logits: True where logits are looked at.
         in_chunks: `capture(..., logits="head")` will do: the head and its input in place of logits over a large
             vocabulary.
@@ -30,9 +34,10 @@ class Needs:
     logits: bool = False
     in_chunks: bool = field(default=False, compare=False)
     inputs: frozenset[str] = field(default=frozenset({"queries", "keys"}), compare=False)
+    attention_outputs: frozenset[int] = frozenset()
 
     def __post_init__(self):
-        for name in ("hidden_states", "attentions", "inputs"):
+        for name in (*LAYERS, "inputs"):
             object.__setattr__(self, name, frozenset(getattr(self, name)))
         object.__setattr__(self, "in_chunks", bool(self.in_chunks and self.logits))
 
@@ -46,10 +51,22 @@ class Needs:
             self.inputs | other.inputs
             if self.attentions and other.attentions
             else (self if self.attentions else other).inputs,
+            self.attention_outputs | other.attention_outputs,
         )
 
     def __bool__(self) -> bool:
-        return bool(self.hidden_states or self.attentions or self.logits)
+        return bool(self.layers or self.logits)
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """All that anything is asked of."""
+        return self.hidden_states | self.attentions | self.attention_outputs
+
+    def asked(self, whole: bool = False) -> dict[str, Any]:
+        """What to ask of `capture`, by keyword; with `whole`, logits in full in place of a head."""
+        return {name: getattr(self, name) for name in LAYERS} | {
+            "logits": self.logits if whole else self.capture_logits
+        }
 
     @property
     def capture_logits(self) -> bool | str:
@@ -65,13 +82,13 @@ class Needs:
             return cls()
         if isinstance(asked, cls):
             return asked
-        names = ("hidden_states", "attentions", "logits", "in_chunks", "inputs")
+        names = ("hidden_states", "attentions", "logits", "in_chunks", "inputs", "attention_outputs")
         if not isinstance(asked, Mapping) or set(asked) - set(names):
             raise ValueError(
                 f"{who} needs {asked!r}; return Needs(hidden_states=[…], attentions=[…], logits=…) or a dictionary "
                 f"with keys of {', '.join(names)}."
             )
-        wrong = {name: asked[name] for name in ("hidden_states", "attentions") if not _layers(asked.get(name, ()))}
+        wrong = {name: asked[name] for name in LAYERS if not _layers(asked.get(name, ()))}
         if wrong:
             raise ValueError(
                 f"{who} needs {wrong}; layers are whole numbers: 0 the embeddings, i the output of block i."

@@ -277,7 +277,7 @@ class Objective(nn.Module):
             term.check_layers(student_layers, teacher_layers)
             for side, depths in (("student", student_layers), ("teacher", teacher_layers)):
                 needs, deepest = self.needs_of(name, side), depths if isinstance(depths, int) else sum(depths)
-                beyond = sorted(layer for layer in needs.hidden_states | needs.attentions if layer > deepest)
+                beyond = sorted(layer for layer in needs.layers if layer > deepest)
                 if beyond:
                     raise ValueError(
                         f"the {name} term needs layer {beyond[0]} of the {side}, which has layers 0–{deepest}: change "

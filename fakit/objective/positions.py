@@ -94,12 +94,12 @@ def on_both_sides(student: Tensor | None, teacher: Tensor | None) -> Tensor | No
 
 
 def kept(trace: Trace, what: str, layer: int):
-    """A trace's hidden states or attention inputs of a layer ("hidden_states", "attentions").
+    """A trace's "hidden_states", "attention_outputs" or attention inputs ("attentions") of a layer.
 
     Raises:
         ValueError: the trace holds other layers.
     """
-    found = trace.hidden_states if what == "hidden_states" else trace.attention
+    found = trace.attention if what == "attentions" else getattr(trace, what)
     if layer not in found:
         raise ValueError(
             f"{what} of layer {layer} asked of a trace of {trace.name} that holds layers {sorted(found)}; "

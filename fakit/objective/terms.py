@@ -33,6 +33,8 @@ from fakit.tracing.trace import Trace
 ATTENTION_LOSSES = attention_losses.LOSSES | {"relations": None, "minilm": None}
 Heads = Literal["one-to-one", "group-mean", "best-match"]
 HEADS: tuple[str, ...] = get_args(Heads)
+At = Literal["block", "attention"]
+PLACES = {"block": "hidden_states", "attention": "attention_outputs"}  # where a trace holds them
 # What the objective itself gives a loss; everything else in its signature may be set by keyword.
 GIVEN = ("student", "teacher", "mask", "temperature", "labels")
 
@@ -40,14 +42,18 @@ GIVEN = ("student", "teacher", "mask", "temperature", "labels")
 class OverLayers(Term):
     """A term over layer pairs: a weighted mean of the losses at each."""
 
-    embeddings: ClassVar[bool] = True  # layer 0 may be mapped
+    embeddings: bool = True  # layer 0 may be mapped
 
     def shares(self) -> dict[Pair, float]:
         return self._shares_of(self.place.layer_map)
 
     def _shares_of(self, layer_map: LayerMap) -> dict[Pair, float]:
+        return normalized(self._weights_of(layer_map))
+
+    def _weights_of(self, layer_map: LayerMap) -> dict[Pair, float]:
+        """The pairs of a map that the term looks at, in order, and their weights."""
         pairs = dict(zip(layer_map.pairs, layer_map.pair_weights, strict=True))
-        return normalized({pair: w for pair, w in pairs.items() if self.embeddings or min(pair) > 0})
+        return {pair: w for pair, w in pairs.items() if self.embeddings or min(pair) > 0}
 
     def compare(self, student: Trace, teacher: Trace, labels: Tensor | None) -> dict[Pair, Tensor]:
         self.place.matches.clear()
@@ -59,10 +65,11 @@ class OverLayers(Term):
 
     def possible_pairs(self) -> list[Pair]:
         """All pairs that a random map may draw; of another map its pairs."""
-        layer_map = self.place.layer_map
-        if not layer_map.is_random:
-            return list(self.shares())
-        return [pair for pair in layer_map.possible_pairs() if self.embeddings or min(pair) > 0]
+        return self._looked_at() if self.place.layer_map.is_random else list(self.shares())
+
+    def _looked_at(self) -> list[Pair]:
+        """All pairs of the layer map, or that it may draw, that the term looks at."""
+        return [pair for pair in self.place.layer_map.possible_pairs() if self.embeddings or min(pair) > 0]
 
     def _layers(self, side: str, pairs) -> frozenset[int]:
         index = {"student": 0, "teacher": 1}[side]
@@ -84,6 +91,9 @@ class Features(OverLayers):
         shared: one projection for all pairs.
         at_equal_width: a projection also where widths agree (Chen et al. 2022, arXiv 2210.15274: it helps in vision).
         parameters: the loss's own, by name, as further keywords.
+        at: what is compared of a layer: "block", its output; or "attention", what its attention adds to the hidden
+            states, after the output projection (LoLCATs, Zhang et al. 2024, mse times 1000; MaxText). Layer 0 has none
+            and is left out.
     """
 
     loss: str | Callable = "mse"
@@ -93,6 +103,7 @@ class Features(OverLayers):
     shared: bool = False
     at_equal_width: bool = False
     parameters: dict[str, Any] = field(default_factory=dict)
+    at: At = "block"
 
     def __init__(
         self,
@@ -103,8 +114,12 @@ class Features(OverLayers):
         shared: bool = False,
         at_equal_width: bool = False,
         parameters: Mapping[str, Any] | None = None,
+        at: At = "block",
         **more: Any,
     ):
+        if at not in PLACES:
+            raise ValueError(f"Features(at={at!r}) is not known; choose one of {', '.join(map(repr, PLACES))}.")
+        self.at, self._kept, self.embeddings = at, PLACES[at], at == "block"
         if isinstance(loss, str) and loss in feature_losses.OLD_NAMES:
             warn_of_old_name(loss, feature_losses.OLD_NAMES[loss])
             loss = feature_losses.OLD_NAMES[loss]
@@ -133,13 +148,16 @@ class Features(OverLayers):
         return partial(self._bare, **self.parameters) if self.parameters else self._bare
 
     def needs(self, side: str) -> Needs:
-        return Needs(hidden_states=self._layers(side, self.shares()))
+        return self._needs(self._layers(side, self.shares()))
+
+    def _needs(self, layers: frozenset[int]) -> Needs:
+        return Needs(attention_outputs=layers) if self.at == "attention" else Needs(hidden_states=layers)
 
     def count(self, batch: CountedBatch) -> Tensor:
         return batch.tokens if self._count is None else self._count(batch.mask.sum(1))
 
     def cached(self) -> Needs:
-        return Needs(hidden_states=self._layers("teacher", self.possible_pairs()))
+        return self._needs(self._layers("teacher", self.possible_pairs()))
 
     def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
         ours, theirs, mask = self.sides(student, teacher, pair)
@@ -147,8 +165,8 @@ class Features(OverLayers):
 
     def sides(self, student: Trace, teacher: Trace, pair: Pair) -> tuple[Tensor, Tensor, Tensor | None]:
         """What is compared at a layer pair, before any projection, (B, T, d_S) and (B, T, d_T); which of it counts."""
-        ours = kept(student, "hidden_states", pair[0])  # (B, T, d_S)
-        theirs = kept(teacher, "hidden_states", pair[1])  # (B, T, d_T)
+        ours = kept(student, self._kept, pair[0])  # (B, T, d_S)
+        theirs = kept(teacher, self._kept, pair[1])  # (B, T, d_T)
         return ours, theirs, common_mask(student, teacher, pair)
 
     def projected(self, ours: Tensor, teacher_width: int, pair: Pair, mask: Tensor | None) -> Tensor:
@@ -240,7 +258,7 @@ class Attention(OverLayers):
         layer_map: for this term alone; the objective's unless given.
     """
 
-    embeddings: ClassVar[bool] = False  # they do not attend
+    embeddings = False  # they do not attend
 
     loss: str | Callable = "kl"
     weight: float | Schedule = 1.0

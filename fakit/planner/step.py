@@ -129,7 +129,7 @@ def simulate(setup: Setup) -> Step:
         remember_causal(model, setup.task == "causal-lm")
     ledger, needs = Ledger(), objective.needs("teacher")
     # layer i is what block i gives and block i + 1 is given
-    run_one_of_each(find_blocks(teacher), needs.attentions | needs.hidden_states, ledger)
+    run_one_of_each(find_blocks(teacher), needs.layers, ledger)
     with fakes, ledger:
         ledger.phase = "teacher weights"
         ledger.book(_tensors(teacher))
@@ -256,7 +256,7 @@ def _batch(setup: Setup, teacher: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _trace(model: PreTrainedModel, batch: dict[str, Tensor], needs):
-    return capture(model, batch, needs.hidden_states, needs.attentions, needs.capture_logits)
+    return capture(model, batch, **needs.asked())
 
 
 def _without_attention_dropout(model: PreTrainedModel) -> None:

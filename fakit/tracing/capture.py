@@ -36,6 +36,7 @@ def capture(
     hidden_states: Iterable[int] = (),
     attentions: Iterable[int] = (),
     logits: bool | str = True,
+    attention_outputs: Iterable[int] = (),
 ) -> Trace:
     """Run `model` on `batch` and keep the layers asked for. Follows torch's grad mode; leaves the model as it found it.
 
@@ -52,6 +53,8 @@ def capture(
         logits: False ends the forward pass after the last layer asked for. "head" keeps the output head and its input
             in place of logits over a large vocabulary (`Trace.head`), where the model has such a head;
             the logits themselves where it has not.
+        attention_outputs: layer numbers 1…L: what each block's (self-)attention adds to the hidden states, after its
+            output projection (`Trace.attention_outputs`).
 
     Raises:
         ValueError: before the forward pass, for a layer the model does not have, a batch without inputs, packed rows
@@ -62,7 +65,8 @@ def capture(
     >>> trace.hidden_states[3].shape, trace.attention_maps(3).shape  # doctest: +SKIP
     """
     hidden_states, attentions = _layer_numbers("hidden_states", hidden_states), _layer_numbers("attentions", attentions)
-    blocks = find_blocks(model) if hidden_states or attentions else []
+    attention_outputs = _layer_numbers("attention_outputs", attention_outputs)
+    blocks = find_blocks(model) if hidden_states or attentions or attention_outputs else []
     if blocks and model.training:
         _check_every_layer_runs(model)
     elif hidden_states and rescaled(model):
@@ -73,7 +77,7 @@ def capture(
             "in training. Call fakit.models.without_rescaling(model) first; load_teacher, shrink and "
             "DistillationTrainer do."
         )
-    _check_layers(model, hidden_states, attentions, blocks)
+    _check_layers(model, hidden_states, attentions, attention_outputs, blocks)
     ready = prepare_inputs(model, batch)
     inputs = ready.inputs
     trace = Trace(
@@ -86,24 +90,26 @@ def capture(
     if is_encoder_decoder(model):
         trace.encoder_layers = encoder_depth(model)
         trace.decoder_mask = _decoder_mask(model, inputs, batch.get("labels"))
-    source = _attention_source(model, blocks) if attentions else "none"
+    source = _attention_source(model, blocks) if attentions or attention_outputs else "none"
     if source == "maps":
+        _check_projections(model, attention_outputs)
         inputs["output_attentions"] = True
     watched = set(attentions) if source in ("interface", "sdpa") else set()
-    last = None if logits or source == "maps" else max([*hidden_states, *attentions], default=None)
+    asked = [*hidden_states, *attentions, *attention_outputs]
+    last = None if logits or source == "maps" else max(asked, default=None)
 
     outputs = None
-    recorder = Recorder(trace, set(hidden_states), watched, last)
+    recorder = Recorder(trace, set(hidden_states), watched, last, set(attention_outputs))
     head = find_head(model) if logits == "head" else None
     known, finish = find_finish(model, head, _without_borders(inputs)) if head is not None else (False, None)
     with (
-        recorder.watching(blocks, source if watched else "none"),
+        recorder.watching(blocks, source if watched or attention_outputs else "none"),
         _naming_the_decoder(model, inputs),
         without_logits(head) if head is not None and known else nullcontext([]) as given,
     ):
         outputs = model(**inputs)
 
-    _check_seen(trace, hidden_states, sorted(watched))
+    _check_seen(trace, hidden_states, sorted(watched), attention_outputs)
     _batch_first(model, inputs, blocks, trace)
     if head is not None and known:
         trace.head = Head(given[0], head.weight, head.bias, finish)
@@ -119,9 +125,22 @@ def capture(
 # -- where attention can be seen --------------------------------------------------------------------------------------
 
 
-def check_attention(model: nn.Module) -> None:
-    """Raise ValueError when nothing of the model's attention can be had."""
-    _attention_source(model, find_blocks(model))
+def check_attention(model: nn.Module, outputs: bool = False) -> None:
+    """Raise ValueError when nothing of the model's attention can be had; with `outputs`, not what it adds to the hidden
+    states.
+    """
+    if _attention_source(model, find_blocks(model)) == "maps" and outputs:
+        _check_projections(model, [1])
+
+
+def _check_projections(model: nn.Module, attention_outputs: list[int]) -> None:
+    if attention_outputs:
+        raise ValueError(
+            f"attention outputs asked of {type(model).__name__}, whose blocks attend by code of their own under "
+            f"{model.config._attn_implementation!r} attention, so that it cannot be seen where attention ends and its "  # ty: ignore
+            "output projection begins. Load it with attn_implementation='sdpa' where it has that, or compare the "
+            "blocks' own outputs: Features(at='block')."
+        )
 
 
 def _attention_source(model: nn.Module, blocks: list[nn.Module]) -> str:
@@ -180,8 +199,14 @@ def _layer_numbers(name: str, asked: Iterable[int]) -> list[int]:
     )
 
 
-def _check_layers(model: nn.Module, hidden_states: list[int], attentions: list[int], blocks: list[nn.Module]) -> None:
-    for what, asked, lowest in (("hidden state", hidden_states, 0), ("attention", attentions, 1)):
+def _check_layers(
+    model: nn.Module, hidden_states: list[int], attentions: list[int], outputs: list[int], blocks
+) -> None:
+    for what, asked, lowest in (
+        ("hidden state", hidden_states, 0),
+        ("attention", attentions, 1),
+        ("attention output", outputs, 1),
+    ):
         wrong = [i for i in asked if not lowest <= i <= len(blocks)]
         if wrong:
             raise ValueError(
@@ -251,7 +276,7 @@ def _logits(model: nn.Module, outputs) -> Tensor | None:
     return logits  # None for a bare encoder, which has no head
 
 
-def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int]) -> None:
+def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int], outputs: list[int]) -> None:
     unseen = "the blocks did not run: this model leaves them out, or they are called around their hooks"
     silent = (
         "the blocks attend by code of their own and not through transformers' attention functions (Doge, "
@@ -260,6 +285,7 @@ def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int]) -
     for what, asked, seen, why in (
         ("hidden state", hidden_states, trace.hidden_states, unseen),
         ("attention", attentions, trace.attention, silent),
+        ("attention output", outputs, trace.attention_outputs, silent),
     ):
         missing = [i for i in asked if i not in seen]
         if missing:
@@ -287,7 +313,8 @@ def _keep_apart(trace: Trace) -> None:
 def _put_back(trace: Trace, places: Tensor) -> Trace:
     """The trace of rows that were moved to an edge, each token in the batch's own place again."""
     first_only = trace.encoder_layers is not None  # it is the encoder that reads the batch's tokens
-    last = trace.encoder_layers if first_only else max([*trace.hidden_states, *trace.attention, *trace.maps], default=0)
+    seen = [*trace.hidden_states, *trace.attention_outputs, *trace.attention, *trace.maps]
+    last = trace.encoder_layers if first_only else max(seen, default=0)
 
     def moved(kept: dict, move: Callable) -> dict:
         return {i: move(x) if i <= last else x for i, x in kept.items()}
@@ -296,6 +323,7 @@ def _put_back(trace: Trace, places: Tensor) -> Trace:
     return replace(
         trace,
         hidden_states=moved(trace.hidden_states, lambda x: at_places(x, places, 1)),
+        attention_outputs=moved(trace.attention_outputs, lambda x: at_places(x, places, 1)),
         attention=moved(trace.attention, lambda x: x.at_places(places)),
         maps=moved(trace.maps, lambda x: at_places(at_places(x, places, 2), places, 3)),
         logits=at_places(trace.logits, places, 1) if by_place and trace.logits.dim() == 3 else trace.logits,
@@ -316,7 +344,9 @@ def _batch_first(model: nn.Module, inputs: dict, blocks: list[nn.Module], trace:
     T, d).
     """
     kind = type(without_adapter(model))
-    for i, hidden in trace.hidden_states.items():
+    both = [(kept, i) for kept in (trace.hidden_states, trace.attention_outputs) for i in kept]
+    for kept, i in both:
+        hidden = kept[i]
         mask = trace.layer_mask(i)
         if mask is None or mask.shape == (1, 1):
             continue
@@ -325,7 +355,7 @@ def _batch_first(model: nn.Module, inputs: dict, blocks: list[nn.Module], trace:
         elif kind not in _tokens_first:
             _tokens_first[kind] = _works_tokens_first(model, inputs, blocks)
         if _tokens_first[kind]:
-            hidden = trace.hidden_states[i] = hidden.transpose(0, 1)
+            hidden = kept[i] = hidden.transpose(0, 1)
         if hidden.dim() == 4:
             raise ValueError(
                 f"layer {i} of {trace.name} carries {tuple(hidden.shape)}, {hidden.shape[0]} hidden states of each "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.tracing.trace import Trace
@@ -31,14 +32,27 @@ class Recorder:
 
     Args:
         trace: is written into.
-        hidden_states, attentions: layer numbers to keep.
+        hidden_states, attentions, attention_outputs: layer numbers to keep.
         last: the layer after which nothing more is asked for: its output, or its attention where its output is not
             asked for; None to let the forward pass run to its end.
     """
 
-    def __init__(self, trace: Trace, hidden_states: set[int], attentions: set[int], last: int | None):
+    def __init__(
+        self,
+        trace: Trace,
+        hidden_states: set[int],
+        attentions: set[int],
+        last: int | None,
+        attention_outputs: set[int] | None = None,
+    ):
         self.trace, self.hidden_states, self.attentions, self.last = trace, hidden_states, attentions, last
+        self.attention_outputs = attention_outputs or set()
         self.layer = 0
+        # of the block at hand: what it was given, and its linear layers before it attended; whether it has attended,
+        # so that its output projection comes next; and that projection while it runs
+        self._block_input: Tensor | None = None
+        self._given_before: list[Tensor] = []
+        self._attended, self._projection = False, None
 
     @contextmanager
     def watching(self, blocks: list[nn.Module], attention: str) -> Iterator[None]:
@@ -57,6 +71,12 @@ class Recorder:
                 numbers = [i for i, other in enumerate(blocks, 1) if other is block]
                 handles.append(block.register_forward_pre_hook(self._entering(numbers), with_kwargs=True))
                 handles.append(block.register_forward_hook(self._leaving))
+            linears = (
+                [m for block in blocks for m in block.modules() if _is_linear(m)] if self.attention_outputs else []
+            )
+            for linear in dict.fromkeys(linears):
+                handles.append(linear.register_forward_pre_hook(self._entering_linear))
+                handles.append(linear.register_forward_hook(self._leaving_linear))
             with watch():
                 yield
         except EnoughSeen:
@@ -76,6 +96,9 @@ class Recorder:
                 self.trace.hidden_states[0] = _hidden(args) if args else kwargs["hidden_states"]
                 if self.last == 0:
                     raise EnoughSeen
+            if self.layer in self.attention_outputs:
+                self._block_input = _hidden(args) if args else kwargs["hidden_states"]
+                self._given_before, self._attended, self._projection = [], False, None
 
         return pre_hook
 
@@ -87,9 +110,36 @@ class Recorder:
         if self.layer == self.last:
             raise EnoughSeen
 
+    def _entering_linear(self, linear, args):
+        """The output projection is the first linear layer after the attention function, but for one that is given what
+        a layer before it was: a gate.
+        """
+        if _recorder.get() is not self or self._projection is not None or self._block_input is None or not args:
+            return
+        if not self._attended:
+            self._given_before.append(args[0])
+        elif not any(args[0] is given for given in self._given_before):
+            self._projection = linear  # a layer with an adapter is entered before the one inside it
+
+    def _leaving_linear(self, linear, args, output):
+        if _recorder.get() is not self or self._projection is not linear or self._block_input is None:
+            return
+        if output.shape != self._block_input.shape:
+            raise ValueError(
+                f"attention output of layer {self.layer} of {self.trace.name}: its block works on "
+                f"{tuple(self._block_input.shape)}, and what follows its attention gives {tuple(output.shape)}, so "
+                "that is not what the attention adds to the hidden states (bottlenecks in MobileBERT, several "
+                "projections in DeepSeek V4). Compare the blocks' own outputs: Features(at='block')."
+            )
+        self.trace.attention_outputs[self.layer] = output
+        self._block_input, self._given_before, self._projection = None, [], None
+        if self.layer == self.last and self.last not in self.hidden_states:
+            raise EnoughSeen
+
     def attention(self, module, query, key, value, attention_mask=None, *_, **options) -> None:
         """One call of an attention function."""
         # the first call of a block is its self-attention; a decoder's cross-attention comes second
+        self._attended = True
         if self.layer not in self.attentions or self.layer in self.trace.attention:
             return
         scaling, causal = options.get("scaling"), options.get("is_causal")
@@ -106,8 +156,13 @@ class Recorder:
             position_bias=options.get("position_bias"),
             sinks=options.get("s_aux"),
         )
-        if self.layer == self.last and self.last not in self.hidden_states:
+        if self.layer == self.last and self.last not in self.hidden_states | self.attention_outputs:
             raise EnoughSeen
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear layer, or one that an adapter (PEFT) is around."""
+    return isinstance(module, nn.Linear | Conv1D) or isinstance(getattr(module, "base_layer", None), nn.Linear | Conv1D)
 
 
 def _hidden(output) -> Tensor:

@@ -17,6 +17,8 @@ class Trace:
     Attributes:
         hidden_states: {i: (B, T, d)}
         attention: {i: AttentionInputs}, with `queries`, `keys` and `values` as views of it
+        attention_outputs: {i: (B, T, d)}, what block i's attention adds to the hidden states: after its output
+            projection, before any dropout or norm
         maps: {i: (B, H, T, T)} where the model itself returned its maps (families without the attention interface)
         logits: (B, T, V), (B, C), or None
         head: in place of logits over a large vocabulary, where asked for: the output head and what it was given
@@ -31,6 +33,7 @@ class Trace:
     """
 
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    attention_outputs: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     maps: dict[int, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
@@ -98,6 +101,7 @@ class Trace:
         return replace(
             self,
             hidden_states={i: h.detach() for i, h in self.hidden_states.items()},
+            attention_outputs={i: h.detach() for i, h in self.attention_outputs.items()},
             attention={i: a.detach() for i, a in self.attention.items()},
             maps={i: m.detach() for i, m in self.maps.items()},
             logits=None if self.logits is None else self.logits.detach(),
@@ -107,4 +111,6 @@ class Trace:
     def __repr__(self) -> str:
         logits = None if self.logits is None else tuple(self.logits.shape)
         attention = sorted({*self.maps, *self.attention})
-        return f"Trace({self.name}: hidden_states={sorted(self.hidden_states)}, attention={attention}, logits={logits})"
+        outputs = f", attention_outputs={sorted(self.attention_outputs)}" if self.attention_outputs else ""
+        states = sorted(self.hidden_states)
+        return f"Trace({self.name}: hidden_states={states}, attention={attention}{outputs}, logits={logits})"

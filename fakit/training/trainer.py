@@ -154,7 +154,7 @@ class Distiller(nn.Module):
 
 
 def _trace(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
-    return capture(model, inputs, needs.hidden_states, needs.attentions, needs.capture_logits)
+    return capture(model, inputs, **needs.asked())
 
 
 def _refuse_reentrant(activation_checkpointing_kwargs: dict | None) -> None:
@@ -223,7 +223,7 @@ class DistillationTrainer(Trainer):
         check_fit(described, student, objective, teacher_tokenizer, tokenizer)
         objective.prepare(*(m.config.get_text_config().hidden_size for m in (student, described)))
         layers = [objective.needs_of(name, "student") for name in objective.terms]
-        if any(needs.hidden_states or needs.attentions for needs in layers) and (off := without_layerdrop(student)):
+        if any(needs.layers for needs in layers) and (off := without_layerdrop(student)):
             logger.warning(
                 "The student's %s is set to 0: its layers are matched, and a layer that is left out has nothing to "
                 "match.",
@@ -587,9 +587,11 @@ def check_fit(
                 f"the student is {s.hidden_size} wide, the teacher {t.hidden_size}, and Features(projection=None) "
                 "allows no projection; use projection='linear', or a student of the teacher's width."
             )
-    if any(objective.needs_of(name, "student").attentions for name in objective.terms):
+    needs = [objective.needs_of(name, "student") for name in objective.terms]
+    outputs = any(asked.attention_outputs for asked in needs)
+    if outputs or any(asked.attentions for asked in needs):
         for model in (student, teacher):
-            check_attention(model)
+            check_attention(model, outputs)
     heads = [getattr(config, "num_attention_heads", None) for config in (s, t)]  # none where nothing attends (Mamba)
     for name, attention in objective.of_kind(Attention).items():
         one_to_one = attention.loss != "relations" and attention.heads == "one-to-one"

@@ -181,7 +181,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["kl", "mse", "relations", "maps"])
+@pytest.mark.parametrize("attention", ["kl", "mse", "score_mse", "relations", "minilm", "maps"])
 def test_packed_terms_are_those_of_the_documents_in_rows_of_their_own(attention, monkeypatch):
     teacher = tiny("mistral")
     student, loss = shrink(teacher, 2, init="random").eval(), objective("kl" if attention == "maps" else attention)

@@ -197,7 +197,7 @@ def _run(
     batch = {name: padded([torch.as_tensor(row[name]) for row in rows]) for name in names}
     batch["attention_mask"] = padded([_mask(row) for row in rows])
     with torch.no_grad():
-        return capture(teacher, batch, content.hidden_states, content.attentions, content.logits)
+        return capture(teacher, batch, **content.asked())
 
 
 def _mask(row: Mapping) -> Tensor:
@@ -208,6 +208,7 @@ def _mask(row: Mapping) -> Tensor:
 def _pack(trace: Trace, b: int, tokens: Tensor, content: CacheContent) -> dict[str, Tensor]:
     """Row b's tensors as they are stored; `tokens` bool (T,) says which of its places are no padding."""
     tensors = {f"hidden_states.{layer}": x[b][tokens] for layer, x in trace.hidden_states.items()}  # (n, d)
+    tensors |= {f"attention_outputs.{layer}": x[b][tokens] for layer, x in trace.attention_outputs.items()}
     for name in content.inputs:
         for layer, x in getattr(trace, name).items():
             tensors[f"{name}.{layer}"] = x[b][:, tokens].transpose(0, 1)  # (n, H, d_head)

@@ -3,7 +3,7 @@
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from fakit.files import locked, sha256, whole
 from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.models.head_kinds import problem_type
 from fakit.models.tables import check_data, tables
-from fakit.objective.needs import Needs
+from fakit.objective.needs import LAYERS, Needs
 from fakit.objective.objective import Objective
 from fakit.tracing.trace import Trace
 from fakit.training.teacher_cache.build import DOCUMENTS, PER_ROW, describe, make_shard
@@ -86,6 +86,7 @@ class TeacherCache:
         batch_size: int = 32,
         padding_side: str = "right",
         shard_rows: int | None = None,
+        attention_outputs: Iterable[int] = (),
     ) -> "TeacherCache":
         """Run the teacher over `dataset` and keep what is asked for; whole shards of an interrupted build are kept.
 
@@ -99,7 +100,8 @@ class TeacherCache:
                 again), if the teacher keeps them apart.
             objective: keep all that it may ask (`CacheContent.for_objective`), instead of naming layers.
             needs: the same for what an objective needs at this moment (`objective.needs("teacher")`).
-            hidden_states, attentions, inputs, logits: what to keep where there is neither: see `CacheContent`.
+            hidden_states, attentions, attention_outputs, inputs, logits: what to keep where there is neither: see
+                `CacheContent`.
             top_k, dtype: how to keep it: see `CacheContent`.
             tokenizer: recorded by its fingerprint, if given, and compared when the cache is opened with one.
             padding_side: "left" for a classifier that looks at the last place of a batch (XLNet); others say the same
@@ -119,14 +121,13 @@ class TeacherCache:
         for name, number in (("batch_size", batch_size), ("shard_rows", shard_rows)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}={number}: the teacher reads at least 1 row at a time.")
-        if needs is not None:
-            hidden_states, attentions, logits = needs.hidden_states, needs.attentions, needs.logits
-            inputs = needs.inputs | set(inputs)
-        content = (
-            CacheContent(tuple(hidden_states), tuple(attentions), tuple(inputs), logits, top_k, dtype)
-            if objective is None
-            else CacheContent.for_objective(objective, top_k, dtype)
-        )
+        if objective is not None:
+            content = CacheContent.for_objective(objective, top_k, dtype)
+        elif needs is not None:
+            content = CacheContent.for_needs(replace(needs, inputs=needs.inputs | set(inputs)), top_k, dtype)
+        else:
+            kept = (tuple(hidden_states), tuple(attentions), tuple(inputs), logits, top_k, dtype)
+            content = CacheContent(*kept, tuple(attention_outputs))
         if not str(folder):
             raise ValueError("a cache needs a folder; found an empty name.")
         folder = Path(folder)
@@ -160,7 +161,7 @@ class TeacherCache:
             "teacher": fingerprint(teacher),
             "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
             "data": combined(hashes),
-            "content": asdict(content),
+            "content": content.written(),
             "rows": len(dataset),
             "padding_side": padding_side,
         }
@@ -279,12 +280,13 @@ class TeacherCache:
             problem_type=_problem_type(self.manifest["config"]),
             name=self.manifest["name"],
         )
-        hidden, attentions = self.content.hidden_states, self.content.attentions
+        layers = {name: {*getattr(self.content, name)} for name in LAYERS}
         if needs is not None:
-            hidden, attentions = needs.hidden_states & {*hidden}, needs.attentions & {*attentions}
-        for layer in sorted(hidden):
-            trace.hidden_states[layer] = padded(unpack(packed(f"hidden_states.{layer}")))
-        for layer in sorted(attentions):
+            layers = {name: kept & getattr(needs, name) for name, kept in layers.items()}
+        for name in ("hidden_states", "attention_outputs"):
+            for layer in sorted(layers[name]):
+                getattr(trace, name)[layer] = padded(unpack(packed(f"{name}.{layer}")))
+        for layer in sorted(layers["attentions"]):
             kept = {i: padded(unpack(packed(f"{i}.{layer}"))).transpose(1, 2) for i in self.content.inputs}
             trace.attention[layer] = self._attention(layer, kept, trace.mask, trace.documents)
         if self.content.logits and (needs is None or needs.logits):

@@ -1,8 +1,9 @@
 """What a cache keeps of a teacher, and whether that is enough for an objective."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from fakit.objective.needs import Needs
+from fakit.objective.needs import LAYERS, Needs
 from fakit.objective.objective import Objective
 from fakit.training.teacher_cache.packing import PRECISIONS
 
@@ -20,7 +21,8 @@ class CacheContent:
             of all three.
         logits: keep them.
         top_k: keep only the k largest logits of each distribution, and the mass of the rest; None keeps all.
-        dtype: "float32", "bfloat16", "float16" or "int8" (with one scale for each vector), of everything above.
+        dtype: "float32", "bfloat16", "float16" or "int8" (with one scale for each vector), of everything here.
+        attention_outputs: layers 1…L, of which is kept what their attention adds to the hidden states.
 
     Raises:
         ValueError: a dtype or an input that is not known, a k below 1.
@@ -32,6 +34,7 @@ class CacheContent:
     logits: bool = True
     top_k: int | None = None
     dtype: str = "bfloat16"
+    attention_outputs: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.dtype not in PRECISIONS:
@@ -43,7 +46,7 @@ class CacheContent:
                 f"top_k={self.top_k!r} with logits={self.logits}: keep at least the largest logit, or leave top_k out "
                 "(None)."
             )
-        for name in ("hidden_states", "attentions"):  # one spelling of one content, because the manifest compares it
+        for name in LAYERS:  # one spelling of one content, because the manifest compares it
             object.__setattr__(self, name, tuple(sorted({int(layer) for layer in getattr(self, name)})))
         object.__setattr__(self, "inputs", tuple(name for name in INPUTS if name in self.inputs))
 
@@ -60,7 +63,16 @@ class CacheContent:
     @classmethod
     def for_needs(cls, needs: Needs, top_k: int | None = None, dtype: str = "bfloat16") -> "CacheContent":
         """What an objective asks of its teacher at one moment (`objective.needs("teacher")`)."""
-        return cls(tuple(needs.hidden_states), tuple(needs.attentions), tuple(needs.inputs), needs.logits, top_k, dtype)
+        layers = {name: tuple(getattr(needs, name)) for name in LAYERS}
+        return cls(**layers, inputs=tuple(needs.inputs), logits=needs.logits, top_k=top_k, dtype=dtype)
+
+    def asked(self) -> dict[str, Any]:
+        """What to ask of `capture`, by keyword."""
+        return {name: getattr(self, name) for name in (*LAYERS, "logits")}
+
+    def written(self) -> dict[str, Any]:
+        """As a manifest has it; what came later is left out where it is not there, so that older caches stay."""
+        return {name: value for name, value in asdict(self).items() if name != "attention_outputs" or value}
 
     def missing(self, objective: Objective) -> list[str]:
         """What the objective asks of its teacher at the weights and layer maps of this moment, or once a schedule lets
@@ -72,6 +84,7 @@ class CacheContent:
             for what, asked, kept in (
                 ("hidden state", needs.hidden_states, self.hidden_states),
                 ("attention", needs.attentions, self.attentions),
+                ("attention output", needs.attention_outputs, self.attention_outputs),
             ):
                 found += [f"the {what} of teacher layer {layer} ({name} term)" for layer in sorted(asked - set(kept))]
             if needs.attentions:
