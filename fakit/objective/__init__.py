@@ -3,6 +3,7 @@
 from fakit.layer_maps import Pair
 from fakit.objective.breakdown import Breakdown
 from fakit.objective.feature_terms import Dynamics, Flow, LayerAttention, Pooled
+from fakit.objective.lens import Lens
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.objective import Objective
 from fakit.objective.schedules import Schedule
@@ -19,6 +20,7 @@ __all__ = [
     "Flow",
     "FrozenTermError",
     "LayerAttention",
+    "Lens",
     "Needs",
     "Objective",
     "Outputs",

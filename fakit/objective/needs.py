@@ -22,6 +22,7 @@ class Needs:
         hidden_states: layers 0…L.
         attentions: layers 1…L, whose attention inputs are kept.
         attention_outputs: layers 1…L, of which is kept what their attention adds to the hidden states.
+        lens: True where hidden states are read by the model's own head.
         logits: True where logits are looked at.
         in_chunks: `capture(..., logits="head")` will do: the head and its input in place of logits over a large
             vocabulary.
@@ -35,6 +36,7 @@ class Needs:
     in_chunks: bool = field(default=False, compare=False)
     inputs: frozenset[str] = field(default=frozenset({"queries", "keys"}), compare=False)
     attention_outputs: frozenset[int] = frozenset()
+    lens: bool = False
 
     def __post_init__(self):
         for name in (*LAYERS, "inputs"):
@@ -52,6 +54,7 @@ class Needs:
             if self.attentions and other.attentions
             else (self if self.attentions else other).inputs,
             self.attention_outputs | other.attention_outputs,
+            self.lens or other.lens,
         )
 
     def __bool__(self) -> bool:
@@ -64,9 +67,8 @@ class Needs:
 
     def asked(self, whole: bool = False) -> dict[str, Any]:
         """What to ask of `capture`, by keyword; with `whole`, logits in full in place of a head."""
-        return {name: getattr(self, name) for name in LAYERS} | {
-            "logits": self.logits if whole else self.capture_logits
-        }
+        logits = self.logits if whole else self.capture_logits
+        return {name: getattr(self, name) for name in LAYERS} | {"logits": logits, "lens": self.lens}
 
     @property
     def capture_logits(self) -> bool | str:
@@ -82,7 +84,7 @@ class Needs:
             return cls()
         if isinstance(asked, cls):
             return asked
-        names = ("hidden_states", "attentions", "logits", "in_chunks", "inputs", "attention_outputs")
+        names = ("hidden_states", "attentions", "logits", "in_chunks", "inputs", "attention_outputs", "lens")
         if not isinstance(asked, Mapping) or set(asked) - set(names):
             raise ValueError(
                 f"{who} needs {asked!r}; return Needs(hidden_states=[…], attentions=[…], logits=…) or a dictionary "

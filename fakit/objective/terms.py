@@ -373,8 +373,21 @@ class Attention(OverLayers):
         return min(student, teacher)
 
 
+class Softened(Term):
+    """A term with a temperature, which may be set at any time."""
+
+    settable: ClassVar[frozenset[str]] = frozenset({"temperature"})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "temperature":
+            lowest = value.lowest if isinstance(value, Schedule) else value
+            if not (lowest > 0 and math.isfinite(lowest)):
+                raise ValueError(f"{type(self).__name__}(temperature={value!r}): a temperature is finite and above 0.")
+        super().__setattr__(name, value)
+
+
 @dataclass(init=False)
-class Outputs(Term):
+class Outputs(Softened):
     """Output-distribution matching.
 
     Args:
@@ -391,8 +404,6 @@ class Outputs(Term):
         parameters: the loss's own, by name, as further keywords: `Outputs("jsd", beta=0.1)`. In chunks, too. Each may
             be a `Schedule`: `Outputs("taid", t=Schedule(0.4, 1.0))`.
     """
-
-    settable: ClassVar[frozenset[str]] = frozenset({"temperature"})
 
     loss: str | Callable = "forward_kl"
     temperature: float | Schedule = 2.0
@@ -425,13 +436,6 @@ class Outputs(Term):
                 "sorted probabilities, and a cut would drop some; leave vocab_size out."
             )
         self._made = True
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "temperature":
-            lowest = value.lowest if isinstance(value, Schedule) else value
-            if not (lowest > 0 and math.isfinite(lowest)):
-                raise ValueError(f"Outputs(temperature={value!r}): a temperature is finite and above 0.")
-        super().__setattr__(name, value)
 
     @property
     def function(self) -> Callable:

@@ -27,6 +27,7 @@ from fakit.models.random_state import random_state_kept
 from fakit.tracing.head_finder import find_finish, find_head, without_logits
 from fakit.tracing.hooks import Recorder
 from fakit.tracing.inputs import BORDERS, DECODER_INPUTS, at_places, has_decoder_inputs, prepare_inputs, token_mask
+from fakit.tracing.lens import find_lens
 from fakit.tracing.trace import Trace
 
 
@@ -37,6 +38,7 @@ def capture(
     attentions: Iterable[int] = (),
     logits: bool | str = True,
     attention_outputs: Iterable[int] = (),
+    lens: bool = False,
 ) -> Trace:
     """Run `model` on `batch` and keep the layers asked for. Follows torch's grad mode; leaves the model as it found it.
 
@@ -55,6 +57,7 @@ def capture(
             the logits themselves where it has not.
         attention_outputs: layer numbers 1…L: what each block's (self-)attention adds to the hidden states, after its
             output projection (`Trace.attention_outputs`).
+        lens: keep what reads any layer's hidden states by the model's own norm and head (`Trace.lens`).
 
     Raises:
         ValueError: before the forward pass, for a layer the model does not have, a batch without inputs, packed rows
@@ -87,6 +90,8 @@ def capture(
         problem_type=problem_type(model.config),
         name=type(model).__name__,
     )
+    if lens:
+        trace.lens = find_lens(model)
     if is_encoder_decoder(model):
         trace.encoder_layers = encoder_depth(model)
         trace.decoder_mask = _decoder_mask(model, inputs, batch.get("labels"))

@@ -22,14 +22,15 @@ from fakit.models.random_state import random_state_kept
 LARGE_VOCABULARY = 8192
 
 
-def find_head(model: nn.Module) -> nn.Linear | None:
-    """The model's head over a large vocabulary, if it is a plain linear layer; None for small, quantized,
-    adapted or sharded ones.
+def find_head(model: nn.Module, least: int | None = None) -> nn.Linear | None:
+    """The model's head over a vocabulary of `least` entries or more (a large one unless given), if it is a plain linear
+    layer; None for smaller, quantized, adapted or sharded ones.
     """
+    least = LARGE_VOCABULARY if least is None else least
     transformer: Any = model
     head = transformer.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     plain = type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor, FakeTensor)
-    return head if plain and head.weight.dim() == 2 and head.weight.shape[0] >= LARGE_VOCABULARY else None
+    return head if plain and head.weight.dim() == 2 and head.weight.shape[0] >= least else None
 
 
 @contextmanager
@@ -65,7 +66,7 @@ def find_finish(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Tensor])
     if model not in _finishes:
         try:
             other = double(without_adapter(model))  # ty: ignore[invalid-argument-type]
-            asked = _exchanged(other, find_head(other), short_row(other))  # ty: ignore[invalid-argument-type]
+            asked = _exchanged(other, find_head(other, least=0), short_row(other))  # ty: ignore[invalid-argument-type]
         except Exception:  # whatever a model says to a row of bare text
             asked = _exchanged(model, head, inputs)
         _finishes[model] = _explained(*asked)

@@ -1,5 +1,6 @@
 """What is kept of one forward pass: hidden states, attention inputs, logits and masks, by layer number."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -22,6 +23,7 @@ class Trace:
         maps: {i: (B, H, T, T)} where the model itself returned its maps (families without the attention interface)
         logits: (B, T, V), (B, C), or None
         head: in place of logits over a large vocabulary, where asked for: the output head and what it was given
+        lens: any layer's hidden states as the head's input, where asked for (`fakit.tracing.lens`)
         mask: bool (B, T), True = a token, False = padding
         documents: int64 (B, T), the number of each token's document in its row, where rows pack several
         decoder_mask: bool (B, T_dec), for an encoder-decoder: its decoder's tokens
@@ -38,6 +40,7 @@ class Trace:
     maps: dict[int, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
     head: Head | None = None
+    lens: Callable[..., Head] | None = field(default=None, kw_only=True)
     mask: Tensor | None = None
     documents: Tensor | None = None
     decoder_mask: Tensor | None = None

@@ -37,6 +37,7 @@ from fakit.objective.schedules import Schedule
 from fakit.objective.terms import Attention, Features, Outputs, check_distribution
 from fakit.tracing.capture import capture, check_attention
 from fakit.tracing.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
+from fakit.tracing.lens import find_lens
 from fakit.tracing.trace import Trace
 from fakit.training.checkpoints import begin as begin_checkpoint
 from fakit.training.checkpoints import check as check_checkpoint
@@ -592,6 +593,9 @@ def check_fit(
     if outputs or any(asked.attentions for asked in needs):
         for model in (student, teacher):
             check_attention(model, outputs)
+    if any(asked.lens for asked in needs) and isinstance(teacher, PreTrainedModel):  # of a cache its own check says so
+        for model in (student, teacher):
+            find_lens(model)
     heads = [getattr(config, "num_attention_heads", None) for config in (s, t)]  # none where nothing attends (Mamba)
     for name, attention in objective.of_kind(Attention).items():
         one_to_one = attention.loss != "relations" and attention.heads == "one-to-one"

@@ -63,6 +63,11 @@ class CacheContent:
     @classmethod
     def for_needs(cls, needs: Needs, top_k: int | None = None, dtype: str = "bfloat16") -> "CacheContent":
         """What an objective asks of its teacher at one moment (`objective.needs("teacher")`)."""
+        if needs.lens:
+            raise ValueError(
+                "a lens reads the teacher's hidden states by its own norm and head, which a cache does not hold; "
+                "distil from the live teacher, or leave the Lens term out."
+            )
         layers = {name: tuple(getattr(needs, name)) for name in LAYERS}
         return cls(**layers, inputs=tuple(needs.inputs), logits=needs.logits, top_k=top_k, dtype=dtype)
 
@@ -93,6 +98,8 @@ class CacheContent:
                     for inputs in INPUTS
                     if inputs in needs.inputs - set(self.inputs)
                 ]
+            if needs.lens:
+                found.append(f"the teacher's own norm and head, which no cache holds ({name} term)")
             if needs.logits and not self.logits:
                 found.append(f"the logits ({name} term)")
         return found
