@@ -243,6 +243,11 @@ class LayerAttention(Features):
     ):
         self.scale = scale
         super().__init__(loss, weight, **settings)
+        if self.standardize is not None:
+            raise ValueError(
+                "LayerAttention mixes a student layer's teacher layers, and standardize would put each on a scale "
+                "of its own; leave it out."
+            )
         if self._widths_differ:
             raise ValueError(
                 f"LayerAttention({loss!r}): the products of student and teacher need one width; take a loss of states."

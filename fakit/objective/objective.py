@@ -7,7 +7,7 @@ It is a dictionary of terms and their weighted sum: each term is optional, other
 at any time, and each call returns a breakdown by term and by layer pair.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
@@ -21,6 +21,7 @@ from fakit.objective.needs import Needs
 from fakit.objective.over_heads import compare_over_heads, with_logits
 from fakit.objective.projections import LeastSquares
 from fakit.objective.schedules import Schedule, all_off
+from fakit.objective.standardization import Moments, Standardization
 from fakit.objective.term import Term
 from fakit.objective.terms import Attention, Features, Outputs, OverLayers, Task
 from fakit.objective.weights import Weights
@@ -83,7 +84,7 @@ class Objective(nn.Module):
                     "LayerMap.none() where that is meant."
                 )
         self._layer_map = LayerMap.none() if layer_map is None else layer_map
-        self.projections = nn.ModuleDict()  # "S1_T2": Linear(d_S, d_T)
+        self.projections = nn.ModuleDict()  # "S1_T2": Linear(d_S, d_T); "phi_s_T2": a standardization
         self._terms = {n: term.placed(n, self._layer_map, self.projections) for n, term in given.items()}
         self.weights = Weights(self._terms)
         self.stepped = False  # once `set_step` was called: until then, schedules stand where they start
@@ -302,10 +303,58 @@ class Objective(nn.Module):
             term.prepare(student_width, teacher_width)
         return self
 
+    def fit_standardization(
+        self, teachers: Iterable[Trace], gather: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, int]:
+        """Gather the statistics by which terms standardize the teacher (`Features(standardize=…)`), once: they stay in
+        the objective's state, and its checkpoints.
+
+        Args:
+            teachers: traces with what the objective needs of the teacher.
+            gather: of several processes, puts their tensors one after another along the first dimension.
+
+        Returns:
+            {standardization: number of tokens it is of}
+
+        Raises:
+            ValueError: nothing that standardizes, or a layer that no trace holds.
+        """
+        terms = list(self.of_kind(Features).values())
+        names = {name for term in terms for name in term.standardizations()}
+        if not names:
+            raise ValueError("no term of this objective standardizes the teacher: Features(…, standardize='phi_s').")
+        moments: dict[str, Moments] = {}
+        for teacher in teachers:
+            done: set[str] = set()
+            for term in terms:
+                term.add_moments(teacher, moments, done)
+        if missing := sorted(names - moments.keys()):
+            raise ValueError(
+                f"the traces hold nothing for {', '.join(missing)}: capture what the objective needs of the teacher, "
+                "in one trace at least (of a random layer map every layer that it may draw)."
+            )
+        device = next((buffer.device for buffer in self.projections.buffers()), None)
+        for term in terms:
+            term.make_standardizations({name: len(found.mean) for name, found in moments.items()})
+        for name, found in moments.items():
+            found = found if gather is None else found.gathered(gather)
+            cast(Standardization, self.projections[name].to(device)).set(found)
+        return self.standardizations
+
+    @property
+    def standardizations(self) -> dict[str, int]:
+        """How many tokens each standardization of the teacher is of; 0 until it is gathered."""
+        modules = self.projections.items()
+        return {name: int(module.tokens) for name, module in modules if isinstance(module, Standardization)}
+
     @property
     def projection_parameters(self) -> dict[str, int]:
         """How many numbers each projection trains beside the student; none of them is in its export."""
-        return {name: sum(p.numel() for p in module.parameters()) for name, module in self.projections.items()}
+        return {
+            name: sum(p.numel() for p in module.parameters())
+            for name, module in self.projections.items()
+            if not isinstance(module, Standardization)
+        }
 
     def fit_projections(self, students: Iterable[Trace], teachers: Iterable[Trace]) -> dict[str, float]:
         """Start linear and orthogonal projections at the best maps between some traces, in place of random ones.

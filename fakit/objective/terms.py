@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from fakit.objective.positions import aligned, common_mask, kept, predicting
 from fakit.objective.projections import KINDS as PROJECTIONS
 from fakit.objective.projections import LeastSquares, Projection, make_projection
 from fakit.objective.schedules import Schedule, scheduled
+from fakit.objective.standardization import KINDS as STANDARDIZATIONS
+from fakit.objective.standardization import Moments, Standardization, Standardize
 from fakit.objective.term import Term, choose, normalized
 from fakit.tracing.trace import Trace
 
@@ -94,6 +96,11 @@ class Features(OverLayers):
         at: what is compared of a layer: "block", its output; or "attention", what its attention adds to the hidden
             states, after the output projection (LoLCATs, Zhang et al. 2024, mse times 1000; MaxText). Layer 0 has none
             and is left out.
+        standardize: "dimension" or "phi_s" put the teacher's states on an even scale first
+            (`fakit.objective.standardization`), by statistics that `objective.fit_standardization` gathers. A student
+            without a projection goes through the same map, so that it still aims at the teacher's states.
+        standardize_batches: have the trainer gather them over this many of the first training batches, before its first
+            step.
     """
 
     loss: str | Callable = "mse"
@@ -104,6 +111,8 @@ class Features(OverLayers):
     at_equal_width: bool = False
     parameters: dict[str, Any] = field(default_factory=dict)
     at: At = "block"
+    standardize: Standardize | None = None
+    standardize_batches: int | None = None
 
     def __init__(
         self,
@@ -115,6 +124,8 @@ class Features(OverLayers):
         at_equal_width: bool = False,
         parameters: Mapping[str, Any] | None = None,
         at: At = "block",
+        standardize: Standardize | None = None,
+        standardize_batches: int | None = None,
         **more: Any,
     ):
         if at not in PLACES:
@@ -140,12 +151,31 @@ class Features(OverLayers):
                 f"Features({loss!r}, projection={projection!r}, at_equal_width=True): this one never has a "
                 "projection; leave at_equal_width out, or take a loss that compares states and a projection."
             )
+        self.standardize, self.standardize_batches = standardize, standardize_batches
+        self._check_standardize()
         self._made = True
 
     @property
     def function(self) -> Callable:
         """The loss with its own parameters set, as they are in this step."""
         return partial(self._bare, **self.parameters) if self.parameters else self._bare
+
+    def _check_standardize(self) -> None:
+        name = type(self).__name__
+        if self.standardize not in (*STANDARDIZATIONS, None):
+            known = ", ".join(map(repr, STANDARDIZATIONS))
+            raise ValueError(f"{name}(standardize={self.standardize!r}) is not known; choose one of {known}, or None.")
+        if self.standardize is not None and self._widths_differ:
+            raise ValueError(
+                f"{name}({self.loss!r}, standardize={self.standardize!r}): this loss compares relations within each "
+                "model, and only the teacher's would change; take a loss that compares states."
+            )
+        batches = self.standardize_batches
+        if batches is not None and (self.standardize is None or batches < 1):
+            raise ValueError(
+                f"{name}(standardize={self.standardize!r}, standardize_batches={batches!r}): a number of batches, 1 or "
+                "more, for a standardization; standardize='phi_s'."
+            )
 
     def needs(self, side: str) -> Needs:
         return self._needs(self._layers(side, self.shares()))
@@ -167,7 +197,52 @@ class Features(OverLayers):
         """What is compared at a layer pair, before any projection, (B, T, d_S) and (B, T, d_T); which of it counts."""
         ours = kept(student, self._kept, pair[0])  # (B, T, d_S)
         theirs = kept(teacher, self._kept, pair[1])  # (B, T, d_T)
+        if self.standardize is not None:
+            standardization = self._standardization_of(pair[1], theirs)
+            if not self.projects(ours.shape[-1], theirs.shape[-1]) and ours.shape == theirs.shape:
+                ours = standardization(ours)
+            theirs = standardization(theirs)
         return ours, theirs, common_mask(student, teacher, pair)
+
+    def _standardization_of(self, layer: int, like: Tensor) -> Standardization:
+        name, modules = self._standardization_name(layer), self.place.modules
+        if name not in modules or not cast(Standardization, modules[name]).gathered:
+            raise ValueError(
+                f"{self.place.name} standardizes the teacher's layer {layer}, whose statistics are not there: "
+                "objective.fit_standardization(teacher_traces) gathers them, and so does the trainer with "
+                "standardize_batches=N, before its first step."
+            )
+        found = cast(Standardization, modules[name])
+        if found.width != like.shape[-1]:
+            raise ValueError(
+                f"the standardization of the teacher's layer {layer} is {found.width} wide, the layer "
+                f"{like.shape[-1]}: this objective was prepared for another teacher; make a new one."
+            )
+        return found
+
+    def _standardization_name(self, layer: int) -> str:
+        return f"{self.standardize}_{'A' if self.at == 'attention' else 'T'}{layer}"  # terms share it
+
+    def standardizations(self) -> dict[str, int]:
+        """{name: teacher layer} of those that this term may look at."""
+        layers = self._layers("teacher", self._looked_at()) if self.standardize is not None else ()
+        return {self._standardization_name(layer): layer for layer in sorted(layers)}
+
+    def add_moments(self, teacher: Trace, moments: dict[str, Moments], done: set[str]) -> None:
+        """Add a trace to what the standardizations follow from, but for those that are `done`."""
+        held = getattr(teacher, self._kept)
+        for name, layer in self.standardizations().items():
+            if name not in done and layer in held:
+                states, mask = held[layer], teacher.layer_mask(layer)
+                moments.setdefault(name, Moments(states.shape[-1], self.standardize == "phi_s")).add(
+                    states.flatten(0, 1) if mask is None else states[mask]
+                )
+                done.add(name)
+
+    def make_standardizations(self, widths: Mapping[str, int]) -> None:
+        """The modules of these names, where they are not there."""
+        for name in self.standardizations().keys() & widths.keys() - self.place.modules.keys():
+            self.place.modules[name] = Standardization(str(self.standardize), widths[name])
 
     def projected(self, ours: Tensor, teacher_width: int, pair: Pair, mask: Tensor | None) -> Tensor:
         """The student's side in the teacher's width, where the loss needs that. (B, T, d_S) -> (B, T, d_T)"""
@@ -192,6 +267,7 @@ class Features(OverLayers):
         if self.projects(student_width, teacher_width):
             for pair in self.possible_pairs():
                 self.projection_of(pair, student_width, teacher_width)
+        self.make_standardizations(dict.fromkeys(self.standardizations(), teacher_width))
 
     def projects(self, student_width: int, teacher_width: int) -> bool:
         """Whether a projection stands between two layers of these widths."""

@@ -10,6 +10,8 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from fakit.models.kinds import is_causal_lm, ties, untie, without_layerdrop, wit
 from fakit.models.load import is_quantized
 from fakit.models.peft_students import ADAPTER, base_fingerprint, check_adapter, is_adapted, load_adapter
 from fakit.models.preflight import preflight
+from fakit.models.random_state import random_state_kept
 from fakit.models.tables import CheckedCollator, Tables, check_data, tables
 from fakit.objective.breakdown import Breakdown
 from fakit.objective.diagnosis import whose_numbers
@@ -259,6 +262,7 @@ class DistillationTrainer(Trainer):
         self.epochs = _EpochCallback(objective)
         self.add_callback(self.epochs)
         self.add_callback(_ScheduleCallback(objective))
+        self.add_callback(_StandardizationCallback(self))
         # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for
         # them
         self._sums: dict[str, tuple[Tensor, int]] = {}
@@ -296,6 +300,30 @@ class DistillationTrainer(Trainer):
         with shards_on_cpus():
             super().create_accelerator_and_postprocess()
         check_sharding(self.accelerator)
+
+    def gather_standardization(self, batches: int) -> None:
+        """Gather what terms standardize the teacher by over the first training batches. The run's random numbers and
+        its data stay where they are.
+        """
+        needs = Needs()
+        for name, term in self.objective.terms.items():
+            needs = needs | Needs.of(term.cached(), f"the {name} term's cached()")
+
+        def traces() -> Iterator[Trace]:
+            for batch in islice(self.get_train_dataloader(), batches):
+                batch = Trainer._prepare_inputs(self, batch)
+                rows = batch.pop(ROW, None)
+                if rows is not None and self.cached_teacher is not None:
+                    yield self.cached_teacher.statistics(rows, self.args.device)
+                else:
+                    yield _trace(self.teacher, batch, replace(needs, logits=False))
+
+        with random_state_kept(self.args.device), torch.no_grad(), self.accelerator.autocast():
+            several = self.args.world_size > 1
+            found = self.objective.fit_standardization(
+                traces(), (lambda x: self.accelerator.gather(x.to(self.args.device))) if several else None
+            )
+        logger.info("Standardizations of the teacher, and the tokens they are of: %s", found)
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -671,6 +699,20 @@ class _ScheduleCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.objective.set_step(state.global_step, of=state.max_steps)
+
+
+class _StandardizationCallback(TrainerCallback):
+    """Gathers what terms standardize by before the first step, where they ask for it and it is not there yet."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        objective = self.trainer.objective
+        asked = [term.standardize_batches for term in objective.of_kind(Features).values()]
+        batches = max([number for number in asked if number is not None], default=0)
+        if batches and not all(objective.standardizations.values()):
+            self.trainer.gather_standardization(batches)
 
 
 def _flat(breakdown: Breakdown, changing: Iterable[str]) -> dict[str, Tensor]:

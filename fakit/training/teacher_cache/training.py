@@ -149,6 +149,11 @@ class CachedTeacher:
         self.cache, self.objective = cache, objective
         self._check()
 
+    def statistics(self, batch: CachedRows, device: torch.device) -> Trace:
+        """All that the cache holds of the layers that the objective may ask for."""
+        self._check()
+        return self.cache.trace(batch.rows, batch.mask, device=device)
+
     def trace(self, batch: CachedRows, device: torch.device) -> Trace | None:
         """What the objective asks of the teacher at this moment; None where it asks nothing."""
         if not self.objective.needs_teacher():
