@@ -2,6 +2,7 @@
 
 from fakit.layer_maps import Pair
 from fakit.objective.breakdown import Breakdown
+from fakit.objective.earth_mover import EarthMover
 from fakit.objective.feature_terms import Dynamics, Flow, LayerAttention, Pooled
 from fakit.objective.lens import Lens
 from fakit.objective.needs import CountedBatch, Needs
@@ -16,6 +17,7 @@ __all__ = [
     "Breakdown",
     "CountedBatch",
     "Dynamics",
+    "EarthMover",
     "Features",
     "Flow",
     "FrozenTermError",

@@ -15,6 +15,7 @@ from fakit.layer_maps import LayerMap, Pair
 from fakit.losses import relational
 from fakit.losses.features import mse
 from fakit.losses.reduce import at_least_float32, in_full
+from fakit.objective.earth_mover import EarthMover
 from fakit.objective.lens import Lens
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.projections import Projection
@@ -285,4 +286,11 @@ class LayerAttention(Features):
         return self.function(ours, (attention * theirs).sum(0), mask)
 
 
-KINDS = {"pooled": Pooled, "dynamics": Dynamics, "flow": Flow, "layer_attention": LayerAttention, "lens": Lens}
+KINDS = {
+    "pooled": Pooled,
+    "dynamics": Dynamics,
+    "flow": Flow,
+    "layer_attention": LayerAttention,
+    "earth_mover": EarthMover,
+    "lens": Lens,
+}

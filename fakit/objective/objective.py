@@ -353,7 +353,7 @@ class Objective(nn.Module):
         return {
             name: sum(p.numel() for p in module.parameters())
             for name, module in self.projections.items()
-            if not isinstance(module, Standardization)
+            if list(module.parameters())
         }
 
     def fit_projections(self, students: Iterable[Trace], teachers: Iterable[Trace]) -> dict[str, float]:
