@@ -31,6 +31,7 @@ RELATIONS = (
     "KL of softmax(X Xᵀ/√d_r) for queries, keys and values, re-split into relation heads. MiniLMv2 (Wang et al. 2021); "
     "of values alone MiniLM (Wang et al. 2020)."
 )
+MINILM = "The KL of the maps plus that of the values' relations, of the last layers. MiniLM (Wang et al. 2020)."
 
 
 def summary(made: Callable) -> str:
@@ -114,6 +115,13 @@ def page() -> str:
     further = [(f"`{n}`", f"`{k.__name__}`", summary(k), place(k)) for n, k in feature_terms.KINDS.items()]
     own = "`relations`, `relation_heads` of the term"
     relations = ("`relations`", RELATIONS, own, used_by("attention", "relations"), place(terms.Attention))
+    minilm = (
+        "`minilm`",
+        MINILM,
+        "`relation_heads` of the term",
+        used_by("attention", "minilm"),
+        place(terms.Attention),
+    )
     parts = [
         "\n".join(HEAD),
         "## Hidden states: `Features(loss)`",
@@ -121,7 +129,7 @@ def page() -> str:
         "## Further terms over hidden states: `terms: {name: {kind: …}}`",
         table(("kind", "class", "what, and from where", "code"), further),
         "## Attention: `Attention(loss)`",
-        losses("attention", attention.LOSSES, sides) + "\n" + row(*relations),
+        losses("attention", attention.LOSSES, sides) + "\n".join(["", row(*relations), row(*minilm)]),
         "## Outputs: `Outputs(loss, temperature=τ)`",
         losses("outputs", outputs.LOSSES, (*sides, "temperature", "labels")),
         "## Layer maps",

@@ -48,7 +48,7 @@ class EarthMover(Features):
     Args:
         loss, weight, projection, layer_map, shared, at_equal_width, parameters, at, standardize, standardize_batches:
             see `Features`. The layer map names the layers, each of the student's with each of the teacher's:
-            `LayerMap([(s, t) for s in (1, 2) for t in (1, 2, 3)])`. One projection for all, unless shared is False.
+            `LayerMap.every(2, 3)`. One projection for all, unless shared is False.
         cost_attention: change the masses while training.
     """
 
@@ -105,7 +105,7 @@ class EarthMover(Features):
         if {(s, t) for s in layers["student"] for t in layers["teacher"]} != set(pairs):
             raise ValueError(
                 f"EarthMover lets every student layer learn from every teacher layer of its map, and {pairs} pairs "
-                "only some: LayerMap([(s, t) for s in student_layers for t in teacher_layers])."
+                "only some: LayerMap.every(S, T), or the pairs of some of the layers."
             )
         return layers
 
