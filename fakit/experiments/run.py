@@ -502,7 +502,8 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
     steps where a schedule switches terms on and off.
 
     The teacher's forward ends where the objective needs no more of it, and this counts what is done. None for a
-    quantized teacher. Random numbers drawn here (dropout) do not count: the run goes on as if nothing was measured.
+    quantized teacher. Random numbers drawn here (dropout) do not count, and what an objective learns from a batch by
+    itself (`EarthMover`'s masses) is put back: the run goes on as if nothing was measured.
     """
     from fakit.evaluation.cost import count_flops
     from fakit.models.load import is_quantized
@@ -512,6 +513,7 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
         return None
     distiller, device = trainer.model, trainer.args.device
     distiller.to(device)
+    trainer.standardize_as_asked()
     objective, steps = trainer.objective, trainer.args.max_steps
     # the steps with the same terms on cost the same, and the first of them stands for all
     on: dict[tuple[str, ...], list[int]] = {}
@@ -521,7 +523,7 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
     was_training = distiller.training
     trainable = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     counts = []
-    with random_state_kept(device):
+    with random_state_kept(device), objective.buffers_kept():
         distiller.train()
         for examples in rows.typical_batches(batches):
             batch = {name: value.to(device) for name, value in trainer.data_collator(examples).items()}

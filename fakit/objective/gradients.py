@@ -217,7 +217,7 @@ def _measure(objective, teacher, student, batches, terms, temperatures: list[flo
     own = objective.temperature
     softened = [name for name in names if name in objective.softened]  # depend on τ
     measured = []
-    with torch.enable_grad(), _set(objective, dict.fromkeys(names, 1.0)):
+    with torch.enable_grad(), objective.buffers_kept(), _set(objective, dict.fromkeys(names, 1.0)):
         traces = [_traces(objective, teacher, student, batch) for batch in batches]
         fixed = _mean([objective(*trace) for trace in traces])
         kept = {name: _gradient(loss, parameters) for name, loss in fixed.terms.items() if name not in softened}

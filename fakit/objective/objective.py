@@ -7,7 +7,8 @@ It is a dictionary of terms and their weighted sum: each term is optional, other
 at any time, and each call returns a breakdown by term and by layer pair.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
@@ -340,6 +341,19 @@ class Objective(nn.Module):
             found = found if gather is None else found.gathered(gather)
             cast(Standardization, self.projections[name].to(device)).set(found)
         return self.standardizations
+
+    @contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """While open, the objective may be asked as in training; what it learned from a batch by itself (`EarthMover`'s
+        masses) is put back.
+        """
+        before = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        try:
+            yield
+        finally:
+            for name, buffer in self.named_buffers():
+                if name in before:
+                    buffer.copy_(before[name])
 
     @property
     def standardizations(self) -> dict[str, int]:

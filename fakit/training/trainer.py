@@ -301,6 +301,13 @@ class DistillationTrainer(Trainer):
             super().create_accelerator_and_postprocess()
         check_sharding(self.accelerator)
 
+    def standardize_as_asked(self) -> None:
+        """Gather statistics where terms ask for it (`standardize_batches`) and they are not there yet."""
+        asked = [term.standardize_batches for term in self.objective.of_kind(Features).values()]
+        batches = max([number for number in asked if number is not None], default=0)
+        if batches and not all(self.objective.standardizations.values()):
+            self.gather_standardization(batches)
+
     def gather_standardization(self, batches: int) -> None:
         """Gather what terms standardize the teacher by over the first training batches. The run's random numbers and
         its data stay where they are.
@@ -708,11 +715,7 @@ class _StandardizationCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        objective = self.trainer.objective
-        asked = [term.standardize_batches for term in objective.of_kind(Features).values()]
-        batches = max([number for number in asked if number is not None], default=0)
-        if batches and not all(objective.standardizations.values()):
-            self.trainer.gather_standardization(batches)
+        self.trainer.standardize_as_asked()
 
 
 def _flat(breakdown: Breakdown, changing: Iterable[str]) -> dict[str, Tensor]:

@@ -173,6 +173,18 @@ def test_counting_flops_includes_the_teacher_and_leaves_the_run_alone(config, mo
     assert uncounted.history == everything.history and uncounted.test == everything.test
 
 
+def test_terms_that_gather_and_move_by_themselves_run_as_if_nothing_was_counted(config, monkeypatch):
+    """Statistics of the teacher are there before the first step is measured, and measuring moves no masses."""
+    mover = {"kind": "earth_mover", "layer_map": "every", "weight": 0.5}
+    features = {"loss": "mse", "standardize": "phi_s", "standardize_batches": 2, "weight": 1.0}
+    config = config.replace(features=features, terms={"mover": mover})
+    counted = run_experiment(config, progress=False)
+    assert counted.flops > 0
+    monkeypatch.setattr("fakit.experiments.run.step_flops", lambda trainer, rows: None)
+    alone = run_experiment(config, progress=False)
+    assert counted.history == alone.history and counted.test == alone.test
+
+
 def test_a_schedule_is_recorded_as_written_and_in_every_logged_step_and_its_flops_are_counted(config, tmp_path):
     """6 steps: the first four on labels alone, the last two as the arm "all"."""
     step = {"from": 0.0, "to": 1.0, "kind": "steps", "milestones": [4]}

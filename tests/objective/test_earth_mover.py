@@ -97,6 +97,11 @@ def test_cost_attention_moves_masses_as_their_code_does():
     made.eval()
     made(OURS, THEIRS)
     assert torch.equal(made.state_dict()["projections.it_masses.teacher"], before)  # moved by training alone
+    made.train()
+    with made.buffers_kept():
+        made(OURS, THEIRS)
+        assert not torch.equal(made.state_dict()["projections.it_masses.teacher"], before)
+    assert torch.equal(made.state_dict()["projections.it_masses.teacher"], before)  # a measurement leaves it alone
     again = Objective(EVERY, terms={"it": EarthMover()}).prepare(6, 6).double()
     again.load_state_dict(made.state_dict())
     assert again.terms["it"].masses == term.masses and made.projection_parameters == {}
