@@ -249,6 +249,7 @@ def build_objective(config: ExperimentConfig, student: PreTrainedModel, teacher:
         **{name: getattr(config, name) and getattr(config, name).build(map_of) for name in TRANSFER},
         task=None if config.task_weight is None else Task(weight=built(config.task_weight)),
         terms={name: build_further_term(name, given, map_of) for name, given in config.terms.items()},
+        balancing=config.balancing and config.balancing.build(),
     )
     return objective.prepare(*(model.config.get_text_config().hidden_size for model in (student, teacher)))
 

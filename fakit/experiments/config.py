@@ -11,12 +11,13 @@ Example:
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from fakit import recipes
 from fakit.experiments.arguments import check_training_args
@@ -31,6 +32,8 @@ from fakit.experiments.terms import (
     highest,
     schedule_at,
 )
+from fakit.objective.balancing import KINDS as BALANCINGS
+from fakit.objective.balancing import Balancing
 from fakit.objective.schedules import Schedule
 
 TRANSFER = ("features", "attention", "outputs")
@@ -91,6 +94,36 @@ class StudentConfig(Section):
 
     def _check(self) -> None:
         _check_filled("student.path", self.path)
+
+
+class BalancingConfig(Section):
+    """Factors on the terms' weights that are found while training; see `fakit.objective.balancing`."""
+
+    section: ClassVar[str] = "balancing"
+    kind: Literal[tuple(BALANCINGS)]
+    learning_rate: Annotated[Number, Field(gt=0.0)] | None = None  # of "uncertainty"
+    every: Count | None = None  # steps, of "gradient_norm"
+    momentum: Annotated[Number, Field(ge=0.0, lt=1.0)] | None = None  # of "gradient_norm"
+
+    def _check(self) -> None:
+        takes = inspect.signature(BALANCINGS[self.kind]).parameters
+        if other := [key for key in self._given() if key not in takes]:
+            raise ValueError(f"balancing.{other[0]}: {self.kind} has no such key; it takes {', '.join(takes)}.")
+
+    def _given(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in self.keys() if key != "kind" and getattr(self, key) is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without what is as it would be anyway."""
+        return {"kind": self.kind, **self._given()}
+
+    def build(self) -> Balancing:
+        """The module."""
+        return BALANCINGS[self.kind](**self._given())
+
+
+def _kind_alone(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
 
 
 class TrainingConfig(Section):
@@ -158,6 +191,8 @@ class ExperimentConfig(Section):
     name: str | None = None  # the arm's name in tables; null: derived from the terms
     # further terms by name: {kind: features, attention, outputs or package.module:Class, and its settings}
     terms: dict[str, Any] = Field(default_factory=dict)
+    # uncertainty, gradient_norm, or {kind: gradient_norm, every: 10}; null: weights as they are
+    balancing: Annotated[BalancingConfig | None, BeforeValidator(_kind_alone)] = None
     # handed on to transformers.TrainingArguments, such as {optim: adamw_8bit, activation_checkpointing: true}
     training_args: dict[str, Any] = Field(default_factory=dict)
 
@@ -200,8 +235,8 @@ class ExperimentConfig(Section):
         return super()._by_current_names(given if data.get("recipe") is None else _beside(data["recipe"], given))
 
     def to_dict(self) -> dict[str, Any]:
-        """Without `terms` and `training_args` where they are empty: the ids of runs from before them stay."""
-        later = ("terms", "training_args")
+        """Without later keys where they are empty: the ids of runs from before them stay."""
+        later = ("terms", "balancing", "training_args")
         return {key: value for key, value in super().to_dict().items() if key not in later or value}
 
     @property

@@ -62,7 +62,7 @@ class RunResult:
         validation, test: all metrics by name; test also has the agreement with the teacher.
         steps, seconds: optimizer steps, and the wall time of training alone (of a resumed run: since it was resumed).
         flops_per_step, flops: of one optimizer step and of all, teacher included; None with a quantized teacher, whose
-            kernels no counter sees, with a cache, whose teacher worked elsewhere,
+            kernels no counter sees, with balancing by gradient norms, with a cache, whose teacher worked elsewhere,
             and in a study that does not count them.
         teacher_cache: the precision of the cache that stood for the teacher; None where the teacher itself answered in
             each step.
@@ -492,7 +492,13 @@ def evaluate_baselines(config: ExperimentConfig) -> list[dict[str, Any]]:
 def baseline_id(config: ExperimentConfig, arm: str) -> str:
     """The run id of a baseline beside `config`: whatever its terms and training, so it is evaluated once."""
     bare = config.replace(
-        features=None, attention=None, outputs=None, task_weight=1.0, training_args={}, name=f"baseline {arm}"
+        features=None,
+        attention=None,
+        outputs=None,
+        task_weight=1.0,
+        balancing=None,
+        training_args={},
+        name=f"baseline {arm}",
     )
     return bare.replace(training={"max_length": config.training.max_length}).run_id
 
@@ -502,14 +508,16 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
     steps where a schedule switches terms on and off.
 
     The teacher's forward ends where the objective needs no more of it, and this counts what is done. None for a
-    quantized teacher. Random numbers drawn here (dropout) do not count, and what an objective learns from a batch by
-    itself (`EarthMover`'s masses) is put back: the run goes on as if nothing was measured.
+    quantized teacher, and under balancing by gradient norms, of which some steps cost more. Random numbers drawn here
+    (dropout) do not count, and what an objective learns from a batch by itself (`EarthMover`'s masses) is put back: the
+    run goes on as if nothing was measured.
     """
     from fakit.evaluation.cost import count_flops
     from fakit.models.load import is_quantized
     from fakit.models.random_state import random_state_kept
+    from fakit.objective.balancing import GradientNorm
 
-    if is_quantized(trainer.teacher):
+    if is_quantized(trainer.teacher) or isinstance(trainer.objective.balancing, GradientNorm):
         return None
     distiller, device = trainer.model, trainer.args.device
     distiller.to(device)

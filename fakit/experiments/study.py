@@ -201,8 +201,8 @@ def equal_compute_steps(own: Mapping[str, Any], target: Mapping[str, Any]) -> in
     for record in (own, target):
         if not record["flops_per_step"]:
             raise ValueError(
-                f"{record['run_id']} has no FLOPs per step (a quantized teacher cannot be counted), so equal compute "
-                "cannot be planned; study an unquantized teacher, or set equal_compute: []."
+                f"{record['run_id']} has no FLOPs per step (a quantized teacher and balancing by gradient norms "
+                "cannot be counted), so equal compute cannot be planned; study them without, or set equal_compute: []."
             )
     return max(1, round(target["flops"] / own["flops_per_step"]))
 

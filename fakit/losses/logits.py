@@ -109,7 +109,7 @@ def labeled_positions(name: str, labels: Tensor, mask: Tensor | None, logits: Te
 
 def check_temperature(name: str, temperature: float | Tensor) -> None:
     """Raise ValueError unless the temperature is a tensor, or a finite number above 0."""
-    if not isinstance(temperature, Tensor) and not (temperature > 0 and math.isfinite(temperature)):
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
         raise ValueError(
             f"{name} wants a finite temperature above 0, not {temperature!r}; 1 leaves the distributions as they are."
         )

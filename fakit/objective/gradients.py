@@ -283,15 +283,15 @@ def _chosen(objective: Objective, batches: list[Mapping], terms: Sequence[str] |
 @contextmanager
 def _set(objective: Objective, weights: dict[str, float], temperature: float | None = None) -> Iterator[None]:
     """While open, these weights (others 0), and this τ where one is given; then the objective's own again."""
-    before, stepped = objective.settings, objective.stepped
+    before, stepped, balancing = objective.settings, objective.stepped, objective.balancing
     try:
-        objective.stepped = True  # what is measured here is the step at hand
+        objective.stepped, objective.balancing = True, None  # what is measured here is the step at hand, term by term
         objective.weights.update({name: weights.get(name, 0.0) for name in before})
         if temperature is not None:
             objective.temperature = temperature
         yield
     finally:
-        objective.settings, objective.stepped = before, stepped
+        objective.settings, objective.stepped, objective.balancing = before, stepped, balancing
 
 
 def _traces(objective: Objective, teacher, student, batch: Mapping) -> tuple:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fakit.layer_maps import Depths, LayerMap, Pair
+from fakit.objective.balancing import Balancing, make_balancing
 from fakit.objective.breakdown import Breakdown, total
 from fakit.objective.diagnosis import whose_numbers
 from fakit.objective.needs import Needs
@@ -33,12 +34,15 @@ OWN = ("features", "attention", "outputs", "task")
 
 
 class Objective(nn.Module):
-    """The multi-task distillation loss over two traces. Its parameters are the projections, where widths differ.
+    """The multi-task distillation loss over two traces. Its parameters are the projections, where widths differ, and
+    what balancing learns.
 
     Args:
         layer_map: pairs (student layer, teacher layer) for the terms that go over layers and have no map of their own.
         features, attention, outputs, task: the paper's four terms; None leaves a term out.
         terms: further ones by name, also several of one kind.
+        balancing: factors on the weights, found while training: "uncertainty", "gradient_norm", or one of
+            `fakit.objective.balancing` with its own settings. None: the weights are as they were set.
 
     Raises:
         ValueError: no term at all, a name or a term that is none; later, in a call: heads that differ under one-to-one,
@@ -65,6 +69,7 @@ class Objective(nn.Module):
         outputs: Outputs | None = None,
         task: Task | None = None,
         terms: Mapping[str, Term] | None = None,
+        balancing: str | Balancing | None = None,
     ):
         super().__init__()
         given = dict(zip(OWN, (features, attention, outputs, task), strict=True))
@@ -88,6 +93,11 @@ class Objective(nn.Module):
         self.projections = nn.ModuleDict()  # "S1_T2": Linear(d_S, d_T); "phi_s_T2": a standardization
         self._terms = {n: term.placed(n, self._layer_map, self.projections) for n, term in given.items()}
         self.weights = Weights(self._terms)
+        self._step = 0
+        self.factors: dict[str, Tensor] = {}  # of balancing, on the weights of the last call
+        self.balancing = make_balancing(balancing)
+        if self.balancing is not None:
+            self.balancing.prepare(tuple(self._terms))
         self.stepped = False  # once `set_step` was called: until then, schedules stand where they start
 
     # -- its terms ------------------------------------------------------------------------------------------------
@@ -218,7 +228,7 @@ class Objective(nn.Module):
                 raise ValueError(f"{name}: {error}") from error
         for term in self._terms.values():
             term.set_step(step, of)
-        self.stepped = True
+        self._step, self.stepped = step, True
 
     def check_schedules(self, steps: int) -> None:
         """Raise ValueError where a training of so many steps would come to one in which every weight is 0."""
@@ -419,16 +429,53 @@ class Objective(nn.Module):
             raise ValueError(
                 f"the objective {dict(self.weights)} compares with a teacher, and no teacher trace was given."
             )
-        if not self.stepped and torch.is_grad_enabled() and (changing := self.schedules):
-            raise ValueError(
-                f"{', '.join(changing)}: scheduled by the optimizer step, and which one this is was not said, so that "
-                "nothing would ever change. Call objective.set_step(step, of=steps) before each step; "
-                "DistillationTrainer does it."
-            )
+        if not self.stepped and torch.is_grad_enabled():
+            self._refuse_without_step()
         teacher = None if teacher is None else teacher.detach()
         labels = student.own_labels(labels)
         active = {n: t for n, t in self._terms.items() if self.active(n) and (labels is not None or not t.needs_labels)}
-        together, at_once = compare_over_heads(active, self.weights, student, teacher, labels, shares or {})
+        weights = {name: self.weights[name] for name in active}
+        factors: dict[str, Tensor] = {}
+        if self.balancing is not None:
+            if torch.is_grad_enabled():
+                self.balancing.measure(
+                    self._step, weights, lambda: self._compare(active, student, teacher, labels, {})[2]
+                )
+            factors = self.factors = self.balancing.factors(weights)
+        scales = dict(shares or {})
+        scales |= {name: factor * scales.get(name, 1.0) for name, factor in factors.items()}
+        together, at_once, values, per_layer = self._compare(active, student, teacher, labels, scales)
+        if not values:
+            raise ValueError(
+                f"nothing to compute: weights {dict(self.weights)}, {len(self.layer_map)} layer pairs, "
+                f"labels {'given' if labels is not None else 'missing'}. Raise a weight, map a layer, or pass labels."
+            )
+        if shares is not None:
+            values = {name: shares[name] * value for name, value in values.items()}
+            per_layer = {n: {pair: shares[n] * v for pair, v in pairs.items()} for n, pairs in per_layer.items()}
+        weighted = {name: weights[name] * value for name, value in values.items()}
+        rest = {name: value for name, value in weighted.items() if name not in at_once}
+        if self.balancing is not None:
+            costs = {name: weights[name] * self.balancing.cost(name, v.detach()) for name, v in values.items()}
+            weighted = {name: factors[name] * value + costs[name] for name, value in weighted.items()}
+            rest = {name: costs[name] if name in at_once else value for name, value in weighted.items()}
+        # what went over the heads is in `together`: the same number, whose gradient is there already
+        loss = total(weighted.values()) if together is None else together + sum(rest.values())
+        matches = {pair: heads for term in active.values() for pair, heads in term.place.matches.items()}
+        breakdown = Breakdown(loss, values, weighted, per_layer, matches)
+        # looking at a number on an accelerator would stop its stream in every step; there the trainer looks when it
+        # logs
+        if breakdown.total.device.type == "cpu" and not torch.compiler.is_compiling():
+            breakdown.check(lambda name, pairs: whose_numbers(self._terms[name], pairs, student, teacher))
+        return breakdown
+
+    def _compare(self, active: Mapping[str, Term], student: Trace, teacher: Trace | None, labels, scales):
+        """What went over the heads together, those terms, all terms before weighting, and those with layer pairs.
+
+        Args:
+            scales: factors () on the weights.
+        """
+        together, at_once = compare_over_heads(active, self.weights, student, teacher, labels, scales)
         whole = (student, teacher)
         if self._want_logits(active, at_once):
             whole = with_logits(student), None if teacher is None else with_logits(teacher)
@@ -447,25 +494,16 @@ class Objective(nn.Module):
             elif isinstance(found, Mapping):  # a map without pairs
                 continue
             values[name] = _scalar(name, term, found)
-        if not values:
+        return together, at_once, values, per_layer
+
+    def _refuse_without_step(self) -> None:
+        asking = [*self.schedules, *(["balancing"] if self.balancing is not None and self.balancing.by_step else [])]
+        if asking:
             raise ValueError(
-                f"nothing to compute: weights {dict(self.weights)}, {len(self.layer_map)} layer pairs, "
-                f"labels {'given' if labels is not None else 'missing'}. Raise a weight, map a layer, or pass labels."
+                f"{', '.join(asking)}: by the optimizer step, and which one this is was not said, so that nothing "
+                "would ever change. Call objective.set_step(step, of=steps) before each step; DistillationTrainer does "
+                "it."
             )
-        if shares is not None:
-            values = {name: shares[name] * value for name, value in values.items()}
-            per_layer = {n: {pair: shares[n] * v for pair, v in pairs.items()} for n, pairs in per_layer.items()}
-        weighted = {name: self.weights[name] * value for name, value in values.items()}
-        loss = total(weighted.values())
-        if together is not None:  # the same number; its gradient is there already
-            loss = together + sum(value for name, value in weighted.items() if name not in at_once)
-        matches = {pair: heads for term in active.values() for pair, heads in term.place.matches.items()}
-        breakdown = Breakdown(loss, values, weighted, per_layer, matches)
-        # looking at a number on an accelerator would stop its stream in every step; there the trainer looks when it
-        # logs
-        if breakdown.total.device.type == "cpu" and not torch.compiler.is_compiling():
-            breakdown.check(lambda name, pairs: whose_numbers(self._terms[name], pairs, student, teacher))
-        return breakdown
 
     def _want_logits(self, active: Mapping[str, Term], at_once: Mapping[str, Tensor]) -> bool:
         rest = [name for name in active if name not in at_once]

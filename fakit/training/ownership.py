@@ -54,7 +54,8 @@ def objective_facts(objective: Objective) -> dict[str, Any]:
         for name, term in objective.terms.items()
     }
     weights = {name: _plain(term.written("weight")) for name, term in objective.terms.items()}
-    return {"weights": weights, "layer_map": _plain(objective.layer_map), **described}
+    balancing = {} if objective.balancing is None else {"balancing": objective.balancing.describe()}
+    return {"weights": weights, "layer_map": _plain(objective.layer_map), **balancing, **described}
 
 
 def setting_facts(objective: Objective) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from fakit.models.peft_students import ADAPTER, base_fingerprint, check_adapter,
 from fakit.models.preflight import preflight
 from fakit.models.random_state import random_state_kept
 from fakit.models.tables import CheckedCollator, Tables, check_data, tables
+from fakit.objective.balancing import GradientNorm, Uncertainty
 from fakit.objective.breakdown import Breakdown
 from fakit.objective.diagnosis import whose_numbers
 from fakit.objective.needs import Needs
@@ -259,6 +260,8 @@ class DistillationTrainer(Trainer):
             teacher.to(self.args.device)
         self._ask_beforehand([student] if self.cached_teacher is not None else [student, teacher], tokenizer)
         self.teacher, self.student, self.objective = teacher, student, objective
+        if isinstance(objective.balancing, GradientNorm):
+            self._prepare_gradient_norms(objective.balancing)
         self.epochs = _EpochCallback(objective)
         self.add_callback(self.epochs)
         self.add_callback(_ScheduleCallback(objective))
@@ -266,13 +269,35 @@ class DistillationTrainer(Trainer):
         # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for
         # them
         self._sums: dict[str, tuple[Tensor, int]] = {}
-        self._numbers: dict[str, float] = {}  # weights and temperatures of the last step
+        self._numbers: dict[str, float | Tensor] = {}  # weights and temperatures of the last step
         self._is_checkpoint = False
         # settings that the steps follow from and that are not seen here, such as an experiment's: a checkpoint is bound
         # to them, too
         self.bound_to: dict[str, Any] = {}
         self._objective_facts = objective_facts(objective)  # as it was made: weights may be set while training
         self._fingerprints: dict[str, Any] | None = None
+
+    def _prepare_gradient_norms(self, balancing: GradientNorm) -> None:
+        wrapped = {"torch_compile": self.args.torch_compile, "FSDP": self.is_fsdp_enabled}
+        if asked := [name for name, is_on in wrapped.items() if is_on]:
+            raise ValueError(
+                f"{asked[0]} and balancing by gradient norms: a term's gradient by itself cannot be taken inside of a "
+                "compiled or sharded step. Use balancing='uncertainty', or leave one of the two out."
+            )
+        balancing.watch(self.student)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The Trainer's; what balancing learns is a group of its own, with its learning rate and no weight decay."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        balancing = self.objective.balancing
+        if made and isinstance(balancing, Uncertainty):
+            named = (self.model if model is None else model).named_parameters()
+            own = [p for name, p in named if "objective.balancing." in name]
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if not any(p is one for one in own)]
+            optimizer.add_param_group({"params": own, "lr": balancing.learning_rate, "weight_decay": 0.0})
+        return optimizer
 
     def _ask_beforehand(self, models: list[PreTrainedModel], tokenizer) -> None:
         """What capture would ask of the models at the first batch that wants it: now, while they are whole,
@@ -363,7 +388,7 @@ class DistillationTrainer(Trainer):
                 inputs,
                 _numbers(self.objective),
             )  # a callback may set others before the log
-            for name, value in _flat(self.distiller.breakdown, self.objective.weights.schedules).items():
+            for name, value in _flat(self.distiller.breakdown, _changing(self.objective)).items():
                 total, steps = self._sums.get(name, (0.0, 0))
                 self._sums[name] = total + value, steps + 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
@@ -385,7 +410,10 @@ class DistillationTrainer(Trainer):
             self.distiller.breakdown.check(self._whose_numbers)
             means = torch.stack([total / steps for total, steps in self._sums.values()])  # (terms and layer pairs,)
             means = self.accelerator.gather(means.unsqueeze(0)).mean(0)  # over the processes
-            logs |= dict(zip(self._sums, means.tolist(), strict=True)) | self._numbers
+            logs |= dict(zip(self._sums, means.tolist(), strict=True))
+            logs |= {
+                name: value.item() if isinstance(value, Tensor) else value for name, value in self._numbers.items()
+            }
             self._sums = {}
         super().log(logs, *args, **kwargs)
 
@@ -725,12 +753,19 @@ def _flat(breakdown: Breakdown, changing: Iterable[str]) -> dict[str, Tensor]:
     return {**breakdown.terms, **layers, **weighted}
 
 
-def _numbers(objective: Objective) -> dict[str, float]:
-    """Weights and temperatures of this step, as they are logged."""
+def _changing(objective: Objective) -> Iterable[str]:
+    """The terms whose weight is another in each step."""
+    return objective.weights.schedules if objective.balancing is None else objective.terms
+
+
+def _numbers(objective: Objective) -> dict[str, float | Tensor]:
+    """Weights and temperatures of this step, as they are logged; of balanced weights what they come to."""
     softened = {name: term.temperature for name, term in objective.softened.items()}
     one = len(set(softened.values())) == 1
     taus = {"temperature": objective.temperature} if one else {f"temperature/{n}": tau for n, tau in softened.items()}
-    return {f"weight/{name}": weight for name, weight in objective.weights.items()} | taus
+    weights: dict[str, Any] = dict(objective.weights)
+    weights |= {name: weights[name] * factor for name, factor in objective.factors.items()}
+    return {f"weight/{name}": weight for name, weight in weights.items()} | taus
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from fakit.experiments.config import (
 )
 from fakit.experiments.schema import settings
 from fakit.layer_maps import STRATEGIES
+from fakit.objective.balancing import GradientNorm, Uncertainty
 from tests.families import tiny
 
 FULL = ExperimentConfig(
@@ -379,3 +380,36 @@ def test_a_schedule_changes_by_its_keys_and_by_a_factor():
 def test_what_is_no_schedule_in_a_file_is_refused_by_its_key(text, message):
     with pytest.raises(ValueError, match=message):
         ExperimentConfig.from_dict(yaml.safe_load(text))
+
+
+# -- balancing --------------------------------------------------------------------------------------------------------
+
+
+def test_balancing_comes_from_a_file():
+    teacher = tiny("bert")
+    for given, kind, settings_ in (
+        ("uncertainty", Uncertainty, {"kind": "uncertainty", "learning_rate": 0.01}),
+        ({"kind": "uncertainty", "learning_rate": 0.1}, Uncertainty, {"kind": "uncertainty", "learning_rate": 0.1}),
+        ({"kind": "gradient_norm", "every": 5}, GradientNorm, {"kind": "gradient_norm", "every": 5, "momentum": 0.9}),
+    ):
+        config = ExperimentConfig.from_dict({"balancing": given})
+        assert ExperimentConfig.from_dict(config.to_dict()) == config and config.run_id != ExperimentConfig().run_id
+        balancing = build_objective(config, shrink(teacher, 2), teacher).balancing
+        assert type(balancing) is kind and balancing.describe() == settings_
+    assert config.replace(**{"balancing.every": 7}).balancing.every == 7
+    assert "balancing" not in ExperimentConfig().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("gradnorm", "balancing.kind: 'gradnorm' is not one of uncertainty, gradient_norm"),
+        ({"every": 5}, "balancing.kind: missing at balancing"),
+        ({"kind": "uncertainty", "every": 5}, "balancing.every: uncertainty has no such key; it takes learning_rate"),
+        ({"kind": "gradient_norm", "momentum": 1}, "balancing.momentum: found 1, expected a value below 1"),
+        (3, "balancing: found 3 .whole number., expected a mapping with keys kind"),
+    ],
+)
+def test_what_is_no_balancing_in_a_file_is_refused_by_its_key(given, message):
+    with pytest.raises(ValueError, match=message):
+        ExperimentConfig.from_dict({"balancing": given})

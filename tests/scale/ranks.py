@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fakit import DistillationTrainer, Features, Objective
+from fakit import DistillationTrainer, Features, Objective, Schedule
 from fakit.__main__ import main as fakit
 from fakit.training.distributed import whole_state
 from tests.families import batch
@@ -42,12 +42,21 @@ def uneven(causal: bool, rows: int = 3 * GLOBAL) -> list[dict[str, Tensor]]:
 
 
 def run(
-    folder: Path, family="bert", change=None, resume: str | None = None, accumulation: int = 1, terms=None, **settings
+    folder: Path,
+    family="bert",
+    change=None,
+    resume: str | None = None,
+    accumulation: int = 1,
+    terms=None,
+    weights=None,
+    balancing=None,
+    **settings,
 ):
     """Three steps over `uneven` rows. `change` is called with the objective after the first step."""
     made = parts(family)
     if terms is not None:
-        made = (*made[:2], Objective(made[2].layer_map, Features("mse"), terms=terms))
+        made = (*made[:2], Objective(made[2].layer_map, Features("mse"), terms=terms, balancing=balancing))
+    made[2].weights.update(weights or {})
     trainer = make(
         folder,
         family,
@@ -88,6 +97,8 @@ RUNS = {
     "checkpointed activations": {"activation_checkpointing": True},
     "bf16": {"bf16": True},
     "own term": {"terms": {"contrast": Contrastive(weight=0.5)}},
+    "rising": {"weights": {"features": Schedule(0.0, 0.5, "steps", milestones=(1,)), "task": Schedule(1.0, 0.1)}},
+    "uncertainty": {"terms": {"contrast": Contrastive(weight=0.5)}, "balancing": "uncertainty"},
 }
 
 

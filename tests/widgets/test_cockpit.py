@@ -9,10 +9,11 @@ import threading
 import pytest
 from transformers import TrainerCallback
 
+from fakit import Schedule
 from fakit.training.session.session import TrainSession
 from fakit.widgets import Cockpit, cockpit
 from tests.families import VOCAB, batch, tokenizer
-from tests.training import make
+from tests.training import make, parts
 
 WORDS = tokenizer(" ".join(f"w{i}" for i in range(1, VOCAB)))
 WORDS.pad_token = "[UNK]"
@@ -102,6 +103,29 @@ def test_the_curve_grows_with_the_steps_and_the_rest_follows(tmp_path):
     when(panel, lambda: panel.session.ended)
     panel.flush()
     assert points(panel) == 6 and panel._bar.bar_style == "success"
+
+
+def test_a_schedule_moves_its_slider_and_a_hand_replaces_it(tmp_path):
+    gate, models = Gate(), parts()
+    models[2].weights["features"] = Schedule(0.0, 3.0)
+    panel = cockpit(made(tmp_path, gate, made=models), start=True)
+    slider = panel.sliders["features"]
+    assert slider.value == 0.0 and words(panel.schedules).strip() == (
+        "scheduled: features linear 0 → 3 from step 0 to the end"
+    )
+    for step in (1, 2):  # the slider stands at what the next step takes
+        gate.open.release()
+        when(panel, lambda step=step: slider.value == pytest.approx(0.5 * step))
+    assert panel.session.events == []
+    slider.value = 1.25
+    gate.open.release()
+    when(panel, lambda: panel.session.events)
+    panel.flush()
+    assert words(panel.schedules) == "" and slider.value == 1.25
+    assert "features 1 (linear 0 → 3 from step 0 to the end) → 1.25" in words(panel._log)
+    gate.open.release(3)
+    when(panel, lambda: panel.session.ended)
+    assert panel.session.objective.weights["features"] == 1.25
 
 
 def test_a_slider_moved_mid_run_is_an_event(tmp_path):
