@@ -134,7 +134,7 @@ def page() -> str:
         losses("outputs", outputs.LOSSES, (*sides, "temperature", "labels")),
         "## Layer maps",
         table(("name", "what, and from where", "code"), maps),
-        "## Recipes: `recipes.pkd()`, or `recipe: pkd`",
+        "## Recipes: `recipes.tinybert()`, or `recipe: tinybert`",
         "A recipe stands for settings; keys beside it change them, such as `features: {weight: 0.5}`.",
         *(recipe_section(name) for name in sorted(recipes.RECIPES)),
     ]

@@ -37,6 +37,9 @@ MapInAFile = Literal[STRATEGIES] | tuple[tuple[Whole, Whole], ...]
 MapOf = Callable[[str | Pairs], LayerMap]
 
 
+Share = Annotated[Number, Field(gt=0.0, lt=1.0)]  # of training
+
+
 class ScheduleSection(Section):
     """A number that changes over training, in place of a number: {from: 1.0, to: 0.1, kind: cosine}."""
 
@@ -66,9 +69,9 @@ def schedule_at(path: str) -> type[ScheduleSection]:
         "from": (Number, ...),
         "to": (Number, ...),
         "kind": (Kind, "linear"),
-        "start": (Natural, 0),
-        "end": (Count | None, None),
-        "milestones": (tuple[Whole, ...], ()),
+        "start": (Natural | Share, 0),
+        "end": (Count | Share | None, None),
+        "milestones": (tuple[Whole | Share, ...], ()),
     }
     section = create_model("ScheduleSection", __base__=ScheduleSection, __module__=__name__, **fields)
     section.section = path

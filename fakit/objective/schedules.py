@@ -5,7 +5,6 @@ and is a function of the step alone, so that a resumed run continues it to the l
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -13,6 +12,7 @@ from typing import Any, Literal, NoReturn, Self, get_args
 
 Kind = Literal["linear", "cosine", "warmup", "steps", "constant"]
 KINDS: tuple[str, ...] = get_args(Kind)
+Step = int | float  # optimizer steps done, or, between 0 and 1, a share of all steps
 _IN_A_FILE = {"start_value": "from", "end_value": "to"}  # the other fields have one name everywhere
 
 
@@ -32,8 +32,8 @@ class Schedule:
         start_value: up to the step `start`; finite, at least 0.
         end_value: from the step `end` on.
         kind: see the table.
-        start, end: optimizer steps done; `end=None` is the end of training.
-        milestones: of "steps" alone, which has neither start nor end.
+        start, end: optimizer steps done, or a share of training (0.5: half of its steps); `end=None` is its end.
+        milestones: of "steps" alone, which has neither start nor end; likewise steps or shares.
 
     Raises:
         ValueError: an unknown kind, a value that is negative or not finite, an end that does not lie after the start,
@@ -42,6 +42,8 @@ class Schedule:
     >>> schedule = Schedule(1.0, 0.1, "cosine", start=0, end=500)
     >>> [round(schedule.at(step), 3) for step in (0, 250, 500, 900)]
     [1.0, 0.55, 0.1, 0.1]
+    >>> [Schedule(1.0, 0.0, "steps", milestones=(0.5,)).at(step, 60) for step in (0, 29, 30)]
+    [1.0, 1.0, 0.0]
     >>> print(Schedule(0.0, 1.0, "steps", milestones=(100, 200)))
     steps 0 → 1 at 100, 200
     """
@@ -49,9 +51,9 @@ class Schedule:
     start_value: float
     end_value: float
     kind: Kind = "linear"
-    start: int = 0
-    end: int | None = None
-    milestones: tuple[int, ...] = ()
+    start: Step = 0
+    end: Step | None = None
+    milestones: tuple[Step, ...] = ()
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -63,20 +65,27 @@ class Schedule:
             object.__setattr__(self, name, float(value))
         object.__setattr__(self, "milestones", tuple(self.milestones))
         given = [step for step in (self.start, self.end, *self.milestones) if step is not None]
-        if wrong := [step for step in given if isinstance(step, bool) or not isinstance(step, int) or step < 0]:
-            self._refuse(f"found {wrong[0]!r} for a step; steps are whole numbers from 0 on")
+        if wrong := [step for step in given if not _is_step(step)]:
+            self._refuse(
+                f"found {wrong[0]!r} for a step; steps are whole numbers from 0 on, or shares of training between 0 "
+                "and 1"
+            )
         self._check_kind()
 
     def _check_kind(self) -> None:
         if self.kind == "steps":
             if (self.start, self.end) != (0, None):
                 self._refuse("steps are taken at milestones; leave out start and end")
+            if len({type(place) for place in self.milestones}) > 1:
+                self._refuse(
+                    f"found milestones {list(self.milestones)}; give steps alone, or shares alone"
+                )
             if not self.milestones or list(self.milestones) != sorted(set(self.milestones)):
                 self._refuse(f"found milestones {list(self.milestones)}, expected one or more, each after the last")
             return
         if self.milestones:
             self._refuse(f"milestones are for kind='steps'; {self.kind} has start and end")
-        if self.end is not None and self.end <= self.start:
+        if self.end is not None and type(self.end) is type(self.start) and self.end <= self.start:
             self._refuse(f"it ends at step {self.end} and starts at {self.start}; give an end after the start")
         if self.kind == "warmup" and (self.end is None or self.end_value <= self.start_value):
             self._refuse("a warm-up rises, and its end is given; 'linear' goes anywhere, until the end of training")
@@ -94,11 +103,12 @@ class Schedule:
             ValueError: see `until`.
         """
         if self.kind == "steps":
-            done = bisect_right(self.milestones, step) / len(self.milestones)
-        elif self.kind == "constant" or step <= self.start:
+            done = sum(self._passed(place, step, steps) for place in self.milestones) / len(self.milestones)
+        elif self.kind == "constant" or step == 0 or step <= self._whole(self.start, steps):
             done = 0.0
         else:
-            done = min(1.0, (step - self.start) / (self.until(steps) - self.start))
+            start = self._whole(self.start, steps)
+            done = min(1.0, (step - start) / (self.until(steps) - start))
             done = (1 - math.cos(math.pi * done)) / 2 if self.kind == "cosine" else done
         return (1 - done) * self.start_value + done * self.end_value  # exact at both ends
 
@@ -106,22 +116,45 @@ class Schedule:
         """The step from which on it stays as it is, in a training of so many steps.
 
         Raises:
-            ValueError: it goes to the end of training and nobody says where that is, or it starts only there.
+            ValueError: it goes to the end of training, or by shares of it, and nobody says how long that is; or it ends
+                where it starts.
         """
         if self.kind == "constant":
             return 0
         if self.kind == "steps":
-            return self.milestones[-1]
+            whole = [self._whole(place, steps) for place in self.milestones]
+            if whole != sorted(set(whole)):
+                self._refuse(f"its milestones {list(self.milestones)} fall on the steps {whole} of {steps}; move them")
+            return whole[-1]
+        start = self._whole(self.start, steps)
         if self.end is not None:
-            return self.end
+            end = self._whole(self.end, steps)
+            if end <= start:
+                self._refuse(f"of {steps} steps, it starts at {start} and ends at {end}; give an end after the start")
+            return end
         if steps is None:
             self._refuse(
                 "it goes on until the end of training, and how many steps that is was not said; give it an end, or "
                 "call objective.set_step(step, of=steps), as DistillationTrainer does"
             )
-        if steps <= self.start:
-            self._refuse(f"it starts at step {self.start}, and training ends at step {steps}; start it earlier")
+        if steps <= start:
+            self._refuse(f"it starts at step {start}, and training ends at step {steps}; start it earlier")
         return steps
+
+    def _whole(self, place: Step, steps: int | None) -> int:
+        """A place as a number of steps, a share of training rounded to the next."""
+        if isinstance(place, int):
+            return place
+        if steps is None:
+            self._refuse(
+                f"{place:g} is a share of training, and how many steps that has was not said; give whole steps, or "
+                "call objective.set_step(step, of=steps), as DistillationTrainer does"
+            )
+        return math.floor(place * steps + 0.5)
+
+    def _passed(self, place: Step, step: int, steps: int | None) -> bool:
+        """Whether it is reached at a step. At step 0 no share of any training is, so nothing need be known of it."""
+        return (step > 0 or isinstance(place, int)) and step >= self._whole(place, steps)
 
     @property
     def highest(self) -> float:
@@ -168,6 +201,12 @@ class Schedule:
             else f"from step {self.start} to {'the end' if self.end is None else self.end}"
         )
         return f"{self.kind} {self.start_value:g} → {self.end_value:g} {where}"
+
+
+def _is_step(value: object) -> bool:
+    if isinstance(value, float):
+        return 0 < value < 1
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def from_file(value: Any) -> Any:

@@ -2,10 +2,10 @@
 
     from fakit import recipes
 
-    recipe = recipes.pkd()           # prints its equation, its settings, and what of it is ours
+    recipe = recipes.tinybert()      # prints its equation, its settings, and what of it is ours
     objective = recipe.objective(student, teacher)
 
-In a configuration, `recipe: pkd` stands for the same settings, and keys beside it change them.
+In a configuration, `recipe: tinybert` stands for the same settings, and keys beside it change them.
 """
 
 import difflib
@@ -25,6 +25,7 @@ from fakit.recipes.feature_alignment import feature_alignment
 from fakit.recipes.gkd import gkd
 from fakit.recipes.jasper import jasper
 from fakit.recipes.layer_reduction import layer_reduction
+from fakit.recipes.maxtext import maxtext
 from fakit.recipes.minilm import minilm
 from fakit.recipes.minilmv2 import minilmv2
 from fakit.recipes.mobilebert import mobilebert
@@ -33,6 +34,8 @@ from fakit.recipes.rail_kd import rail_kd
 from fakit.recipes.recipe import KEYS as KEYS
 from fakit.recipes.recipe import Recipe
 from fakit.recipes.rlkd import rlkd
+from fakit.recipes.taid import taid
+from fakit.recipes.tinybert import tinybert
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     recipe.__name__: recipe
@@ -40,12 +43,14 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         feature_alignment,
         distilbert,
         pkd,
+        tinybert,
         mobilebert,
         minilm,
         minilmv2,
         cka,
         gkd,
         distillm,
+        taid,
         rlkd,
         distil_whisper,
         layer_reduction,
@@ -55,12 +60,13 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         rail_kd,
         dkd,
         draft,
+        maxtext,
     )
 }
 
 
 def named(given: str | Mapping[str, Any]) -> Recipe:
-    """The recipe that a configuration names: `pkd`, or `{name: rlkd, dynamic: true}` with options of its function.
+    """The recipe that a configuration names: `tinybert`, or `{name: rlkd, dynamic: true}` with options of its function.
 
     Raises:
         ValueError: no such recipe, an option that it does not take, or a value that its losses refuse.

@@ -124,7 +124,7 @@ class Recipe:
     __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
-        said = [f"**{self.title}** ({self.source})", f"$$ {self._formula} $$", f"```yaml\n{self.to_yaml()}```"]
+        said = [f"**{self.title}** ({self.source})", f"$$\n{self._formula}\n$$", f"```yaml\n{self.to_yaml()}```"]
         said += [f"Published beside it: {'; '.join(f'{k}: {v}' for k, v in self.published.items())}."] * bool(
             self.published
         )

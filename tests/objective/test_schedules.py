@@ -3,12 +3,14 @@
 import copy
 import doctest
 import math
+import re
 
 import pytest
 import torch
 from transformers import TrainerCallback, default_data_collator
 
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Schedule, Task, TeacherCache, shrink
+from fakit.experiments import ExperimentConfig
 from fakit.losses import outputs
 from fakit.objective import schedules
 from fakit.objective.gradients import term_gradients
@@ -399,3 +401,47 @@ def test_a_hand_may_not_leave_a_run_with_nothing_to_learn_from_later(tmp_path):
     with pytest.raises(ValueError, match="with task at 0 every weight is 0 when 4 steps are done"):
         session.set_weight("task", 0)
     session.stop()
+
+
+# -- shares of training --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+def test_a_share_of_training_is_the_step_next_to_it(steps):
+    half = Schedule(1.0, 0.0, "steps", milestones=(0.5,))
+    turn = math.floor(steps / 2 + 0.5)
+    assert half.until(steps) == turn
+    assert [half.at(step, steps) for step in range(steps)] == [1.0] * turn + [0.0] * (steps - turn)
+
+
+def test_shares_and_steps_give_one_course():
+    shares, whole = Schedule(0.2, 1.0, "cosine", start=0.25, end=0.75), Schedule(0.2, 1.0, "cosine", start=10, end=30)
+    assert [shares.at(step, 40) for step in range(41)] == [whole.at(step, 40) for step in range(41)]
+    assert shares.at(0) == 0.2  # before the first step there is nothing to know
+    assert Schedule.from_dict(shares.to_dict()) == shares
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: Schedule(0.0, 1.0, start=1.5), "shares of training between 0 and 1"),
+        (lambda: Schedule(0.0, 1.0, end=1.0), "shares of training between 0 and 1"),
+        (lambda: Schedule(0.0, 1.0, start=0.6, end=0.5), "an end after the start"),
+        (lambda: Schedule(0.0, 1.0, "steps", milestones=(0.5, 3)), "steps alone, or shares alone"),
+        (lambda: Schedule(0.0, 1.0, "steps", milestones=(0.5, 0.51)).until(10), "fall on the steps [5, 5] of 10"),
+        (lambda: Schedule(0.0, 1.0, start=5, end=0.5).at(6, 8), "it starts at 5 and ends at 4"),
+        (lambda: Schedule(0.0, 1.0, end=0.5).at(6), "how many steps that has was not said"),
+    ],
+)
+def test_shares_that_say_nothing_are_refused(made, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        made()
+
+
+def test_a_file_may_say_shares():
+    weight = {"from": 1.0, "to": 0.0, "kind": "steps", "milestones": [0.5]}
+    config = ExperimentConfig(features={"weight": weight})
+    assert ExperimentConfig.from_dict(config.to_dict()) == config
+    assert config.to_dict()["features"]["weight"] == weight
+    with pytest.raises(ValueError, match="milestones"):
+        ExperimentConfig(features={"weight": {**weight, "milestones": [1.5]}})

@@ -43,10 +43,18 @@ def student(teacher):
     return model
 
 
-def compared(objective, student, teacher):
+def compared(objective, student, teacher, step: int = 0):
+    objective.set_step(step, of=10)
     rows = BATCH
     traces = [
-        capture(model, rows, needs.hidden_states, needs.attentions, logits=needs.logits)
+        capture(
+            model,
+            rows,
+            needs.hidden_states,
+            needs.attentions,
+            attention_outputs=needs.attention_outputs,
+            logits=needs.logits,
+        )
         for model, needs in ((student, objective.needs("student")), (teacher, objective.needs("teacher")))
     ]
     return objective(*traces, labels=LABELS)
@@ -177,6 +185,29 @@ def test_minilm_by_hand(student, teacher):
     by_hand = kl(A_teacher, A) + kl(of_values(V_teacher), of_values(V))
     found = compared(recipes.minilm().objective(student, teacher), student, teacher).total
     torch.testing.assert_close(found, by_hand, rtol=1e-6, atol=1e-9)
+
+
+def test_tinybert_s_two_stages_and_what_each_asks_for(student, teacher):
+    objective = recipes.tinybert().objective(student, teacher)
+    layers = compared(objective, student, teacher, step=4)
+    assert set(layers.weighted) == {"features", "attention", "embeddings"}
+    assert not objective.needs("teacher").logits
+    predicted = compared(objective, student, teacher, step=5)
+    assert set(predicted.weighted) == {"outputs"} and not objective.needs("teacher").hidden_states
+    P, Q = logits(teacher).log_softmax(-1), logits(student).log_softmax(-1)
+    torch.testing.assert_close(predicted.total, (P.exp() * (P - Q)).sum(-1).mean(), rtol=1e-6, atol=1e-9)
+
+
+def test_maxtext_gives_way_to_the_task(student, teacher):
+    objective = recipes.maxtext().objective(student, teacher)
+    ends = []
+    for step in (0, 10):
+        objective.set_step(step, of=10)
+        ends.append((dict(objective.weights), objective.temperature))
+    assert ends == [
+        ({"features": 1.0, "outputs": 0.9, "task": 0.1}, 2.0),
+        ({"features": 0.1, "outputs": 0.5, "task": 0.5}, 1.0),
+    ]
 
 
 # -- options, and keys beside it ---------------------------------------------------------------------------------------
