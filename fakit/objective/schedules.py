@@ -77,9 +77,7 @@ class Schedule:
             if (self.start, self.end) != (0, None):
                 self._refuse("steps are taken at milestones; leave out start and end")
             if len({type(place) for place in self.milestones}) > 1:
-                self._refuse(
-                    f"found milestones {list(self.milestones)}; give steps alone, or shares alone"
-                )
+                self._refuse(f"found milestones {list(self.milestones)}; give steps alone, or shares alone")
             if not self.milestones or list(self.milestones) != sorted(set(self.milestones)):
                 self._refuse(f"found milestones {list(self.milestones)}, expected one or more, each after the last")
             return

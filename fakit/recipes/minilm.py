@@ -11,11 +11,7 @@ def minilm() -> Recipe:
         source="Wang et al., NeurIPS 2020, arXiv 2002.10957",
         equation=r"""L = \mathrm{KL}(A^T \| A^S) + \mathrm{KL}(R^T \| R^S), \quad
             R = \mathrm{softmax}(V V^\top / \sqrt{d_h}) \quad \text{of the last layers}""",
-        settings={
-            "layer_map": "top",
-            "attention": {"loss": "kl", "weight": 1.0},
-            "terms": {"values": {"kind": "attention", "loss": "relations", "relations": ["values"], "weight": 1.0}},
-        },
+        settings={"layer_map": "top", "attention": {"loss": "minilm", "weight": 1.0}},
         published={"student": "as many attention heads as the teacher; any depth and width", "data": "general text"},
         ours=(
             "its form, from memory of the paper",

@@ -314,3 +314,24 @@ def test_a_query_that_an_additive_mask_shuts_out_of_everything(lowest):
     loss.backward()
     torch.testing.assert_close(loss.detach(), plain(sq, sk, tq, tk, MASK, 0.4, 0.3, True), rtol=1e-5, atol=0)
     assert q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("student, teacher", [(torch.float32, torch.float64), (torch.bfloat16, torch.float64)])
+@pytest.mark.parametrize("swap", [False, True], ids=["", "the other way round"])
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize("loss", ["kl", "mse", "score_mse"])
+def test_two_dtypes_are_compared_in_the_finer_one(loss, heads, swap, student, teacher):
+    student, teacher = (teacher, student) if swap else (student, teacher)
+    ours, theirs = layer(dtype=student), layer(seed=1, d=7, dtype=teacher)
+    found = streamed_loss(loss, ours, theirs, MASK, heads)
+    found.backward()
+    assert found.dtype == torch.float64 and ours.query.grad.dtype == student
+    in_full = [layer(dtype=torch.float64), layer(seed=1, d=7, dtype=torch.float64)]
+    with torch.no_grad():
+        for coarse, fine in zip((ours, theirs), in_full, strict=True):
+            fine.query.copy_(coarse.query), fine.key.copy_(coarse.key)
+    exact = streamed_loss(loss, *in_full, MASK, heads)
+    exact.backward()
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.query.grad, in_full[0].query.grad.to(student), rtol=1e-2, atol=1e-9)
+    assert streamed.head_costs(loss, ours, theirs, MASK).dtype == torch.float64

@@ -78,13 +78,11 @@ def streamed_loss(
 def head_costs(loss: str, student: AttentionInputs, teacher: AttentionInputs, mask: Tensor | None = None) -> Tensor:
     """The loss of every student head against every teacher head, without graph. (H_S, H_T)"""
     with torch.no_grad(), in_full(student.query):
-        ours, theirs = (_Side(side, mask, loss) for side in (student, teacher))
+        ours, theirs = _sides(student, teacher, mask, loss)
         valid = ours.valid
         costs = ours.query.new_zeros(ours.query.shape[1], theirs.query.shape[1])
         for start, end, keys in _blocks(student, teacher):
             log_s, log_t = (side.rows(start, end, keys) for side in (ours, theirs))
-            dtype = torch.promote_types(log_s.dtype, log_t.dtype)  # einsum wants one
-            log_s, log_t = log_s.to(dtype), log_t.to(dtype)
             counts = valid[:, None, start:end, None]
             if loss == "score_mse":  # scores may be large and close: their squares apart would be no sum to trust
                 pairs = _pairs(loss, ours, theirs, start, end, keys)
@@ -159,28 +157,36 @@ def _vectors(side: AttentionInputs, which: str) -> Tensor:
 # -- one pass ---------------------------------------------------------------------------------------------------------
 
 
+def _sides(
+    student: AttentionInputs, teacher: AttentionInputs, mask: Tensor | None, loss: str
+) -> tuple["_Side", "_Side"]:
+    """Both in one dtype: float32, or float64 where one of them is."""
+    dtype = torch.promote_types(*(at_least_float32(side.query).dtype for side in (student, teacher)))
+    return _Side(student, mask, loss, dtype), _Side(teacher, mask, loss, dtype)
+
+
 class _Side:
     """One side's log-maps over blocks of queries, and the way from their scores' gradient to what the layer
     computed.
     """
 
-    def __init__(self, inputs: AttentionInputs, mask: Tensor | None, loss: str):
+    def __init__(self, inputs: AttentionInputs, mask: Tensor | None, loss: str, dtype: torch.dtype):
         B, _, T, _ = inputs.query.shape
         self.inputs, self.loss = inputs, loss
         self.valid = torch.ones(B, T, dtype=torch.bool, device=inputs.query.device) if mask is None else mask.bool()
         # a mask that hides nothing would cost a pass over every block
         self.masked = mask is not None and not (values_known(self.valid) and self.valid.all())
         # models hand over views of (B, T, H, d); laid out by head once, no block's product has to copy them again
-        self.query, key = (at_least_float32(x).contiguous() for x in (inputs.query, inputs.key))
+        self.query, key = (x.to(dtype).contiguous() for x in (inputs.query, inputs.key))
         if self.masked:  # NaN in padding must not reach the products
             padding = ~self.valid[:, None, :, None]
             self.query, key = self.query.masked_fill(padding, 0.0), key.masked_fill(padding, 0.0)
         self.groups = self.query.shape[1] // key.shape[1]
         self.key = key.repeat_interleave(self.groups, dim=1) if self.groups > 1 else key  # (B, H, T, d)
-        self.biases = [at_least_float32(bias) for bias in inputs.biases()]
+        self.biases = [bias.to(dtype) for bias in inputs.biases()]
         self.sinks: Tensor | None = None
         if inputs.sinks is not None and _learns_sinks(loss, inputs):
-            self.sinks = at_least_float32(inputs.sinks)
+            self.sinks = inputs.sinks.to(dtype)
         # of the block at hand: masked pairs, whether the teacher may see some of them, and the slope of the soft cap
         self.hidden, self.hides_more, self._slope = None, False, None
 
@@ -262,7 +268,7 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, student, teacher, mask, heads, *learned):
         with in_full(student.query):
-            ours, theirs = (_Side(side, mask, loss) for side in (student, teacher))
+            ours, theirs = _sides(student, teacher, mask, loss)
             valid = ours.valid
             compare = {"kl": _kl, "mse": _mse, "score_mse": _score_mse}[loss]
             needs_grad = any(tensor.requires_grad for tensor in learned)
