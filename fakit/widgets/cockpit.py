@@ -11,14 +11,11 @@ import ipywidgets as widgets
 
 from fakit.figures.live import training_now
 from fakit.training.session.session import EVERY, FAILED, PAUSED, READY, RUNNING, TEMPERATURE, TrainSession
-from fakit.widgets.panel import LABEL, WIDE, WIDGET, spoken
+from fakit.widgets.panel import FOCUS, LABEL, WIDE, WIDGET, spoken, style
 from fakit.widgets.weights import weight_slider
 
 LINES = 8  # of the log that are shown
-_STYLE = """<style>
-.fakit-cockpit button:focus-visible, .fakit-cockpit .noUi-handle:focus-visible {
-  outline: 3px solid #1F83C4; outline-offset: 2px;
-}
+_STYLE = """
 .fakit-cockpit table { border-collapse: collapse; font-size: 13px; }
 .fakit-cockpit th, .fakit-cockpit td {
   text-align: left; padding: 2px 12px 2px 0; vertical-align: top; line-height: 1.4;
@@ -28,7 +25,7 @@ _STYLE = """<style>
 .fakit-cockpit .failed {
   color: var(--jp-error-color1, #d32f2f); border-left: 4px solid currentColor; padding-left: 8px;
 }
-</style>"""
+"""
 
 
 class Cockpit(widgets.VBox):
@@ -88,7 +85,7 @@ class Cockpit(widgets.VBox):
         below = widgets.HBox([self._table, self._log], layout={"flex_flow": "row wrap", "grid_gap": "12px 28px"})
         super().__init__(
             [
-                widgets.HTML(_STYLE),
+                style(FOCUS + _STYLE),
                 widgets.HBox([self.go, self.step, self.stop, self.save, self._where]),
                 self._bar,
                 widgets.HBox(list(self._controls().values()), layout={"flex_flow": "row wrap"}),
@@ -101,6 +98,7 @@ class Cockpit(widgets.VBox):
             ]
         )
         self.add_class("fakit-cockpit")
+        self.add_class("fakit-focus")
         self._draw({"curve", "samples", "log", "state"})
         session.listeners.append(self.flush)  # while a cell waits in session.result()
         self._following = self._follow()

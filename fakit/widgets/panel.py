@@ -14,11 +14,22 @@ from fakit.figures.figure import PLOTLY
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LABEL = {"description_width": "150px"}  # one column of labels, wide enough for "temperature τ" and term names
 WIDE = "560px"
+# JupyterLab's own mark of a focused button is a line of one light pixel, and a slider's handle has none
+FOCUS = """
+.fakit-focus button:focus-visible, .fakit-focus input:focus-visible, .fakit-focus .noUi-handle:focus-visible {
+  outline: 3px solid #1F83C4; outline-offset: 2px;
+}
+"""
 
 
 def spoken(sentence: str) -> str:
     """HTML of a sentence that a screen reader announces when it changes."""
     return f'<div role="status" aria-live="polite">{escape(sentence)}</div>'
+
+
+def style(css: str) -> widgets.HTML:
+    """Rules for a widget that has this among its children; it takes no room."""
+    return widgets.HTML(f"<style>{css}</style>", layout={"display": "none"})
 
 
 def with_still(bundle: tuple[dict, dict], figure: Figure | None, text: str) -> tuple[dict, dict]:
@@ -52,7 +63,8 @@ class Panel(widgets.VBox):
         # plotly draws it as it draws every other figure of the notebook.
         self._picture = widgets.Output()
         self._sentence = widgets.HTML()
-        super().__init__([*controls, self._picture, self._sentence])
+        super().__init__([*controls, self._picture, self._sentence, style(FOCUS)])
+        self.add_class("fakit-focus")
         self.refresh()
 
     def draw(self) -> tuple[Figure, str]:

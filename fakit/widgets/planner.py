@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fakit.figures import Figure
 from fakit.planner import CARDS, Plan, plan, read_config
 from fakit.planner.cards import GB
-from fakit.widgets.panel import LABEL, WIDE, Panel, spoken
+from fakit.widgets.panel import LABEL, WIDE, Panel, spoken, style
 
 Teacher = str | Path | PreTrainedConfig | PreTrainedModel
 TEACHERS = (
@@ -28,6 +28,8 @@ FORMS = {"bf16": None, "8-bit": "8bit", "4-bit": "4bit"}
 BATCHES = tuple(2**i for i in range(9))
 LENGTHS = tuple(2**i for i in range(5, 14))
 _BUTTONS = {"description_width": "70px", "button_width": "auto"}
+# room for "4096, the teacher's", so that all sliders have one length
+_READOUTS = ".fakit-planner .widget-readout { min-width: 136px; }"
 
 
 class MemoryPlanner(Panel):
@@ -73,6 +75,8 @@ class MemoryPlanner(Panel):
         self._follow_teacher(layers)
         controls = [self.teacher, self.form, self.card, self.layers, self.width, self.batch, self.seq]
         super().__init__([*controls, widgets.HBox([self.checkpointing, self.changes], layout={"grid_gap": "32px"})])
+        self.children = (*self.children, style(_READOUTS))
+        self.add_class("fakit-planner")
         self._following = False
         self.teacher.observe(self._change_teacher, "value")
         for control in (*controls[1:], self.checkpointing, self.changes):

@@ -36,6 +36,10 @@ def test_a_weight_moved_by_the_keyboard_reaches_the_objective(lab):
         for _ in range(3):
             page.keyboard.press("ArrowLeft")
         page.get_by_text("objective holds 0.85").wait_for()
+        page.keyboard.press("Shift+Tab")
+        page.keyboard.press("Tab")
+        ring = handle.evaluate("handle => getComputedStyle(handle).outline")
+        assert "solid 3px" in ring, ring  # seen by whom comes by the keyboard
         page.get_by_text("Total 0.85; the largest part is features").wait_for()
         page.get_by_text("0.85 × 1 = 0.85").wait_for()  # drawn by plotly, inside the widget
 
