@@ -14,7 +14,8 @@ from fakit.figures.theme import SMALL, TEXT
 from fakit.files import write_whole
 
 LINE = 17  # px a line of caption
-CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+# two buttons: more would cover the title of a small figure, and one of plotly's offers to upload it
+CONFIG = {"displaylogo": False, "modeBarButtons": [["toImage", "resetScale2d"]]}
 PLOTLY = "application/vnd.plotly.v1+json"
 
 

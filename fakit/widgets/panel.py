@@ -14,10 +14,10 @@ from fakit.figures.figure import PLOTLY
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LABEL = {"description_width": "150px"}  # one column of labels, wide enough for "temperature τ" and term names
 WIDE = "560px"
-# JupyterLab's own mark of a focused button is a line of one light pixel, and a slider's handle has none
+# JupyterLab marks a focused button by a line of one gray pixel, which this must win against, and a handle not at all
 FOCUS = """
 .fakit-focus button:focus-visible, .fakit-focus input:focus-visible, .fakit-focus .noUi-handle:focus-visible {
-  outline: 3px solid #1F83C4; outline-offset: 2px;
+  outline: 3px solid #1F83C4 !important; outline-offset: 2px;
 }
 """
 

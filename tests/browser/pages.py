@@ -161,7 +161,8 @@ class Notebook:
         self.wait_idle()
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        self.page.wait_for_function(FINISHED, timeout=timeout * 1000, polling=250)  # each frame takes the kernel's CPU
+        # four times a second, not each frame: the kernel needs the CPU
+        self.page.wait_for_function(FINISHED, timeout=timeout * 1000, polling=250)
 
     def use_theme(self, theme: str) -> None:
         """Settings > Theme: "light" or "dark", and wait until the page has its colors."""

@@ -26,6 +26,8 @@ def test_a_notebook_runs_draws_and_answers_to_the_keyboard(lab):
         page = notebook.page
         page.wait_for_selector(".js-plotly-plot .main-svg")  # JupyterLab prefers plotly's JSON to the SVG
         assert [figure["kind"] for figure in assert_figures_visible(page)] == ["plotly"]
+        buttons = page.locator(".modebar-btn").all()
+        assert [button.get_attribute("data-title") for button in buttons] == ["Download plot as a PNG", "Reset axes"]
         readout = page.locator(".widget-html-content")
         assert readout.inner_text() == "3 layers"
         page.locator(".noUi-handle").focus()
