@@ -185,7 +185,7 @@ def by_temperature(
     if list(cosines) != list(norms):
         raise ValueError(f"by_temperature: cosines of {', '.join(cosines)}, but norms of {', '.join(norms)}")
     taus = [float(tau) for tau in temperatures]
-    figure = canvas(title, (WIDE, 400), {"t": 112})
+    figure = canvas(title, (WIDE, 380), {"t": 92})
     for number, (lines, domain) in enumerate(zip((cosines, norms), panels(2, 0.12), strict=True)):
         for position, (name, line) in enumerate(lines.items()):
             if len(line) != len(taus):
@@ -243,7 +243,7 @@ def moved_logit(
     if not x[0] <= at <= x[-1]:
         raise ValueError(f"moved_logit: the logit stands at {at:g}, outside of {x[0]:g} to {x[-1]:g}")
     moved, here, said = next(iter(ranks)), int(np.abs(x - at).argmin()), []
-    figure = canvas(title, (WIDE, 400), {"t": 112})
+    figure = canvas(title, (WIDE, 380), {"t": 92})
     for number, (lines, domain) in enumerate(zip((ranks, measures), panels(2, 0.12), strict=True)):
         for position, (name, line) in enumerate(lines.items()):
             if len(line) != len(x):
