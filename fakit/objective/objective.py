@@ -438,9 +438,7 @@ class Objective(nn.Module):
         factors: dict[str, Tensor] = {}
         if self.balancing is not None:
             if torch.is_grad_enabled():
-                self.balancing.measure(
-                    self._step, weights, lambda: self._compare(active, student, teacher, labels, {})[2]
-                )
+                self.balancing.measure(self._step, weights, lambda: self._raw(active, student, teacher, labels))
             factors = self.factors = self.balancing.factors(weights)
         scales = dict(shares or {})
         scales |= {name: factor * scales.get(name, 1.0) for name, factor in factors.items()}
@@ -495,6 +493,15 @@ class Objective(nn.Module):
                 continue
             values[name] = _scalar(name, term, found)
         return together, at_once, values, per_layer
+
+    def _raw(self, active: Mapping[str, Term], student: Trace, teacher: Trace | None, labels) -> dict[str, Tensor]:
+        """The terms before weighting, with graph; what a term keeps from batch to batch stays as it is."""
+        training = self.projections.training
+        self.projections.eval()
+        try:
+            return self._compare(active, student, teacher, labels, {})[2]
+        finally:
+            self.projections.train(training)
 
     def _refuse_without_step(self) -> None:
         asking = [*self.schedules, *(["balancing"] if self.balancing is not None and self.balancing.by_step else [])]

@@ -9,6 +9,7 @@ from transformers import default_data_collator
 
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Schedule, Task, capture
 from fakit.objective.balancing import GradientNorm, Uncertainty
+from fakit.objective.earth_mover import EarthMover
 from fakit.objective.gradients import term_gradients
 from tests.test_objective import labels, trace
 from tests.training import data, logged, make, parts, weights
@@ -169,6 +170,25 @@ def test_a_term_without_gradient_keeps_its_weight_and_none_at_all_is_refused():
     lost.balancing.watch(other)
     with pytest.raises(ValueError, match="none of the terms depends on the student that is watched"):
         lost(*traces)
+
+
+def test_a_measurement_moves_nothing_that_a_term_keeps_from_batch_to_batch():
+    """Earth mover's masses move with every batch: once, however often it is looked at."""
+    found = []
+    for balancing in (None, GradientNorm(every=1)):
+        torch.manual_seed(0)
+        terms = {"movers": EarthMover(layer_map=LayerMap.every(2, 3))}
+        objective = Objective(task=Task(), terms=terms, balancing=balancing).prepare(8, 8)
+        weight = torch.nn.Linear(8, 8)
+        if balancing is not None:
+            balancing.watch(weight)
+        objective.set_step(0)
+        ours = trace(layers=2)
+        ours.hidden_states = {i: weight(h.float()) for i, h in ours.hidden_states.items()}
+        objective(ours, trace(seed=1), labels())
+        found.append(objective.terms["movers"].masses)
+    assert found[0] == found[1] and len(set(found[0]["student"].values())) > 1
+    assert objective.projections.training
 
 
 def test_measuring_raw_gradients_is_not_balanced():
