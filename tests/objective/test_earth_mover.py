@@ -9,21 +9,8 @@ import torch
 from fakit import Features, LayerMap, Objective, TeacherCache, Trace
 from fakit.experiments.terms import build_further_term
 from fakit.objective.earth_mover import EarthMover, cheapest_flow
+from tests.objective.states import EVERY, MASK, OURS, THEIRS, trace
 from tests.training import data, logged, make, parts
-
-MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 0]]).bool()
-EVERY = LayerMap([(s, t) for s in (1, 2) for t in (1, 2, 3)])
-
-
-def trace(width: int, layers: int, seed: int) -> Trace:
-    """Hidden states by chance; NaN in padding."""
-    generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(layers + 1, *MASK.shape, width, generator=generator, dtype=torch.float64)
-    states = states.masked_fill(~MASK.unsqueeze(-1), torch.nan)
-    return Trace(hidden_states=dict(enumerate(states)), mask=MASK)
-
-
-OURS, THEIRS = trace(6, 2, seed=1), trace(6, 3, seed=2)
 
 
 def costs_by_hand(ours: Trace = OURS, theirs: Trace = THEIRS) -> np.ndarray:

@@ -14,23 +14,11 @@ from fakit.objective.feature_terms import KINDS, Dynamics, Flow, LayerAttention,
 from fakit.objective.projections import MLP
 from fakit.training.token_counts import counts, shares
 from tests.families import tiny
+from tests.objective.states import EVERY, MASK, OURS, THEIRS, trace
 from tests.scale.ranks import uneven
 from tests.training import data, logged, make, parts
 
-MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 0]]).bool()
 MAP = LayerMap([(0, 0), (1, 2), (2, 3)])
-EVERY = LayerMap([(s, t) for s in (1, 2) for t in (1, 2, 3)])
-
-
-def trace(width: int, layers: int, seed: int) -> Trace:
-    """Hidden states by chance; NaN in padding."""
-    generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(layers + 1, *MASK.shape, width, generator=generator, dtype=torch.float64)
-    states = states.masked_fill(~MASK.unsqueeze(-1), torch.nan)
-    return Trace(hidden_states=dict(enumerate(states)), mask=MASK)
-
-
-OURS, THEIRS = trace(6, 2, seed=1), trace(6, 3, seed=2)
 
 
 def value(term, layer_map: LayerMap | None = MAP, ours: Trace = OURS, theirs: Trace = THEIRS) -> dict:
