@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fakit import Attention, Features, LayerMap, Objective, TeacherCache, Trace, capture
+from fakit import Attention, Features, LayerMap, Objective, Trace, capture
 from fakit.experiments.terms import FeaturesConfig
 from fakit.models import find_blocks
 from fakit.objective.feature_terms import Dynamics, LayerAttention, Pooled
@@ -16,7 +16,7 @@ from fakit.training.trainer import check_fit
 from tests.families import batch, batch_for, tiny
 from tests.models.test_inputs import packed, texts
 from tests.test_capture_leaves_no_trace import assert_same, state
-from tests.training import data, logged, make, parts
+from tests.training import cache_of, logged, make, parts
 
 # The module whose output it is, in each block.
 PROJECTIONS = {
@@ -210,8 +210,7 @@ def test_it_trains_the_same_live_and_from_a_cache(name, tmp_path):
         torch.manual_seed(0)
         made, more = Objective(terms={"it": TERMS[name]()}), {}
         if how == "cached":
-            rows = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in data()]
-            cache = TeacherCache.build(tmp_path / "cache", teacher, rows, made, dtype="float32")
+            cache = cache_of(tmp_path / "cache", teacher, made)
             assert cache.content.hidden_states == () and set(cache.content.attention_outputs) <= {1, 2, 3}
             more = {"teacher_cache": cache}
         trainer = make(tmp_path / how, made=(teacher, student, made), extra=more)

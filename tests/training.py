@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from fakit import Attention, DistillationTrainer, Features, LayerMap, Objective, Outputs, Task, shrink
+from fakit import Attention, DistillationTrainer, Features, LayerMap, Objective, Outputs, Task, TeacherCache, shrink
 from tests.families import VOCAB, batch, tiny
 
 ROWS = 24
@@ -20,6 +20,12 @@ def data(causal: bool = False, padding: int = 2, rows: int = ROWS) -> list[dict[
     ids, mask = padded["input_ids"], padded["attention_mask"]
     labels = ids.masked_fill(mask == 0, -100) if causal else (ids[:, 0] > VOCAB // 2).long()
     return [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids, mask, labels, strict=True)]
+
+
+def cache_of(folder, teacher, objective) -> TeacherCache:
+    """What the objective needs of the teacher on `data`, in float32."""
+    rows = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in data()]
+    return TeacherCache.build(folder, teacher, rows, objective, dtype="float32")
 
 
 def parts(family: str = "bert", width: int | None = 16, layers: int = 2, layer_map: LayerMap | None = None, **changes):

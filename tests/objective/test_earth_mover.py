@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fakit import Features, LayerMap, Objective, TeacherCache, Trace
+from fakit import Features, LayerMap, Objective, Trace
 from fakit.experiments.terms import build_further_term
 from fakit.objective.earth_mover import EarthMover, cheapest_flow
 from tests.objective.states import EVERY, MASK, OURS, THEIRS, trace
-from tests.training import data, logged, make, parts
+from tests.training import cache_of, logged, make, parts
 
 
 def costs_by_hand(ours: Trace = OURS, theirs: Trace = THEIRS) -> np.ndarray:
@@ -128,8 +128,7 @@ def test_it_trains_the_same_live_and_from_a_cache_and_goes_on_where_it_stopped(t
         torch.manual_seed(0)
         made, more = Objective(terms={"it": EarthMover(layer_map=EVERY)}), {}
         if how == "cached":
-            rows = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in data()]
-            cache = TeacherCache.build(tmp_path / "cache", teacher, rows, made, dtype="float32")
+            cache = cache_of(tmp_path / "cache", teacher, made)
             more = {"teacher_cache": cache}
         steps = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2}
         trainer = make(tmp_path / how, made=(teacher, student, made), extra=more, **steps)

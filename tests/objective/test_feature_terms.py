@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakit import Features, LayerMap, Objective, TeacherCache, Trace, capture
+from fakit import Features, LayerMap, Objective, Trace, capture
 from fakit.experiments.terms import build_further_term
 from fakit.losses.features import LOSSES
 from fakit.objective.feature_terms import KINDS, Dynamics, Flow, LayerAttention, Pooled, pooled
@@ -16,7 +16,7 @@ from fakit.training.token_counts import counts, shares
 from tests.families import tiny
 from tests.objective.states import EVERY, MASK, OURS, THEIRS, trace
 from tests.scale.ranks import uneven
-from tests.training import data, logged, make, parts
+from tests.training import cache_of, logged, make, parts
 
 MAP = LayerMap([(0, 0), (1, 2), (2, 3)])
 
@@ -150,8 +150,7 @@ def test_it_trains_the_same_live_and_from_a_cache(name, tmp_path):
         torch.manual_seed(0)
         made, more = Objective(terms={"it": TERMS[name]()}), {}
         if how == "cached":
-            rows = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in data()]
-            cache = TeacherCache.build(tmp_path / "cache", teacher, rows, made, dtype="float32")
+            cache = cache_of(tmp_path / "cache", teacher, made)
             more = {"teacher_cache": cache}
         trainer = make(tmp_path / how, made=(teacher, student, made), extra=more)
         trainer.train()

@@ -5,7 +5,7 @@ parts of a batch, gradients, widgets.
 import pytest
 import torch
 
-from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, TeacherCache, Term, capture
+from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, Term, capture
 from fakit.objective import Needs
 from fakit.objective.gradients import balanced_weights, term_gradients
 from fakit.training.session import TrainSession
@@ -14,7 +14,7 @@ from fakit.widgets import cockpit, loss_laboratory, loss_weights
 from tests.families import tiny
 from tests.objective.own_term import Contrastive
 from tests.scale.ranks import uneven
-from tests.training import data, logged, make, parts
+from tests.training import cache_of, data, logged, make, parts
 
 
 def objective(**settings) -> Objective:
@@ -51,8 +51,7 @@ def test_it_trains_live_and_from_a_cache(cached, tmp_path):
         made = objective(weight=2.0)
         more = {}
         if name == "cached":
-            rows = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in data()]
-            cache = TeacherCache.build(tmp_path / "cache", teacher, rows, made, dtype="float32")
+            cache = cache_of(tmp_path / "cache", teacher, made)
             assert cache.content.hidden_states == (2, 3) and not cache.content.logits
             more = {"teacher_cache": cache}
         trainer = make(tmp_path / name, made=(teacher, student, made), extra=more)

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakit import Features, LayerMap, Objective, TeacherCache, Trace, capture
+from fakit import Features, LayerMap, Objective, Trace, capture
 from fakit.experiments.terms import FeaturesConfig
 from fakit.objective.feature_terms import Dynamics, LayerAttention, Pooled
 from fakit.objective.standardization import Moments, Standardization, even_rotation, hadamard
 from tests.families import tiny
-from tests.training import data, logged, make, parts
+from tests.training import cache_of, data, logged, make, parts
 
 MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 0]]).bool()
 MAP = LayerMap([(1, 2), (2, 3)])
@@ -221,8 +221,7 @@ def test_the_trainer_gathers_over_the_first_batches(name, tmp_path):
                 if isinstance(projection, torch.nn.Linear):
                     projection.reset_parameters()
         if how == "cached":
-            rows = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in data()]
-            cache = TeacherCache.build(tmp_path / "cache", teacher, rows, made, dtype="float32")
+            cache = cache_of(tmp_path / "cache", teacher, made)
             more = {"teacher_cache": cache}
         trainer = make(tmp_path / how.replace(" ", ""), made=(teacher, student, made), extra=more, num_train_epochs=4)
         trainer.train()
