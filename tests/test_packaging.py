@@ -293,6 +293,7 @@ FLOORS = [
     ["tracing", "tasks"],
     ["objective", "evaluation"],
     ["training", "recipes"],
+    ["compression"],
     ["experiments", "teaching", "planner"],
     ["widgets"],
     ["__main__"],
