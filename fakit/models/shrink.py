@@ -100,6 +100,15 @@ def shrink(
     return student.to(next(teacher.parameters()).device).train().requires_grad_(True)
 
 
+def why_not(teacher: PreTrainedModel, layers: Sequence[int]) -> str:
+    """Why a student cannot be made of these blocks of the teacher, numbered as in `shrink`; empty where it can.
+
+    Asked without making one: nothing is copied, and shapes alone are run.
+    """
+    stacks = find_stacks(teacher)
+    return _cut(teacher, stacks, _source_layers(stacks, layers), copies=True)[1]
+
+
 def _plain(teacher: nn.Module) -> PreTrainedModel:
     if without_adapter(teacher) is not teacher:
         return copy.deepcopy(teacher).merge_and_unload()

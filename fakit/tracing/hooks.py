@@ -93,11 +93,11 @@ class Recorder:
             # a shared block serves its layers in turn; any other one has exactly one number
             self.layer = next((i for i in numbers if i > self.layer), numbers[0])
             if self.layer == 1 and 0 in self.hidden_states:
-                self.trace.hidden_states[0] = _hidden(args) if args else kwargs["hidden_states"]
+                self.trace.hidden_states[0] = given_hidden(args, kwargs)
                 if self.last == 0:
                     raise EnoughSeen
             if self.layer in self.attention_outputs:
-                self._block_input = _hidden(args) if args else kwargs["hidden_states"]
+                self._block_input = given_hidden(args, kwargs)
                 self._given_before, self._attended, self._projection = [], False, None
 
         return pre_hook
@@ -106,7 +106,7 @@ class Recorder:
         if _recorder.get() is not self:
             return
         if self.layer in self.hidden_states:
-            self.trace.hidden_states[self.layer] = _hidden(output)
+            self.trace.hidden_states[self.layer] = hidden_in(output)
         if self.layer == self.last:
             raise EnoughSeen
 
@@ -165,9 +165,14 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) or isinstance(getattr(module, "base_layer", None), nn.Linear | Conv1D)
 
 
-def _hidden(output) -> Tensor:
+def hidden_in(output) -> Tensor:
     """The hidden state in what a block takes or returns: the first tensor."""
     return next(x for x in output if isinstance(x, Tensor)) if isinstance(output, (tuple, list)) else output
+
+
+def given_hidden(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden state that a block is given."""
+    return hidden_in(args) if args else kwargs["hidden_states"]
 
 
 _recorder: ContextVar[Recorder | None] = ContextVar("fakit_recorder", default=None)  # of this thread's capture
