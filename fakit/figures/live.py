@@ -1,8 +1,6 @@
 """The picture of a run while it trains: loss by term, CKA to the teacher over steps, and its matrix now, as one SVG.
 
-Drawn by hand. plotly draws a whole figure anew for every point, which flickers, and the matplotlib twin takes a good
-part of a second; this is text of a few kilobytes, made in a millisecond,
-that a page puts in place of the one before without a flicker.
+It is drawn by `chart.py`, and so made anew for every step without a flicker.
 """
 
 from __future__ import annotations
@@ -15,13 +13,13 @@ from typing import Any
 import numpy as np
 from plotly.colors import sample_colorscale
 
-from fakit.figures.theme import EXTRA, FONT, FONT_SIZE, GRID, ROLES, SIMILARITY, SMALL, TEXT, Role
+from fakit.figures.chart import DASHES, Axis, Chart, text
+from fakit.figures.theme import EXTRA, FONT, FONT_SIZE, ROLES, SIMILARITY, SMALL, TEXT, Role
 from fakit.figures.ticks import enclosing, linear, logarithmic
 from fakit.figures.training import term_style
 
 WIDTH, HEIGHT = 840, 340  # px: as wide as a notebook's cell beside the open side bar
 POINTS = 240  # drawn of a line; more would not be seen
-_DASHES = {"solid": "none", "dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "13 4"}
 _TOP, _BOTTOM = 62, 48  # px above and below the axes
 
 
@@ -108,40 +106,25 @@ def _chart(
 ) -> str:
     """Lines over steps, each named at its end."""
     start, width = place
-    left, right = start + 62, start + width - 86
-    top, bottom = _TOP, HEIGHT - _BOTTOM
     values = [value for points in lines.values() for _, value in points]
     low, high = enclosing(min(values, default=0.1), max(values, default=1.0)) if log else (0.0, 1.0)
     ticks = logarithmic(low, high) if log else (0.0, 0.25, 0.5, 0.75, 1.0)
     steps = _end(steps, max((step for points in lines.values() for step, _ in points), default=0))
-    scale = math.log if log else float
-
-    def x(step: float) -> float:
-        return left + (right - left) * step / steps
-
-    def y(value: float) -> float:
-        share = (scale(value) - scale(low)) / (scale(high) - scale(low))
-        return bottom - (bottom - top) * min(1.0, max(0.0, share))
-
-    parts = [_text(start + 12, 22, title, FONT_SIZE + 2)]
+    marks = linear(0, steps, 5 if width > 300 else 3, whole=True)
+    left, right, top, bottom = start + 62, start + width - 86, _TOP, HEIGHT - _BOTTOM
+    chart = Chart(Axis(0, steps, marks), Axis(low, high, ticks, log), left, right, top, bottom)
+    parts = [text(start + 12, 22, title, FONT_SIZE + 2)]
     if axis:
-        parts.append(_text(start + 12, 42, f"{axis}, logarithmic axis"))
-    for tick in ticks:
-        parts.append(f'<path d="M{left:.0f} {y(tick):.1f}H{right:.0f}" stroke="{GRID}" fill="none"/>')
-        parts.append(_text(left - 8, y(tick) + 4, f"{tick:g}", anchor="end"))
-    for tick in linear(0, steps, 5 if width > 300 else 3, whole=True):
-        parts.append(f'<path d="M{x(tick):.1f} {bottom}v5" stroke="{TEXT}"/>')
-        parts.append(_text(x(tick), bottom + 20, f"{tick:g}", anchor="middle"))
-    parts.append(_text((left + right) / 2, bottom + 38, "step", anchor="middle"))
-    parts.append(f'<path d="M{left:.0f} {top}V{bottom}H{right:.0f}" stroke="{TEXT}" fill="none"/>')
+        parts.append(text(start + 12, 42, f"{axis}, logarithmic axis"))
+    parts.append(chart.frame("step"))
     heights: dict[float, int] = {}
     for event in _net(events):
-        at = x(event["step"])
+        at, _ = chart.at(event["step"], low)
         row = heights[event["step"]] = heights.get(event["step"], -1) + 1
         side = ("end", -4) if at > (left + right) / 2 else ("start", 4)
         parts.append(f'<path d="M{at:.1f} {top}V{bottom}" stroke="{TEXT}" stroke-dasharray="2 3" fill="none"/>')
         parts.append(
-            _text(
+            text(
                 at + side[1],
                 top + 11 + 15 * row,
                 f"{event['name']} {event['old']:g} → {event['new']:g}",
@@ -149,18 +132,18 @@ def _chart(
             )
         )
     if not values:
-        parts.append(_text((left + right) / 2, (top + bottom) / 2, "no step yet", anchor="middle"))
-    ends = {name: (x(points[-1][0]), y(points[-1][1])) for name, points in lines.items() if points}
+        parts.append(text((left + right) / 2, (top + bottom) / 2, "no step yet", anchor="middle"))
+    ends = {name: chart.at(*points[-1]) for name, points in lines.items() if points}
     labels = _apart({name: end[1] for name, end in ends.items()}, top, bottom)
     for name, (at, end) in ends.items():
         role = styles.get(name, EXTRA)
-        path = "M" + "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in lines[name])
         parts.append(
-            f'<path d="{path}" data-line="{escape(name)}" data-points="{len(lines[name])}" stroke="{role.color}" '
-            f'stroke-width="2" stroke-dasharray="{_DASHES[role.dash]}" stroke-linejoin="round" fill="none"/><circle '
-            f'cx="{at:.1f}" cy="{end:.1f}" r="3.5" fill="{role.color}"/>'
+            f'<path d="{chart.path(lines[name])}" data-line="{escape(name)}" data-points="{len(lines[name])}" '
+            f'stroke="{role.color}" stroke-width="2" stroke-dasharray="{DASHES[role.dash]}" '
+            f'stroke-linejoin="round" fill="none"/>'
+            f'<circle cx="{at:.1f}" cy="{end:.1f}" r="3.5" fill="{role.color}"/>'
         )
-        parts.append(_text(at + 9, labels[name] + 4, name, color=role.color))
+        parts.append(text(at + 9, labels[name] + 4, name, color=role.color))
     return "".join(parts)
 
 
@@ -170,7 +153,7 @@ def _matrix(values: np.ndarray, pairs: Sequence[tuple[int, int]], place: tuple[f
     rows, columns = values.shape
     cell = min((width - 34) / columns, (HEIGHT - _TOP - _BOTTOM) / rows, 44)
     left, bottom = start + 30, _TOP + cell * rows
-    parts = [_text(start, 22, title, FONT_SIZE + 2), _text(start, 42, "framed: mapped pairs" if pairs else "")]
+    parts = [text(start, 22, title, FONT_SIZE + 2), text(start, 42, "framed: mapped pairs" if pairs else "")]
     shown = np.nan_to_num(values).clip(0, 1)
     colors = sample_colorscale(SIMILARITY, shown.flatten().tolist())
     for i in range(rows):
@@ -183,10 +166,10 @@ def _matrix(values: np.ndarray, pairs: Sequence[tuple[int, int]], place: tuple[f
             )
             if cell >= 26:  # ".87" takes 19 px: nearer to each other, the numbers of a row run together
                 ink = "#111" if shown[i, j] > 0.55 else "#fff"
-                parts.append(_text(at + cell / 2, top + cell / 2 + 4, _short(values[i, j]), anchor="middle", color=ink))
+                parts.append(text(at + cell / 2, top + cell / 2 + 4, _short(values[i, j]), anchor="middle", color=ink))
     every = max(1, math.ceil(20 / cell))  # layers between two names
-    parts += [_text(left - 6, bottom - (i + 0.5) * cell + 4, f"S{i}", anchor="end") for i in range(0, rows, every)]
-    parts += [_text(left + (j + 0.5) * cell, bottom + 16, f"T{j}", anchor="middle") for j in range(0, columns, every)]
+    parts += [text(left - 6, bottom - (i + 0.5) * cell + 4, f"S{i}", anchor="end") for i in range(0, rows, every)]
+    parts += [text(left + (j + 0.5) * cell, bottom + 16, f"T{j}", anchor="middle") for j in range(0, columns, every)]
     for i, j in pairs:
         parts.append(
             f'<rect x="{left + j * cell + 1:.1f}" y="{bottom - (i + 1) * cell + 1:.1f}" width="{cell - 2:.2f}" '
@@ -201,12 +184,6 @@ def _short(value: float) -> str:
         f"{value:.2f}".replace("-0.00", "0.00").replace("1.00", "1").replace("0.", ".", 1)
         if np.isfinite(value)
         else "–"
-    )
-
-
-def _text(x: float, y: float, text: str, size: int = SMALL, anchor: str = "start", color: str = TEXT) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{color}">{escape(text)}</text>'
     )
 
 
@@ -250,12 +227,12 @@ def _summary(
     if not terms:
         return f"0 of {steps} steps done." if steps else "0 steps done."
     last = max(points[-1][0] for points in terms.values())
-    text = (
+    sentence = (
         f"Step {last:g}"
         + (f" of {steps}: " if steps else ": ")
         + ", ".join(f"{n} {p[0][1]:.3g} → {p[-1][1]:.3g}" for n, p in terms.items())
     )
     if any(looks.values()):
-        text += "; CKA " + ", ".join(f"{name} {p[0][1]:.2f} → {p[-1][1]:.2f}" for name, p in looks.items() if p)
+        sentence += "; CKA " + ", ".join(f"{name} {p[0][1]:.2f} → {p[-1][1]:.2f}" for name, p in looks.items() if p)
     changed = [f"{event['name']} {event['old']:g} → {event['new']:g} at step {event['step']}" for event in _net(events)]
-    return text + (f"; changed: {', '.join(changed)}" if changed else "") + "."
+    return sentence + (f"; changed: {', '.join(changed)}" if changed else "") + "."

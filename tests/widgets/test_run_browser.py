@@ -1,5 +1,7 @@
 """The run browser: what it lists, sorts, draws and lets one choose is what the store holds."""
 
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,17 @@ def store(tmp_path):
 @pytest.fixture
 def browser(store):
     return run_browser(store)
+
+
+def marks(drawing: str) -> dict[str, ElementTree.Element]:
+    """What a drawing shows of each run, from the back to the front."""
+    return {mark.get("data-run"): mark for mark in ElementTree.fromstring(drawing).iter("g") if mark.get("data-run")}
+
+
+def places(browser) -> dict[str, tuple[float, float]]:
+    """(x, y) in px of every run's point."""
+    found = {run: mark.find("path").get("transform") for run, mark in marks(browser.view["points"]).items()}
+    return {run: tuple(map(float, place[len("translate(") : -1].split())) for run, place in found.items()}
 
 
 def ids(browser) -> list[str]:
@@ -85,7 +98,7 @@ def test_sorted_by_a_cost_what_is_not_recorded_goes_last(browser, descending):
 def test_arms_filter_table_and_figures(browser):
     browser.arms = ["none", "teacher"]
     assert set(ids(browser)) == {"t", "films-none-0", "films-none-1"}
-    assert {line["id"] for line in browser.view["lines"]["lines"]} == {"films-none-0", "films-none-1"}
+    assert set(marks(browser.view["lines"])) == {"films-none-0", "films-none-1"}
     browser.arms = []
     assert browser.sentence == "No run of films is shown: every arm is off." and browser.figure is None
     assert set(browser._repr_mimebundle_()[0]) == {"application/vnd.jupyter.widget-view+json", "text/plain"}
@@ -101,18 +114,37 @@ def test_the_front_is_of_means_and_not_of_lucky_seeds(browser):
 
 
 def test_points_and_lines_lie_where_the_numbers_say(browser):
-    points = {point["id"]: point for point in browser.view["points"]["points"]}
-    assert "t" not in points and browser.view["points"]["missing"] == 1
-    assert points["films-features-0"]["x"] > points["films-all-0"]["x"] > points["films-none-0"]["x"]
-    assert points["films-none-1"]["y"] > points["films-all-1"]["y"] > points["films-none-0"]["y"]
-    line = next(line for line in browser.view["lines"]["lines"] if line["id"] == "films-all-0")["points"]
-    (x0, y0), (x1, y1), (x2, y2) = line
-    assert (x2 - x1) == pytest.approx(2 * (x1 - x0), abs=1e-3) and (y0 - y1) == pytest.approx(2 * (y1 - y2), abs=1e-3)
-    ticks = browser.view["lines"]["x"]["ticks"]
-    assert dict((text, place) for place, text in ticks)["1"] == x0
+    points = places(browser)
+    assert "t" not in points and "1 without this record" in browser.view["points"]
+    assert points["films-features-0"][0] > points["films-all-0"][0] > points["films-none-0"][0]
+    assert points["films-none-1"][1] < points["films-all-1"][1] < points["films-none-0"][1]  # px, from the top down
+    line = marks(browser.view["lines"])["films-all-0"].find("path[@class='curve']").get("d")
+    (x0, y0), (x1, y1), (x2, y2) = [tuple(map(float, point.split())) for point in line[1:].split("L")]
+    assert (x2 - x1) == pytest.approx(2 * (x1 - x0), abs=0.2) and (y1 - y0) == pytest.approx(2 * (y2 - y1), abs=0.3)
+    ticks = {text.text: float(text.get("x")) for text in ElementTree.fromstring(browser.view["lines"]).iter("text")}
+    assert ticks["1"] == x0
     browser.task = "scans"
-    down = {point["id"]: point["y"] for point in browser.view["points"]["points"]}
-    assert down["scans-all-0"] > down["scans-none-0"]  # up is better
+    assert places(browser)["scans-all-0"][1] < places(browser)["scans-none-0"][1]  # a lower error is better, and up
+
+
+def test_the_chosen_stand_out_and_lie_on_top(browser):
+    looks = {run: mark.get("class") for run, mark in marks(browser.view["points"]).items()}
+    assert set(looks.values()) == {"run"}
+    browser.selected = ["films-none-0"]
+    for drawing in (browser.view["lines"], browser.view["points"]):
+        looks = {run: mark.get("class") for run, mark in marks(drawing).items()}
+        assert looks.pop("films-none-0") == "run chosen" and set(looks.values()) == {"run faded"}
+        assert list(marks(drawing))[-1] == "films-none-0"
+    browser.task = "scans"  # whose runs are all as they were
+    assert {mark.get("class") for mark in marks(browser.view["points"]).values()} == {"run"}
+
+
+def test_names_of_arms_are_text_and_no_markup(tmp_path):
+    made = RunStore.create(tmp_path / "runs", "a test")
+    run = {"task": "films", "kind": "run", "seed": 0, "metric": "accuracy", "higher_is_better": True, "score": 0.5}
+    made.append_run({"run_id": 'a"<b', "arm": "<script>", "cost": {"seconds": 1.0}, **run})
+    (found,) = marks(run_browser(made).view["points"]).items()
+    assert found[0] == 'a"<b' and found[1].find("title").text == "<script>, seed 0"
 
 
 def test_the_curve_is_one_of_the_terms(browser):
@@ -169,7 +201,7 @@ def test_runs_without_cost_or_curves_are_a_table_still(tmp_path):
     made.append_run({"run_id": "a", "task": "films", "arm": "none", "kind": "run", "seed": 0, "metric": "accuracy", "score": 0.5, "higher_is_better": True})  # fmt: skip
     bare = run_browser(made)
     assert (bare.cost, bare.curve, bare.front()) == ("", "", []) and ids(bare) == ["a"]
-    assert bare.view["points"]["points"] == bare.view["lines"]["lines"] == []
+    assert marks(bare.view["points"]) == marks(bare.view["lines"]) == {}
     assert "image/svg+xml" in bare._repr_mimebundle_()[0]
 
 
@@ -190,8 +222,8 @@ def test_a_run_without_a_score_is_listed_last_and_makes_no_point(missing, tmp_pa
     assert browser.frame()["score"].dtype == float and ids(browser)[:2] == ["r1", "r3"]
     assert "best: all, seed 1, perplexity 7.50; 2 without a score." in browser.sentence
     drawn = browser.view["points"]
-    assert {point["id"] for point in drawn["points"]} == {"r1", "r3"} and drawn["missing"] == 2
-    assert [score for _, score in browser.front()] == [7.5] and np.isfinite(drawn["front"]).all()
+    assert set(marks(drawn)) == {"r1", "r3"} and "2 without this record" in drawn and "nan" not in drawn
+    assert [score for _, score in browser.front()] == [7.5]
     assert "the best is all, seed 1, perplexity 7.5; 2 have no score" in browser.figure.summary
     browser.selected = ["r0"]
     assert browser.sentence == "4 runs of films, 1 chosen; no score is recorded of these."
@@ -202,7 +234,8 @@ def test_a_run_without_a_score_is_listed_last_and_makes_no_point(missing, tmp_pa
 def test_runs_of_which_none_has_a_score_are_a_table_still(missing, tmp_path):
     browser = unscored(tmp_path, [("none", missing), ("all", missing)], higher_is_better=True)
     assert browser.sentence == "2 runs of films, 0 chosen; no score is recorded."
-    assert browser.front() == [] == browser.view["points"]["points"] and browser.view["points"]["missing"] == 2
+    assert browser.front() == [] and marks(browser.view["points"]) == {}
+    assert "2 without this record" in browser.view["points"]
     data, _ = browser._repr_mimebundle_()
     assert "no score is recorded" in data["text/plain"] and "nan" not in data["text/plain"]
     assert "<svg" in data["image/svg+xml"]

@@ -1,15 +1,5 @@
 // The page of the run browser: draws what Python says in `view`, and sets the traits that a person changes. It decides nothing by itself.
 
-const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 410, HEIGHT = 300;  // px of a figure
-const BOX = { left: 58, right: 398, top: 26, bottom: 256 };  // its plot area
-const DASHES = { solid: "", dash: "7 3", dot: "2 3", dashdot: "8 3 2 3", longdash: "11 4" };
-const SYMBOLS = {  // around 0, 0, about 5 px in radius
-  circle: "M5 0A5 5 0 1 1 -5 0A5 5 0 1 1 5 0Z", diamond: "M0 -6.5L6.5 0L0 6.5L-6.5 0Z", square: "M-4.5 -4.5H4.5V4.5H-4.5Z",
-  "triangle-up": "M0 -6L5.8 4.5H-5.8Z", cross: "M-2 -6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
-  "triangle-down": "M0 6L5.8 -4.5H-5.8Z", x: "M-6 -3.5L-3.5 -6L0 -2.5L3.5 -6L6 -3.5L2.5 0L6 3.5L3.5 6L0 2.5L-3.5 6L-6 3.5L-2.5 0Z",
-};
-
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -17,35 +7,10 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-function svgElement(tag, attributes = {}, text = "") {
-  const made = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  if (text) made.textContent = text;
-  return made;
-}
-
-const px = value => BOX.left + value * (BOX.right - BOX.left);
-const py = value => BOX.bottom - value * (BOX.bottom - BOX.top);
-
-function axes(drawing, x, y) {
-  for (const [place, text] of x.ticks ?? []) {
-    drawing.append(svgElement("line", { class: "grid", x1: px(place), x2: px(place), y1: BOX.top, y2: BOX.bottom }));
-    drawing.append(svgElement("text", { x: px(place), y: BOX.bottom + 16, "text-anchor": "middle" }, text));
-  }
-  for (const [place, text] of y.ticks ?? []) {
-    drawing.append(svgElement("line", { class: "grid", x1: BOX.left, x2: BOX.right, y1: py(place), y2: py(place) }));
-    drawing.append(svgElement("text", { x: BOX.left - 6, y: py(place) + 4, "text-anchor": "end" }, text));
-  }
-  drawing.append(svgElement("path", { class: "axis", d: `M${BOX.left} ${BOX.top}V${BOX.bottom}H${BOX.right}` }));
-  drawing.append(svgElement("text", { x: (BOX.left + BOX.right) / 2, y: BOX.bottom + 36, "text-anchor": "middle" }, x.label ?? ""));
-  drawing.append(svgElement("text", { class: "heading", x: BOX.left, y: 14 }, y.label ?? ""));
-}
-
 export function render({ model, el }) {
   const root = element("div", { class: "fakit-run-browser" });
   const groups = Object.fromEntries(["task", "arms", "curve", "cost"].map(name => [name, element("div", { class: "group", role: "group", "aria-label": name })]));
-  const curves = svgElement("svg", { width: WIDTH, height: HEIGHT, role: "img", "aria-label": "curves of the runs" });
-  const front = svgElement("svg", { width: WIDTH, height: HEIGHT, role: "img", "aria-label": "cost against quality" });
+  const curves = element("div"), front = element("div");
   const figure = (drawing, choices) => element("div", { class: "figure" }, drawing, choices);
   const status = element("div", { class: "status", role: "status", "aria-live": "polite" });
   const all = element("button", { type: "button" }, "choose all shown");
@@ -72,8 +37,17 @@ export function render({ model, el }) {
   all.addEventListener("click", () => set({ selected: [...new Set([...model.get("selected"), ...model.get("view").rows.map(row => row.id)])] }));
   none.addEventListener("click", () => set({ selected: [] }));
 
+  for (const drawing of [curves, front]) drawing.addEventListener("click", event => {
+    const run = event.target.closest("[data-run]");
+    if (run) toggle(run.dataset.run);
+  });
+
   // the run under the pointer, or whose box has the focus, stands out everywhere
-  const point = id => root.querySelectorAll("[data-run]").forEach(one => one.classList.toggle("pointed", one.dataset.run === id));
+  let pointed;
+  const point = id => {
+    pointed = id;
+    root.querySelectorAll("[data-run]").forEach(one => one.classList.toggle("pointed", one.dataset.run === id));
+  };
   root.addEventListener("pointerover", event => point(event.target.closest("[data-run]")?.dataset.run));
   root.addEventListener("focusin", event => point(event.target.closest("[data-run]")?.dataset.run));
 
@@ -87,9 +61,7 @@ export function render({ model, el }) {
         const button = element("button", { type: "button" });
         button.dataset.name = name;
         if (symbol) {
-          const mark = svgElement("svg", { width: 16, height: 14, viewBox: "-8 -7 16 14", "aria-hidden": "true" });
-          mark.append(svgElement("path", { d: SYMBOLS[symbol] ?? SYMBOLS.circle, fill: color, stroke: "#fff", "stroke-width": 1 }));
-          button.append(mark);
+          button.innerHTML = `<svg width="16" height="14" viewBox="-8 -7 16 14" aria-hidden="true"><path d="${symbol}" fill="${color}" stroke="#fff"/></svg>`;
         }
         button.append(text);
         button.addEventListener("click", () => press(name));
@@ -150,20 +122,6 @@ export function render({ model, el }) {
 
   function draw() {
     const view = model.get("view"), selected = model.get("selected");
-    const style = Object.fromEntries(view.arms.map(one => [one.name, one]));
-    const arm = Object.fromEntries(view.rows.map(one => [one.id, one.arm]));
-    const title = Object.fromEntries(view.rows.map(one => [one.id, `${one.arm}, seed ${one.seed}`]));
-    const some = view.rows.some(one => selected.includes(one.id));
-    const look = id => (selected.includes(id) ? "run chosen" : some ? "run faded" : "run");
-    const mark = (drawing, id, parts) => {
-      const group = svgElement("g", { class: look(id) });
-      group.dataset.run = id;
-      group.append(svgElement("title", {}, title[id]), ...parts);
-      group.addEventListener("click", () => toggle(id));
-      drawing.append(group);
-    };
-    const last = (a, b) => selected.includes(a.id) - selected.includes(b.id);  // the chosen are drawn on top
-
     buttons(groups.task, view.tasks.map(name => ({ name })), name => name === model.get("task"), name => set({ task: name }), "task");
     buttons(groups.arms, view.arms, name => model.get("arms").includes(name), name => {
       const shown = model.get("arms");
@@ -172,25 +130,9 @@ export function render({ model, el }) {
     buttons(groups.curve, view.curves, name => name === model.get("curve"), name => set({ curve: name }), "curve");
     buttons(groups.cost, view.costs, name => name === model.get("cost"), name => set({ cost: name }), "cost");
 
-    curves.replaceChildren();
-    axes(curves, view.lines.x, view.lines.y);
-    for (const { id, points } of [...view.lines.lines].sort(last)) {
-      const d = points.map(([x, y], i) => `${i ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`).join("");
-      const { color, dash } = style[arm[id]];
-      mark(curves, id, [svgElement("path", { class: "reach", d }), svgElement("path", { class: "curve", d, stroke: color, "stroke-dasharray": DASHES[dash] ?? "" })]);
-    }
-    front.replaceChildren();
-    axes(front, view.points.x, view.points.y);
-    const steps = view.points.front.map(([x, y], i, all) => (i ? `H${px(x)}V${py(y)}` : `M${px(x)} ${py(y)}`)).join("");
-    if (steps) front.append(svgElement("path", { class: "front", d: steps }));
-    for (const { id, x, y } of [...view.points.points].sort(last)) {
-      const { color, symbol } = style[arm[id]];
-      const place = `translate(${px(x)} ${py(y)})`;
-      mark(front, id, [svgElement("path", { class: "point", d: SYMBOLS[symbol] ?? SYMBOLS.circle, fill: color, transform: place })]);
-    }
-    for (const [drawing, missing] of [[curves, view.lines.missing], [front, view.points.missing]]) {
-      if (missing) drawing.append(svgElement("text", { class: "missing", x: BOX.right, y: 14, "text-anchor": "end" }, `${missing} without this record`));
-    }
+    curves.innerHTML = view.lines;
+    front.innerHTML = view.points;
+    point(pointed);
     header(view);
     fill(view, selected);
     if (status.textContent !== view.sentence) status.textContent = view.sentence;

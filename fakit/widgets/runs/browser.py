@@ -4,8 +4,7 @@ what is chosen in one is chosen in all.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import traitlets
 from fakit.experiments.store import RunStore
 from fakit.experiments.table import distinct_arms, scale
 from fakit.figures import Figure, runs_overview
-from fakit.figures.drawing import distinct, log_axis
+from fakit.figures.chart import DASHES, SYMBOLS, Axis, Chart, text
+from fakit.figures.drawing import distinct
 from fakit.figures.results import pareto_front
 from fakit.figures.runs import run_role
-from fakit.figures.ticks import linear
 from fakit.widgets.panel import with_still
 
 HERE = Path(__file__).parent
@@ -33,6 +32,8 @@ COSTS = {
     "latency": ("latency (ms)", 1e3),
     "peak_memory": ("peak memory (MB)", 1e-6),
 }
+WIDTH, HEIGHT = 410, 300  # px of a figure
+BOX = {"left": 58, "right": 398, "top": 26, "bottom": 256}  # px, its plot area
 NOT_CURVES = {"run_id", "step", "epoch", "learning_rate"}
 
 
@@ -58,7 +59,7 @@ class RunBrowser(anywidget.AnyWidget):
     cost = traitlets.Unicode().tag(sync=True)
     curve = traitlets.Unicode().tag(sync=True)
     selected = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    view = traitlets.Dict(help="what follows: rows, points, curves, axes, sentence").tag(sync=True)
+    view = traitlets.Dict(help="what follows: rows, both drawings, sentence").tag(sync=True)
 
     def __init__(self, store: RunStore | str | Path, task: str | None = None):
         self.store = store if isinstance(store, RunStore) else RunStore(store)
@@ -197,16 +198,15 @@ class RunBrowser(anywidget.AnyWidget):
         self._refresh()
 
     def _refresh(self, change: object = None) -> None:
-        shown, all_arms = self.shown, distinct(self._of(self.task)["arm"])
-        curves = {run_id: self._curve_of(run_id) for run_id in shown["run_id"]}
+        shown, looks = self.shown, [(name, run_role(name)) for name in distinct(self._of(self.task)["arm"])]
         self.view = {
             "tasks": self.tasks,
-            "arms": [{"name": name, **_style(name)} for name in all_arms],
+            "arms": [{"name": name, "color": role.color, "symbol": SYMBOLS[role.symbol]} for name, role in looks],
             "columns": self._columns(),
             "curves": [{"name": name, "label": name.replace("_", " ")} for name in self._curve_names],
             "costs": [{"name": name, "label": label} for name, (label, _) in self._costs.items()],
             "rows": self._rows(),
-            "lines": _lines(curves, self.curve),
+            "lines": self._lines(shown),
             "points": self._points(shown),
             "sentence": self.sentence,
         }
@@ -241,24 +241,67 @@ class RunBrowser(anywidget.AnyWidget):
         factor = 100.0 if name == "agreement" else scale(run["metric"])[0]
         return f"{factor * value:.2f}"
 
-    def _points(self, shown: pd.DataFrame) -> dict[str, Any]:
-        """Points and front in 0…1 of both axes, with ticks; up is better."""
-        if not self.cost or shown.empty:
-            return {"points": [], "front": [], "x": {}, "y": {}, "missing": len(shown)}
-        costs = {run_id: self._cost_of(run) for run_id, run in shown[shown["score"].notna()].iterrows()}
+    def _lines(self, shown: pd.DataFrame) -> str:
+        """The drawing of the curves."""
+        found = {run_id: list(zip(*self._curve_of(run_id), strict=True)) for run_id in shown["run_id"]}
+        found = {run_id: points for run_id, points in found.items() if points}
+        x, y = (Axis.around(point[i] for points in found.values() for point in points) for i in (0, 1))
+        chart, lines = Chart(x, y, **BOX), {}
+        for run_id, points in found.items():
+            role, d = run_role(shown.loc[run_id, "arm"]), chart.path(points)
+            look = f'stroke="{role.color}" stroke-dasharray="{DASHES[role.dash]}"'
+            lines[run_id] = f'<path class="reach" d="{d}"/><path class="curve" d="{d}" {look}/>'
+        words = {"name": "curves of the runs", "label": "step", "heading": self.curve.replace("_", " ")}
+        return self._drawing(chart, lines, shown, **words)
+
+    def _points(self, shown: pd.DataFrame) -> str:
+        """The drawing of cost against quality; up is better."""
+        costs = {run_id: self._cost_of(run) for run_id, run in shown[shown["score"].notna()].iterrows() if self.cost}
         known = {run_id: cost for run_id, cost in costs.items() if cost is not None}
-        metric, higher = shown["metric"].iloc[0], bool(shown["higher_is_better"].iloc[0])
-        factor, unit = scale(metric)
+        first = self._of(self.task).iloc[0]
+        factor, unit = scale(first["metric"])
         log = bool(known) and min(known.values()) > 0 and max(known.values()) > 20 * min(known.values())
-        x = _Axis(known.values(), self._costs[self.cost][0], log)
-        y = _Axis(
-            [factor * score for score in shown.loc[list(known), "score"]], f"{metric}{unit}", upside_down=not higher
-        )
-        points = [
-            {"id": run_id, "x": x(cost), "y": y(factor * shown.loc[run_id, "score"])} for run_id, cost in known.items()
+        quality = {run_id: factor * shown.loc[run_id, "score"] for run_id in known}
+        y = Axis.around(quality.values(), falling=not first["higher_is_better"])
+        chart, points = Chart(Axis.around(known.values(), log), y, **BOX), {}
+        for run_id, cost in known.items():
+            role, (across, down) = run_role(shown.loc[run_id, "arm"]), chart.at(cost, quality[run_id])
+            place = f'fill="{role.color}" transform="translate({across:.1f} {down:.1f})"'
+            points[run_id] = f'<path class="point" d="{SYMBOLS[role.symbol]}" {place}/>'
+        stairs = chart.stairs((cost, factor * score) for cost, score in self.front())
+        words = {"label": self._costs[self.cost][0] if self.cost else "", "heading": f"{first['metric']}{unit}"}
+        return self._drawing(chart, points, shown, name="cost against quality", stairs=stairs, **words)
+
+    def _drawing(
+        self,
+        chart: Chart,
+        marks: dict[str, str],
+        shown: pd.DataFrame,
+        *,
+        name: str,
+        label: str,
+        heading: str,
+        stairs: str = "",
+    ) -> str:
+        """One SVG: `marks` by run id, the chosen ones on top, on the chart's axes where there is anything to show."""
+        some = any(run_id in self.selected for run_id in shown["run_id"])
+        groups = []
+        for run_id in sorted(marks, key=self.selected.__contains__):
+            look = "run chosen" if run_id in self.selected else "run faded" if some else "run"
+            title = f"{shown.loc[run_id, 'arm']}, seed {shown.loc[run_id, 'seed']}"
+            groups.append(
+                f'<g class="{look}" data-run="{escape(run_id)}"><title>{escape(title)}</title>{marks[run_id]}</g>'
+            )
+        missing = len(shown) - len(marks)
+        parts = [
+            f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{name}">',
+            chart.frame(label) if marks else "",
+            f'<g class="heading">{text(chart.left, 14, heading if marks else "")}</g>',
+            f'<path class="front" d="{stairs}"/>' if stairs else "",
+            *groups,
+            text(chart.right, 14, f"{missing} without this record", anchor="end") if missing else "",
         ]
-        front = [(x(cost), y(factor * score)) for cost, score in self.front()]
-        return {"points": points, "front": front, "x": x.drawn(), "y": y.drawn(), "missing": len(shown) - len(known)}
+        return "".join(parts) + "</svg>"
 
     # -- what may be set ----------------------------------------------------------------------------------------------
 
@@ -311,45 +354,6 @@ def run_browser(store: RunStore | str | Path, task: str | None = None) -> RunBro
     >>> browser.selected = browser.frame().query("arm == 'all'").run_id.tolist()  # doctest: +SKIP
     """
     return RunBrowser(store, task)
-
-
-class _Axis:
-    """Maps values onto 0…1, with a little air, and says where its ticks are."""
-
-    def __init__(self, values, label: str, log: bool = False, upside_down: bool = False):
-        values = [float(value) for value in values] or [0.0]
-        self.label, self._log, self._flip = label, log, upside_down
-        if log:
-            made = log_axis(values)
-            self._low, self._high = made["range"]
-            self._ticks = list(zip(made["tickvals"], made["ticktext"], strict=True))
-        else:
-            air = 0.08 * ((max(values) - min(values)) or abs(values[0]) or 1.0)
-            self._low, self._high = min(values) - air, max(values) + air
-            self._ticks = [(tick, f"{tick:g}") for tick in linear(self._low, self._high)]
-
-    def __call__(self, value: float) -> float:
-        place = ((math.log10(value) if self._log else value) - self._low) / (self._high - self._low)
-        return round(1 - place if self._flip else place, 4)
-
-    def drawn(self) -> dict[str, Any]:
-        return {"label": self.label, "ticks": [[self(tick), text] for tick, text in self._ticks]}
-
-
-def _lines(curves: dict[str, tuple[Sequence[float], Sequence[float]]], label: str) -> dict[str, Any]:
-    """Curves in 0…1 of both axes, with ticks."""
-    drawn = {run_id: (steps, values) for run_id, (steps, values) in curves.items() if len(steps)}
-    x = _Axis([step for steps, _ in drawn.values() for step in steps], "step")
-    y = _Axis([value for _, values in drawn.values() for value in values], label.replace("_", " "))
-    lines = [
-        {"id": run_id, "points": [[x(s), y(v)] for s, v in zip(*pair, strict=True)]} for run_id, pair in drawn.items()
-    ]
-    return {"lines": lines, "x": x.drawn(), "y": y.drawn(), "missing": len(curves) - len(drawn)}
-
-
-def _style(name: str) -> dict[str, str]:
-    role = run_role(name)
-    return {"color": role.color, "dash": role.dash, "symbol": role.symbol}
 
 
 def _numeric(column: pd.Series) -> bool:
