@@ -17,13 +17,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 from playwright.sync_api import Locator, Page, sync_playwright
 
 from tests.browser import find
-from tests.browser.pages import running_lab
+from tests.browser.pages import Lab, running_lab
 
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 LARGEST = 200_000  # bytes
@@ -194,14 +192,11 @@ def shoot(names: list[str], folder: Path = PICTURES) -> list[Path]:
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         notebooks = Path(scratch, "notebooks")
         notebooks.mkdir()
-        for name in names:
-            notebook = new_notebook(cells=[new_code_cell(CELLS[name].strip())])
-            notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-            nbformat.write(notebook, notebooks / f"{name}.ipynb")
         browser = playwright.chromium.launch(executable_path=find.ensure(), args=find.ARGS)
-        with running_lab(browser, notebooks, Path(scratch, "jupyter")) as lab:
+        with running_lab(notebooks, Path(scratch, "jupyter")) as (url, settings):
+            lab = Lab(url, notebooks, settings, browser)
             for name in names:
-                with lab.open(f"{name}.ipynb") as opened:
+                with lab.open(lab.write(f"{name}.ipynb", CELLS[name])) as opened:
                     opened.run_all()
                     output = opened.page.locator(".jp-OutputArea-output").first
                     output.wait_for()

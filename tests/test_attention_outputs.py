@@ -11,8 +11,8 @@ from fakit.models import find_blocks
 from fakit.objective.feature_terms import Dynamics, LayerAttention, Pooled
 from fakit.objective.gradients import term_gradients
 from fakit.objective.needs import Needs
+from fakit.training.fit import check_fit
 from fakit.training.teacher_cache import CacheContent
-from fakit.training.trainer import check_fit
 from tests.families import batch, batch_for, tiny
 from tests.models.test_inputs import packed, texts
 from tests.test_capture_leaves_no_trace import assert_same, state

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, default_data_collator
 
 from fakit import DistillationTrainer, LayerMap, capture
-from fakit.training.trainer import Distiller
+from fakit.training.distiller import Distiller
 from tests.training import At, arguments, data, logged, make, parts, weights
 
 # -- the loop ---------------------------------------------------------------------------------------------------------

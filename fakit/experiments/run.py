@@ -191,10 +191,11 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
     """`run_experiment`, alone in its folder."""
     from transformers import PrinterCallback, set_seed
 
+    from fakit.training.fit import check_fit
     from fakit.training.ownership import bytes_of_checkpoint, data_fingerprint
     from fakit.training.progress import ProgressBar
     from fakit.training.teacher_cache import TeacherCache
-    from fakit.training.trainer import DistillationTrainer, check_fit
+    from fakit.training.trainer import DistillationTrainer
 
     out = None if config.out is None else Path(config.out)
     finished = None if out is None else _finished(config, out, resume)

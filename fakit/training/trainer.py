@@ -18,18 +18,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DataCollatorWithFlattening, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from fakit.files import check_room
-from fakit.losses.logits import ANY_VOCABULARIES
-from fakit.losses.task import task_loss
-from fakit.models.blocks import find_blocks, stack_depths, without_adapter
-from fakit.models.head_kinds import problem_type, without_logits
 from fakit.models.kinds import is_causal_lm, ties, untie, without_layerdrop, without_rescaling
 from fakit.models.load import is_quantized
 from fakit.models.peft_students import ADAPTER, base_fingerprint, check_adapter, is_adapted, load_adapter
-from fakit.models.preflight import preflight
 from fakit.models.random_state import random_state_kept
 from fakit.models.tables import CheckedCollator, Tables, check_data, tables
 from fakit.objective.balancing import GradientNorm, Uncertainty
@@ -38,18 +33,19 @@ from fakit.objective.diagnosis import whose_numbers
 from fakit.objective.needs import Needs
 from fakit.objective.objective import Objective
 from fakit.objective.schedules import Schedule
-from fakit.objective.terms import Attention, Features, Outputs, check_distribution
-from fakit.tracing.capture import capture, check_attention
+from fakit.objective.terms import Features
 from fakit.tracing.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
-from fakit.tracing.lens import find_lens
 from fakit.tracing.trace import Trace
+from fakit.training.callbacks import EpochCallback, ScheduleCallback, StandardizationCallback
 from fakit.training.checkpoints import begin as begin_checkpoint
 from fakit.training.checkpoints import check as check_checkpoint
 from fakit.training.checkpoints import give_up as give_up_checkpoint
 from fakit.training.checkpoints import last_whole_checkpoint, versions
 from fakit.training.checkpoints import rotate as rotate_checkpoints
 from fakit.training.checkpoints import seal as seal_checkpoint
+from fakit.training.distiller import Distiller, refuse_reentrant, traced
 from fakit.training.distributed import check_sharding, load_whole_state, shards_on_cpus, whole_state
+from fakit.training.fit import check_fit, check_parameters, refuse_shared
 from fakit.training.ownership import (
     argument_facts,
     bytes_of_checkpoint,
@@ -64,110 +60,8 @@ from fakit.training.teacher_cache.fingerprints import fingerprint
 from fakit.training.teacher_cache.training import ROW, CachedRowsCollator, CachedTeacher, recorded_teacher, with_rows
 from fakit.training.token_counts import counts, shares
 
-SIDES = ("student", "teacher")
 _PROJECTIONS, _OBJECTIVE = "projections.safetensors", "objective.json"
 logger = logging.getLogger(__name__)
-
-
-class Distiller(nn.Module):
-    """Student, projections and the way from a batch to a loss, in one trainable module.
-
-    The teacher is held but not registered: it is not trained, saved, counted or wrapped. All of the work happens in
-    `forward`, so whatever wraps the module (DDP, autocast, compile) sees it.
-    """
-
-    # The objective's total is a mean over its own batch: the Trainer has to divide it by the accumulation steps. It
-    # would think otherwise, because `forward` takes **inputs.
-    accepts_loss_kwargs = False
-
-    def __init__(self, teacher: PreTrainedModel | None, student: PreTrainedModel, objective: Objective):
-        super().__init__()
-        self.student = student
-        self.objective = objective
-        is_causal_lm(student)  # asked now: later it may be sharded, wrapped or compiled
-        self._teacher = (teacher,)  # a tuple hides it from nn.Module's bookkeeping
-        self.breakdown: Breakdown | None = None  # of the last training step, detached
-
-    @property
-    def teacher(self) -> PreTrainedModel | None:
-        """The frozen teacher; None where a cache stands for it."""
-        return self._teacher[0]
-
-    @property
-    def config(self):
-        """The student's, for whatever asks the model in training for its configuration."""
-        return self.student.config
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """Recompute the student's activations in the backward pass (gradient checkpointing)."""
-        _refuse_reentrant(activation_checkpointing_kwargs)
-        self.student.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Keep the student's activations again."""
-        self.student.activation_checkpointing_disable()
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """True while the student recomputes its activations."""
-        return self.student.is_activation_checkpointing
-
-    @property
-    def _no_split_modules(self) -> list[str]:
-        """The classes of the student's blocks: FSDP's TRANSFORMER_BASED_WRAP shards each block by itself."""
-        return sorted({type(block).__name__ for block in find_blocks(self.student)})
-
-    def tie_weights(self) -> None:
-        """Tie the student's heads and embeddings again, after FSDP has put its parameters anew: those that were tied,
-        not those of a configuration that ties what the weights do not (T5 v1.1).
-        """
-        self.student.tie_weights(recompute_mapping=False)
-
-    def forward(
-        self,
-        labels: Tensor | None = None,
-        shares: dict[str, Tensor] | None = None,
-        theirs: Trace | None = None,
-        **inputs,
-    ) -> dict[str, Tensor]:
-        """Training: the objective's loss (). Eval: the student's logits and, where there are labels,
-        the task's loss (), without teacher.
-
-        `shares`: what this batch counts for in the optimizer step, by term (see `fakit.training.token_counts`); None
-        where it is all of the step. `theirs`: the teacher's trace, where it comes from a cache.
-        """
-        if not self.training:
-            trace = capture(self.student, inputs | {"labels": labels})
-            if labels is None:
-                return {"logits": trace.logits}
-            return {"loss": self._task_loss(trace.logits, trace.own_labels(labels)), "logits": trace.logits}
-        asked = inputs | {"labels": labels}  # an encoder-decoder makes its decoder's inputs of them
-        if theirs is None and self.objective.needs_teacher():
-            if (
-                self.teacher.training
-            ):  # whoever looked at it in between; with dropout it would say something else each time
-                self.teacher.eval()
-            with torch.no_grad():
-                theirs = _trace(self.teacher, asked, self.objective.needs("teacher"))
-        ours = _trace(self.student, asked, self.objective.needs("student", labels is not None))
-        breakdown = self.objective(ours, theirs, labels, shares)
-        self.breakdown = breakdown.detach()
-        return {"loss": breakdown.total}
-
-    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return task_loss(logits, labels, is_causal_lm(self.student), problem_type(self.student.config))
-
-
-def _trace(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
-    return capture(model, inputs, **needs.asked())
-
-
-def _refuse_reentrant(activation_checkpointing_kwargs: dict | None) -> None:
-    if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise ValueError(
-            "gradient checkpointing with use_reentrant=True runs the student's blocks without graph, so feature and "
-            "attention terms would train nothing; leave use_reentrant out (False)."
-        )
 
 
 class DistillationTrainer(Trainer):
@@ -222,7 +116,7 @@ class DistillationTrainer(Trainer):
             logger.warning("Training on one of %d GPUs; `accelerate launch` starts a process on each.", args.n_gpu)
             args._n_gpu = 1  # not DataParallel, whose replicas lose their breakdown
         if args.activation_checkpointing:
-            _refuse_reentrant(args.activation_checkpointing_kwargs)
+            refuse_reentrant(args.activation_checkpointing_kwargs)
         tokenizer = kwargs.get("processing_class")
         described = recorded_teacher(teacher_cache) if teacher is None else teacher
         check_fit(described, student, objective, teacher_tokenizer, tokenizer)
@@ -240,7 +134,7 @@ class DistillationTrainer(Trainer):
         if is_adapted(student):
             check_adapter(student)
         if teacher is not None:
-            _refuse_shared(teacher, student)
+            refuse_shared(teacher, student)
             teacher.eval().requires_grad_(False)
         self.cached_teacher = None
         if teacher_cache is not None:
@@ -262,10 +156,10 @@ class DistillationTrainer(Trainer):
         self.teacher, self.student, self.objective = teacher, student, objective
         if isinstance(objective.balancing, GradientNorm):
             self._prepare_gradient_norms(objective.balancing)
-        self.epochs = _EpochCallback(objective)
+        self.epochs = EpochCallback(objective)
         self.add_callback(self.epochs)
-        self.add_callback(_ScheduleCallback(objective))
-        self.add_callback(_StandardizationCallback(self))
+        self.add_callback(ScheduleCallback(objective))
+        self.add_callback(StandardizationCallback(self.standardize_as_asked))
         # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for
         # them
         self._sums: dict[str, tuple[Tensor, int]] = {}
@@ -348,7 +242,7 @@ class DistillationTrainer(Trainer):
                 if rows is not None and self.cached_teacher is not None:
                     yield self.cached_teacher.statistics(rows, self.args.device)
                 else:
-                    yield _trace(self.teacher, batch, replace(needs, logits=False))
+                    yield traced(self.teacher, batch, replace(needs, logits=False))
 
         with random_state_kept(self.args.device), torch.no_grad(), self.accelerator.autocast():
             several = self.args.world_size > 1
@@ -401,7 +295,7 @@ class DistillationTrainer(Trainer):
         theirs = self._last_inputs.get("theirs")
         if theirs is None and self.teacher is not None and self.objective.needs_of(name, "teacher"):
             with torch.no_grad():
-                theirs = _trace(self.teacher, inputs, self.objective.needs("teacher"))
+                theirs = traced(self.teacher, inputs, self.objective.needs("teacher"))
         return whose_numbers(self.objective.terms[name], pairs, None, theirs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -440,9 +334,9 @@ class DistillationTrainer(Trainer):
             ValueError: before any step: a checkpoint that is damaged, or was written with other settings, models, data
                 or versions (each is named); a folder for checkpoints that cannot be written to or is too full.
         """
-        _check_parameters("student", self.student)
+        check_parameters("student", self.student)
         if self.teacher is not None:
-            _check_parameters("teacher", self.teacher)
+            check_parameters("teacher", self.teacher)
         self._check_data()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.args.world_size)
@@ -611,139 +505,6 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
-    theirs = {id(parameter) for parameter in teacher.parameters()}
-    shared = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]
-    if shared:
-        raise ValueError(
-            f"student and teacher share {len(shared)} parameters "
-            f"({', '.join(shared[:3])}{' …' if shared[3:] else ''}): the teacher is frozen, and they with it. Give the "
-            "student weights of its own: shrink(teacher, …) copies them, copy.deepcopy(teacher) too."
-        )
-
-
-def check_fit(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    objective: Objective,
-    teacher_tokenizer=None,
-    student_tokenizer=None,
-) -> None:
-    """Raise ValueError when these three cannot train together: both sides and the fix, before any work."""
-    objective.check_layers(stack_depths(student), stack_depths(teacher))
-    both = teacher_tokenizer is not None and student_tokenizer is not None
-    report = preflight(teacher, student, teacher_tokenizer if both else None, student_tokenizer if both else None)
-    outputs = objective.of_kind(Outputs).values()
-    compares = any(objective.needs_of(name, "teacher").logits for name in objective.terms)
-    # cut to what both have, or of sorted probabilities
-    any_sizes = [term.vocab_size is not None or term.loss in ANY_VOCABULARIES for term in outputs]
-    if not compares or (any_sizes and all(any_sizes)):
-        report.rows = [row for row in report.rows if row.name not in ("labels", "vocabulary (logits)", "problem type")]
-    report.raise_if_error()
-    _check_heads(teacher, student, objective)
-
-    s, t = student.config.get_text_config(), teacher.config.get_text_config()
-    for name, features in objective.of_kind(Features).items():
-        if objective.pairs(name) and features.projection is None and features.projects(s.hidden_size, t.hidden_size):
-            raise ValueError(
-                f"the student is {s.hidden_size} wide, the teacher {t.hidden_size}, and Features(projection=None) "
-                "allows no projection; use projection='linear', or a student of the teacher's width."
-            )
-    needs = [objective.needs_of(name, "student") for name in objective.terms]
-    outputs = any(asked.attention_outputs for asked in needs)
-    if outputs or any(asked.attentions for asked in needs):
-        for model in (student, teacher):
-            check_attention(model, outputs)
-    if any(asked.lens for asked in needs) and isinstance(teacher, PreTrainedModel):  # of a cache its own check says so
-        for model in (student, teacher):
-            find_lens(model)
-    heads = [getattr(config, "num_attention_heads", None) for config in (s, t)]  # none where nothing attends (Mamba)
-    for name, attention in objective.of_kind(Attention).items():
-        one_to_one = attention.loss != "relations" and attention.heads == "one-to-one"
-        if objective.pairs(name) and one_to_one and heads[0] != heads[1]:
-            raise ValueError(
-                f"one-to-one attention alignment: the student has {heads[0]} heads, the teacher {heads[1]}. Use "
-                "Attention(..., heads='group-mean' or 'best-match'), Attention('relations'), or shrink(teacher, "
-                f"heads={heads[1]})."
-            )
-
-
-def _check_heads(teacher: PreTrainedModel, student: PreTrainedModel, objective: Objective) -> None:
-    for side, model in (("student", student), ("teacher", teacher)):
-        asked = [name for name in objective.terms if objective.needs_of(name, side).logits]
-        instead = without_logits(model) if asked else None
-        if instead is not None:
-            needing = dict.fromkeys(n for n in objective.terms if any(objective.needs_of(n, s).logits for s in SIDES))
-            raise ValueError(
-                f"the {' and '.join(asked)} term{'s compare' if asked[1:] else ' compares'} logits, and the {side}, "
-                f"{type(without_adapter(model)).__name__}, returns {instead} in their place. Train it with features "
-                f"and attention alone ({', '.join(f'{name}=None' for name in needing)}), or take models whose head "
-                "returns logits."
-            )
-    problem = problem_type(student.config) or problem_type(teacher.config)
-    pools = without_adapter(student).get_output_embeddings() is None and hasattr(without_adapter(student), "num_labels")
-    for outputs in objective.of_kind(Outputs).values():
-        if pools and not callable(outputs.loss) and outputs.loss != "logit_mse":
-            check_distribution(outputs.loss, problem, student.config.num_labels)
-
-
-def _check_parameters(side: str, model: nn.Module) -> None:
-    """Raise ValueError for NaN in the weights, before they are trained or taught from."""
-    given = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and p.device.type != "meta"]
-    flags: dict[torch.device, list[Tensor]] = {}
-    for _, p in given:
-        flags.setdefault(p.device, []).append(p.detach().isnan().any())
-    if not any(torch.stack(found).any() for found in flags.values()):  # waits for each device once
-        return
-    names = [name for name, p in given if p.detach().isnan().any()]
-    raise ValueError(
-        f"the {side} ({type(without_adapter(model)).__name__}) holds NaN in {len(names)} of its parameters before "
-        f"training: {', '.join(names[:3])}{' …' if names[3:] else ''}. Load it again, from whole files."
-    )
-
-
-class _EpochCallback(TrainerCallback):
-    """A random layer map is drawn anew at every epoch's start,
-    or every `steps` where the data are laid out in one epoch.
-    """
-
-    def __init__(self, objective: Objective):
-        self.objective = objective
-        self.steps: int | None = None
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.steps is None:
-            self.objective.set_epoch(int(state.epoch or 0))
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.steps is not None:
-            self.objective.set_epoch(state.global_step // self.steps)
-
-
-class _ScheduleCallback(TrainerCallback):
-    """Every schedule at its number of the optimizer step, the same for all of its micro-batches."""
-
-    def __init__(self, objective: Objective):
-        self.objective = objective
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.objective.check_schedules(state.max_steps)
-        self.on_step_begin(args, state, control)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.objective.set_step(state.global_step, of=state.max_steps)
-
-
-class _StandardizationCallback(TrainerCallback):
-    """Gathers what terms standardize by before the first step, where they ask for it and it is not there yet."""
-
-    def __init__(self, trainer: DistillationTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.standardize_as_asked()
 
 
 def _flat(breakdown: Breakdown, changing: Iterable[str]) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from fakit.experiments.terms import build_further_term
 from fakit.losses import outputs
 from fakit.models import find_blocks
 from fakit.objective.lens import Lens
+from fakit.training.fit import check_fit
 from fakit.training.teacher_cache import CacheContent
 from fakit.training.token_counts import counts, shares
-from fakit.training.trainer import check_fit
 from tests.families import batch, batch_for, tiny
 from tests.models.test_inputs import packed
 from tests.scale.ranks import uneven

@@ -11,8 +11,8 @@ from fakit.losses import outputs
 from fakit.losses.fused.output_head import Head
 from fakit.losses.logits import asked_of
 from fakit.tracing import head_finder
+from fakit.training.fit import check_fit
 from fakit.training.token_counts import counts, shares
-from fakit.training.trainer import check_fit
 from tests.families import batch, tiny
 from tests.scale.ranks import uneven
 

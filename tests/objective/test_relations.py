@@ -7,8 +7,8 @@ from fakit import Features, LayerMap, Objective, Outputs, Task, capture
 from fakit.experiments.terms import FeaturesConfig
 from fakit.losses import relational
 from fakit.losses.features import LOSSES
+from fakit.training.fit import check_fit
 from fakit.training.token_counts import counts, shares
-from fakit.training.trainer import check_fit
 from tests.families import tiny
 from tests.scale.ranks import uneven
 from tests.training import logged, make, parts

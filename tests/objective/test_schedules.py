@@ -14,8 +14,8 @@ from fakit.experiments import ExperimentConfig
 from fakit.losses import outputs
 from fakit.objective import schedules
 from fakit.objective.gradients import term_gradients
+from fakit.training.distiller import Distiller
 from fakit.training.session.session import TrainSession
-from fakit.training.trainer import Distiller
 from tests.families import tiny
 from tests.objective.own_term import Contrastive
 from tests.test_objective import labels, trace
