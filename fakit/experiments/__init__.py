@@ -27,7 +27,8 @@ require(
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.map_study import map_scores, recorded_similarity
 from fakit.experiments.report import Report, report
-from fakit.experiments.run import RunResult, run_experiment
+from fakit.experiments.result import RunResult
+from fakit.experiments.run import run_experiment
 from fakit.experiments.statistics import gap_closed, paired_bootstrap, paired_difference, paired_table, retention
 from fakit.experiments.store import RunStore
 from fakit.experiments.study import Study

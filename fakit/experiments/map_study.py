@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from fakit.experiments.baselines import prepare_run
 from fakit.experiments.build import Prepared, build_student
 from fakit.experiments.config import ExperimentConfig
-from fakit.experiments.run import prepare_run
 from fakit.experiments.store import RunStore
 from fakit.experiments.vary import CONTROLS, increasing_maps
 from fakit.files import write_whole

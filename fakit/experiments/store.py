@@ -243,3 +243,8 @@ def _listing(path: Path) -> str:
         return "a file of that name"
     names = sorted(item.name for item in path.iterdir())
     return (", ".join(names[:8]) + (" …" if len(names) > 8 else "")) or "an empty folder"
+
+
+def now() -> str:
+    """The time of a record: UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

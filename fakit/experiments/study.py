@@ -17,10 +17,12 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field
 
 from fakit import warn_of_old_name
+from fakit.experiments.baselines import baseline_id, evaluate_baselines, prepare_run
 from fakit.experiments.build import Prepared
 from fakit.experiments.config import ARMS, ExperimentConfig
 from fakit.experiments.map_study import SIMILARITY, record_similarity
-from fakit.experiments.run import RunResult, baseline_id, evaluate_baselines, prepare_run, run_experiment
+from fakit.experiments.result import RunResult
+from fakit.experiments.run import run_experiment
 from fakit.experiments.schema import Section, Truth, Whole, describe, from_file
 from fakit.experiments.store import RunStore
 from fakit.experiments.vary import Change, read_vary

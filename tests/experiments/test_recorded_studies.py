@@ -8,7 +8,7 @@ import pytest
 from fakit.__main__ import main
 from fakit.experiments import ExperimentConfig, RunStore, Study
 from fakit.experiments import study as study_module
-from fakit.experiments.run import baseline_id
+from fakit.experiments.baselines import baseline_id
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = {

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from fakit.experiments import run as run_module
 from fakit.experiments.build import check_tokenizer
-from fakit.experiments.run import RunResult, run_experiment
+from fakit.experiments.result import RunResult
+from fakit.experiments.run import run_experiment
 from fakit.experiments.store import RunStore
 from fakit.training import environment
 from fakit.training.checkpoints import last_whole_checkpoint

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
+from fakit.experiments.baselines import evaluate_baselines
 from fakit.experiments.build import (
     build_arguments,
     build_objective,
@@ -15,7 +16,9 @@ from fakit.experiments.build import (
     build_training_rows,
 )
 from fakit.experiments.config import ARMS
-from fakit.experiments.run import RunResult, evaluate_baselines, run_experiment, step_flops
+from fakit.experiments.flops import step_flops
+from fakit.experiments.result import RunResult
+from fakit.experiments.run import run_experiment
 from fakit.experiments.store import RunStore
 from fakit.training.trainer import DistillationTrainer
 

@@ -5,8 +5,9 @@ import pytest
 
 from fakit.experiments import ExperimentConfig, RunStore, Study, arms, maps, weights
 from fakit.experiments import study as study_module
+from fakit.experiments.baselines import evaluate_baselines, prepare_run
 from fakit.experiments.config import ARMS, StudentConfig
-from fakit.experiments.run import evaluate_baselines, prepare_run, run_experiment
+from fakit.experiments.run import run_experiment
 from fakit.experiments.study import equal_compute_steps
 from fakit.experiments.vary import KINDS
 

@@ -8,8 +8,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from fakit.experiments import ExperimentConfig, run_experiment
 from fakit.experiments.arguments import FIXED, SET_BY
+from fakit.experiments.baselines import baseline_id
 from fakit.experiments.build import build_arguments
-from fakit.experiments.run import baseline_id
 
 LARGE = Path(__file__).parents[2] / "configs" / "distill_large_lm.yaml"
 
