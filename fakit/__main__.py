@@ -1,4 +1,4 @@
-"""The commands: `fakit run`, `distill`, `study`, `plan` and `report`;
+"""The commands: `fakit run`, `distill`, `compress`, `study`, `plan` and `report`;
 each calls the function that a notebook would call.
 """
 
@@ -53,6 +53,17 @@ def distill(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":  # `accelerate launch` starts one process a device
         print(result)
         print(f"The student is in {config.out}, the run in {args.out}; `fakit report {args.out}` compares its runs.")
+    return 0
+
+
+def compress(args: argparse.Namespace) -> int:
+    """`fakit compress`: a smaller model from a teacher, from its YAML file to an exported student and a record."""
+    from fakit.experiments.compress import CompressConfig, in_words, run_compression
+    from fakit.experiments.schema import settings
+
+    config = CompressConfig.from_yaml(args.config).replace(**settings(args.set))
+    record = run_compression(config, args.out, resume=args.resume)
+    print(in_words(record, config.out or args.out / config.run_id))
     return 0
 
 
@@ -122,6 +133,18 @@ def parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16", "float16", "int8"],
         help="its precision (%(default)s)",
     )
+
+    sub = command(compress, "Make a smaller model from a teacher, evaluate, export and record it.")
+    sub.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change any key of CONFIG.yaml, as often as needed: --set layerwise.layers=2",
+    )
+    sub.add_argument("--resume", action="store_true", help="go on from the rounds that are finished")
+    sub.add_argument("--out", type=Path, default=Path("runs"), help="the runs directory (%(default)s)")
 
     sub = command(study, "Run the experiments of a study that are not recorded yet.")
     sub.add_argument("config", type=Path, metavar="STUDY.yaml")

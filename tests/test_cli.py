@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fakit.__main__ import main
 from fakit.experiments import ExperimentConfig, RunStore, Study
+from fakit.experiments.compress import CompressConfig
 from tests.experiments.conftest import config, world  # noqa: F401 (fixtures: a toy teacher and texts on disk)
 
 ROOT = Path(__file__).parents[1]
@@ -178,7 +179,8 @@ def test_the_shipped_configurations_are_readable():
     files = sorted((ROOT / "configs").glob("*.yaml"))
     assert {"study.yaml", "distill_glosses.yaml"} <= {path.name for path in files}
     for path in files:
-        (ExperimentConfig.from_yaml if path.name.startswith("distill") else Study.from_yaml)(path)
+        kinds = {"distill": ExperimentConfig, "compress": CompressConfig}
+        kinds.get(path.name.split("_")[0], Study).from_yaml(path)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

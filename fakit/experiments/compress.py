@@ -1,0 +1,236 @@
+"""`run_compression`: a smaller model from a teacher, from one YAML file to a record; what `fakit compress` calls.
+
+    method: layerwise
+    task: {name: glosses, labels: 350}
+    layerwise: {layers: 3, importance: kl, steps: 50}
+
+Each method has a section of its own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from fakit.compression.importance import MEASURES
+from fakit.experiments.build import Prepared, check_lengths
+from fakit.experiments.config import ExperimentConfig, TaskConfig, TeacherConfig
+from fakit.experiments.run import now, prepare_run, without_side_bars
+from fakit.experiments.schema import Count, Natural, Number, Section, Truth, Whole
+from fakit.experiments.statistics import LOWER_IS_BETTER
+from fakit.experiments.store import RunStore, strict_json
+
+if TYPE_CHECKING:
+    from fakit.compression.layerwise import Round
+
+METHODS = ("layerwise",)
+
+
+class LayerwiseConfig(Section):
+    """Layers taken out one a round, healing after each: see `fakit.compression.layerwise.prune`."""
+
+    section: ClassVar[str] = "layerwise"
+    layers: Count | None = 3  # the depth to stop at
+    at_least: Number | None = None  # stop before the round that would fall below this validation score
+    importance: Literal[MEASURES] = "kl"  # "quality" is the task's headline metric on the validation texts
+    one_shot: Truth = False  # all layers in one round, as a comparison
+    scored: Count = 256  # training texts that layers are scored on
+    steps: Natural = 100  # of healing, for each layer that is taken out
+    batch_size: Count = 32
+    learning_rate: Annotated[Number, Field(gt=0.0)] = 1e-4
+    bf16: Truth | Literal["auto"] = "auto"
+
+    def _check(self) -> None:
+        if self.layers is None and self.at_least is None:
+            raise ValueError("layerwise.layers and layerwise.at_least: both are null; one of them says when to stop.")
+        if self.one_shot and (self.layers is None or self.at_least is not None):
+            raise ValueError("layerwise.one_shot: takes out all layers at once; give layerwise.layers and no at_least.")
+
+
+class CompressConfig(Section):
+    """One compression: what is compressed, on which texts, and how."""
+
+    method: Literal[METHODS]
+    task: TaskConfig = TaskConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    layerwise: LayerwiseConfig = LayerwiseConfig()
+    max_length: Annotated[Whole, Field(ge=2)] = 128  # tokens
+    seed: Annotated[Natural, Field(le=2**32 - 1)] = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    out: str | None = None  # the folder of the rounds; null: RUNS_DIR/RUN_ID
+
+    def _check(self) -> None:
+        self.experiment()
+
+    def experiment(self) -> ExperimentConfig:
+        """Task, teacher, seed, length and device, as the rest of the kit takes them."""
+        return ExperimentConfig(
+            task=self.task,
+            teacher=self.teacher,
+            training={"max_length": self.max_length},
+            seed=self.seed,
+            device=self.device,
+        )
+
+    @property
+    def arm(self) -> str:
+        """The method in tables."""
+        return "layerwise, one shot" if self.layerwise.one_shot else "layerwise"
+
+    @property
+    def run_id(self) -> str:
+        """Task, method and seed, then a hash of all but `out`."""
+        content = {key: value for key, value in self.to_dict().items() if key != "out"}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+        name = Path(self.task.name).stem.replace("/", "-")
+        return f"{name}-{self.arm.replace(', ', '-').replace(' ', '-')}-s{self.seed}-{digest}"
+
+
+def run_compression(
+    config: CompressConfig,
+    store: RunStore | str | Path,
+    resume: bool = False,
+    prepared: Prepared | None = None,
+) -> dict[str, Any]:
+    """Compress as configured, evaluate on the task's validation and test texts, and record.
+
+    Args:
+        store: a `RunStore`, or its folder (made when missing): the finished run is added to it, and its rounds are
+            saved in `config.out`, or in a folder of the run's id.
+        resume: a run that is recorded is returned as recorded; one that was stopped goes on from its finished rounds.
+        prepared: what `fakit.experiments.build.prepare` gave for an experiment of the same task, teacher, seed and
+            length.
+
+    Returns:
+        The record: test and validation scores of the last round's student, the teacher's, and each round.
+
+    Raises:
+        ValueError: before any work; what `prune` refuses, and a run that is recorded while `resume` is off.
+    """
+    from fakit.compression.layerwise import prune
+    from fakit.evaluation import evaluate
+    from fakit.evaluation.cost import count_parameters
+    from fakit.training.checkpoints import versions
+
+    store = RunStore.open(store, what="compressions") if isinstance(store, str | Path) else store
+    if store.has(config.run_id):
+        if resume:
+            return store.record(config.run_id)
+        raise ValueError(
+            f"{config.run_id} is recorded in {store.path} already. resume=True (--resume) returns it; change the seed "
+            "or another key for a new run."
+        )
+    asked = config.layerwise
+    prepared = prepared or prepare_run(config.experiment())
+    prepared.check(config.experiment())
+    task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
+    collator, sign = task.collator(tokenizer), -1 if task.metric in LOWER_IS_BETTER else 1
+    rows, labeled = _texts(task, tokenizer, config.max_length)
+    for split in (rows, prepared.validation, prepared.test):
+        check_lengths(split, config.max_length, teacher=teacher)
+
+    def quality(model) -> float:
+        return sign * evaluate(model, prepared.validation, collator, task, tokenizer)[task.metric]
+
+    folder = Path(config.out or store.path / config.run_id)
+    with without_side_bars():
+        rounds = prune(
+            teacher,
+            asked.layers,
+            rows,
+            collator,
+            at_least=None if asked.at_least is None else sign * asked.at_least,
+            importance=asked.importance,
+            quality=quality,
+            scored=rows.select(range(min(asked.scored, len(rows)))),
+            one_shot=asked.one_shot,
+            steps=asked.steps,
+            batch_size=asked.batch_size,
+            learning_rate=asked.learning_rate,
+            bf16=asked.bf16,
+            seed=config.seed,
+            tokenizer=tokenizer,
+            out=folder,
+            resume=resume,
+        )
+    if not rounds:
+        raise ValueError(
+            f"layerwise.at_least: {asked.at_least}: no layer can be taken out without falling below it; ask for less."
+        )
+    student = rounds[-1].student
+    scores = evaluate(student, prepared.test, collator, task, tokenizer, teacher=prepared.reference())
+    record = {
+        "run_id": config.run_id,
+        "kind": "compression",
+        "task": task.name,
+        "arm": config.arm,
+        "seed": config.seed,
+        "metric": task.metric,
+        "score": scores[task.metric],
+        "higher_is_better": sign > 0,
+        "validation": evaluate(student, prepared.validation, collator, task, tokenizer),
+        "test": scores,
+        "teacher": evaluate(teacher, prepared.test, collator, task, tokenizer),
+        "rounds": [_facts(made, sign) for made in rounds],
+        "steps": asked.steps * sum(len(made.removed) for made in rounds),
+        "seconds": sum(made.seconds for made in rounds),
+        "parameters": count_parameters(student)["parameters"],
+        "teacher_parameters": count_parameters(teacher)["parameters"],
+        "labeled": labeled,
+        "unlabeled": len(rows) - labeled,
+        "config": config.to_dict(),
+        "finished": now(),
+        "versions": versions(),
+        "data": prepared.fingerprint(),
+    }
+    store.append_run(strict_json(record))
+    return record
+
+
+def _texts(task, tokenizer, max_length: int):
+    """All training texts, the pool's too (no label is learned from); how many of them carry a label."""
+    from datasets import concatenate_datasets
+
+    rows = task.encode("train", tokenizer, max_length)
+    if task.pool is None:
+        return rows, len(rows)
+    pool = task.encode("pool", tokenizer, max_length)
+    return concatenate_datasets([rows, pool.cast(rows.features)]), len(rows)
+
+
+def _facts(made: Round, sign: int) -> dict[str, Any]:
+    """A round as the record has it: the score as the task counts it."""
+    assert made.quality_cut is not None and made.quality_healed is not None
+    return {
+        "number": made.number,
+        "removed": made.removed,
+        "layers": made.layers,
+        "importance": {str(layer): cost for layer, cost in made.importance.items()},
+        "kl_cut": made.kl_cut,
+        "kl_healed": made.kl_healed,
+        "score_cut": sign * made.quality_cut,
+        "score_healed": sign * made.quality_healed,
+        "seconds": made.seconds,
+    }
+
+
+def in_words(record: dict[str, Any], folder: str | Path) -> str:
+    """What the command prints of a record."""
+    lines = [
+        f"round {made['number']}: without teacher layer {', '.join(map(str, made['removed']))}, "
+        f"{len(made['layers'])} stay; healing: KL {made['kl_cut']:.4f} → {made['kl_healed']:.4f}, validation "
+        f"{record['metric']} {made['score_cut']:.4f} → {made['score_healed']:.4f}; {made['seconds']:.0f} s"
+        for made in record["rounds"]
+    ]
+    lines.append(
+        f"{record['task']}, {record['arm']}, seed {record['seed']}: test {record['metric']} {record['score']:.4f} "
+        f"(teacher {record['teacher'][record['metric']]:.4f}) with {record['parameters']:,} of "
+        f"{record['teacher_parameters']:,} parameters."
+    )
+    last = Path(folder) / f"round-{record['rounds'][-1]['number']}"
+    lines.append(f"The student is in {last}, the run in {Path(folder).parent}.")
+    return "\n".join(lines)
