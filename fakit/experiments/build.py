@@ -133,6 +133,16 @@ class Prepared:
     validation: Dataset
     test: Dataset
     _logits: Tensor | None = None
+    _scores: dict[str, float] | None = None
+
+    def teacher_scores(self) -> dict[str, float]:
+        """The teacher's own metrics on the test split, measured once."""
+        if self._scores is None:
+            from fakit.evaluation import evaluate
+
+            collator = self.task.collator(self.tokenizer)
+            self._scores = evaluate(self.teacher, self.test, collator, self.task, self.tokenizer)
+        return self._scores
 
     def reference(self) -> PreTrainedModel | Tensor:
         """What students are compared with on the test split: a classifier's logits (N, C), asked once;

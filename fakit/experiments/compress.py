@@ -174,7 +174,7 @@ def run_compression(
         "higher_is_better": sign > 0,
         "validation": evaluate(student, prepared.validation, collator, task, tokenizer),
         "test": scores,
-        "teacher": evaluate(teacher, prepared.test, collator, task, tokenizer),
+        "teacher": prepared.teacher_scores(),
         "rounds": [_facts(made, sign) for made in rounds],
         "steps": asked.steps * sum(len(made.removed) for made in rounds),
         "seconds": sum(made.seconds for made in rounds),
