@@ -14,8 +14,8 @@ import logging
 from pathlib import Path
 
 from fakit.experiments import RunStore
+from fakit.experiments.baselines import prepare_run
 from fakit.experiments.compress import CompressConfig, in_words, run_compression
-from fakit.experiments.run import prepare_run
 
 ROOT = Path(__file__).resolve().parents[1]
 WHAT = "layers taken out one a round, and all in one, at equal depth and steps"

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from fakit.compression.importance import MEASURES
+from fakit.experiments.baselines import prepare_run
 from fakit.experiments.build import Prepared, check_lengths
 from fakit.experiments.config import ExperimentConfig, TaskConfig, TeacherConfig
-from fakit.experiments.run import now, prepare_run, without_side_bars
+from fakit.experiments.quiet import without_side_bars
 from fakit.experiments.schema import Count, Natural, Number, Section, Truth, Whole
 from fakit.experiments.statistics import LOWER_IS_BETTER
-from fakit.experiments.store import RunStore, strict_json
+from fakit.experiments.store import RunStore, now, strict_json
 
 if TYPE_CHECKING:
     from fakit.compression.layerwise import Round
