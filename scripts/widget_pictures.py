@@ -198,7 +198,9 @@ def shoot(names: list[str], folder: Path = PICTURES) -> list[Path]:
             for name in names:
                 with lab.open(lab.write(f"{name}.ipynb", CELLS[name])) as opened:
                     opened.run_all()
-                    output = opened.page.locator(".jp-OutputArea-output").last  # the widget, after what encoding reports
+                    output = opened.page.locator(
+                        ".jp-OutputArea-output"
+                    ).last  # the widget, after what encoding reports
                     output.wait_for()
                     if name in ACTIONS:
                         ACTIONS[name](opened.page, output)
