@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from fakit.losses.fused.attention_inputs import AttentionInputs
+from fakit.models.low_rank_linear import LowRankLinear
 from fakit.tracing.trace import Trace
 
 
@@ -161,8 +162,10 @@ class Recorder:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """A linear layer, or one that an adapter (PEFT) is around."""
-    return isinstance(module, nn.Linear | Conv1D) or isinstance(getattr(module, "base_layer", None), nn.Linear | Conv1D)
+    """A linear layer, a pair in the place of one, or one that an adapter (PEFT) is around."""
+    return isinstance(module, nn.Linear | Conv1D | LowRankLinear) or isinstance(
+        getattr(module, "base_layer", None), nn.Linear | Conv1D
+    )
 
 
 def hidden_in(output) -> Tensor:
