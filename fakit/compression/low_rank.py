@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fakit.compression.local import LayerResult, distill
 from fakit.compression.ranks import Plan, Row, make_plan
 from fakit.compression.spectra import Matrix, Spectra, count, dense_weight, find_matrices, spectra, stable_rank
 from fakit.files import check_room, whole
@@ -41,12 +42,14 @@ from fakit.models.pretrained import in_one_sentence, read_config
 from fakit.models.random_state import random_state_kept
 
 __all__ = [
+    "LayerResult",
     "LowRankExperts",
     "LowRankLinear",
     "Plan",
     "Row",
     "Spectra",
     "compress",
+    "distill",
     "load",
     "merge",
     "plan",
