@@ -32,7 +32,7 @@ from fakit.models.blocks import find_blocks, find_stacks
 from fakit.models.low_rank_linear import LowRankExperts, LowRankLinear
 from fakit.models.positions import longest_row
 from fakit.tracing.capture import capture
-from fakit.tracing.hooks import EnoughSeen
+from fakit.tracing.hooks import EnoughSeen, hidden_in
 from fakit.tracing.inputs import prepare_inputs
 from fakit.training.precision import autocast, use_bf16
 from fakit.training.teacher_cache.fingerprints import fingerprint
@@ -504,5 +504,4 @@ def _hidden_of(call: Call) -> Tensor:
 def _through(block: nn.Module, call: Call, x: Tensor) -> Tensor:
     """What a block makes of x (B, T, d), given all else as in a call."""
     args, kwargs = call
-    out = block(x, *args[1:], **kwargs) if args else block(**kwargs | {"hidden_states": x})
-    return out[0] if isinstance(out, tuple) else out
+    return hidden_in(block(x, *args[1:], **kwargs) if args else block(**kwargs | {"hidden_states": x}))
