@@ -63,7 +63,7 @@ def compress(args: argparse.Namespace) -> int:
 
     config = CompressConfig.from_yaml(args.config).replace(**settings(args.set))
     record = run_compression(config, args.out, resume=args.resume)
-    print(in_words(record, config.out or args.out / config.run_id))
+    print(in_words(record, config.out or args.out / config.run_id, args.out))
     return 0
 
 

@@ -42,7 +42,7 @@ def main() -> None:
         for config in todo:
             folder = args.rounds / config.run_id
             record = run_compression(config.replace(out=str(folder)), store, resume=True, prepared=prepared)
-            print(in_words(record, folder), flush=True)
+            print(in_words(record, folder, args.out), flush=True)
 
 
 if __name__ == "__main__":

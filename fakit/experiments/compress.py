@@ -219,8 +219,8 @@ def _facts(made: Round, sign: int) -> dict[str, Any]:
     }
 
 
-def in_words(record: dict[str, Any], folder: str | Path) -> str:
-    """What the command prints of a record."""
+def in_words(record: dict[str, Any], folder: str | Path, runs: str | Path) -> str:
+    """What the command prints of a record, whose rounds are in `folder`, in a runs directory."""
     lines = [
         f"round {made['number']}: without teacher layer {', '.join(map(str, made['removed']))}, "
         f"{len(made['layers'])} stay; healing: KL {made['kl_cut']:.4f} → {made['kl_healed']:.4f}, validation "
@@ -233,5 +233,5 @@ def in_words(record: dict[str, Any], folder: str | Path) -> str:
         f"{record['teacher_parameters']:,} parameters."
     )
     last = Path(folder) / f"round-{record['rounds'][-1]['number']}"
-    lines.append(f"The student is in {last}, the run in {Path(folder).parent}.")
+    lines.append(f"The student is in {last}, the run in {runs}.")
     return "\n".join(lines)
