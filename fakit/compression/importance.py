@@ -62,7 +62,9 @@ def leaving_out(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
     """While open, these layers pass on what they are given. Nothing is copied; the model is left as it was found.
 
     The blocks run all the same, so that what they make for others (position biases, shared keys and values) is there,
-    and time is not saved.
+    and time is not saved. What comes out is what `shrink` without these layers gives, but for families whose first
+    block is built otherwise than the later ones (ModernBERT's has no norm of its own): there the block that comes first
+    keeps its form here.
 
     Args:
         layers: layer numbers 1…L.

@@ -13,6 +13,7 @@ not been.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -148,7 +149,8 @@ def prune(
     """Take layers out of a copy of the teacher, one a round, healing after each; the last round has the student.
 
     Args:
-        teacher: a frozen transformers model of one stack, which is left as it is.
+        teacher: a frozen transformers model of one stack, which is left as it is. The adapter of a PEFT model is
+            merged, in a copy.
         layers: stop at this depth, 1…L - 1.
         data: encoded rows to heal on: a dataset or a list with input_ids (and attention_mask); labels teach nothing
             here.
@@ -188,6 +190,8 @@ def prune(
         raise ValueError("scored=… holds no rows: there is nothing to score layers on.")
     if out is None and resume:
         raise ValueError("resume=True goes on from rounds that are saved, and no folder was given; out=….")
+    if without_adapter(teacher) is not teacher:
+        teacher = copy.deepcopy(teacher).merge_and_unload()
     divergence(teacher, teacher, _first(scored, 2), collator)  # says what KL cannot compare
     if layers is not None:
         _check_depth(teacher, depth, layers)
@@ -203,7 +207,8 @@ def prune(
     if out is None:
         return _prune(*work, [], None)
     out = Path(out)
-    check_room(out, 4 * sum(parameter.numel() for parameter in teacher.parameters()), "the rounds")
+    at_most = 1 if one_shot else depth - (layers or 1)
+    check_room(out, at_most * 4 * sum(parameter.numel() for parameter in teacher.parameters()), "the rounds")
     with claimed(out / ".rounds.lock", str(out)):
         settings |= {
             "versions": versions(),
@@ -236,8 +241,8 @@ def _check(depth, layers, at_least, measure, quality, one_shot, data, collator, 
         raise ValueError(f"at_least={at_least}: a quality to stop at is a finite number.")
     if one_shot and (layers is None or at_least is not None):
         raise ValueError("one_shot=True takes out all layers at once: give layers=…, the depth, and no at_least.")
-    if data is None or len(data) == 0:
-        raise ValueError("there is no data to score layers and to heal on: data=… (encoded rows).")
+    if not hasattr(type(data), "__len__") or len(data) == 0:
+        raise ValueError("there is no data to score layers and to heal on: data=… (encoded rows, as many as it says).")
     if collator is None:
         raise ValueError("no collator was given, which makes batches of rows: collator=….")
     whole = {"steps": (healing.steps, 0), "batch_size": (healing.batch_size, 1), "seed": (healing.seed, 0)}
@@ -441,8 +446,7 @@ def _read(out: Path, settings: dict[str, Any]) -> list[Round]:
 
 
 def _load(folder: Path, teacher: PreTrainedModel) -> PreTrainedModel:
-    plain = without_adapter(teacher)
-    student = type(plain).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=plain.config._attn_implementation
+    student = type(teacher).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=teacher.config._attn_implementation
     )
     return student.to(next(teacher.parameters()).device).eval()

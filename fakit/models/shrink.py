@@ -101,7 +101,8 @@ def shrink(
 
 
 def why_not(teacher: PreTrainedModel, layers: Sequence[int]) -> str:
-    """Why a student cannot be made of these blocks of the teacher, numbered as in `shrink`; empty where it can.
+    """Why a student cannot be made of these blocks of a teacher without adapter, numbered as in `shrink`; empty where
+    it can.
 
     Asked without making one: nothing is copied, and shapes alone are run.
     """

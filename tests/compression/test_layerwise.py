@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, default_data_collator
 
 from fakit import LayerMap
@@ -268,6 +269,18 @@ def test_a_depth_that_a_family_cannot_be_made_with_is_refused():
         pruned(model, 1)
 
 
+def test_the_adapter_of_a_teacher_goes_into_the_student():
+    model = get_peft_model(teacher(3), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    (only,) = pruned(model, 2, steps=1)
+    number = only.layers[0]
+    adapted = model.get_base_model().model.layers[number - 1].self_attn.q_proj
+    expected = adapted.base_layer.weight + adapted.get_delta_weight("default")
+    blocks = find_blocks(only.student)
+    beside = cuts(only.layers, 3)[0]
+    assert not hasattr(only.student, "peft_config")
+    assert torch.allclose(blocks[0].self_attn.q_proj.weight, expected, atol=1e-6 if beside > 1 else 0.01)
+
+
 def never(*args, **kwargs):
     raise AssertionError("work was done before the input was refused")
 
@@ -283,6 +296,7 @@ def never(*args, **kwargs):
         ({"layers": None}, "when to stop was not said"),
         ({"rows": []}, "no data to score layers and to heal on"),
         ({"rows": None}, "no data to score layers and to heal on"),
+        ({"rows": iter(ROWS)}, "no data to score layers and to heal on"),
         ({"scored": []}, "scored=… holds no rows"),
         ({"importance": "magnitude"}, "importance 'magnitude' is not known"),
         ({"importance": "quality"}, "importance 'quality' was asked, and no function"),
