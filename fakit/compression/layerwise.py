@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from fakit.compression.importance import Quality, check_measure, divergence, importance, layers_of, measured
+from fakit.evaluation.batches import device_of
 from fakit.files import check_room, claimed, sha256, sync, write_whole
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import without_adapter
@@ -104,22 +105,25 @@ class Healing:
     bf16: bool | str = False
     seed: int = 0
 
-    def arguments(self, folder: str | Path, removed: int, number: int) -> TrainingArguments:
-        """transformers' arguments for a round that takes out so many layers."""
-        return TrainingArguments(
+    def arguments(self, folder: str | Path, removed: int, number: int, device: torch.device) -> TrainingArguments:
+        """transformers' arguments for a round that takes out so many layers, on the teacher's device."""
+        args = TrainingArguments(
             str(folder),
             max_steps=self.steps * removed,
             per_device_train_batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             lr_scheduler_type="linear",
-            bf16=self.bf16,
+            bf16=self.bf16 is True,
+            use_cpu=device.type == "cpu",
             seed=self.seed_of(number),
             save_strategy="no",
             logging_steps=max(1, self.steps // 5),
             report_to="none",
             disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            dataloader_pin_memory=device.type == "cuda",
         )
+        args.bf16 = self.bf16  # "auto" is decided by the DistillationTrainer
+        return args
 
     def seed_of(self, number: int) -> int:
         """Of a round: of its own, so that it depends on nothing that was drawn before."""
@@ -149,8 +153,8 @@ def prune(
     """Take layers out of a copy of the teacher, one a round, healing after each; the last round has the student.
 
     Args:
-        teacher: a frozen transformers model of one stack, which is left as it is. The adapter of a PEFT model is
-            merged, in a copy.
+        teacher: a frozen transformers model of one stack, which is left as it is; all runs on its device. The adapter
+            of a PEFT model is merged, in a copy.
         layers: stop at this depth, 1…L - 1.
         data: encoded rows to heal on: a dataset or a list with input_ids (and attention_mask); labels teach nothing
             here.
@@ -377,7 +381,7 @@ def _heal(teacher, student, kept, where, data, collator, healing: Healing, remov
         adjacent = sorted({min(place + 1, len(kept)) for place in where})
         objective = _objective(kept, len(layers_of(teacher)), adjacent)
         with tempfile.TemporaryDirectory() as folder:
-            arguments = healing.arguments(folder, removed, number)
+            arguments = healing.arguments(folder, removed, number, device_of(teacher))
             trainer = DistillationTrainer(
                 teacher, student, objective, args=arguments, train_dataset=data, data_collator=collator
             )
@@ -449,4 +453,4 @@ def _load(folder: Path, teacher: PreTrainedModel) -> PreTrainedModel:
     student = type(teacher).from_pretrained(
         folder, dtype=torch.float32, attn_implementation=teacher.config._attn_implementation
     )
-    return student.to(next(teacher.parameters()).device).eval()
+    return student.to(device_of(teacher)).eval()

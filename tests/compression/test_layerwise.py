@@ -165,6 +165,12 @@ def test_it_stops_at_a_quality(caplog):
         pruned(model, at_least=0.1, **settings)
 
 
+@pytest.mark.parametrize("bf16", [True, "auto"])
+def test_healing_in_bf16_or_as_the_device_is_fast(bf16):
+    (only,) = pruned(teacher(3), 2, steps=1, bf16=bf16)
+    assert only.student.dtype == torch.float32 and only.kl_healed != only.kl_cut
+
+
 @pytest.mark.parametrize(
     "stays, depth, found", [([2, 3], 3, [0]), ([1, 2], 3, [2]), ([1, 3], 3, [1]), ([3], 5, [0, 1])]
 )

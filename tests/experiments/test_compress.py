@@ -24,7 +24,7 @@ def compression(world, tmp_path):
                 "options": {"validation": 40, "test": 60, "pool": 150},
             },
             "teacher": {"id": str(world / "teacher")},
-            "layerwise": {"layers": 2, "steps": 2, "batch_size": 8, "scored": 16, "bf16": False},
+            "layerwise": {"layers": 2, "steps": 2, "batch_size": 8, "scored": 16},
             "max_length": 16,
             "device": "cpu",
         }
