@@ -32,7 +32,7 @@ from fakit.models.blocks import find_blocks, find_stacks
 from fakit.models.low_rank_linear import LowRankExperts, LowRankLinear
 from fakit.models.positions import longest_row
 from fakit.tracing.capture import capture
-from fakit.tracing.hooks import EnoughSeen, hidden_in
+from fakit.tracing.hooks import EnoughSeen, given_hidden, hidden_in
 from fakit.tracing.inputs import prepare_inputs
 from fakit.training.precision import autocast, use_bf16
 from fakit.training.teacher_cache.fingerprints import fingerprint
@@ -313,7 +313,7 @@ class _Run:
             with whole(self._path(side, number, "in")) as partial, self.computing():
                 states = self._open(partial, number, new=True)
                 for b, batch in enumerate(self.batches):
-                    self._put(states, number, b, _hidden_of(way.call(batch, number)))
+                    self._put(states, number, b, given_hidden(*way.call(batch, number)))
 
     def _pass_on(self, side: str, number: int) -> None:
         """What a block makes of its inputs."""
@@ -492,13 +492,8 @@ class _Way:
 
 
 def _hand_on(form: int, *args, **kwargs):
-    x = _hidden_of((args, kwargs))
+    x = given_hidden(args, kwargs)
     return (x, *[None] * (form - 1)) if form else x
-
-
-def _hidden_of(call: Call) -> Tensor:
-    args, kwargs = call
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def _through(block: nn.Module, call: Call, x: Tensor) -> Tensor:

@@ -226,14 +226,28 @@ def _spectrum(weight: Tensor, moment: tuple[Tensor, Tensor] | None) -> Spectrum:
     """Of W (E, d_out, d_in) and, of its inputs, Σ x xᵀ (E, d_in, d_in) and their number (E,)."""
     exact = weight.double()
     at_least = torch.promote_types(weight.dtype, torch.float32)
+    alone, left = _decomposed(exact, None)
     if moment is None:
-        left, values, _ = torch.linalg.svd(exact, full_matrices=False)
-        return Spectrum(values, left.to(at_least), values)
+        return Spectrum(alone, left.to(at_least), alone)
     sums, numbers = moment
-    eigenvalues, vectors = torch.linalg.eigh(sums / numbers.sum())  # an expert counts as often as tokens go to it
-    whitened = exact @ (vectors * eigenvalues.clamp_min(0).sqrt()[:, None])
-    left, values, _ = torch.linalg.svd(whitened, full_matrices=False)
-    return Spectrum(values, left.to(at_least), torch.linalg.svdvals(exact), int(numbers.sum()))
+    values, left = _decomposed(exact, sums / numbers.sum())  # an expert counts as often as tokens go to it
+    return Spectrum(values, left.to(at_least), alone, int(numbers.sum()))
+
+
+def _decomposed(weight: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Singular values (E, k) and left vectors (E, d_out, k) of W C^½ (E, d_out, d_in); of W for None.
+
+    Where W is wide, they are had from the small W C Wᵀ, without a root of C, which is d_in wide: exact to 1e-8 of the
+    largest of them.
+    """
+    if weight.shape[1] <= weight.shape[2]:
+        squares, left = torch.linalg.eigh((weight if second is None else weight @ second) @ weight.mT)
+        return squares.flip(1).clamp_min(0).sqrt(), left.flip(2)
+    if second is not None:
+        eigenvalues, vectors = torch.linalg.eigh(second)
+        weight = weight @ (vectors * eigenvalues.clamp_min(0).sqrt()[:, None])
+    left, values, _ = torch.linalg.svd(weight, full_matrices=False)
+    return values, left
 
 
 # -- what goes into each weight ----------------------------------------------------------------------------------------

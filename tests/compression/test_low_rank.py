@@ -302,7 +302,7 @@ def test_padding_changes_no_spectrum(family):
     one, other = (low_rank.spectra(model, [inputs]) for inputs in (short, longer))
     for a, b in zip(one.of, other.of, strict=True):
         assert a.tokens == b.tokens
-        torch.testing.assert_close(a.values, b.values, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(a.values, b.values, rtol=1e-6, atol=1e-7 * a.values.max().item())
 
 
 def test_attention_outputs_of_a_student_are_seen_after_the_whole_pair(bert):
