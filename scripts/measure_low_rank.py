@@ -1,6 +1,7 @@
 """Low rank on the embedded MiniLM teacher of `glosses`: quality, memory, time and size, for docs/compression.md.
 
     python scripts/measure_low_rank.py quality --texts 1500
+    python scripts/measure_low_rank.py stable-ranks --texts 400
     python scripts/measure_low_rank.py memory
     python scripts/measure_low_rank.py epochs --texts 500
     python scripts/measure_low_rank.py speed
@@ -11,6 +12,7 @@ Seconds are the processor's, of one thread, so that other work on the machine do
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -98,6 +100,18 @@ def quality(number: int, epochs: int, rows: int | None, methods: list[str]) -> N
             )
 
 
+def stable_ranks(number: int) -> None:
+    """Of the weights, and of what they give on texts."""
+    teacher, tokenizer = embedded_teacher("glosses")
+    texts = list(load_task("glosses").pool["text"])[:number]
+    rows = low_rank.plan(low_rank.spectra(teacher, padded(tokenizer, texts)), KEEP).rows
+    for what in ("stable_rank_weights", "stable_rank_activations"):
+        values = sorted(getattr(row, what) for row in rows)
+        print(
+            f"{what}: median {statistics.median(values):.1f}, {values[0]:.1f} to {values[-1]:.1f}, {len(rows)} weights"
+        )
+
+
 def memory(tokens: int) -> None:
     """Peak bytes of tensors beyond the two models' weights, and CPU seconds of one epoch on the same batches."""
     teacher, _ = embedded_teacher("glosses")
@@ -176,17 +190,17 @@ def speed(turns: int) -> None:
         shape = tuple(batch["input_ids"].shape)
         for name in models:
             print(f"  {name:8} {sizes[name]:.1f} MB, {fastest[name] * 1000:.0f} ms a batch of {shape}")
-        print(
-            f"  logits: loaded pairs differ by {(again - said['pairs']).abs().max():.1e}, "
-            f"merged and loaded by {(loaded - said['pairs']).abs().max():.1e}"
-        )
+        largest = said["pairs"].abs().max()
+        for what, found in (("loaded pairs", again), ("merged and loaded", loaded)):
+            far = (found - said["pairs"]).abs().max()
+            print(f"  {what}: logits differ by {far:.1e}, {far / largest:.1e} of the largest")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("quality", "memory", "epochs", "speed"))
+    parser.add_argument("part", choices=("quality", "stable-ranks", "memory", "epochs", "speed"))
     parser.add_argument("--texts", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--methods", default="bottom,uniform,energy")
@@ -196,6 +210,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.part == "quality":
         quality(args.texts, args.epochs, args.rows, args.methods.split(","))
+    elif args.part == "stable-ranks":
+        stable_ranks(args.texts)
     elif args.part == "memory":
         memory(args.tokens)
     elif args.part == "epochs":
