@@ -12,6 +12,7 @@ from fakit import recipes
 from fakit.layer_maps import STRATEGIES, LayerMap
 from fakit.losses import attention, features, outputs
 from fakit.objective import feature_terms, terms
+from fakit.objective.temperature import LearnedTemperature
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/losses.md"
@@ -132,6 +133,8 @@ def page() -> str:
         losses("attention", attention.LOSSES, sides) + "\n".join(["", row(*relations), row(*minilm)]),
         "## Outputs: `Outputs(loss, temperature=τ)`",
         losses("outputs", outputs.LOSSES, (*sides, "temperature", "labels")),
+        "### A learned temperature: `Outputs(loss, reversal=λ)`",
+        table(("what, and from where", "code"), [(summary(LearnedTemperature), place(LearnedTemperature))]),
         "## Layer maps",
         table(("name", "what, and from where", "code"), maps),
         "## Recipes: `recipes.tinybert()`, or `recipe: tinybert`",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fakit.models.blocks import find_blocks
 from fakit.objective.breakdown import Breakdown, Pair, total
 from fakit.objective.objective import Objective
+from fakit.objective.terms import Outputs
 from fakit.tracing.capture import capture
 
 Part = int | str  # a layer number (0 = embeddings), or "head": what follows the last block
@@ -165,6 +166,11 @@ def gradients_by_temperature(
         raise ValueError(
             "a temperature is the output term's, and this objective has none; Objective(outputs=Outputs())."
         )
+    if learned := [name for name, term in objective.of_kind(Outputs).items() if term.learns_temperature]:
+        raise ValueError(
+            f"{learned[0]} learns its temperature, so that none can be set: measure an Outputs without reversal, or "
+            "term_gradients at the temperature as it is."
+        )
     if not temperatures or min(temperatures) <= 0:
         raise ValueError(f"temperatures are above 0, at least one of them; found {list(temperatures)}.")
     measured = _measure(objective, teacher, student, batches, None, list(temperatures))
@@ -235,7 +241,7 @@ def _measure(objective, teacher, student, batches, terms, temperatures: list[flo
                     {name: {pair: v.item() for pair, v in by.items()} for name, by in fixed.per_layer.items()},
                     tuple(parameters),
                     _gram({name: gradients[name] for name in losses}, parameters, known, softened),
-                    tau if softened else None,
+                    None if not softened else float(objective.taus[softened[0]]) if temperatures is None else tau,
                 )
             )
     return measured

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ class Lens(Softened, OverLayers):
             mask,
             divergence=self.loss,
             parameters=self.parameters,
-            temperature=cast(float, self.temperature),  # a Schedule is at its number in an objective
+            temperature=self.tau,
             weights=(1.0, 0.0),
             vocab_size=self.vocab_size,
         )

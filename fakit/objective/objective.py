@@ -24,8 +24,9 @@ from fakit.objective.over_heads import compare_over_heads, with_logits
 from fakit.objective.projections import LeastSquares
 from fakit.objective.schedules import Schedule, all_off
 from fakit.objective.standardization import Moments, Standardization
+from fakit.objective.temperature import LearnedTemperature
 from fakit.objective.term import Term
-from fakit.objective.terms import Attention, Features, Outputs, OverLayers, Task
+from fakit.objective.terms import Attention, Features, Outputs, OverLayers, Softened, Task
 from fakit.objective.weights import Weights
 from fakit.tracing.trace import Trace
 
@@ -34,8 +35,8 @@ OWN = ("features", "attention", "outputs", "task")
 
 
 class Objective(nn.Module):
-    """The multi-task distillation loss over two traces. Its parameters are the projections, where widths differ, and
-    what balancing learns.
+    """The multi-task distillation loss over two traces. Its parameters are the projections, where widths differ, what
+    balancing learns, and learned temperatures.
 
     Args:
         layer_map: pairs (student layer, teacher layer) for the terms that go over layers and have no map of their own.
@@ -134,9 +135,17 @@ class Objective(nn.Module):
         return {name: term for name, term in self._terms.items() if hasattr(term, "temperature")}
 
     @property
+    def taus(self) -> dict[str, float | Tensor]:
+        """τ of this step, by term that has one: what was set, or where it is learned what it has come to, () without
+        graph.
+        """
+        with torch.no_grad():
+            return {n: t.tau if isinstance(t, Softened) else t.temperature for n, t in self.softened.items()}
+
+    @property
     def temperature(self) -> float | None:
         """τ of the terms that have one, which may be set at any time, to a number or a `Schedule`: then of all of them.
-        None where none has.
+        None where none has. Where it is learned (`Outputs(reversal=…)`) it is the lowest that τ may become.
         """
         return next((term.temperature for term in self.softened.values()), None)
 
@@ -377,7 +386,7 @@ class Objective(nn.Module):
         return {
             name: sum(p.numel() for p in module.parameters())
             for name, module in self.projections.items()
-            if list(module.parameters())
+            if list(module.parameters()) and not isinstance(module, LearnedTemperature)
         }
 
     def fit_projections(self, students: Iterable[Trace], teachers: Iterable[Trace]) -> dict[str, float]:

@@ -4,7 +4,6 @@ without all of the logits.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
 
 from torch import Tensor
 
@@ -71,7 +70,7 @@ def _pass(terms, weights, name: str | None, task: str | None, student, teacher, 
         mask,
         divergence=settings.loss,
         parameters=settings.parameters,
-        temperature=cast(float, settings.temperature),  # a Schedule is at its number in an objective
+        temperature=settings.tau,
         weights=(0.0 if name is None else weights[name], 0.0 if task is None else weights[task]),
         labels=labels,
         vocab_size=settings.vocab_size,

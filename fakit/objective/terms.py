@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from fakit.objective.projections import LeastSquares, Projection, make_projectio
 from fakit.objective.schedules import Schedule, scheduled
 from fakit.objective.standardization import KINDS as STANDARDIZATIONS
 from fakit.objective.standardization import Moments, Standardization, Standardize
+from fakit.objective.temperature import LearnedTemperature
 from fakit.objective.term import Term, choose, normalized
 from fakit.tracing.trace import Trace
 
@@ -452,7 +453,13 @@ class Attention(OverLayers):
 class Softened(Term):
     """A term with a temperature, which may be set at any time."""
 
+    temperature: float | Schedule
     settable: ClassVar[frozenset[str]] = frozenset({"temperature"})
+
+    @property
+    def tau(self) -> float | Tensor:
+        """τ of this step."""
+        return cast(float, self.temperature)  # a Schedule is at its number in an objective
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "temperature":
@@ -479,6 +486,12 @@ class Outputs(Softened):
             False always makes them whole.
         parameters: the loss's own, by name, as further keywords: `Outputs("jsd", beta=0.1)`. In chunks, too. Each may
             be a `Schedule`: `Outputs("taid", t=Schedule(0.4, 1.0))`.
+        reversal: λ, a number or a `Schedule`: learn τ against the student, between `temperature` and `temperature +
+            temperature_range` (CTKD: `fakit.objective.temperature`). Its paper: temperature 1, range 20 and
+            `Schedule(0.0, 1.0, "cosine")`, there over 10 of 240 epochs. None: τ is what was set.
+        temperature_range: how far above `temperature` a learned τ may go; 20 unless given.
+        temperature_rate: the learning rate of a learned τ's θ, a group of its own in the trainer's optimizer, without
+            weight decay; 0.01 unless given. In a loop of your own, give `objective.parameters()` to the optimizer.
     """
 
     loss: str | Callable = "forward_kl"
@@ -487,6 +500,9 @@ class Outputs(Softened):
     vocab_size: int | None = None
     chunked: bool = True
     parameters: dict[str, Any] = field(default_factory=dict)
+    reversal: float | Schedule | None = None
+    temperature_range: float | None = None
+    temperature_rate: float | None = None
 
     def __init__(
         self,
@@ -496,10 +512,15 @@ class Outputs(Softened):
         vocab_size: int | None = None,
         chunked: bool = True,
         parameters: Mapping[str, Any] | None = None,
+        reversal: float | Schedule | None = None,
+        temperature_range: float | None = None,
+        temperature_rate: float | None = None,
         **more: Any,
     ):
         self.loss, self.temperature, self.weight = loss, temperature, weight
         self.vocab_size, self.chunked = vocab_size, chunked
+        self.reversal, self.temperature_range, self.temperature_rate = reversal, temperature_range, temperature_rate
+        self._check_reversal()
         self.parameters = dict(parameters or {}) | more
         self._bare = checked("Outputs", loss, output_losses.LOSSES, self.parameters)
         self.needs_labels = "labels" in asked_of(self._bare)  # those of each position, as "dkd" does
@@ -517,6 +538,53 @@ class Outputs(Softened):
     def function(self) -> Callable:
         """The loss with its own parameters set, as they are in this step."""
         return partial(self._bare, **self.parameters) if self.parameters else self._bare
+
+    @property
+    def learns_temperature(self) -> bool:
+        """True where τ is learned."""
+        return self.reversal is not None
+
+    @property
+    def learning_rate(self) -> float:
+        """Of a learned τ."""
+        return 0.01 if self.temperature_rate is None else self.temperature_rate
+
+    @property
+    def tau(self) -> float | Tensor:
+        """τ of this step; a learned one () with graph."""
+        if not self.learns_temperature:
+            return super().tau
+        span = 20.0 if self.temperature_range is None else self.temperature_range
+        return self.place.modules[self._temperature_name(self.place.name)](self.temperature, span, self.reversal)
+
+    @staticmethod
+    def _temperature_name(name: str) -> str:
+        return f"{name}_temperature"
+
+    def placed(self, name: str, layer_map: LayerMap, modules: nn.ModuleDict) -> Self:
+        if self.learns_temperature:
+            modules[self._temperature_name(name)] = LearnedTemperature()
+        return super().placed(name, layer_map, modules)
+
+    def _check_reversal(self) -> None:
+        own = {"temperature_range": self.temperature_range, "temperature_rate": self.temperature_rate}
+        for name, value in own.items():
+            if value is not None and not self.learns_temperature:
+                raise ValueError(
+                    f"Outputs({name}={value!r}): it is of a learned temperature, and this one is not learned; "
+                    "reversal=Schedule(0.0, 1.0, 'cosine') learns it."
+                )
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"Outputs({name}={value!r}): a finite number above 0.")
+        if self.reversal is None:
+            return
+        if not isinstance(self.reversal, Schedule) and not 0 <= self.reversal < math.inf:
+            raise ValueError(f"Outputs(reversal={self.reversal!r}): a finite number of at least 0, or a Schedule.")
+        if self.loss == "logit_mse":
+            raise ValueError(
+                f"Outputs('logit_mse', reversal={self.reversal}): no temperature changes this loss, so that there is "
+                "nothing to learn; leave reversal out, or take a divergence such as 'forward_kl'."
+            )
 
     @property
     def in_chunks(self) -> bool:
@@ -545,7 +613,7 @@ class Outputs(Softened):
             check_distribution(self.loss, problem, ours.shape[-1])
             if problem == SEVERAL_LABELS:
                 ours, theirs = output_losses.bernoulli(ours), output_losses.bernoulli(theirs)  # (B, C, 2)
-                return self.function(ours, theirs, None, temperature=self.temperature)
+                return self.function(ours, theirs, None, temperature=self.tau)
         if ours.dim() == 3 and self.loss in ANY_VOCABULARIES:
             ours, theirs, mask = aligned(student, teacher, labels, ours, theirs)
         elif ours.dim() == 3:
@@ -554,7 +622,7 @@ class Outputs(Softened):
                 ours, theirs = ours[:, :-1], theirs[:, :-1]
                 labels = None if labels is None else labels[:, 1:]
         given = {"labels": labels} if self.needs_labels else {}
-        return self.function(ours, theirs, mask, temperature=self.temperature, **given)
+        return self.function(ours, theirs, mask, temperature=self.tau, **given)
 
 
 @dataclass(init=False)

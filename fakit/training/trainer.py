@@ -181,16 +181,17 @@ class DistillationTrainer(Trainer):
         balancing.watch(self.student)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The Trainer's; what balancing learns is a group of its own, with its learning rate and no weight decay."""
+        """The Trainer's; what balancing learns, and a learned temperature, are groups of their own, with their learning
+        rates and no weight decay.
+        """
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        balancing = self.objective.balancing
-        if made and isinstance(balancing, Uncertainty):
+        for place, learning_rate in _own_rates(self.objective).items() if made else ():
             named = (self.model if model is None else model).named_parameters()
-            own = [p for name, p in named if "objective.balancing." in name]
+            own = [p for name, p in named if place in name]
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if not any(p is one for one in own)]
-            optimizer.add_param_group({"params": own, "lr": balancing.learning_rate, "weight_decay": 0.0})
+            optimizer.add_param_group({"params": own, "lr": learning_rate, "weight_decay": 0.0})
         return optimizer
 
     def _ask_beforehand(self, models: list[PreTrainedModel], tokenizer) -> None:
@@ -507,6 +508,19 @@ class DistillationTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+def _own_rates(objective: Objective) -> dict[str, float]:
+    """Learning rates of what the objective learns at another rate than the student, by its place in the names of
+    parameters.
+    """
+    balancing = objective.balancing
+    found = {"objective.balancing.": balancing.learning_rate} if isinstance(balancing, Uncertainty) else {}
+    return found | {
+        f"objective.projections.{name}_temperature.": term.learning_rate
+        for name, term in objective.of_kind(Outputs).items()
+        if term.learns_temperature
+    }
+
+
 def _flat(breakdown: Breakdown, changing: Iterable[str]) -> dict[str, Tensor]:
     """What is averaged for the log; weighted terms only where the weight of one is another in each step."""
     layers = {f"{n}/S{s}_T{t}": v for n, pairs in breakdown.per_layer.items() for (s, t), v in pairs.items()}
@@ -520,10 +534,12 @@ def _changing(objective: Objective) -> Iterable[str]:
 
 
 def _numbers(objective: Objective) -> dict[str, float | Tensor]:
-    """Weights and temperatures of this step, as they are logged; of balanced weights what they come to."""
-    softened = {name: term.temperature for name, term in objective.softened.items()}
-    one = len(set(softened.values())) == 1
-    taus = {"temperature": objective.temperature} if one else {f"temperature/{n}": tau for n, tau in softened.items()}
+    """Weights and temperatures of this step, as they are logged; of balanced weights and learned temperatures what they
+    come to.
+    """
+    taus = objective.taus
+    values = list(dict.fromkeys(taus.values()))  # a learned one is like no other
+    taus = {"temperature": values[0]} if len(values) == 1 else {f"temperature/{n}": t for n, t in taus.items()}
     weights: dict[str, Any] = dict(objective.weights)
     weights |= {name: weights[name] * factor for name, factor in objective.factors.items()}
     return {f"weight/{name}": weight for name, weight in weights.items()} | taus
