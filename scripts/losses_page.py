@@ -23,7 +23,8 @@ HEAD = (
     "Every loss is a mean over what counts, computed in float32 or better.",
     '`Features("cosine")`, `Outputs("jsd", beta=0.1)`, or the same name in YAML, chooses it.',
     "Student S, teacher T; hidden states s, t; attention maps A; distributions P (teacher) and Q (student); "
-    "temperature τ.\n",
+    "temperature τ.",
+    "[Compared with released code](peers.md), loss by loss.\n",
     '**Start with** `Outputs("forward_kl", temperature=2.0)` beside the task.',
     "Add `Features` and `Attention` where the student could not inherit what it needs (random start, another width, "
     "another architecture), and measure them against outputs alone.",

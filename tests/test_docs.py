@@ -11,6 +11,7 @@ import pytest
 
 from fakit.experiments import RunStore, Study, map_scores, recorded_similarity
 from fakit.experiments.map_report import map_correlations, map_markdown
+from fakit.losses import features, outputs
 from scripts import losses_page
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,19 @@ def test_the_page_on_maps_is_the_recorded_study():
 
 def test_the_page_of_losses_is_what_the_code_says():
     assert (ROOT / "docs/losses.md").read_text() == losses_page.page(), "run python scripts/losses_page.py"
+
+
+def test_losses_equal_released_code_or_the_page_says_why():
+    """docs/peers.md, as it was recorded: its packages are not installed here."""
+    lines = (ROOT / "docs/peers.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")][2:]
+    assert {row[0] for row in rows} == {"TRL", "Liger", "TextBrewer", "sentence-transformers", "optipfair"}
+    for peer, theirs, _, value, gradient, *why in rows:
+        least = 1e-7 if why and why[0] else 1e-11
+        assert float(value) < least and (float(gradient) < least or "trains nothing" in why[0]), (peer, theirs)
+    named = {name for row in rows for name in re.findall(r"\w+", row[2])}
+    assert named & features.LOSSES.keys() >= {"mse", "l2", "cosine", "nst", "normalized_mse"}
+    assert named & outputs.LOSSES.keys() >= {"forward_kl", "reverse_kl", "jsd", "skew_reverse_kl", "logit_mse"}
 
 
 def test_plans_take_the_minutes_that_they_say():

@@ -36,6 +36,7 @@ __all__ = [
     "cosine",
     "gram",
     "l1_cosine",
+    "l2",
     "layernorm_mse",
     "margin_ranking",
     "mobilebert",
@@ -70,6 +71,14 @@ def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     student, teacher = _prepare("mse", student, teacher, mask)
     return masked_mean((student - teacher).square().mean(-1), mask)  # (B, T) -> ()
+
+
+def l2(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Euclidean distance, `mean_t ‖s - t‖`. EmbedDistill (Kim et al. 2023, arXiv 2301.12005), of pooled states: each
+    token, or text, pulls as hard as any other, however far it is. Where the two agree it has no gradient.
+    """
+    student, teacher = _prepare("l2", student, teacher, mask)
+    return masked_mean((student - teacher).norm(dim=-1), mask)  # (B, T) -> ()
 
 
 def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -150,6 +159,7 @@ def mobilebert(
 
 LOSSES = {
     "mse": mse,
+    "l2": l2,
     "cosine": cosine,
     "normalized_mse": normalized_mse,
     "layernorm_mse": layernorm_mse,

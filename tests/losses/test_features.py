@@ -42,6 +42,7 @@ def huber(x: float) -> float:
 
 DISTANCES = {
     "mse": lambda s, t: sum((a - b) ** 2 for a, b in zip(s, t, strict=True)) / D,
+    "l2": lambda s, t: math.sqrt(sum((a - b) ** 2 for a, b in zip(s, t, strict=True))),
     "cosine": lambda s, t: 1 - float(np.dot(s, t)) / (np.linalg.norm(s) * np.linalg.norm(t)),
     "normalized_mse": lambda s, t: float(((unit(s) - unit(t)) ** 2).sum()) / D,
     "layernorm_mse": lambda s, t: float(((standard(s) - standard(t)) ** 2).sum()) / D,
