@@ -115,6 +115,8 @@ def page() -> str:
     maps = [(f"`{name}`", summary(getattr(LayerMap, name)), place(LayerMap)) for name in STRATEGIES]
     maps += [(f"`LayerMap.{n}`", summary(getattr(LayerMap, n)), place(LayerMap)) for n in ("from_similarity", "emd")]
     further = [(f"`{n}`", f"`{k.__name__}`", summary(k), place(k)) for n, k in feature_terms.KINDS.items()]
+    cloning = feature_terms.activation_cloning
+    further.append(("`features`, one for each `at`", f"`{cloning.__name__}()`", summary(cloning), place(cloning)))
     own = "`relations`, `relation_heads` of the term"
     relations = ("`relations`", RELATIONS, own, used_by("attention", "relations"), place(terms.Attention))
     minilm = (

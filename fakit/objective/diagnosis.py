@@ -5,7 +5,7 @@ from torch import Tensor
 from fakit.layer_maps import Pair
 from fakit.objective.needs import Needs
 from fakit.objective.term import Term
-from fakit.tracing.trace import Trace
+from fakit.tracing.trace import BY_TOKEN, Trace
 
 
 def whose_numbers(term: Term, pairs: list[Pair], student: Trace | None, teacher: Trace | None) -> str:
@@ -25,12 +25,10 @@ def whose_numbers(term: Term, pairs: list[Pair], student: Trace | None, teacher:
 
 
 def _not_finite(trace: Trace, needs: Needs, layers: set[int] | frozenset[int]) -> str | None:
-    for layer in sorted(layers & needs.hidden_states):
-        if _wrong(trace.hidden_states.get(layer), trace.layer_mask(layer)):
-            return f"hidden states of layer {layer} are"
-    for layer in sorted(layers & needs.attention_outputs):
-        if _wrong(trace.attention_outputs.get(layer), trace.layer_mask(layer)):
-            return f"attention outputs of layer {layer} are"
+    for name in BY_TOKEN:
+        for layer in sorted(layers & getattr(needs, name)):
+            if _wrong(getattr(trace, name).get(layer), trace.layer_mask(layer)):
+                return f"{name.replace('_', ' ')} of layer {layer} are"
     for layer in sorted(layers & needs.attentions):
         inputs = trace.attention.get(layer)
         given = [trace.maps.get(layer)] if inputs is None else [inputs.query, inputs.key, inputs.value]

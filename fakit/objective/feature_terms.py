@@ -21,7 +21,7 @@ from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.projections import Projection
 from fakit.objective.schedules import Schedule
 from fakit.objective.term import normalized
-from fakit.objective.terms import Features
+from fakit.objective.terms import At, Features
 from fakit.tracing.trace import Trace
 
 POOLS = ("mean", "first", "last")
@@ -284,6 +284,34 @@ class LayerAttention(Features):
         scale = 1 / width if self.scale is None else self.scale
         attention = (scale * (ours.detach() * theirs).sum(-1, keepdim=True)).softmax(0)  # (layers, B, T, 1)
         return self.function(ours, (attention * theirs).sum(0), mask)
+
+
+CLONED: tuple[At, ...] = ("queries", "keys", "values", "gate", "up", "attention", "mlp")
+
+
+def activation_cloning(
+    weight: float | Schedule = 0.2, layer_map: LayerMap | None = None, places: Sequence[At] = CLONED, **settings: Any
+) -> dict[str, Features]:
+    """Activation cloning, one half of low-rank clone (LRC, Hao et al. 2025, arXiv 2505.12781): MSE of what is inside of
+    mapped blocks, each place a term of the objective's, to be given as `Objective(…, terms=activation_cloning())`.
+
+        L = weight · Σ_places mean_j MSE(S_place[j], T_place[g(j)])
+
+    The other half, from which the student's weights come (low-rank projections of the teacher's, trained along), is not
+    here: give it a student. Ours: a projection of the student's attention and MLP outputs where widths differ, in
+    place of theirs of the teacher's down; the mean over layers; queries and keys after rotary embedding, which at one
+    rotation leaves their squared difference as it is.
+
+    Args:
+        weight: of each term; .2 is theirs, beside the language model's loss and a KL.
+        layer_map: of all of them; the objective's unless given.
+        places: see `Features(at=…)`; without "gate" for blocks that have none (BERT, GPT-2).
+        settings: further ones of `Features`.
+
+    >>> list(activation_cloning(places=("up", "mlp")))
+    ['cloned_up', 'cloned_mlp']
+    """
+    return {f"cloned_{at}": Features("mse", weight, layer_map=layer_map, at=at, **settings) for at in places}
 
 
 KINDS = {

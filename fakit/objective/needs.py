@@ -11,7 +11,8 @@ from fakit.objective.positions import predicting_positions
 from fakit.tracing.inputs import find_documents
 from fakit.tracing.trace import Trace
 
-LAYERS = ("hidden_states", "attentions", "attention_outputs")
+MLP = ("mlp_outputs", "mlp_ups", "mlp_gates")  # places inside of a block's MLP, `fakit.tracing.mlp`
+LAYERS = ("hidden_states", "attentions", "attention_outputs", *MLP)
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Needs:
         hidden_states: layers 0…L.
         attentions: layers 1…L, whose attention inputs are kept.
         attention_outputs: layers 1…L, of which is kept what their attention adds to the hidden states.
+        mlp_outputs, mlp_ups, mlp_gates: layers 1…L, of whose MLP is kept what it adds to the hidden states, and what
+            its up and gate projections give.
         lens: True where hidden states are read by the model's own head.
         logits: True where logits are looked at.
         in_chunks: `capture(..., logits="head")` will do: the head and its input in place of logits over a large
@@ -37,6 +40,9 @@ class Needs:
     inputs: frozenset[str] = field(default=frozenset({"queries", "keys"}), compare=False)
     attention_outputs: frozenset[int] = frozenset()
     lens: bool = False
+    mlp_outputs: frozenset[int] = frozenset()
+    mlp_ups: frozenset[int] = frozenset()
+    mlp_gates: frozenset[int] = frozenset()
 
     def __post_init__(self):
         for name in (*LAYERS, "inputs"):
@@ -46,15 +52,13 @@ class Needs:
     def __or__(self, other: "Needs") -> "Needs":
         in_chunks = all(needs.in_chunks for needs in (self, other) if needs.logits)
         return Needs(
-            self.hidden_states | other.hidden_states,
-            self.attentions | other.attentions,
-            self.logits or other.logits,
-            in_chunks,
-            self.inputs | other.inputs
+            logits=self.logits or other.logits,
+            in_chunks=in_chunks,
+            inputs=self.inputs | other.inputs
             if self.attentions and other.attentions
             else (self if self.attentions else other).inputs,
-            self.attention_outputs | other.attention_outputs,
-            self.lens or other.lens,
+            lens=self.lens or other.lens,
+            **{name: getattr(self, name) | getattr(other, name) for name in LAYERS},
         )
 
     def __bool__(self) -> bool:
@@ -63,7 +67,7 @@ class Needs:
     @property
     def layers(self) -> frozenset[int]:
         """All that anything is asked of."""
-        return self.hidden_states | self.attentions | self.attention_outputs
+        return frozenset().union(*(getattr(self, name) for name in LAYERS))
 
     def asked(self, whole: bool = False) -> dict[str, Any]:
         """What to ask of `capture`, by keyword; with `whole`, logits in full in place of a head."""
@@ -84,7 +88,7 @@ class Needs:
             return cls()
         if isinstance(asked, cls):
             return asked
-        names = ("hidden_states", "attentions", "logits", "in_chunks", "inputs", "attention_outputs", "lens")
+        names = ("hidden_states", "attentions", "logits", "in_chunks", "inputs", "attention_outputs", "lens", *MLP)
         if not isinstance(asked, Mapping) or set(asked) - set(names):
             raise ValueError(
                 f"{who} needs {asked!r}; return Needs(hidden_states=[…], attentions=[…], logits=…) or a dictionary "

@@ -94,15 +94,16 @@ def on_both_sides(student: Tensor | None, teacher: Tensor | None) -> Tensor | No
 
 
 def kept(trace: Trace, what: str, layer: int):
-    """A trace's "hidden_states", "attention_outputs" or attention inputs ("attentions") of a layer.
+    """A trace's "hidden_states", "attention_outputs", "queries" … or all attention inputs ("attentions") of a layer.
 
     Raises:
         ValueError: the trace holds other layers.
     """
     found = trace.attention if what == "attentions" else getattr(trace, what)
     if layer not in found:
+        keeps = "attentions" if what in ("queries", "keys", "values") else what
         raise ValueError(
             f"{what} of layer {layer} asked of a trace of {trace.name} that holds layers {sorted(found)}; "
-            f"capture(..., {what}=[{layer}]) keeps it."
+            f"capture(..., {keeps}=[{layer}]) keeps it."
         )
     return found[layer]

@@ -36,8 +36,20 @@ from fakit.tracing.trace import Trace
 ATTENTION_LOSSES = attention_losses.LOSSES | {"relations": None, "minilm": None}
 Heads = Literal["one-to-one", "group-mean", "best-match"]
 HEADS: tuple[str, ...] = get_args(Heads)
-At = Literal["block", "attention"]
-PLACES = {"block": "hidden_states", "attention": "attention_outputs"}  # where a trace holds them
+At = Literal["block", "attention", "mlp", "up", "gate", "queries", "keys", "values"]
+# where a trace holds them
+PLACES = {
+    "block": "hidden_states",
+    "attention": "attention_outputs",
+    "mlp": "mlp_outputs",
+    "up": "mlp_ups",
+    "gate": "mlp_gates",
+    "queries": "queries",
+    "keys": "keys",
+    "values": "values",
+}
+INPUTS = ("queries", "keys", "values")
+OF_ITS_OWN_WIDTH = ("up", "gate", *INPUTS)  # places that are not as wide as the hidden states
 # What the objective itself gives a loss; everything else in its signature may be set by keyword.
 GIVEN = ("student", "teacher", "mask", "temperature", "labels")
 
@@ -94,9 +106,12 @@ class Features(OverLayers):
         shared: one projection for all pairs.
         at_equal_width: a projection also where widths agree (Chen et al. 2022, arXiv 2210.15274: it helps in vision).
         parameters: the loss's own, by name, as further keywords.
-        at: what is compared of a layer: "block", its output; or "attention", what its attention adds to the hidden
-            states, after the output projection (LoLCATs, Zhang et al. 2024, mse times 1000; MaxText). Layer 0 has none
-            and is left out.
+        at: what is compared of a layer: "block", its output; "attention", what its attention adds to the hidden
+            states, after the output projection (LoLCATs, Zhang et al. 2024, mse times 1000; MaxText); "mlp", what its
+            MLP adds to them; "up" and "gate", what these projections of the MLP give; "queries", "keys" and "values",
+            as its attention function receives them. Layer 0 has none of these and is left out. The last five are never
+            projected: both sides are as wide, as in LRC (Hao et al. 2025, arXiv 2505.12781), which compares all seven
+            (`fakit.objective.feature_terms.activation_cloning`), or the loss is one of relations.
         standardize: "dimension" or "phi_s" put the teacher's states on an even scale first
             (`fakit.objective.standardization`), by statistics that `objective.fit_standardization` gathers. A student
             without a projection goes through the same map, so that it still aims at the teacher's states.
@@ -147,6 +162,8 @@ class Features(OverLayers):
         if projection not in (*PROJECTIONS, None):
             known = ", ".join(map(repr, PROJECTIONS))
             raise ValueError(f"Features(projection={projection!r}) is not known; choose one of {known}, or None.")
+        if at_equal_width and at in OF_ITS_OWN_WIDTH:
+            raise ValueError(f"Features(at={at!r}, at_equal_width=True): what is compared there is never projected.")
         if at_equal_width and (projection is None or self._widths_differ):
             raise ValueError(
                 f"Features({loss!r}, projection={projection!r}, at_equal_width=True): this one never has a "
@@ -171,6 +188,11 @@ class Features(OverLayers):
                 f"{name}({self.loss!r}, standardize={self.standardize!r}): this loss compares relations within each "
                 "model, and only the teacher's would change; take a loss that compares states."
             )
+        if self.standardize is not None and self.at in OF_ITS_OWN_WIDTH:
+            raise ValueError(
+                f"{name}(at={self.at!r}, standardize={self.standardize!r}): statistics are of what is as wide as the "
+                "hidden states; take at='block', 'attention' or 'mlp'."
+            )
         batches = self.standardize_batches
         if batches is not None and (self.standardize is None or batches < 1):
             raise ValueError(
@@ -182,7 +204,9 @@ class Features(OverLayers):
         return self._needs(self._layers(side, self.shares()))
 
     def _needs(self, layers: frozenset[int]) -> Needs:
-        return Needs(attention_outputs=layers) if self.at == "attention" else Needs(hidden_states=layers)
+        if self.at in INPUTS:
+            return Needs(attentions=layers, inputs=frozenset({"queries", "keys", self.at}))  # no attention without both
+        return Needs.of({self._kept: layers}, type(self).__name__)
 
     def count(self, batch: CountedBatch) -> Tensor:
         return batch.tokens if self._count is None else self._count(batch.mask.sum(1))
@@ -198,6 +222,14 @@ class Features(OverLayers):
         """What is compared at a layer pair, before any projection, (B, T, d_S) and (B, T, d_T); which of it counts."""
         ours = kept(student, self._kept, pair[0])  # (B, T, d_S)
         theirs = kept(teacher, self._kept, pair[1])  # (B, T, d_T)
+        if self.at in INPUTS:  # (B, H, T, d_head)
+            ours, theirs = (x.transpose(1, 2).flatten(2) for x in (ours, theirs))
+        if self.at in OF_ITS_OWN_WIDTH and ours.shape[-1] != theirs.shape[-1] and not self._widths_differ:
+            raise ValueError(
+                f"{self.place.name} compares {self.at} at S{pair[0]}←T{pair[1]}: the student's are {ours.shape[-1]} "
+                f"wide, the teacher's {theirs.shape[-1]}, and no projection is learned there. Take a student of the "
+                "teacher's heads and MLP width, at='attention' or 'mlp', or a loss of relations."
+            )
         if self.standardize is not None:
             standardization = self._standardization_of(pair[1], theirs)
             if not self.projects(ours.shape[-1], theirs.shape[-1]) and ours.shape == theirs.shape:
@@ -222,7 +254,7 @@ class Features(OverLayers):
         return found
 
     def _standardization_name(self, layer: int) -> str:
-        return f"{self.standardize}_{'A' if self.at == 'attention' else 'T'}{layer}"  # terms share it
+        return f"{self.standardize}_{dict(block='T', attention='A', mlp='M')[self.at]}{layer}"  # terms share it
 
     def standardizations(self) -> dict[str, int]:
         """{name: teacher layer} of those that this term may look at."""
@@ -272,7 +304,9 @@ class Features(OverLayers):
 
     def projects(self, student_width: int, teacher_width: int) -> bool:
         """Whether a projection stands between two layers of these widths."""
-        return (student_width != teacher_width or self.at_equal_width) and not self._widths_differ
+        if self.at in OF_ITS_OWN_WIDTH or self._widths_differ:
+            return False
+        return student_width != teacher_width or self.at_equal_width
 
     def projection_of(self, pair: Pair, d_student: int, d_teacher: int, like: Tensor | None = None) -> nn.Module:
         """The projection of a layer pair, made if it is not there.

@@ -28,7 +28,8 @@ from fakit.tracing.head_finder import find_finish, find_head, without_logits
 from fakit.tracing.hooks import Recorder
 from fakit.tracing.inputs import BORDERS, DECODER_INPUTS, at_places, has_decoder_inputs, prepare_inputs, token_mask
 from fakit.tracing.lens import find_lens
-from fakit.tracing.trace import Trace
+from fakit.tracing.mlp import PLACES
+from fakit.tracing.trace import BY_TOKEN, Trace
 
 
 def capture(
@@ -39,6 +40,9 @@ def capture(
     logits: bool | str = True,
     attention_outputs: Iterable[int] = (),
     lens: bool = False,
+    mlp_outputs: Iterable[int] = (),
+    mlp_ups: Iterable[int] = (),
+    mlp_gates: Iterable[int] = (),
 ) -> Trace:
     """Run `model` on `batch` and keep the layers asked for. Follows torch's grad mode; leaves the model as it found it.
 
@@ -57,19 +61,24 @@ def capture(
             the logits themselves where it has not.
         attention_outputs: layer numbers 1…L: what each block's (self-)attention adds to the hidden states, after its
             output projection (`Trace.attention_outputs`).
+        mlp_outputs, mlp_ups, mlp_gates: layer numbers 1…L: what each block's MLP adds to the hidden states, and what
+            its up and gate projections give (`fakit.tracing.mlp`).
         lens: keep what reads any layer's hidden states by the model's own norm and head (`Trace.lens`).
 
     Raises:
         ValueError: before the forward pass, for a layer the model does not have, a batch without inputs, packed rows
             for a model that mixes their documents, or a model whose attention cannot be had; after it, for a layer
-            whose hidden state or attention could not be seen.
+            whose hidden state, attention or MLP could not be seen.
 
     >>> trace = capture(model, batch, hidden_states=[0, 1, 3], attentions=[1, 3])  # doctest: +SKIP
     >>> trace.hidden_states[3].shape, trace.attention_maps(3).shape  # doctest: +SKIP
     """
     hidden_states, attentions = _layer_numbers("hidden_states", hidden_states), _layer_numbers("attentions", attentions)
     attention_outputs = _layer_numbers("attention_outputs", attention_outputs)
-    blocks = find_blocks(model) if hidden_states or attentions or attention_outputs else []
+    given = {"mlp_outputs": mlp_outputs, "mlp_ups": mlp_ups, "mlp_gates": mlp_gates}
+    mlp = {name: _layer_numbers(name, layers) for name, layers in given.items()}
+    inside = sorted({*attention_outputs, *(layer for layers in mlp.values() for layer in layers)})
+    blocks = find_blocks(model) if hidden_states or attentions or inside else []
     if blocks and model.training:
         _check_every_layer_runs(model)
     elif hidden_states and rescaled(model):
@@ -80,7 +89,7 @@ def capture(
             "in training. Call fakit.models.without_rescaling(model) first; load_teacher, shrink and "
             "DistillationTrainer do."
         )
-    _check_layers(model, hidden_states, attentions, attention_outputs, blocks)
+    _check_layers(model, hidden_states, attentions, attention_outputs, mlp, blocks)
     ready = prepare_inputs(model, batch)
     inputs = ready.inputs
     trace = Trace(
@@ -95,26 +104,28 @@ def capture(
     if is_encoder_decoder(model):
         trace.encoder_layers = encoder_depth(model)
         trace.decoder_mask = _decoder_mask(model, inputs, batch.get("labels"))
-    source = _attention_source(model, blocks) if attentions or attention_outputs else "none"
+    source = _attention_source(model, blocks) if attentions or inside else "none"
     if source == "maps":
-        _check_projections(model, attention_outputs)
+        _check_projections(model, next((n for n, x in mlp.items() if x), "attention_outputs") if inside else None)
         inputs["output_attentions"] = True
     watched = set(attentions) if source in ("interface", "sdpa") else set()
-    asked = [*hidden_states, *attentions, *attention_outputs]
+    asked = [*hidden_states, *attentions, *inside]
     last = None if logits or source == "maps" else max(asked, default=None)
 
     outputs = None
-    recorder = Recorder(trace, set(hidden_states), watched, last, set(attention_outputs))
+    places = {name: set(layers) for name, layers in mlp.items()}
+    recorder = Recorder(trace, set(hidden_states), watched, last, set(attention_outputs), places)
     head = find_head(model) if logits == "head" else None
     known, finish = find_finish(model, head, _without_borders(inputs)) if head is not None else (False, None)
     with (
-        recorder.watching(blocks, source if watched or attention_outputs else "none"),
+        recorder.watching(blocks, source if watched or inside else "none"),
         _naming_the_decoder(model, inputs),
         without_logits(head) if head is not None and known else nullcontext([]) as given,
     ):
         outputs = model(**inputs)
 
     _check_seen(trace, hidden_states, sorted(watched), attention_outputs)
+    _check_mlp(trace, mlp, recorder)
     _batch_first(model, inputs, blocks, trace)
     if head is not None and known:
         trace.head = Head(given[0], head.weight, head.bias, finish)
@@ -131,18 +142,19 @@ def capture(
 
 
 def check_attention(model: nn.Module, outputs: bool = False) -> None:
-    """Raise ValueError when nothing of the model's attention can be had; with `outputs`, not what it adds to the hidden
-    states.
+    """Raise ValueError when nothing of the model's attention can be had; with `outputs`, not what is inside of a block:
+    what its attention adds to the hidden states, its queries, its MLP.
     """
     if _attention_source(model, find_blocks(model)) == "maps" and outputs:
-        _check_projections(model, [1])
+        _check_projections(model, "attention_outputs")
 
 
-def _check_projections(model: nn.Module, attention_outputs: list[int]) -> None:
-    if attention_outputs:
+def _check_projections(model: nn.Module, asked: str | None) -> None:
+    config: Any = model.config
+    if asked is not None:
         raise ValueError(
-            f"attention outputs asked of {type(model).__name__}, whose blocks attend by code of their own under "
-            f"{model.config._attn_implementation!r} attention, so that it cannot be seen where attention ends and its "  # ty: ignore
+            f"{asked.replace('_', ' ')} asked of {type(model).__name__}, whose blocks attend by code of their own "
+            f"under {config._attn_implementation!r} attention, so that it cannot be seen where attention ends and its "
             "output projection begins. Load it with attn_implementation='sdpa' where it has that, or compare the "
             "blocks' own outputs: Features(at='block')."
         )
@@ -205,9 +217,10 @@ def _layer_numbers(name: str, asked: Iterable[int]) -> list[int]:
 
 
 def _check_layers(
-    model: nn.Module, hidden_states: list[int], attentions: list[int], outputs: list[int], blocks
+    model: nn.Module, hidden_states: list[int], attentions: list[int], outputs: list[int], mlp: Mapping, blocks
 ) -> None:
     for what, asked, lowest in (
+        *((PLACES[name], layers, 1) for name, layers in mlp.items()),
         ("hidden state", hidden_states, 0),
         ("attention", attentions, 1),
         ("attention output", outputs, 1),
@@ -300,6 +313,16 @@ def _check_seen(trace: Trace, hidden_states: list[int], attentions: list[int], o
             )
 
 
+def _check_mlp(trace: Trace, mlp: Mapping[str, list[int]], recorder: Recorder) -> None:
+    for place, layers in mlp.items():
+        if missing := [layer for layer in layers if layer not in getattr(trace, place)]:
+            why = recorder.without.get((place, missing[0]), "the blocks did not run")
+            raise ValueError(
+                f"{PLACES[place]} of layers {missing} asked of {trace.name}, and there is none: {why}. Ask for another "
+                "place (the blocks' own outputs: Features(at='block')), or leave the term out."
+            )
+
+
 # -- packed rows, and rows that were moved ----------------------------------------------------------------------------
 
 
@@ -318,7 +341,7 @@ def _keep_apart(trace: Trace) -> None:
 def _put_back(trace: Trace, places: Tensor) -> Trace:
     """The trace of rows that were moved to an edge, each token in the batch's own place again."""
     first_only = trace.encoder_layers is not None  # it is the encoder that reads the batch's tokens
-    seen = [*trace.hidden_states, *trace.attention_outputs, *trace.attention, *trace.maps]
+    seen = [*(i for name in BY_TOKEN for i in getattr(trace, name)), *trace.attention, *trace.maps]
     last = trace.encoder_layers if first_only else max(seen, default=0)
 
     def moved(kept: dict, move: Callable) -> dict:
@@ -327,8 +350,7 @@ def _put_back(trace: Trace, places: Tensor) -> Trace:
     by_place = not first_only and trace.logits is not None and trace.logits.shape[:2] == places.shape
     return replace(
         trace,
-        hidden_states=moved(trace.hidden_states, lambda x: at_places(x, places, 1)),
-        attention_outputs=moved(trace.attention_outputs, lambda x: at_places(x, places, 1)),
+        **{name: moved(getattr(trace, name), lambda x: at_places(x, places, 1)) for name in BY_TOKEN},
         attention=moved(trace.attention, lambda x: x.at_places(places)),
         maps=moved(trace.maps, lambda x: at_places(at_places(x, places, 2), places, 3)),
         logits=at_places(trace.logits, places, 1) if by_place and trace.logits.dim() == 3 else trace.logits,
@@ -349,8 +371,8 @@ def _batch_first(model: nn.Module, inputs: dict, blocks: list[nn.Module], trace:
     T, d).
     """
     kind = type(without_adapter(model))
-    both = [(kept, i) for kept in (trace.hidden_states, trace.attention_outputs) for i in kept]
-    for kept, i in both:
+    every = [(getattr(trace, name), i) for name in BY_TOKEN for i in getattr(trace, name)]
+    for kept, i in every:
         hidden = kept[i]
         mask = trace.layer_mask(i)
         if mask is None or mask.shape == (1, 1):

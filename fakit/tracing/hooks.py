@@ -8,7 +8,7 @@ be had although sdpa and flash never return them. Models that call torch's `scal
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.models.low_rank_linear import LowRankLinear
+from fakit.tracing.mlp import MlpWatch, is_activation
 from fakit.tracing.trace import Trace
 
 
@@ -34,6 +35,7 @@ class Recorder:
     Args:
         trace: is written into.
         hidden_states, attentions, attention_outputs: layer numbers to keep.
+        mlp: the same of places inside of MLPs, `fakit.tracing.mlp.PLACES`.
         last: the layer after which nothing more is asked for: its output, or its attention where its output is not
             asked for; None to let the forward pass run to its end.
     """
@@ -45,6 +47,7 @@ class Recorder:
         attentions: set[int],
         last: int | None,
         attention_outputs: set[int] | None = None,
+        mlp: Mapping[str, set[int]] | None = None,
     ):
         self.trace, self.hidden_states, self.attentions, self.last = trace, hidden_states, attentions, last
         self.attention_outputs = attention_outputs or set()
@@ -54,6 +57,10 @@ class Recorder:
         self._block_input: Tensor | None = None
         self._given_before: list[Tensor] = []
         self._attended, self._projection = False, None
+        self.mlp = {place: layers for place, layers in (mlp or {}).items() if layers}
+        self.mlp_layers: set[int] = set().union(*self.mlp.values())
+        self._mlp: MlpWatch | None = None  # of the block at hand
+        self.without: dict[tuple[str, int], str] = {}  # places that a block has not, and why
 
     @contextmanager
     def watching(self, blocks: list[nn.Module], attention: str) -> Iterator[None]:
@@ -73,8 +80,13 @@ class Recorder:
                 handles.append(block.register_forward_pre_hook(self._entering(numbers), with_kwargs=True))
                 handles.append(block.register_forward_hook(self._leaving))
             linears = (
-                [m for block in blocks for m in block.modules() if _is_linear(m)] if self.attention_outputs else []
+                [m for block in blocks for m in block.modules() if _is_linear(m)]
+                if self.attention_outputs or self.mlp
+                else []
             )
+            activations = [m for block in blocks for m in block.modules() if is_activation(m)] if self.mlp else []
+            for activation in dict.fromkeys(activations):
+                handles.append(activation.register_forward_pre_hook(self._entering_activation))
             for linear in dict.fromkeys(linears):
                 handles.append(linear.register_forward_pre_hook(self._entering_linear))
                 handles.append(linear.register_forward_hook(self._leaving_linear))
@@ -100,6 +112,8 @@ class Recorder:
             if self.layer in self.attention_outputs:
                 self._block_input = given_hidden(args, kwargs)
                 self._given_before, self._attended, self._projection = [], False, None
+            if self.layer in self.mlp_layers:
+                self._mlp = MlpWatch(given_hidden(args, kwargs))
 
         return pre_hook
 
@@ -108,6 +122,14 @@ class Recorder:
             return
         if self.layer in self.hidden_states:
             self.trace.hidden_states[self.layer] = hidden_in(output)
+        if self._mlp is not None:
+            found, why = self._mlp.places()
+            for place, layers in self.mlp.items():
+                if self.layer in layers and place in found:
+                    getattr(self.trace, place)[self.layer] = found[place]
+                elif self.layer in layers:
+                    self.without[place, self.layer] = why
+            self._mlp = None
         if self.layer == self.last:
             raise EnoughSeen
 
@@ -115,7 +137,11 @@ class Recorder:
         """The output projection is the first linear layer after the attention function, but for one that is given what
         a layer before it was: a gate.
         """
-        if _recorder.get() is not self or self._projection is not None or self._block_input is None or not args:
+        if _recorder.get() is not self or not args:
+            return
+        if self._mlp is not None and self._mlp.inside is None:
+            self._mlp.inside = linear
+        if self._projection is not None or self._block_input is None:
             return
         if not self._attended:
             self._given_before.append(args[0])
@@ -123,7 +149,12 @@ class Recorder:
             self._projection = linear  # a layer with an adapter is entered before the one inside it
 
     def _leaving_linear(self, linear, args, output):
-        if _recorder.get() is not self or self._projection is not linear or self._block_input is None:
+        if _recorder.get() is not self:
+            return
+        if self._mlp is not None and self._mlp.inside is linear:
+            self._mlp.layers.append((args[0], output))
+            self._mlp.inside = None
+        if self._projection is not linear or self._block_input is None:
             return
         if output.shape != self._block_input.shape:
             raise ValueError(
@@ -134,13 +165,19 @@ class Recorder:
             )
         self.trace.attention_outputs[self.layer] = output
         self._block_input, self._given_before, self._projection = None, [], None
-        if self.layer == self.last and self.last not in self.hidden_states:
+        if self.layer == self.last and self.last not in self.hidden_states | self.mlp_layers:
             raise EnoughSeen
+
+    def _entering_activation(self, activation, args):
+        if _recorder.get() is self and self._mlp is not None and args:
+            self._mlp.activated.append(args[0])
 
     def attention(self, module, query, key, value, attention_mask=None, *_, **options) -> None:
         """One call of an attention function."""
         # the first call of a block is its self-attention; a decoder's cross-attention comes second
         self._attended = True
+        if self._mlp is not None:
+            self._mlp.attention()
         if self.layer not in self.attentions or self.layer in self.trace.attention:
             return
         scaling, causal = options.get("scaling"), options.get("is_causal")
@@ -157,7 +194,7 @@ class Recorder:
             position_bias=options.get("position_bias"),
             sinks=options.get("s_aux"),
         )
-        if self.layer == self.last and self.last not in self.hidden_states | self.attention_outputs:
+        if self.layer == self.last and self.last not in self.hidden_states | self.attention_outputs | self.mlp_layers:
             raise EnoughSeen
 
 

@@ -10,6 +10,9 @@ from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.losses.fused.output_head import Head
 from fakit.losses.reduce import at_least_float32
 
+# What a trace holds of layers as tensors (B, T, …).
+BY_TOKEN = ("hidden_states", "attention_outputs", "mlp_outputs", "mlp_ups", "mlp_gates")
+
 
 @dataclass
 class Trace:
@@ -20,6 +23,8 @@ class Trace:
         attention: {i: AttentionInputs}, with `queries`, `keys` and `values` as views of it
         attention_outputs: {i: (B, T, d)}, what block i's attention adds to the hidden states: after its output
             projection, before any dropout or norm
+        mlp_outputs: {i: (B, T, d)}, what block i's MLP adds to the hidden states, likewise
+        mlp_ups, mlp_gates: {i: (B, T, d_ff)}, what the MLP's up and gate projections give, before any activation
         maps: {i: (B, H, T, T)} where the model itself returned its maps (families without the attention interface)
         logits: (B, T, V), (B, C), or None
         head: in place of logits over a large vocabulary, where asked for: the output head and what it was given
@@ -36,6 +41,9 @@ class Trace:
 
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     attention_outputs: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
+    mlp_outputs: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
+    mlp_ups: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
+    mlp_gates: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     maps: dict[int, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
@@ -103,8 +111,7 @@ class Trace:
         """The same trace, cut from the graph. Nothing is copied."""
         return replace(
             self,
-            hidden_states={i: h.detach() for i, h in self.hidden_states.items()},
-            attention_outputs={i: h.detach() for i, h in self.attention_outputs.items()},
+            **{name: {i: x.detach() for i, x in getattr(self, name).items()} for name in BY_TOKEN},
             attention={i: a.detach() for i, a in self.attention.items()},
             maps={i: m.detach() for i, m in self.maps.items()},
             logits=None if self.logits is None else self.logits.detach(),
@@ -114,6 +121,7 @@ class Trace:
     def __repr__(self) -> str:
         logits = None if self.logits is None else tuple(self.logits.shape)
         attention = sorted({*self.maps, *self.attention})
-        outputs = f", attention_outputs={sorted(self.attention_outputs)}" if self.attention_outputs else ""
+        inside = {name: sorted(getattr(self, name)) for name in BY_TOKEN[1:]}
+        outputs = "".join(f", {name}={layers}" for name, layers in inside.items() if layers)
         states = sorted(self.hidden_states)
         return f"Trace({self.name}: hidden_states={states}, attention={attention}{outputs}, logits={logits})"

@@ -55,7 +55,8 @@ def check_fit(
                 "allows no projection; use projection='linear', or a student of the teacher's width."
             )
     needs = [objective.needs_of(name, "student") for name in objective.terms]
-    outputs = any(asked.attention_outputs for asked in needs)
+    inside = any(term.at != "block" for term in objective.of_kind(Features).values())
+    outputs = inside or any(asked.attention_outputs for asked in needs)
     if outputs or any(asked.attentions for asked in needs):
         for model in (student, teacher):
             check_attention(model, outputs)

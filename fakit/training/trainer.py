@@ -33,7 +33,7 @@ from fakit.objective.diagnosis import whose_numbers
 from fakit.objective.needs import Needs
 from fakit.objective.objective import Objective
 from fakit.objective.schedules import Schedule
-from fakit.objective.terms import Features
+from fakit.objective.terms import Features, Outputs
 from fakit.tracing.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
 from fakit.tracing.trace import Trace
 from fakit.training.callbacks import EpochCallback, ScheduleCallback, StandardizationCallback

@@ -13,7 +13,7 @@ from fakit.models.blocks import is_encoder_decoder, without_adapter
 from fakit.models.kinds import is_causal_lm
 from fakit.tracing.capture import capture
 from fakit.tracing.inputs import MODEL_INPUTS, find_documents, taken_columns
-from fakit.tracing.trace import Trace
+from fakit.tracing.trace import BY_TOKEN, Trace
 from fakit.training.teacher_cache.content import CacheContent
 from fakit.training.teacher_cache.fingerprints import config_facts, rows_of
 from fakit.training.teacher_cache.packing import pack, pack_top_k
@@ -207,8 +207,8 @@ def _mask(row: Mapping) -> Tensor:
 
 def _pack(trace: Trace, b: int, tokens: Tensor, content: CacheContent) -> dict[str, Tensor]:
     """Row b's tensors as they are stored; `tokens` bool (T,) says which of its places are no padding."""
-    tensors = {f"hidden_states.{layer}": x[b][tokens] for layer, x in trace.hidden_states.items()}  # (n, d)
-    tensors |= {f"attention_outputs.{layer}": x[b][tokens] for layer, x in trace.attention_outputs.items()}
+    held = [(f"{name}.{layer}", x) for name in BY_TOKEN for layer, x in getattr(trace, name).items()]
+    tensors = {key: x[b][tokens] for key, x in held}  # (n, d)
     for name in content.inputs:
         for layer, x in getattr(trace, name).items():
             tensors[f"{name}.{layer}"] = x[b][:, tokens].transpose(0, 1)  # (n, H, d_head)

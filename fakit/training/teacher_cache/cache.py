@@ -21,7 +21,7 @@ from fakit.models.head_kinds import problem_type
 from fakit.models.tables import check_data, tables
 from fakit.objective.needs import LAYERS, Needs
 from fakit.objective.objective import Objective
-from fakit.tracing.trace import Trace
+from fakit.tracing.trace import BY_TOKEN, Trace
 from fakit.training.teacher_cache.build import DOCUMENTS, PER_ROW, describe, make_shard
 from fakit.training.teacher_cache.content import CacheContent
 from fakit.training.teacher_cache.fingerprints import (
@@ -283,7 +283,7 @@ class TeacherCache:
         layers = {name: {*getattr(self.content, name)} for name in LAYERS}
         if needs is not None:
             layers = {name: kept & getattr(needs, name) for name, kept in layers.items()}
-        for name in ("hidden_states", "attention_outputs"):
+        for name in BY_TOKEN:
             for layer in sorted(layers[name]):
                 getattr(trace, name)[layer] = padded(unpack(packed(f"{name}.{layer}")))
         for layer in sorted(layers["attentions"]):

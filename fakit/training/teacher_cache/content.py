@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fakit.objective.needs import LAYERS, Needs
+from fakit.objective.needs import LAYERS, MLP, Needs
 from fakit.objective.objective import Objective
+from fakit.tracing.mlp import PLACES
 from fakit.training.teacher_cache.packing import PRECISIONS
 
 INPUTS = ("queries", "keys", "values")
@@ -23,6 +24,7 @@ class CacheContent:
         top_k: keep only the k largest logits of each distribution, and the mass of the rest; None keeps all.
         dtype: "float32", "bfloat16", "float16" or "int8" (with one scale for each vector), of everything here.
         attention_outputs: layers 1…L, of which is kept what their attention adds to the hidden states.
+        mlp_outputs, mlp_ups, mlp_gates: likewise of their MLP.
 
     Raises:
         ValueError: a dtype or an input that is not known, a k below 1.
@@ -35,6 +37,9 @@ class CacheContent:
     top_k: int | None = None
     dtype: str = "bfloat16"
     attention_outputs: tuple[int, ...] = ()
+    mlp_outputs: tuple[int, ...] = ()
+    mlp_ups: tuple[int, ...] = ()
+    mlp_gates: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.dtype not in PRECISIONS:
@@ -77,7 +82,7 @@ class CacheContent:
 
     def written(self) -> dict[str, Any]:
         """As a manifest has it; what came later is left out where it is not there, so that older caches stay."""
-        return {name: value for name, value in asdict(self).items() if name != "attention_outputs" or value}
+        return {name: value for name, value in asdict(self).items() if name not in ("attention_outputs", *MLP) or value}
 
     def missing(self, objective: Objective) -> list[str]:
         """What the objective asks of its teacher at the weights and layer maps of this moment, or once a schedule lets
@@ -90,6 +95,7 @@ class CacheContent:
                 ("hidden state", needs.hidden_states, self.hidden_states),
                 ("attention", needs.attentions, self.attentions),
                 ("attention output", needs.attention_outputs, self.attention_outputs),
+                *((PLACES[name], getattr(needs, name), getattr(self, name)) for name in MLP),
             ):
                 found += [f"the {what} of teacher layer {layer} ({name} term)" for layer in sorted(asked - set(kept))]
             if needs.attentions:
