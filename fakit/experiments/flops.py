@@ -30,7 +30,7 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
         return None
     distiller, device = trainer.model, trainer.args.device
     distiller.to(device)
-    trainer.standardize_as_asked()
+    trainer.gather_as_asked()
     objective, steps = trainer.objective, trainer.args.max_steps
     # the steps with the same terms on cost the same, and the first of them stands for all
     on: dict[tuple[str, ...], list[int]] = {}

@@ -19,6 +19,7 @@ from fakit.losses.reduce import at_least_float32, check_mask, check_same_shape, 
 from fakit.losses.relational import (
     cka_loss,
     codir,
+    correlation,
     gram,
     margin_ranking,
     nst,
@@ -33,6 +34,7 @@ __all__ = [
     "OLD_NAMES",
     "cka_loss",
     "codir",
+    "correlation",
     "cosine",
     "gram",
     "l1_cosine",
@@ -159,12 +161,12 @@ def mobilebert(
 
 LOSSES = {
     "mse": mse,
-    "l2": l2,
     "cosine": cosine,
     "normalized_mse": normalized_mse,
     "layernorm_mse": layernorm_mse,
     "smooth_l1": smooth_l1,
     "l1_cosine": l1_cosine,
+    "l2": l2,
     "mobilebert": mobilebert,
 } | relational.LOSSES
 OLD_NAMES = {"normalised_mse": "normalized_mse"}

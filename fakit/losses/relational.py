@@ -2,7 +2,8 @@
 
 Every function takes student (B, T, d_S), teacher (B, T, d_T) and mask, bool (B, T), True = counts (None = all count),
 and returns a scalar in float32 or better. What is compared is how the rows of one model lie to each other, so widths
-may differ and no projection is learned (`codir`, which compares the rows of the two models, is the exception).
+may differ and no projection is learned (`codir` and `correlation`, which compare the two models' own, are the
+exceptions).
 
 Two questions tell them apart.
 
@@ -308,6 +309,39 @@ def _centered(x: Tensor, mask: Tensor) -> Tensor:
     return centered.masked_fill(rest <= 1e-24 * whole, 0.0)
 
 
+@relational(count=tokens, widths_differ=False)
+def correlation(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Each unit against the teacher's, `mean_u (1 - ρ_u)²`, ρ_u its correlation over all valid tokens of the batch.
+
+    Saadi et al. 2023 (Findings of EMNLP), recalled; for Flex-KD over chosen units, which is `Units`. A unit's offset
+    and scale do not count. In float64. Units that are the same at all tokens on one side do not count; where all are,
+    as in a batch of one token, the loss is 0.
+    """
+    student, teacher, mask = _prepare("correlation", student, teacher, mask)
+    if student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(
+            f"correlation compares unit with unit, so widths must agree; student has {student.shape[-1]}, teacher has "
+            f"{teacher.shape[-1]}. Features('correlation') learns a projection, Units chooses among the teacher's."
+        )
+    with in_full(student):
+        ours, theirs = (_centered_units(x, mask) for x in (student, teacher))  # (n, d)
+        squares = ours.square().sum(0) * theirs.square().sum(0)  # (d,)
+        where = (squares > 0) | squares.isnan()
+        correlations = (ours * theirs).sum(0) / squares.masked_fill(~where, 1.0).sqrt()
+        return _mean((1 - correlations).square(), where).to(student.dtype)
+
+
+def _centered_units(x: Tensor, mask: Tensor) -> Tensor:
+    """Tokens without their mean, unit by unit over its largest value; padding 0, as units of rounding alone.
+    (B, T, d) -> (B · T, d)
+    """
+    x, counts = x.flatten(0, 1).double(), mask.flatten().unsqueeze(-1)
+    largest = x.detach().abs().amax(0)
+    x = x / torch.where(largest > 0, largest, 1.0)  # squares of squares would leave float64
+    centered = (x - x.sum(0) / counts.sum()).masked_fill(~counts, 0.0)
+    return centered.masked_fill(centered.detach().square().sum(0) <= 1e-24 * counts.sum(), 0.0)
+
+
 # -- texts ----------------------------------------------------------------------------------------------------------
 
 
@@ -346,5 +380,6 @@ LOSSES = {
     "gram": gram,
     "procrustes": procrustes,
     "cka_loss": cka_loss,
+    "correlation": correlation,
     "codir": codir,
 }

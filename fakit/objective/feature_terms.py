@@ -22,6 +22,7 @@ from fakit.objective.projections import Projection
 from fakit.objective.schedules import Schedule
 from fakit.objective.term import normalized
 from fakit.objective.terms import At, Features
+from fakit.objective.units import Units
 from fakit.tracing.trace import Trace
 
 POOLS = ("mean", "first", "last")
@@ -321,4 +322,5 @@ KINDS = {
     "layer_attention": LayerAttention,
     "earth_mover": EarthMover,
     "lens": Lens,
+    "units": Units,
 }

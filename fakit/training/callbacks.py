@@ -40,7 +40,9 @@ class ScheduleCallback(TrainerCallback):
 
 
 class StandardizationCallback(TrainerCallback):
-    """Gathers what terms standardize by before the first step, where they ask for it and it is not there yet."""
+    """Gathers what terms standardize and choose units by before the first step, where they ask for it and it is not
+    there yet.
+    """
 
     def __init__(self, gather: Callable[[], None]):
         self.gather = gather

@@ -34,6 +34,7 @@ from fakit.objective.needs import Needs
 from fakit.objective.objective import Objective
 from fakit.objective.schedules import Schedule
 from fakit.objective.terms import Features, Outputs
+from fakit.objective.units import Units, fit_units
 from fakit.tracing.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
 from fakit.tracing.trace import Trace
 from fakit.training.callbacks import EpochCallback, ScheduleCallback, StandardizationCallback
@@ -133,6 +134,11 @@ class DistillationTrainer(Trainer):
                 logger.warning("%s no longer rescales its weights when it is evaluated.", type(model).__name__)
         if is_adapted(student):
             check_adapter(student)
+        if teacher is None and any(term.batches for term in objective.of_kind(Units).values()):
+            raise ValueError(
+                "Units(batches=…) scores units by the teacher's own gradients, which a cache does not hold: score "
+                "them beforehand (fakit.objective.units.fit_units), or give the teacher, too."
+            )
         if teacher is not None:
             refuse_shared(teacher, student)
             teacher.eval().requires_grad_(False)
@@ -159,7 +165,7 @@ class DistillationTrainer(Trainer):
         self.epochs = EpochCallback(objective)
         self.add_callback(self.epochs)
         self.add_callback(ScheduleCallback(objective))
-        self.add_callback(StandardizationCallback(self.standardize_as_asked))
+        self.add_callback(StandardizationCallback(self.gather_as_asked))
         # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for
         # them
         self._sums: dict[str, tuple[Tensor, int]] = {}
@@ -221,12 +227,32 @@ class DistillationTrainer(Trainer):
             super().create_accelerator_and_postprocess()
         check_sharding(self.accelerator)
 
+    def gather_as_asked(self) -> None:
+        """What terms ask to be gathered before the first step."""
+        self.standardize_as_asked()
+        self.choose_units_as_asked()
+
     def standardize_as_asked(self) -> None:
         """Gather statistics where terms ask for it (`standardize_batches`) and they are not there yet."""
         asked = [term.standardize_batches for term in self.objective.of_kind(Features).values()]
         batches = max([number for number in asked if number is not None], default=0)
         if batches and not all(self.objective.standardizations.values()):
             self.gather_standardization(batches)
+
+    def choose_units_as_asked(self) -> None:
+        """Score the teacher's units where terms ask for it (`Units(batches=…)`) and they are not scored yet."""
+        terms = list(self.objective.of_kind(Units).values())
+        batches = max([term.batches for term in terms if term.batches is not None], default=0)
+        scores = [term.scores(layer) for term in terms for layer in term.layers()]
+        if not batches or all(found is not None and int(found.tokens) for found in scores):
+            return
+        several = self.args.world_size > 1
+        read = (Trainer._prepare_inputs(self, batch) for batch in islice(self.get_train_dataloader(), batches))
+        own = ({k: v for k, v in batch.items() if k != ROW} for batch in read)
+        with random_state_kept(self.args.device), self.accelerator.autocast():
+            gather = (lambda x: self.accelerator.gather(x.to(self.args.device))) if several else None
+            found = fit_units(self.objective, self.teacher, own, gather)
+        logger.info("Units of the teacher are scored, by teacher layer over so many tokens: %s", found)
 
     def gather_standardization(self, batches: int) -> None:
         """Gather what terms standardize the teacher by over the first training batches. The run's random numbers and

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fakit.losses import features, relational
-from fakit.losses.features import cka_loss, codir, gram, margin_ranking, mse, procrustes, rkd_angle
+from fakit.losses.features import cka_loss, codir, correlation, gram, margin_ranking, mse, procrustes, rkd_angle
 from fakit.similarity import cka
 
 B, T = 3, 5
@@ -104,6 +104,11 @@ def by_grams_cka(student: Tensor, teacher: Tensor) -> float:
     return 1 - math.sqrt((ours * theirs).sum() / math.sqrt((ours**2).sum() * (theirs**2).sum()))
 
 
+def by_numpy_correlation(student: Tensor, teacher: Tensor) -> float:
+    ours, theirs = rows(student), rows(teacher)
+    return float(np.mean([(1 - np.corrcoef(ours[:, u], theirs[:, u])[0, 1]) ** 2 for u in range(ours.shape[1])]))
+
+
 def by_loops_codir(student: Tensor, teacher: Tensor, scale: float = 20.0) -> float:
     ours, theirs = ([unit(sum(text) / len(text)) for text in texts(x)] for x in (student, teacher))
     found = []
@@ -122,6 +127,7 @@ AGAIN = {
     "gram": by_loops_gram,
     "procrustes": by_scipy_procrustes,
     "cka_loss": by_grams_cka,
+    "correlation": by_numpy_correlation,
     "codir": by_loops_codir,
 }
 ANY_WIDTHS = [name for name, loss in relational.LOSSES.items() if loss.widths_differ]
@@ -130,7 +136,7 @@ every_relation = pytest.mark.parametrize("name", ANY_WIDTHS)
 
 
 def test_all_are_recomputed_here_and_have_their_names_in_features():
-    assert set(AGAIN) == set(relational.LOSSES) and set(AGAIN) - set(ANY_WIDTHS) == {"codir"}
+    assert set(AGAIN) == set(relational.LOSSES) and set(AGAIN) - set(ANY_WIDTHS) == {"codir", "correlation"}
     assert all(getattr(features, name) is loss is features.LOSSES[name] for name, loss in relational.LOSSES.items())
 
 
@@ -199,6 +205,7 @@ BLIND = {
     "gram": {rotated},
     "procrustes": {rotated},
     "cka_loss": {rotated, moved, scaled},
+    "correlation": {moved, scaled},
     "codir": {scaled},
 }
 
@@ -260,6 +267,17 @@ def test_codir_falls_as_texts_find_their_own():
         codir(teacher, teacher[..., :4])
     with pytest.raises(ValueError, match="scale above 0, not -1"):
         codir(teacher, teacher, scale=-1)
+
+
+def test_correlation_leaves_out_units_that_never_change():
+    student, teacher = tensors(6, 6)
+    expected = correlation(student[..., :4], teacher[..., :4], MASK).item()
+    student[..., 4], teacher[..., 5] = 1 / 3, 0
+    assert correlation(student, teacher, MASK).item() == pytest.approx(expected, rel=1e-12)
+    assert correlation(student[:1, :1], teacher[:1, :1]).item() == 0
+    assert correlation(-teacher[..., :5], teacher[..., :5], MASK).item() == pytest.approx(4)
+    with pytest.raises(ValueError, match=r"student has 6, teacher has 4.*Units chooses among the teacher's"):
+        correlation(teacher, teacher[..., :4])
 
 
 # -- where nothing is there ------------------------------------------------------------------------------------------

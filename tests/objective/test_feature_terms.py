@@ -182,7 +182,7 @@ def test_a_file_names_them():
     def build(**given):
         return build_further_term("it", given, lambda pairs: LayerMap(pairs))
 
-    assert set(KINDS) == {"pooled", "dynamics", "flow", "layer_attention", "earth_mover", "lens"}
+    assert set(KINDS) == {"pooled", "dynamics", "flow", "layer_attention", "earth_mover", "lens", "units"}
     term = build(kind="pooled", loss="margin_ranking", margin=0.1, prefixes=[8, 16], pool="last", weight=20.0)
     assert isinstance(term, Pooled) and term.prefixes == (8, 16) and term.parameters == {"margin": 0.1}
     assert build(kind="dynamics", layer_map=[[0, 0], [1, 2]]).layer_map == LayerMap([(0, 0), (1, 2)])
