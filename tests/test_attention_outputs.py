@@ -235,7 +235,7 @@ def test_a_file_and_the_laboratorys_gradients_take_it():
     assert (term.at, term.loss) == ("attention", "cosine")
     assert "at" not in FeaturesConfig.from_dict({}).to_dict()  # so that the ids of runs stay
     with pytest.raises(ValueError, match=r"features\.at"):
-        FeaturesConfig.from_dict({"at": "mlp"})
+        FeaturesConfig.from_dict({"at": "head"})
     made = Objective(LayerMap([(2, 2)]), Features("mse", at="attention"), Attention("kl"))
     found = term_gradients(made, tiny("bert"), tiny("bert", seed=1), batch())
     assert found.norms()["features"] > 0 and found.norms(part=3)["features"] == 0

@@ -7,7 +7,8 @@ average of share · mean is the global mean.
 
 Exact for every named loss, with these exceptions: the MSE of maps where a window hides pairs, layers of an
 encoder-decoder's decoder (tokens are counted in its encoder), heads="best-match" (each part makes its own match),
-feature losses that take a batch as a whole (`gram`, `procrustes`, `cka_loss`, `codir`: a part is a smaller batch), and
+feature losses that take a batch as a whole (`gram`, `procrustes`, `cka_loss`, `correlation`, `codir`:
+a part is a smaller batch), and
 functions that are no mean over what counts.
 """
 

@@ -1,6 +1,7 @@
 """Terms of texts, of what blocks add, of two layers together, of several teacher layers; and what projects them."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor
 from fakit import Features, LayerMap, Objective, Trace, capture
 from fakit.experiments.terms import build_further_term
 from fakit.losses.features import LOSSES
+from fakit.objective.earth_mover import EarthMover
 from fakit.objective.feature_terms import KINDS, Dynamics, Flow, LayerAttention, Pooled, pooled
 from fakit.objective.projections import MLP
+from fakit.objective.units import Units
 from fakit.training.token_counts import counts, shares
 from tests.families import tiny
 from tests.objective.states import EVERY, MASK, OURS, THEIRS, trace
@@ -176,6 +179,58 @@ def test_parts_of_a_batch_make_the_whole(name):
     together = sum(loss(p, s)[0] for p, s in zip(pieces, found, strict=True)) / 3
     assert together == pytest.approx(whole, rel=1e-6)
     assert sum(loss(p)[0] for p in pieces) / 3 != pytest.approx(whole, rel=1e-5)
+
+
+SHAPES = {
+    "pooled": lambda pairs: Pooled("cosine", layer_map=pairs),
+    "last of each text": lambda pairs: Pooled("rkd_distance", pool="last", layer_map=pairs),
+    "dynamics": lambda pairs: Dynamics(layer_map=pairs),
+    "flow": lambda pairs: Flow(layer_map=pairs),
+    "layer attention": lambda pairs: LayerAttention(layer_map=pairs),
+    "earth mover": lambda pairs: EarthMover(layer_map=pairs, cost_attention=False),
+    "units": lambda pairs: Units(layer_map=pairs),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("seed", range(6))
+def test_any_shape_is_what_it_is_without_its_padding(name, seed):
+    """Shapes and lengths by chance, a text of one token among them; what stands in padding is NaN."""
+    draw = random.Random(seed)
+    lengths = [draw.choice([1, 2, 5, 9]) for _ in range(draw.choice([1, 3, 6]))]
+    width, teacher_width = draw.choice([2, 3, 8]), draw.choice([8, 11])
+    generator = torch.Generator().manual_seed(seed)
+    every = LayerMap.every(2, 2) if name in ("layer attention", "earth mover") else LayerMap([(1, 1), (2, 2)])
+
+    def objective() -> Objective:
+        torch.manual_seed(seed)
+        made = Objective(terms={"it": SHAPES[name](every)}).prepare(width, teacher_width).double()
+        for layer in (1, 2) if name == "units" else ():
+            made.projections[f"units_T{layer}"].scores.copy_(torch.linspace(1, 2, teacher_width).roll(3 * layer))
+            made.projections[f"units_T{layer}"].tokens.fill_(1)
+        return made
+
+    def side(d: int) -> list[Tensor]:
+        return [torch.randn(2, n, d, generator=generator, dtype=torch.float64) for n in lengths]  # (layers, n, d)
+
+    def loss(sides: list[list[Tensor]], longest: int) -> tuple[float, Tensor]:
+        mask = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+        leaf = sides[0][-1].clone().requires_grad_()
+        rows = [
+            [torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[1]), value=torch.nan) for x in own]
+            for own in ([*sides[0][:-1], leaf], sides[1])
+        ]
+        states = [torch.stack(own, 1) for own in rows]  # (layers, B, T, d)
+        traces = [Trace(hidden_states=dict(enumerate(of, 1)), mask=mask) for of in states]
+        found = objective()(*traces).total
+        (gradient,) = torch.autograd.grad(found, leaf)
+        return found.item(), gradient
+
+    sides = [side(width), side(teacher_width)]
+    tight, wide = loss(sides, max(lengths)), loss(sides, max(lengths) + 4)
+    assert math.isfinite(tight[0]) and tight[1].isfinite().all()
+    assert wide[0] == pytest.approx(tight[0], rel=1e-10, abs=1e-14)
+    torch.testing.assert_close(wide[1], tight[1], rtol=1e-8, atol=1e-12)
 
 
 def test_a_file_names_them():

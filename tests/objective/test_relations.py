@@ -58,7 +58,7 @@ def test_widths_that_differ_are_refused_before_training_only_where_they_matter(n
 
 
 @pytest.mark.parametrize(
-    "name", ["smooth_l1", "mobilebert", "nst", "margin_ranking", "similarity", "rkd_distance", "rkd_angle"]
+    "name", ["l2", "smooth_l1", "mobilebert", "nst", "margin_ranking", "similarity", "rkd_distance", "rkd_angle"]
 )
 def test_parts_of_a_batch_make_the_whole(name):
     torch.manual_seed(0)

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fakit import DistillationTrainer, Features, Objective, Schedule
+from fakit import Attention, DistillationTrainer, Features, Objective, Outputs, Schedule
 from fakit.__main__ import main as fakit
+from fakit.objective.feature_terms import Dynamics, Flow, Pooled
 from fakit.training.distributed import whole_state
 from tests.families import batch
 from tests.objective.own_term import Contrastive
@@ -88,7 +89,7 @@ def only_features(objective) -> None:
 
 
 FOUR = ("loss", "grad_norm", "features", "attention", "outputs", "task", "features/S1_T2", "attention/S2_T3")
-OWN = ("loss", "grad_norm", "features", "features/S1_T2", "contrast")
+OWN = ("loss", "grad_norm", "features", "features/S1_T2")
 RUNS = {
     "classifier": {},
     "causal, accumulated": {"family": "gpt2", "accumulation": 2},
@@ -98,6 +99,17 @@ RUNS = {
     "bf16": {"bf16": True},
     "own term": {"terms": {"contrast": Contrastive(weight=0.5)}},
     "rising": {"weights": {"features": Schedule(0.0, 0.5, "steps", milestones=(1,)), "task": Schedule(1.0, 0.1)}},
+    "every kind": {
+        "terms": {
+            "soft": Outputs("jsd", temperature=1.0, reversal=0.5, temperature_rate=0.05),
+            "relations": Attention("relations"),
+            "mlp": Features(at="mlp"),
+            "texts": Pooled("cosine"),
+            "pairs": Features("similarity"),
+            "added": Dynamics(),
+            "flow": Flow(),
+        }
+    },
     "uncertainty": {"terms": {"contrast": Contrastive(weight=0.5)}, "balancing": "uncertainty"},
 }
 
@@ -110,7 +122,8 @@ def main(folder: Path) -> None:
     seen = {}
     for name, settings in RUNS.items():
         trainer = run(folder / name, **settings)
-        terms = OWN if "terms" in settings else FOUR
+        own = settings.get("terms", {})
+        terms = [*OWN, *own, *(["temperature"] if "soft" in own else [])] if own else FOUR
         seen[name] = {term: logged(trainer, term) for term in terms}
         save_file(state(trainer), mine / f"{name}.safetensors")
 
