@@ -20,5 +20,6 @@ def fdd() -> Recipe:
             "terms": {"dynamics": {"kind": "dynamics", "loss": "cosine", "weight": 1.0}},
         },
         ours=("all weights 1",),
-        evidence="optipfair: perplexity 12.11 to 11.53, ARC-Easy 2.5 to 3 points down; both parts changed at once.",
+        evidence="optipfair: perplexity 12.11 to 11.53, ARC-Easy 2.5 to 3 points down; both parts changed at once. "
+        "In its release 0.4.2 the skew KL has no gradient (docs/peers.md).",
     )
