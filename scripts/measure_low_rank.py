@@ -170,7 +170,7 @@ def speed(turns: int) -> None:
     teacher, tokenizer = embedded_teacher("glosses")
     batch = padded(tokenizer, list(load_task("glosses").pool["text"])[:ROWS])[0]
     for keep, method in ((KEEP, "bottom"), (0.7, "uniform")):
-        student = low_rank.compress(teacher, keep, method, lowest=0.0)
+        student = low_rank.compress(teacher, keep, method)
         models = {"teacher": teacher, "pairs": student, "merged": low_rank.merge(student)}
         sizes, fastest = {}, dict.fromkeys(models, float("inf"))
         with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +206,7 @@ if __name__ == "__main__":
     parser.add_argument("--methods", default="bottom,uniform,energy")
     parser.add_argument("--rows", type=int, help="of the test split; all unless given")
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=8)
     args = parser.parse_args()
     if args.part == "quality":
         quality(args.texts, args.epochs, args.rows, args.methods.split(","))
