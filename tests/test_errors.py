@@ -228,8 +228,8 @@ def test_soft_labels_of_a_single_output_say_nothing():
     ("make", "message"),
     [
         (
-            lambda: Features("l2"),
-            r"Features\('l2'\) is not known; choose one of \['mse', 'cosine', .*or pass a function",
+            lambda: Features("euclid"),
+            r"Features\('euclid'\) is not known; choose one of \['mse', 'cosine', .*or pass a function",
         ),
         (
             lambda: Attention("js"),
