@@ -25,6 +25,7 @@ from tests.browser.pages import Lab, running_lab
 
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 LARGEST = 200_000  # bytes
+WIDGET = ".jp-Cell-outputArea > .jp-OutputArea-child > .jp-OutputArea-output"
 
 CELLS: dict[str, str] = {
     "mapping_board": """
@@ -198,9 +199,7 @@ def shoot(names: list[str], folder: Path = PICTURES) -> list[Path]:
             for name in names:
                 with lab.open(lab.write(f"{name}.ipynb", CELLS[name])) as opened:
                     opened.run_all()
-                    output = opened.page.locator(
-                        ".jp-OutputArea-output"
-                    ).last  # the widget, after what encoding reports
+                    output = opened.page.locator(WIDGET).last  # after what encoding reports
                     output.wait_for()
                     if name in ACTIONS:
                         ACTIONS[name](opened.page, output)
