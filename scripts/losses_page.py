@@ -1,4 +1,4 @@
-"""Write docs/losses.md: every loss, term and recipe, from the code itself.
+"""Write docs/losses.md, every loss, term and recipe, and docs/survey.html, their map; from the code itself.
 
 python scripts/losses_page.py
 """
@@ -13,15 +13,18 @@ from fakit.layer_maps import STRATEGIES, LayerMap
 from fakit.losses import attention, features, outputs
 from fakit.objective import feature_terms, terms
 from fakit.objective.temperature import LearnedTemperature
+from fakit.widgets import survey_map
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/losses.md"
+PAGE, SURVEY = ROOT / "docs/losses.md", ROOT / "docs/survey.html"
 
 HEAD = (
     "# Losses, terms, layer maps and recipes\n",
     "This page is made from the code by `python scripts/losses_page.py`; a test holds it to be up to date.",
     "Every loss is a mean over what counts, computed in float32 or better.",
     '`Features("cosine")`, `Outputs("jsd", beta=0.1)`, or the same name in YAML, chooses it.',
+    "The [survey's map](survey.html) (open it in a browser) places each recipe by what it aligns; `survey_map()` of "
+    "`fakit.widgets` is the same in a notebook.",
     "Student S, teacher T; hidden states s, t; attention maps A; distributions P (teacher) and Q (student); "
     "temperature τ.",
     "[Compared with released code](peers.md), loss by loss.\n",
@@ -149,3 +152,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    SURVEY.write_text(survey_map(selected="feature_alignment").html())

@@ -12,6 +12,7 @@ import pytest
 from fakit.experiments import RunStore, Study, map_scores, recorded_similarity
 from fakit.experiments.map_report import map_correlations, map_markdown
 from fakit.losses import features, outputs
+from fakit.widgets import survey_map
 from scripts import losses_page
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,7 @@ def test_the_page_on_maps_is_the_recorded_study():
 
 def test_the_page_of_losses_is_what_the_code_says():
     assert (ROOT / "docs/losses.md").read_text() == losses_page.page(), "run python scripts/losses_page.py"
+    assert losses_page.SURVEY.read_text() == survey_map(selected="feature_alignment").html(), "the same"
 
 
 def test_losses_equal_released_code_or_the_page_says_why():

@@ -20,6 +20,7 @@ from fakit.figures.runs import runs_overview
 from fakit.figures.similarity import bias_curve, rogue_dimensions, similarity_heatmap, similarity_panels
 from fakit.figures.similarity_steps import similarity_over_steps
 from fakit.figures.story import distillation_story, softened
+from fakit.figures.survey import what_is_aligned
 from fakit.figures.terms import loss_bars
 from fakit.figures.training import gradient_bars, gradient_conflict, loss_curves
 
@@ -60,4 +61,5 @@ __all__ = [
     "term_pulls",
     "token_attributions",
     "weight_sensitivity",
+    "what_is_aligned",
 ]

@@ -17,6 +17,7 @@ from fakit.widgets.panel import Panel
 from fakit.widgets.planner import MemoryPlanner, memory_planner
 from fakit.widgets.runs.browser import RunBrowser, run_browser
 from fakit.widgets.similarity import EstimatorSwitch, RogueScrubber, estimator_switch, rogue_scrubber
+from fakit.widgets.survey.map import SurveyMap, survey_map
 from fakit.widgets.temperature import TemperatureExplorer, temperature_explorer
 from fakit.widgets.weights import LossWeights, loss_weights
 
@@ -32,6 +33,7 @@ __all__ = [
     "Panel",
     "RogueScrubber",
     "RunBrowser",
+    "SurveyMap",
     "TemperatureExplorer",
     "attention_viewer",
     "cockpit",
@@ -43,5 +45,6 @@ __all__ = [
     "memory_planner",
     "rogue_scrubber",
     "run_browser",
+    "survey_map",
     "temperature_explorer",
 ]

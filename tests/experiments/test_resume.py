@@ -222,7 +222,7 @@ def test_a_finished_student_is_not_overwritten(config, tmp_path, world):
 
 def test_a_failed_evaluation_costs_no_training(config, tmp_path, monkeypatch):
     config = config.replace(out=str(tmp_path / "student"))
-    evaluate, calls = run_module._evaluate, []
+    evaluate, calls = run_module.scores_of, []
 
     def fails(*args):
         calls.append(args)
@@ -230,7 +230,7 @@ def test_a_failed_evaluation_costs_no_training(config, tmp_path, monkeypatch):
             raise RuntimeError("out of memory")
         return evaluate(*args)
 
-    monkeypatch.setattr(run_module, "_evaluate", fails)
+    monkeypatch.setattr(run_module, "scores_of", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         run_experiment(config, tmp_path / "runs", progress=False)
     weights = (tmp_path / "student/model.safetensors").read_bytes()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from fakit import figures as draw
+from fakit.recipes.survey import survey
 
 TOKENS = ["[CLS]", "the", "film", "is", "not", "as", "bad", "as", "they", "say", ",", "really", "[SEP]"]
 ARMS = ("none", "outputs", "features", "attention", "all")
@@ -211,6 +212,7 @@ def examples() -> dict[str, draw.Figure]:
                                         "student activations": 3e9, "optimizer state": 8e9, "losses": 5e9, "overhead": 1.5e9}},
             40e9, "A100 40GB", {"RTX 3060": 12e9, "T4": 16e9, "L4": 24e9, "H100": 80e9}, title="Llama-3.1-8B → 8 layers × 2048",
         ),
+        "survey": draw.what_is_aligned(survey()),
     }  # fmt: skip
 
 
