@@ -2,9 +2,19 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from fakit import Features, LayerMap, Objective, Outputs, capture, shrink
+from fakit import (
+    DistillationTrainer,
+    Features,
+    LayerMap,
+    Objective,
+    Outputs,
+    TeacherCache,
+    capture,
+    preflight,
+    shrink,
+)
 from fakit.losses.features import mse
 from fakit.losses.outputs import forward_kl
 
@@ -68,3 +78,51 @@ def test_a_term_over_layers_wants_a_layer_map():
     with pytest.raises(ValueError, match="features was given and no layer map, so that the term would compare nothing"):
         Objective(features=Features(), outputs=Outputs())
     assert Objective(LayerMap.none(), features=Features(), outputs=Outputs()).pairs("features") == {}
+
+
+@pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), "gpt2", None], ids=["module", "name", "None"])
+def test_what_is_no_transformers_model(gpt2, thing, tmp_path):
+    objective, rows = Objective(outputs=Outputs()), [{"input_ids": [1, 2]}]
+    student, arguments = shrink(gpt2, layers=1), TrainingArguments(str(tmp_path), use_cpu=True)
+    asked = {
+        "what capture runs": lambda: capture(thing, {"input_ids": IDS}),
+        "the teacher": lambda: shrink(thing, layers=1),
+        "the student": lambda: preflight(gpt2, thing),
+        "the teacher (of a cache)": lambda: TeacherCache.build(tmp_path / "cache", thing, rows, objective),
+    }
+    if thing is not None:  # a trainer without a teacher has another sentence
+        asked["the teacher (of a trainer)"] = lambda: DistillationTrainer(thing, student, objective, arguments)
+    for what, ask in asked.items():
+        with pytest.raises(ValueError, match=rf"^{what.split(' (')[0]} is .*, and a transformers model was expected"):
+            ask()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("batch", [[1, 2], "a text", IDS, None], ids=["list", "text", "tensor", "None"])
+def test_what_is_no_batch(gpt2, batch):
+    with pytest.raises(ValueError, match="a batch is a mapping of tensors"):
+        capture(gpt2, batch)
+
+
+def test_what_is_no_objective_no_map_and_no_trace(gpt2, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="the objective is None, and an Objective was expected"):
+        DistillationTrainer(gpt2, shrink(gpt2, layers=1), None, arguments)
+    with pytest.raises(ValueError, match=r"Objective\(layer_map, …\) is a LayerMap, .*found \[\(1, 2\)\]"):
+        Objective([(1, 2)], Features())
+    with pytest.raises(ValueError, match=r"Features\(layer_map=…\) is a LayerMap, .*found \{1: 2\}"):
+        Objective(LayerMap.uniform(1, 2), Features(layer_map={1: 2}))
+    trace = capture(gpt2, {"input_ids": IDS})
+    with pytest.raises(ValueError, match="the teacher's side is a dict, and a Trace was expected"):
+        Objective(outputs=Outputs())(trace, {"logits": trace.logits})
+    with pytest.raises(ValueError, match="the student's side is a NoneType"):
+        Objective(outputs=Outputs())(None, trace)
+
+
+@pytest.mark.parametrize("temperature", ["2", None, [1.0], -1, float("nan")])
+def test_what_is_no_temperature(temperature):
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="finite"):
+        Outputs(temperature=temperature)
+    with pytest.raises(ValueError, match="finite temperature above 0"):
+        forward_kl(x, x, None, temperature)

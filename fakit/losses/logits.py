@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from inspect import signature
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, promote_types
@@ -109,7 +110,9 @@ def labeled_positions(name: str, labels: Tensor, mask: Tensor | None, logits: Te
 
 def check_temperature(name: str, temperature: float | Tensor) -> None:
     """Raise ValueError unless the temperature is a tensor, or a finite number above 0."""
-    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
+    if isinstance(temperature, Tensor):
+        return
+    if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
         raise ValueError(
             f"{name} wants a finite temperature above 0, not {temperature!r}; 1 leaves the distributions as they are."
         )

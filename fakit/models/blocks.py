@@ -21,6 +21,24 @@ class Stack:
     blocks: list[nn.Module]  # one a layer: a member that serves several layers (ALBERT) stands here as often
 
 
+def check_model(what: str, model: object) -> None:
+    """Raise ValueError unless `model` has what every transformers model has: modules and a configuration.
+
+    >>> check_model("the teacher", "bert-base-uncased")
+    Traceback (most recent call last):
+    ...
+    ValueError: the teacher is 'bert-base-uncased' (str), and a transformers model was expected: load it, with \
+fakit.load_teacher("owner/name or folder") or AutoModel….from_pretrained.
+    """
+    if isinstance(model, nn.Module) and getattr(model, "config", None) is not None:
+        return
+    found = f"a {type(model).__name__}" if isinstance(model, nn.Module) else f"{model!r} ({type(model).__name__})"
+    raise ValueError(
+        f"{what} is {found}, and a transformers model was expected: load it, with "
+        'fakit.load_teacher("owner/name or folder") or AutoModel….from_pretrained.'
+    )
+
+
 def find_stacks(model: nn.Module) -> list[Stack]:
     """The model's one stack of blocks; of an encoder-decoder the encoder's and the decoder's.
 

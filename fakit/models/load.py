@@ -195,7 +195,7 @@ def resolve_model(id_or_path: str | Path) -> str:
         if not (Path(name) / "config.json").is_file():
             found = sorted(p.name for p in Path(name).iterdir())[:8]
             raise ValueError(
-                f"{name} holds no config.json, so no transformers model can be loaded from it (it holds {found}). "
+                f"{name!r} holds no config.json, so no transformers model can be loaded from it (it holds {found}). "
                 "Give the folder that save_pretrained wrote; a PEFT adapter goes into adapter=…."
             )
         return name

@@ -5,7 +5,7 @@ from html import escape
 
 from torch import nn
 
-from fakit.models.blocks import depth, find_stacks, without_adapter
+from fakit.models.blocks import check_model, depth, find_stacks, without_adapter
 from fakit.models.head_kinds import problem_type
 from fakit.models.kinds import is_causal_lm
 from fakit.models.load import is_quantized
@@ -83,6 +83,8 @@ def preflight(teacher: nn.Module, student: nn.Module, tokenizer=None, student_to
     def row(name: str, status: str, of_teacher, of_student, fix: str = "") -> None:
         report.rows.append(Row(name, status, of_teacher, of_student, "" if status == "ok" else fix))
 
+    for side, model in (("teacher", teacher), ("student", student)):
+        check_model(f"the {side}", model)
     t, s = teacher.config.get_text_config(), student.config.get_text_config()
     deeper = depth(student) > depth(teacher)
     row(

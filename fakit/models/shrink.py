@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fakit.layer_maps import LayerMap
-from fakit.models.blocks import Stack, find_stacks, is_encoder_decoder, without_adapter
+from fakit.models.blocks import Stack, check_model, find_stacks, is_encoder_decoder, without_adapter
 from fakit.models.kinds import is_causal_lm, remember_causal, ties, untie, without_layerdrop, without_rescaling
 from fakit.models.load import full_precision_state, is_quantized
 
@@ -71,6 +71,7 @@ def shrink(
     """
     if init not in ("copy", "random"):
         raise ValueError(f"init is {init!r}; a student starts from 'copy' (the teacher's weights) or 'random'.")
+    check_model("the teacher", teacher)
     teacher = _plain(teacher)
     without_rescaling(teacher)
     stacks = find_stacks(teacher)

@@ -434,6 +434,12 @@ class Objective(nn.Module):
         Returns:
             Breakdown, whose `.total` one calls `.backward()` on.
         """
+        for side, trace in (("student", student), ("teacher", teacher)):
+            if not isinstance(trace, Trace) and not (trace is None and side == "teacher"):
+                raise ValueError(
+                    f"the {side}'s side is a {type(trace).__name__}, and a Trace was expected: capture(model, batch, "
+                    f"**objective.needs({side!r}).asked()) gives one."
+                )
         if teacher is None and self.needs_teacher():
             raise ValueError(
                 f"the objective {dict(self.weights)} compares with a teacher, and no teacher trace was given."

@@ -135,6 +135,12 @@ class Term:
         vars(self)["_made"] = True
         placed = copy.copy(self)
         own = self.layer_map
+        for given, of in ((own, f"{type(self).__name__}(layer_map=…)"), (layer_map, "Objective(layer_map, …)")):
+            if given is not None and not isinstance(given, LayerMap):
+                raise ValueError(
+                    f"{of} is a LayerMap, such as LayerMap.uniform(S, T) or LayerMap([(1, 2), (2, 4)]); found "
+                    f"{given!r}."
+                )
         changing = {name: value for name, value in vars(self).items() if scheduled(value)}
         vars(placed)["_place"] = Place(name, layer_map if own is None else own, modules, schedules=changing)
         vars(placed).update(at_step(changing, 0))

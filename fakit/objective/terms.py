@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
@@ -498,7 +499,7 @@ class Softened(Term):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "temperature":
             lowest = value.lowest if isinstance(value, Schedule) else value
-            if not (lowest > 0 and math.isfinite(lowest)):
+            if not isinstance(lowest, Real) or not 0 < float(lowest) < math.inf:
                 raise ValueError(f"{type(self).__name__}(temperature={value!r}): a temperature is finite and above 0.")
         super().__setattr__(name, value)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fakit.losses.fused.output_head import Head
-from fakit.models.blocks import encoder_depth, find_blocks, is_encoder_decoder, without_adapter
+from fakit.models.blocks import check_model, encoder_depth, find_blocks, is_encoder_decoder, without_adapter
 from fakit.models.head_kinds import problem_type
 from fakit.models.kinds import is_causal_lm, layerdrop, rescaled
 from fakit.models.random_state import random_state_kept
@@ -73,6 +73,12 @@ def capture(
     >>> trace = capture(model, batch, hidden_states=[0, 1, 3], attentions=[1, 3])  # doctest: +SKIP
     >>> trace.hidden_states[3].shape, trace.attention_maps(3).shape  # doctest: +SKIP
     """
+    check_model("what capture runs", model)
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            "a batch is a mapping of tensors, such as a tokenizer returns with return_tensors='pt'; this one is a "
+            f"{type(batch).__name__}."
+        )
     hidden_states, attentions = _layer_numbers("hidden_states", hidden_states), _layer_numbers("attentions", attentions)
     attention_outputs = _layer_numbers("attention_outputs", attention_outputs)
     given = {"mlp_outputs": mlp_outputs, "mlp_ups": mlp_ups, "mlp_gates": mlp_gates}

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fakit.losses.logits import ANY_VOCABULARIES
-from fakit.models.blocks import stack_depths, without_adapter
+from fakit.models.blocks import check_model, stack_depths, without_adapter
 from fakit.models.head_kinds import problem_type, without_logits
 from fakit.models.preflight import preflight
 from fakit.objective.objective import Objective
@@ -35,6 +35,12 @@ def check_fit(
     student_tokenizer=None,
 ) -> None:
     """Raise ValueError when these three cannot train together: both sides and the fix, before any work."""
+    for side, model in (("teacher", teacher), ("student", student)):
+        check_model(f"the {side}", model)
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            f"the objective is {objective!r}, and an Objective was expected, such as Objective(outputs=Outputs())."
+        )
     objective.check_layers(stack_depths(student), stack_depths(teacher))
     both = teacher_tokenizer is not None and student_tokenizer is not None
     report = preflight(teacher, student, teacher_tokenizer if both else None, student_tokenizer if both else None)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from fakit.files import locked, sha256, whole
 from fakit.losses.fused.attention_inputs import AttentionInputs
+from fakit.models.blocks import check_model
 from fakit.models.head_kinds import problem_type
 from fakit.models.tables import check_data, tables
 from fakit.objective.needs import LAYERS, Needs
@@ -116,6 +117,7 @@ class TeacherCache:
         """
         if hasattr(type(dataset), "__len__") and len(dataset) == 0:
             raise ValueError("the data set has no rows; nothing to cache.")
+        check_model("the teacher", teacher)
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side={padding_side!r}: rows are padded on the 'left' or on the 'right'.")
         for name, number in (("batch_size", batch_size), ("shard_rows", shard_rows)):
