@@ -5,6 +5,7 @@ from fakit import require
 require("study", "plotly", "matplotlib")
 
 from fakit.figures.attention import attention_pair, head_matching, head_profiles, rollout, token_attributions
+from fakit.figures.compression import layer_prices, rank_plan
 from fakit.figures.divergences import by_temperature, class_pulls, fitted_students, moved_logit
 from fakit.figures.fidelity import memory_bars, reliability
 from fakit.figures.figure import Figure
@@ -38,6 +39,7 @@ __all__ = [
     "head_profiles",
     "layer_map",
     "layer_map_gallery",
+    "layer_prices",
     "loss_bars",
     "loss_curves",
     "map_experiment",
@@ -47,6 +49,7 @@ __all__ = [
     "paired_differences",
     "pareto",
     "quantization_by_layer",
+    "rank_plan",
     "reliability",
     "retention",
     "rogue_dimensions",

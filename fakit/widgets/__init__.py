@@ -10,6 +10,7 @@ require("lab", "ipywidgets", "anywidget", "traitlets", "IPython", "plotly", "mat
 
 from fakit.widgets.attention.viewer import AttentionViewer, attention_viewer
 from fakit.widgets.cockpit import Cockpit, cockpit
+from fakit.widgets.compression import LayerRemover, RankBudget, layer_remover, rank_budget
 from fakit.widgets.explorer import Explorer, explorer
 from fakit.widgets.loss_laboratory import LossLaboratory, loss_laboratory
 from fakit.widgets.mapping.board import MappingBoard, mapping_board
@@ -26,11 +27,13 @@ __all__ = [
     "Cockpit",
     "EstimatorSwitch",
     "Explorer",
+    "LayerRemover",
     "LossLaboratory",
     "LossWeights",
     "MappingBoard",
     "MemoryPlanner",
     "Panel",
+    "RankBudget",
     "RogueScrubber",
     "RunBrowser",
     "SurveyMap",
@@ -39,10 +42,12 @@ __all__ = [
     "cockpit",
     "estimator_switch",
     "explorer",
+    "layer_remover",
     "loss_laboratory",
     "loss_weights",
     "mapping_board",
     "memory_planner",
+    "rank_budget",
     "rogue_scrubber",
     "run_browser",
     "survey_map",

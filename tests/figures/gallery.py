@@ -53,6 +53,27 @@ def _map_rows(rng):
     return rows
 
 
+PRICES = {1: 0.402, 2: 0.173, 3: 0.113, 4: 0.215, 5: 0.203, 6: 1.737}
+
+
+def _ranks():
+    """Rows as `Plan.rows` gives them: the lower blocks of six cut, the upper ones whole."""
+    weights = {"attention.self.query": 147_456, "attention.output.dense": 147_456, "output.dense": 589_824}
+    return [
+        SimpleNamespace(
+            layer=i,
+            module=f"encoder.layer.{i - 1}.{name}",
+            rank=40 if i < 4 else None,
+            before=size,
+            after=size // 4 if i < 4 else size,
+            error=0.7 - 0.02 * i - 0.01 * k if i < 4 else 0.0,
+            stable_rank_weights=9.5,
+        )
+        for i in range(1, 7)
+        for k, (name, size) in enumerate(weights.items())
+    ]
+
+
 def _peaks():
     """A teacher of two peaks, and what four losses might make of one bump."""
 
@@ -213,6 +234,9 @@ def examples() -> dict[str, draw.Figure]:
             40e9, "A100 40GB", {"RTX 3060": 12e9, "T4": 16e9, "L4": 24e9, "H100": 80e9}, title="Llama-3.1-8B → 8 layers × 2048",
         ),
         "survey": draw.what_is_aligned(survey()),
+        "rank_plan": draw.rank_plan(_ranks(), before=22_718_606, after=18_174_350),
+        "layer_prices": draw.layer_prices(PRICES),
+        "layers_left_out": draw.layer_prices(PRICES, gone=[2, 5], together=0.9),
     }  # fmt: skip
 
 
