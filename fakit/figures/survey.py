@@ -18,6 +18,7 @@ LOOKS = {
     "across layers": STUDENT,
     "texts": STUDENT,
     "vocabulary": ALIGNED,
+    "inside blocks": STUDENT,
     "attention": EXTRA,
     "attention output": EXTRA,
     "outputs": TEACHER,

@@ -23,6 +23,7 @@ PLACES = {
     "across layers": "how hidden states go on from layer to layer, or several layers at once",
     "texts": "one vector a text, pooled from its tokens",
     "vocabulary": "hidden states read through the model's own head",
+    "inside blocks": "what a block's MLP makes: its gate, its inner states, its output",
     "attention": "where tokens look: maps, scores, or relations of queries, keys and values",
     "attention output": "what attention adds to the hidden states",
     "outputs": "the distribution over classes or tokens",
@@ -37,6 +38,13 @@ _KINDS = {
     "lens": "vocabulary",
     "attention": "attention",
     "outputs": "outputs",
+}
+# of `Features(at=…)`
+_AT = {
+    "block": "hidden states",
+    "attention": "attention output",
+    **dict.fromkeys(("mlp", "up", "gate"), "inside blocks"),
+    **dict.fromkeys(("queries", "keys", "values"), "attention"),
 }
 
 
@@ -116,7 +124,7 @@ def year_of(recipe: Recipe) -> int | None:
 
 def _alignment(recipe: str, kind: str, term: Mapping[str, Any], layer_map: Any) -> Alignment:
     layers = term.get("layer_map", layer_map)
-    at = _KINDS.get(kind) or ("attention output" if term.get("at") == "attention" else "hidden states")
+    at = _KINDS.get(kind) or _AT[term.get("at", "block")]
     if at == "hidden states" and isinstance(layers, list) and all(pair == [0, 0] for pair in layers):
         at = "embeddings"
     said = ", ".join(f"{s} ← {t}" for s, t in layers) if isinstance(layers, list) else str(layers)

@@ -5,6 +5,7 @@ import pytest
 from fakit import recipes
 from fakit.figures import what_is_aligned
 from fakit.objective.feature_terms import KINDS
+from fakit.objective.terms import PLACES as AT
 from fakit.recipes.recipe import Recipe
 from fakit.recipes.survey import PLACES, Alignment, alignments, survey, year_of
 
@@ -50,6 +51,14 @@ def test_layers_weights_and_places_are_those_of_the_term():
         Alignment("mine", "attention output", "cosine", "skip", "1 → 0.1 (cosine)"),
         Alignment("mine", "labels", "task", "", "0.25"),
     ]
+
+
+@pytest.mark.parametrize("at", AT)
+def test_every_place_of_features_is_on_the_map(at):
+    (found,) = alignments(a_recipe(features={"at": at}))
+    assert found.place == {"block": "hidden states", "attention": "attention output"}.get(
+        at, "attention" if at in ("queries", "keys", "values") else "inside blocks"
+    )
 
 
 def test_years_are_the_source_s_own():
