@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fakit.recipes.alp_kd import alp_kd
+from fakit.recipes.bert_emd import bert_emd
 from fakit.recipes.cka import cka
+from fakit.recipes.ctkd import ctkd
 from fakit.recipes.distil_whisper import distil_whisper
 from fakit.recipes.distilbert import distilbert
 from fakit.recipes.distillm import distillm
@@ -61,6 +63,8 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
         dkd,
         draft,
         maxtext,
+        bert_emd,
+        ctkd,
     )
 }
 
