@@ -1,22 +1,25 @@
 """`run_compression`: a smaller model from a teacher, from one YAML file to a record; what `fakit compress` calls.
 
-    method: layerwise
-    task: {name: glosses, labels: 350}
-    layerwise: {layers: 3, importance: kl, steps: 50}
+    method: layerwise                                         method: low_rank
+    task: {name: glosses, labels: 350}                        task: {name: glosses, labels: 350}
+    layerwise: {layers: 3, importance: kl, steps: 50}         low_rank: {keep: 0.8, ranks: bottom, texts: 2000}
 
-Each method has a section of its own name.
+Each method has a section of its own name, and does not look at the others'.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from fakit.compression.importance import MEASURES
+from fakit.compression.ranks import METHODS as RANKS
 from fakit.experiments.baselines import prepare_run
 from fakit.experiments.build import Prepared, check_lengths
 from fakit.experiments.config import ExperimentConfig, TaskConfig, TeacherConfig
@@ -28,7 +31,8 @@ from fakit.experiments.store import RunStore, now, strict_json
 if TYPE_CHECKING:
     from fakit.compression.layerwise import Round
 
-METHODS = ("layerwise",)
+METHODS = ("layerwise", "low_rank")
+BEGUN = "distillation"  # in the folder of a low-rank compression that is not recorded yet
 
 
 class LayerwiseConfig(Section):
@@ -52,6 +56,28 @@ class LayerwiseConfig(Section):
             raise ValueError("layerwise.one_shot: takes out all layers at once; give layerwise.layers and no at_least.")
 
 
+class LowRankConfig(Section):
+    """Weights as pairs of thin matrices, distilled block by block: see `fakit.compression.low_rank`."""
+
+    section: ClassVar[str] = "low_rank"
+    keep: Annotated[Number, Field(gt=0.0, le=1.0)] = 0.8  # of the model's parameters
+    ranks: Literal[RANKS] = "bottom"  # whose rank goes down first
+    lowest: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.25  # rank, as a share of the highest that saves something
+    start: Literal["activations", "weights"] = "activations"  # what the pairs are made of
+    calibration: Count = 400  # texts that activations are measured on
+    texts: Count = 2000  # texts that blocks are distilled on, of the pool first
+    epochs: Natural = 2  # 0: no distillation
+    batch_size: Count = 32
+    learning_rate: Annotated[Number, Field(gt=0.0)] = 1e-3
+    bf16: Truth | Literal["auto"] = "auto"
+
+    def _check(self) -> None:
+        if self.ranks == "energy" and self.start == "weights":
+            raise ValueError(
+                "low_rank.ranks: energy is measured on texts; low_rank.start: activations, or other ranks."
+            )
+
+
 class CompressConfig(Section):
     """One compression: what is compressed, on which texts, and how."""
 
@@ -59,6 +85,7 @@ class CompressConfig(Section):
     task: TaskConfig = TaskConfig()
     teacher: TeacherConfig = TeacherConfig()
     layerwise: LayerwiseConfig = LayerwiseConfig()
+    low_rank: LowRankConfig = LowRankConfig()
     max_length: Annotated[Whole, Field(ge=2)] = 128  # tokens
     seed: Annotated[Natural, Field(le=2**32 - 1)] = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -80,12 +107,15 @@ class CompressConfig(Section):
     @property
     def arm(self) -> str:
         """The method in tables."""
+        if self.method == "low_rank":
+            return f"low rank, {self.low_rank.ranks}"
         return "layerwise, one shot" if self.layerwise.one_shot else "layerwise"
 
     @property
     def run_id(self) -> str:
-        """Task, method and seed, then a hash of all but `out`."""
-        content = {key: value for key, value in self.to_dict().items() if key != "out"}
+        """Task, method and seed, then a hash of all but `out` and the sections of other methods."""
+        aside = {"out", *METHODS} - {self.method}
+        content = {key: value for key, value in self.to_dict().items() if key not in aside}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
         name = Path(self.task.name).stem.replace("/", "-")
         return f"{name}-{self.arm.replace(', ', '-').replace(' ', '-')}-s{self.seed}-{digest}"
@@ -112,7 +142,6 @@ def run_compression(
     Raises:
         ValueError: before any work; what `prune` refuses, and a run that is recorded while `resume` is off.
     """
-    from fakit.compression.layerwise import prune
     from fakit.evaluation import evaluate
     from fakit.evaluation.cost import count_parameters
     from fakit.training.checkpoints import versions
@@ -125,7 +154,6 @@ def run_compression(
             f"{config.run_id} is recorded in {store.path} already. resume=True (--resume) returns it; change the seed "
             "or another key for a new run."
         )
-    asked = config.layerwise
     prepared = prepared or prepare_run(config.experiment())
     prepared.check(config.experiment())
     task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
@@ -133,36 +161,10 @@ def run_compression(
     rows, labeled = _texts(task, tokenizer, config.max_length)
     for split in (rows, prepared.validation, prepared.test):
         check_lengths(split, config.max_length, teacher=teacher)
-
-    def quality(model) -> float:
-        return sign * evaluate(model, prepared.validation, collator, task, tokenizer)[task.metric]
-
+    compressed = {"layerwise": _layerwise, "low_rank": _low_rank}[config.method]
     folder = Path(config.out or store.path / config.run_id)
     with without_side_bars():
-        rounds = prune(
-            teacher,
-            asked.layers,
-            rows,
-            collator,
-            at_least=None if asked.at_least is None else sign * asked.at_least,
-            importance=asked.importance,
-            quality=quality,
-            scored=rows.select(range(min(asked.scored, len(rows)))),
-            one_shot=asked.one_shot,
-            steps=asked.steps,
-            batch_size=asked.batch_size,
-            learning_rate=asked.learning_rate,
-            bf16=asked.bf16,
-            seed=config.seed,
-            tokenizer=tokenizer,
-            out=folder,
-            resume=resume,
-        )
-    if not rounds:
-        raise ValueError(
-            f"layerwise.at_least: {asked.at_least}: no layer can be taken out without falling below it; ask for less."
-        )
-    student = rounds[-1].student
+        student, facts = compressed(config, prepared, rows, labeled, folder, resume)
     scores = evaluate(student, prepared.test, collator, task, tokenizer, teacher=prepared.reference())
     record = {
         "run_id": config.run_id,
@@ -176,9 +178,7 @@ def run_compression(
         "validation": evaluate(student, prepared.validation, collator, task, tokenizer),
         "test": scores,
         "teacher": prepared.teacher_scores(),
-        "rounds": [_facts(made, sign) for made in rounds],
-        "steps": asked.steps * sum(len(made.removed) for made in rounds),
-        "seconds": sum(made.seconds for made in rounds),
+        **facts,
         "parameters": count_parameters(student)["parameters"],
         "teacher_parameters": count_parameters(teacher)["parameters"],
         "labeled": labeled,
@@ -189,7 +189,99 @@ def run_compression(
         "data": prepared.fingerprint(),
     }
     store.append_run(strict_json(record))
+    shutil.rmtree(folder / BEGUN, ignore_errors=True)  # states between blocks: many times the model's size
     return record
+
+
+def _layerwise(config: CompressConfig, prepared: Prepared, rows, labeled: int, folder: Path, resume: bool):
+    """The student of the last round, and what its record says of the rounds."""
+    from fakit.compression.layerwise import prune
+    from fakit.evaluation import evaluate
+
+    asked, task, tokenizer = config.layerwise, prepared.task, prepared.tokenizer
+    collator, sign = task.collator(tokenizer), -1 if task.metric in LOWER_IS_BETTER else 1
+
+    def quality(model) -> float:
+        return sign * evaluate(model, prepared.validation, collator, task, tokenizer)[task.metric]
+
+    rounds = prune(
+        prepared.teacher,
+        asked.layers,
+        rows,
+        collator,
+        at_least=None if asked.at_least is None else sign * asked.at_least,
+        importance=asked.importance,
+        quality=quality,
+        scored=rows.select(range(min(asked.scored, len(rows)))),
+        one_shot=asked.one_shot,
+        steps=asked.steps,
+        batch_size=asked.batch_size,
+        learning_rate=asked.learning_rate,
+        bf16=asked.bf16,
+        seed=config.seed,
+        tokenizer=tokenizer,
+        out=folder,
+        resume=resume,
+    )
+    if not rounds:
+        raise ValueError(
+            f"layerwise.at_least: {asked.at_least}: no layer can be taken out without falling below it; ask for less."
+        )
+    return rounds[-1].student, {
+        "rounds": [_facts(made, sign) for made in rounds],
+        "steps": asked.steps * sum(len(made.removed) for made in rounds),
+        "seconds": sum(made.seconds for made in rounds),
+    }
+
+
+def _low_rank(config: CompressConfig, prepared: Prepared, rows, labeled: int, folder: Path, resume: bool):
+    """The student, saved in `folder` as pairs, and what its record says of the plan and the blocks."""
+    from fakit.compression import low_rank
+
+    asked, teacher = config.low_rank, prepared.teacher
+    if resume is False and (folder / BEGUN).exists():
+        raise ValueError(
+            f"{folder} holds a compression that was begun; resume=True (--resume) goes on with it, or choose another "
+            "folder (out)."
+        )
+    order = [*range(labeled, len(rows)), *range(labeled)]  # the pool first: the teacher was not trained on it
+    chosen = rows.select(order[: max(asked.texts, asked.calibration)])
+    began = time.perf_counter()
+    calibration = None
+    if asked.start == "activations":
+        calibration = _batches(prepared, chosen.select(range(min(asked.calibration, len(chosen)))), asked.batch_size)
+    plan = low_rank.plan(teacher, asked.keep, asked.ranks, calibration, asked.lowest)
+    student = low_rank.compress(teacher, plan=plan)
+    blocks = []
+    if asked.epochs:
+        blocks = low_rank.distill(
+            student,
+            teacher,
+            _batches(prepared, chosen.select(range(min(asked.texts, len(chosen)))), asked.batch_size),
+            epochs=asked.epochs,
+            learning_rate=asked.learning_rate,
+            bf16=asked.bf16,
+            seed=config.seed,
+            folder=folder / BEGUN,
+        )
+    low_rank.save(student, folder, prepared.tokenizer)
+    return student.eval(), {
+        "kept": plan.after / plan.before,
+        "ranks": low_rank.ranks(student),
+        "blocks": [{"layer": one.layer, "losses": list(one.losses), "seconds": one.seconds} for one in blocks],
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _batches(prepared: Prepared, rows, size: int) -> list[dict[str, Any]]:
+    """Rows of like length share a batch; without labels, but where a model makes its decoder's inputs of them."""
+    from fakit.evaluation.batches import length_sorted_batches
+    from fakit.models.blocks import is_encoder_decoder
+
+    collator, teacher = prepared.task.collator(prepared.tokenizer), prepared.teacher
+    aside = set() if is_encoder_decoder(teacher) else {"labels"}
+    made = length_sorted_batches(rows, collator, size, teacher.device)
+    return [{name: x for name, x in batch.items() if name not in aside} for _, batch in made]
 
 
 def _texts(task, tokenizer, max_length: int):
@@ -221,17 +313,26 @@ def _facts(made: Round, sign: int) -> dict[str, Any]:
 
 def in_words(record: dict[str, Any], folder: str | Path, runs: str | Path) -> str:
     """What the command prints of a record, whose rounds are in `folder`, in a runs directory."""
+    rounds = record.get("rounds", [])
     lines = [
         f"round {made['number']}: without teacher layer {', '.join(map(str, made['removed']))}, "
         f"{len(made['layers'])} stay; healing: KL {made['kl_cut']:.4f} → {made['kl_healed']:.4f}, validation "
         f"{record['metric']} {made['score_cut']:.4f} → {made['score_healed']:.4f}; {made['seconds']:.0f} s"
-        for made in record["rounds"]
+        for made in rounds
+    ]
+    lines += [
+        f"block {made['layer']}: loss {made['losses'][0]:.4f} → {made['losses'][-1]:.4f}; {made['seconds']:.0f} s"
+        for made in record.get("blocks", [])
+        if made["losses"]
     ]
     lines.append(
         f"{record['task']}, {record['arm']}, seed {record['seed']}: test {record['metric']} {record['score']:.4f} "
         f"(teacher {record['teacher'][record['metric']]:.4f}) with {record['parameters']:,} of "
         f"{record['teacher_parameters']:,} parameters."
     )
-    last = Path(folder) / f"round-{record['rounds'][-1]['number']}"
-    lines.append(f"The student is in {last}, the run in {runs}.")
+    if rounds:
+        where = f"{Path(folder) / f'round-{len(rounds)}'}"
+    else:
+        where = f"{folder} (for fakit.compression.low_rank.load)"
+    lines.append(f"The student is in {where}, the run in {runs}.")
     return "\n".join(lines)

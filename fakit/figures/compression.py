@@ -53,7 +53,8 @@ def rank_plan(
             x=[row.layer for row in mine],
             y=[row.error for row in mine],
             mode="markers",
-            marker=role.marker(8),
+            # a sixth kind has the first one's color, and another shape
+            marker=role.marker(8, symbol=ROLES[(number + 2 * (number // len(ROLES))) % len(ROLES)].symbol),
             name=kind,
             hovertext=[_told(row) for row in mine],
             hoverinfo="text",

@@ -1,12 +1,13 @@
 """`fakit compress`: from a YAML file to a student and a record."""
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForSequenceClassification
 
 from fakit.__main__ import main
-from fakit.compression import layerwise
+from fakit.compression import layerwise, local, low_rank
 from fakit.experiments import RunStore
 from fakit.experiments.compress import CompressConfig, run_compression
 from fakit.models import find_blocks
@@ -59,6 +60,66 @@ def test_the_command_prunes_exports_records_and_goes_on(compression, tmp_path, c
     assert capsys.readouterr().out == said
 
 
+def test_low_rank_from_the_command_to_a_student_that_loads(compression, tmp_path, capsys):
+    runs, out = tmp_path / "runs", tmp_path / "pairs"
+    changes = ["method=low_rank", "low_rank.keep=0.9", "low_rank.texts=60", "low_rank.calibration=40", f"out={out}"]
+    typed = ["compress", str(compression), "--out", str(runs), *(x for change in changes for x in ("--set", change))]
+    assert main(typed) == 0
+    said = capsys.readouterr().out
+    (record,) = RunStore(runs).records()
+    assert record["arm"] == "low rank, bottom" and "low-rank-bottom-s0" in record["run_id"]
+    assert record["parameters"] <= 0.9 * record["teacher_parameters"] and record["kept"] <= 0.9
+    first = record["blocks"][0]
+    assert len(first["losses"]) == 2 and first["losses"][1] < first["losses"][0]
+    assert f"The student is in {out} (for fakit.compression.low_rank.load)" in said and "block 1: loss" in said
+    student = low_rank.load(out)
+    assert low_rank.ranks(student) == record["ranks"] and (out / "tokenizer.json").is_file()
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == []  # nothing of the work is left
+    assert main([*typed, "--resume"]) == 0 and capsys.readouterr().out == said
+
+
+def test_low_rank_goes_on_where_it_was_stopped(compression, tmp_path, monkeypatch):
+    changes = {"low_rank.keep": 0.85, "low_rank.texts": 40, "low_rank.ranks": "uniform", "low_rank.start": "weights"}
+    config = CompressConfig.from_yaml(compression).replace(method="low_rank", **changes)
+    whole = run_compression(config.replace(out=str(tmp_path / "whole")), tmp_path / "runs")
+    broken, done = config.replace(out=str(tmp_path / "broken")), []
+    layer = local._Run.layer
+    monkeypatch.setattr(local._Run, "layer", lambda run, n: done.append(n) or layer(run, n) if n < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_compression(broken, tmp_path / "others")
+    monkeypatch.undo()
+    assert done == [1, 2]
+    with pytest.raises(ValueError, match=r"holds a compression that was begun; resume=True"):
+        run_compression(broken, tmp_path / "others")
+    found = run_compression(broken, tmp_path / "others", resume=True)
+    assert (found["score"], found["ranks"]) == (whole["score"], whole["ranks"])
+    assert [one["losses"] for one in found["blocks"]] == [one["losses"] for one in whole["blocks"]]
+    weights = [(tmp_path / name / "low_rank.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_is_not_named_by_another_method_s_section(compression):
+    config = CompressConfig.from_yaml(compression)
+    assert config.replace(**{"low_rank.keep": 0.5}).run_id == config.run_id
+    other = config.replace(method="low_rank")
+    assert other.replace(**{"layerwise.steps": 7}).run_id == other.run_id != config.run_id
+
+
+def test_a_budget_that_cannot_be_reached_is_refused_before_work(compression, tmp_path, monkeypatch):
+    monkeypatch.setattr(low_rank, "spectra", lambda *_: pytest.fail("worked"))
+    config = CompressConfig.from_yaml(compression).replace(method="low_rank", **{"low_rank.keep": 0.05})
+    with pytest.raises(ValueError, match="energy is measured on texts"):
+        config.replace(**{"low_rank.ranks": "energy", "low_rank.start": "weights"})
+    with pytest.raises(ValueError, match=r"keep=0\.05 was requested"):
+        run_compression(config, tmp_path / "runs")
+
+
+@pytest.mark.parametrize("name", ["compress_glosses.yaml", "compress_glosses_low_rank.yaml"])
+def test_the_files_that_are_shipped_can_be_read(name):
+    config = CompressConfig.from_yaml(Path(__file__).parents[2] / "configs" / name)
+    assert config.arm == {"layerwise": "layerwise", "low_rank": "low rank, bottom"}[config.method]
+
+
 def test_one_shot_is_an_arm_of_its_own_with_as_many_steps(compression, tmp_path):
     config = CompressConfig.from_yaml(compression)
     one_shot = config.replace(**{"layerwise.one_shot": True})
@@ -78,7 +139,11 @@ def test_a_score_that_no_round_reaches_is_said(compression, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("method: layerwise", "method: layer", "method: 'layer' is not one of layerwise. Did you mean 'layerwise'?"),
+        (
+            "method: layerwise",
+            "method: layer",
+            "method: 'layer' is not one of layerwise, low_rank. Did you mean 'layerwise'?",
+        ),
         ("method: layerwise", "", "method: missing at the top level"),
         (
             "max_length: 16",
