@@ -180,7 +180,7 @@ def speed(turns: int) -> None:
                 sizes[name] = next(path.glob("*.safetensors")).stat().st_size / 1e6
             said = {name: capture(model, batch).logits.detach() for name, model in models.items()}
             again = capture(low_rank.load(Path(folder) / "pairs"), batch).logits.detach()
-            plain = type(teacher).from_pretrained(Path(folder) / "merged").eval()
+            plain = type(teacher).from_pretrained(Path(folder) / "merged", trust_remote_code=False).eval()
             loaded = capture(plain, batch).logits.detach()
         for _ in range(turns):
             for name, model in models.items():

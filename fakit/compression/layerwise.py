@@ -451,6 +451,10 @@ def _read(out: Path, settings: dict[str, Any]) -> list[Round]:
 
 def _load(folder: Path, teacher: PreTrainedModel) -> PreTrainedModel:
     student = type(teacher).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=teacher.config._attn_implementation
+        folder,
+        dtype=torch.float32,
+        attn_implementation=teacher.config._attn_implementation,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     return student.to(device_of(teacher)).eval()

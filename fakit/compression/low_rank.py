@@ -21,6 +21,7 @@ factors. So there are two ways, and one chooses between them:
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -298,8 +299,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedMo
             f"missing, of another shape or too many ({', '.join(wrong[:4])}). Save the model again."
         )
     model.load_state_dict(state, strict=False)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    written = folder / "generation_config.json"
+    if model.can_generate() and written.is_file():
+        model.generation_config = transformers.GenerationConfig.from_dict(json.loads(written.read_text("utf-8")))
     return model.to(device).eval()
 
 
