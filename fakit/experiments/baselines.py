@@ -76,6 +76,11 @@ def baseline_id(config: ExperimentConfig, arm: str) -> str:
 
 
 def scores_of(model, dataset, task, tokenizer, teacher=None) -> dict[str, float]:
+    """All metrics of a model on a split, by name; with a teacher its agreement, too.
+
+    Raises:
+        ValueError: the task's headline metric is not among them.
+    """
     from fakit.evaluation import evaluate
 
     scores = evaluate(model, dataset, task.collator(tokenizer), task, tokenizer=tokenizer, teacher=teacher)
@@ -85,6 +90,7 @@ def scores_of(model, dataset, task, tokenizer, teacher=None) -> dict[str, float]
 
 
 def parameters_of(model) -> int:
+    """How many a model has, each shared one once."""
     from fakit.evaluation.cost import count_parameters
 
     return count_parameters(model)["parameters"]

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from fakit.compression.importance import MEASURES
 from fakit.compression.ranks import METHODS as RANKS
-from fakit.experiments.baselines import prepare_run
+from fakit.experiments.baselines import parameters_of, prepare_run, scores_of
 from fakit.experiments.build import Prepared, check_lengths
 from fakit.experiments.config import ExperimentConfig, TaskConfig, TeacherConfig
 from fakit.experiments.quiet import without_side_bars
@@ -130,20 +130,19 @@ def run_compression(
     """Compress as configured, evaluate on the task's validation and test texts, and record.
 
     Args:
-        store: a `RunStore`, or its folder (made when missing): the finished run is added to it, and its rounds are
+        store: a `RunStore`, or its folder (made when missing): the finished run is added to it, and its student is
             saved in `config.out`, or in a folder of the run's id.
-        resume: a run that is recorded is returned as recorded; one that was stopped goes on from its finished rounds.
+        resume: a run that is recorded is returned as recorded; one that was stopped goes on from its finished rounds,
+            or blocks.
         prepared: what `fakit.experiments.build.prepare` gave for an experiment of the same task, teacher, seed and
             length.
 
     Returns:
-        The record: test and validation scores of the last round's student, the teacher's, and each round.
+        The record: test and validation scores of the student, the teacher's, and each round, or block.
 
     Raises:
         ValueError: before any work; what `prune` refuses, and a run that is recorded while `resume` is off.
     """
-    from fakit.evaluation import evaluate
-    from fakit.evaluation.cost import count_parameters
     from fakit.training.checkpoints import versions
 
     store = RunStore.open(store, what="compressions") if isinstance(store, str | Path) else store
@@ -157,7 +156,6 @@ def run_compression(
     prepared = prepared or prepare_run(config.experiment())
     prepared.check(config.experiment())
     task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
-    collator, sign = task.collator(tokenizer), -1 if task.metric in LOWER_IS_BETTER else 1
     rows, labeled = _texts(task, tokenizer, config.max_length)
     for split in (rows, prepared.validation, prepared.test):
         check_lengths(split, config.max_length, teacher=teacher)
@@ -165,7 +163,7 @@ def run_compression(
     folder = Path(config.out or store.path / config.run_id)
     with without_side_bars():
         student, facts = compressed(config, prepared, rows, labeled, folder, resume)
-    scores = evaluate(student, prepared.test, collator, task, tokenizer, teacher=prepared.reference())
+    scores = scores_of(student, prepared.test, task, tokenizer, prepared.reference())
     record = {
         "run_id": config.run_id,
         "kind": "compression",
@@ -174,13 +172,13 @@ def run_compression(
         "seed": config.seed,
         "metric": task.metric,
         "score": scores[task.metric],
-        "higher_is_better": sign > 0,
-        "validation": evaluate(student, prepared.validation, collator, task, tokenizer),
+        "higher_is_better": task.metric not in LOWER_IS_BETTER,
+        "validation": scores_of(student, prepared.validation, task, tokenizer),
         "test": scores,
         "teacher": prepared.teacher_scores(),
         **facts,
-        "parameters": count_parameters(student)["parameters"],
-        "teacher_parameters": count_parameters(teacher)["parameters"],
+        "parameters": parameters_of(student),
+        "teacher_parameters": parameters_of(teacher),
         "labeled": labeled,
         "unlabeled": len(rows) - labeled,
         "config": config.to_dict(),
@@ -196,19 +194,18 @@ def run_compression(
 def _layerwise(config: CompressConfig, prepared: Prepared, rows, labeled: int, folder: Path, resume: bool):
     """The student of the last round, and what its record says of the rounds."""
     from fakit.compression.layerwise import prune
-    from fakit.evaluation import evaluate
 
     asked, task, tokenizer = config.layerwise, prepared.task, prepared.tokenizer
-    collator, sign = task.collator(tokenizer), -1 if task.metric in LOWER_IS_BETTER else 1
+    sign = -1 if task.metric in LOWER_IS_BETTER else 1
 
     def quality(model) -> float:
-        return sign * evaluate(model, prepared.validation, collator, task, tokenizer)[task.metric]
+        return sign * scores_of(model, prepared.validation, task, tokenizer)[task.metric]
 
     rounds = prune(
         prepared.teacher,
         asked.layers,
         rows,
-        collator,
+        task.collator(tokenizer),
         at_least=None if asked.at_least is None else sign * asked.at_least,
         importance=asked.importance,
         quality=quality,
@@ -239,7 +236,7 @@ def _low_rank(config: CompressConfig, prepared: Prepared, rows, labeled: int, fo
     from fakit.compression import low_rank
 
     asked, teacher = config.low_rank, prepared.teacher
-    if resume is False and (folder / BEGUN).exists():
+    if not resume and (folder / BEGUN).exists():
         raise ValueError(
             f"{folder} holds a compression that was begun; resume=True (--resume) goes on with it, or choose another "
             "folder (out)."

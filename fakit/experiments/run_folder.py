@@ -87,6 +87,7 @@ def finished_student(config: ExperimentConfig, out: Path, resume: bool) -> dict[
 
 
 def refusal(out: Path, other: dict[str, tuple]) -> str:
+    """What is said of a folder that belongs to another run: each difference, there and here."""
     lines = "\n".join(f"  {key}: {theirs} there, {ours} here" for key, (theirs, ours) in other.items())
     return (
         f"{out} belongs to another run:\n{lines}\n"

@@ -105,10 +105,12 @@ class Distiller(nn.Module):
 
 
 def traced(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
+    """`capture` of what an objective needs."""
     return capture(model, inputs, **needs.asked())
 
 
 def refuse_reentrant(activation_checkpointing_kwargs: dict | None) -> None:
+    """Raise ValueError for checkpointing that runs blocks without graph."""
     if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ValueError(
             "gradient checkpointing with use_reentrant=True runs the student's blocks without graph, so feature and "

@@ -17,6 +17,7 @@ SIDES = ("student", "teacher")
 
 
 def refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise ValueError where both hold the same parameters: freezing the teacher would freeze the student."""
     theirs = {id(parameter) for parameter in teacher.parameters()}
     shared = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]
     if shared:
