@@ -27,6 +27,12 @@ def spoken(sentence: str) -> str:
     return f'<div role="status" aria-live="polite">{escape(sentence)}</div>'
 
 
+def script_json(state: dict) -> str:
+    """JSON for a `<script type="application/json">`: nothing that a token or a recipe says may end the script."""
+    text = json.dumps(state, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("</", "<\\/").replace("<!--", "<\\u0021--")
+
+
 def style(css: str) -> widgets.HTML:
     """Rules for a widget that has this among its children; it takes no room."""
     return widgets.HTML(f"<style>{css}</style>", layout={"display": "none"})

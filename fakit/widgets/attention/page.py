@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import zlib
 from html import escape
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fakit.files import write_whole
 from fakit.widgets.attention.source import LEVELS, encode
+from fakit.widgets.panel import script_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,12 +121,11 @@ def _packed(data: bytes) -> str:
 
 def _html(viewer: Viewer, state: dict) -> str:
     title = "Attention of " + " and ".join(viewer.sides)
-    text = json.dumps(state, ensure_ascii=False, separators=(",", ":"))
     return PAGE.substitute(
         title=escape(title),
         css=(HERE / "viewer.css").read_text(encoding="utf-8"),
         sentence=escape(f"{title}. {viewer.sentence}"),
-        state=text.replace("</", "<\\/").replace("<!--", "<\\u0021--"),  # nothing a token says may end the script
+        state=script_json(state),
         esm=(HERE / "viewer.js").read_text(encoding="utf-8"),
         host=HOST.read_text(encoding="utf-8"),
     )

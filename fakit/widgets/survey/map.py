@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from html import escape
@@ -18,7 +17,7 @@ from fakit.files import write_whole
 from fakit.recipes.recipe import Recipe
 from fakit.recipes.survey import PLACES, survey
 from fakit.teaching.pages import formula
-from fakit.widgets.panel import with_still
+from fakit.widgets.panel import script_json, with_still
 
 HERE = Path(__file__).parent
 KINDS = {"attention": "attention", "attention output": "attention", "outputs": "outputs", "labels": "labels"}
@@ -83,11 +82,10 @@ class SurveyMap(anywidget.AnyWidget):
     def html(self) -> str:
         """The page that `to_html` writes."""
         state = {name: getattr(self, name) for name in ("survey", "pages", "selected")}
-        text = json.dumps(state, ensure_ascii=False, separators=(",", ":"))
         return Template(PAGE.read_text(encoding="utf-8")).substitute(
             css=(HERE / "map.css").read_text(encoding="utf-8"),
             sentence=escape(repr(self)),
-            state=text.replace("</", "<\\/").replace("<!--", "<\\u0021--"),
+            state=script_json(state),
             esm=(HERE / "map.js").read_text(encoding="utf-8"),
         )
 
