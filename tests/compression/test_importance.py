@@ -10,7 +10,7 @@ from fakit import shrink
 from fakit.compression.importance import MEASURES, divergence, importance, leaving_out, turning
 from fakit.models import find_blocks
 from tests.families import FAMILIES, batch, tiny
-from tests.training import data
+from tests.training.runs import data
 
 
 def rows(padding: int = 2, count: int = 6) -> list[dict]:

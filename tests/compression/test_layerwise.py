@@ -15,7 +15,7 @@ from fakit.compression import layerwise
 from fakit.compression.layerwise import Round, cuts, prune
 from fakit.models import find_blocks
 from tests.families import batch, tiny
-from tests.training import data
+from tests.training.runs import data
 
 ROWS = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in data(rows=8)]
 FAST = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3}

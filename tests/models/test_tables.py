@@ -32,7 +32,7 @@ from transformers import (
 
 from fakit import DistillationTrainer, Features, LayerMap, Objective, Outputs, Task, TeacherCache
 from fakit.models.tables import check_data, extent_of_data, tables
-from tests.training import arguments
+from tests.training.runs import arguments
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 2}
 STACKS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}

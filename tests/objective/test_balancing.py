@@ -11,8 +11,8 @@ from fakit import Attention, Features, LayerMap, Objective, Outputs, Schedule, T
 from fakit.objective.balancing import GradientNorm, Uncertainty
 from fakit.objective.earth_mover import EarthMover
 from fakit.objective.gradients import term_gradients
-from tests.test_objective import labels, trace
-from tests.training import data, logged, make, parts, weights
+from tests.objective.test_objective import labels, trace
+from tests.training.runs import data, logged, make, parts, weights
 
 WEIGHTS = {"features": 0.5, "attention": 2.0, "outputs": 1.5, "task": 0.7}
 

@@ -10,7 +10,7 @@ from fakit import Features, LayerMap, Objective, Trace
 from fakit.experiments.terms import build_further_term
 from fakit.objective.earth_mover import EarthMover, cheapest_flow
 from tests.objective.states import EVERY, MASK, OURS, THEIRS, trace
-from tests.training import cache_of, logged, make, parts
+from tests.training.runs import cache_of, logged, make, parts
 
 
 def costs_by_hand(ours: Trace = OURS, theirs: Trace = THEIRS) -> np.ndarray:

@@ -19,7 +19,7 @@ from fakit.training.token_counts import counts, shares
 from tests.families import tiny
 from tests.objective.states import EVERY, MASK, OURS, THEIRS, trace
 from tests.scale.ranks import uneven
-from tests.training import cache_of, logged, make, parts
+from tests.training.runs import cache_of, logged, make, parts
 
 MAP = LayerMap([(0, 0), (1, 2), (2, 3)])
 

@@ -18,8 +18,8 @@ from fakit.training.token_counts import counts, shares
 from tests.families import batch, batch_for, tiny
 from tests.models.test_inputs import packed
 from tests.scale.ranks import uneven
-from tests.test_capture_leaves_no_trace import assert_same, state
-from tests.training import data, logged, make, parts
+from tests.tracing.test_capture_leaves_no_trace import assert_same, state
+from tests.training.runs import data, logged, make, parts
 
 READ = ["gpt2", "llama", "opt", "gpt-neox", "phi", "qwen3-moe", "bloom", "falcon", "gemma2", "t5", "bart", "roberta"]
 READ += ["albert", "mpnet", "deberta-v3"]

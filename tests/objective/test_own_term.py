@@ -14,7 +14,7 @@ from fakit.widgets import cockpit, loss_laboratory, loss_weights
 from tests.families import tiny
 from tests.objective.own_term import Contrastive
 from tests.scale.ranks import uneven
-from tests.training import cache_of, data, logged, make, parts
+from tests.training.runs import cache_of, data, logged, make, parts
 
 
 def objective(**settings) -> Objective:

@@ -11,7 +11,7 @@ from fakit.training.fit import check_fit
 from fakit.training.token_counts import counts, shares
 from tests.families import tiny
 from tests.scale.ranks import uneven
-from tests.training import logged, make, parts
+from tests.training.runs import logged, make, parts
 
 RELATIONS = [name for name, loss in relational.LOSSES.items() if loss.widths_differ]
 

@@ -18,8 +18,8 @@ from fakit.training.distiller import Distiller
 from fakit.training.session.session import TrainSession
 from tests.families import tiny
 from tests.objective.own_term import Contrastive
-from tests.test_objective import labels, trace
-from tests.training import At, data, logged, make, parts, weights
+from tests.objective.test_objective import labels, trace
+from tests.training.runs import At, data, logged, make, parts, weights
 
 # -- the number of a step ---------------------------------------------------------------------------------------------
 

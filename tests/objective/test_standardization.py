@@ -10,7 +10,7 @@ from fakit.experiments.terms import FeaturesConfig
 from fakit.objective.feature_terms import Dynamics, LayerAttention, Pooled
 from fakit.objective.standardization import Moments, Standardization, even_rotation, hadamard
 from tests.families import tiny
-from tests.training import cache_of, data, logged, make, parts
+from tests.training.runs import cache_of, data, logged, make, parts
 
 MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 0]]).bool()
 MAP = LayerMap([(1, 2), (2, 3)])

@@ -9,7 +9,7 @@ from fakit.experiments import ExperimentConfig
 from fakit.losses.fused.output_head import Head
 from fakit.objective.gradients import gradients_by_temperature, term_gradients
 from fakit.tracing.trace import Trace
-from tests.training import data, make, parts, weights
+from tests.training.runs import data, make, parts, weights
 
 
 def sides(dtype=torch.float64, heads=False) -> tuple[Trace, Trace]:

@@ -11,7 +11,7 @@ from fakit.experiments import ExperimentConfig
 from fakit.models import find_blocks
 from fakit.objective.units import Units, fit_units
 from tests.families import tiny
-from tests.training import cache_of, data, make, parts, weights
+from tests.training.runs import cache_of, data, make, parts, weights
 
 
 def scores_by_hand(model, batches: list[dict[str, Tensor]], layer: int) -> Tensor:

@@ -19,7 +19,7 @@ from fakit.objective.feature_terms import Dynamics, Flow, Pooled
 from fakit.training.distributed import whole_state
 from tests.families import batch
 from tests.objective.own_term import Contrastive
-from tests.training import At, logged, make, parts
+from tests.training.runs import At, logged, make, parts
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 GLOBAL = 8

@@ -11,7 +11,7 @@ from fakit.experiments import RunStore
 from fakit.training.distributed import check_sharding, start_all_processes
 from tests.scale.conftest import experiment, launch
 from tests.scale.test_processes import assert_same_run
-from tests.training import arguments, make
+from tests.training.runs import arguments, make
 
 
 def test_two_processes_on_cpus(halves, world, tmp_path):
@@ -116,7 +116,7 @@ def test_one_process_takes_one_of_several_gpus(tmp_path, monkeypatch, caplog):
     """DataParallel would wrap replicas, whose breakdown is lost with them."""
     several = arguments(tmp_path)
     several._n_gpu = 2  # what TrainingArguments says on a machine with two GPUs
-    monkeypatch.setattr("tests.training.arguments", lambda *_, **__: several)
+    monkeypatch.setattr("tests.training.runs.arguments", lambda *_, **__: several)
     trainer = make(tmp_path)
     assert trainer.args.n_gpu == 1 and trainer._train_batch_size == 4
     assert "Training on one of 2 GPUs; `accelerate launch`" in caplog.text

@@ -3,7 +3,7 @@
 import torch
 
 from fakit import LayerMap
-from tests.training import data, logged, make, parts, weights
+from tests.training.runs import data, logged, make, parts, weights
 
 BACKEND = "aot_eager"  # traces as inductor does, without waiting for the C++ compiler
 

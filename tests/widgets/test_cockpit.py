@@ -13,7 +13,7 @@ from fakit import Schedule
 from fakit.training.session.session import TrainSession
 from fakit.widgets import Cockpit, cockpit
 from tests.families import VOCAB, batch, tokenizer
-from tests.training import make, parts
+from tests.training.runs import make, parts
 
 WORDS = tokenizer(" ".join(f"w{i}" for i in range(1, VOCAB)))
 WORDS.pad_token = "[UNK]"

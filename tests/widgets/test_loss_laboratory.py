@@ -12,7 +12,7 @@ from fakit import Objective, Task, capture
 from fakit.objective.gradients import balanced_weights, term_gradients
 from fakit.widgets import loss_laboratory
 from fakit.widgets.panel import WIDGET
-from tests.training import data, parts
+from tests.training.runs import data, parts
 
 TERMS = ["features", "attention", "outputs", "task"]
 

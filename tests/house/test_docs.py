@@ -15,7 +15,7 @@ from fakit.losses import features, outputs
 from fakit.widgets import survey_map
 from scripts import losses_page
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/instructor_guide.md").read_text()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 

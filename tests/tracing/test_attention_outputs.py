@@ -15,8 +15,8 @@ from fakit.training.fit import check_fit
 from fakit.training.teacher_cache import CacheContent
 from tests.families import batch, batch_for, tiny
 from tests.models.test_inputs import packed, texts
-from tests.test_capture_leaves_no_trace import assert_same, state
-from tests.training import cache_of, logged, make, parts
+from tests.tracing.test_capture_leaves_no_trace import assert_same, state
+from tests.training.runs import cache_of, logged, make, parts
 
 # The module whose output it is, in each block.
 PROJECTIONS = {

@@ -41,7 +41,7 @@ from fakit.losses.task import task_loss
 from fakit.tracing.trace import Trace
 from fakit.training.token_counts import counts
 from tests.families import batch, tiny
-from tests.training import arguments, data, make
+from tests.training.runs import arguments, data, make
 
 SIZES = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 2}
 

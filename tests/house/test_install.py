@@ -22,9 +22,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.readme import blocks, lay_out
+from tests.house.readme import blocks, lay_out
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # where a notebook has loaded what ships: data and teacher, or recorded runs
 LOADED = re.compile(r"load_task\(|session\.load\(|RunStore\.open\(")
 

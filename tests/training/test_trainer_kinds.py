@@ -8,7 +8,7 @@ from fakit import Attention, DistillationTrainer, Features, LayerMap, Objective,
 from fakit.models import stack_depths, without_layerdrop
 from fakit.models.kinds import layerdrop
 from tests.families import EVERY, SIZES, batch_for, tiny
-from tests.training import arguments, logged
+from tests.training.runs import arguments, logged
 
 ROWS = [{"input_ids": [3, 4, 5, 6], "attention_mask": [1, 1, 1, 1], "labels": [3, 4, 5, 6]}] * 4
 _SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 4}

@@ -11,9 +11,9 @@ from fakit.models import find_blocks
 from fakit.objective.feature_terms import activation_cloning
 from fakit.training.trainer import check_fit
 from tests.families import batch, batch_for, tiny
-from tests.test_attention_outputs import by_hand
-from tests.test_capture_leaves_no_trace import assert_same, state
-from tests.training import cache_of, data, logged, make, parts
+from tests.tracing.test_attention_outputs import by_hand
+from tests.tracing.test_capture_leaves_no_trace import assert_same, state
+from tests.training.runs import cache_of, data, logged, make, parts
 
 # The modules whose outputs they are, in each block: of the MLP as a whole, up, gate; and queries, keys, values.
 PLACES = {

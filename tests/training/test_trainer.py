@@ -10,7 +10,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from fakit import DistillationTrainer, LayerMap, capture
 from fakit.training.distiller import Distiller
-from tests.training import At, arguments, data, logged, make, parts, weights
+from tests.training.runs import At, arguments, data, logged, make, parts, weights
 
 # -- the loop ---------------------------------------------------------------------------------------------------------
 

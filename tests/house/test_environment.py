@@ -12,7 +12,7 @@ from fakit.teaching import setup
 from fakit.teaching.runner import machine
 from fakit.training.environment import cores, environment, installed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_it_names_what_a_result_depends_on():

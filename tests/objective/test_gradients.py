@@ -16,7 +16,7 @@ from fakit.objective.gradients import (
     term_gradients,
 )
 from tests.families import tiny
-from tests.training import data, parts
+from tests.training.runs import data, parts
 
 TERMS = ("features", "attention", "outputs", "task")
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from fakit.training.progress import ProgressBar
-from tests.training import At, data, make, parts
+from tests.training.runs import At, data, make, parts
 
 
 class Terminal(io.StringIO):

@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification
 
 from fakit.experiments import RunStore, Study, study_table
 from fakit.experiments.table import to_markdown
-from tests.readme import README, blocks, lay_out
+from tests.house.readme import README, blocks, lay_out
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def between(mark: str) -> str:

@@ -109,7 +109,7 @@ _A_BUILD = """
     import sys
     from fakit import TeacherCache
     from fakit.training.teacher_cache import cache
-    from tests.test_teacher_cache import bert, rows_of_lengths
+    from tests.training.test_teacher_cache import bert, rows_of_lengths
 
     make = cache.make_shard
     def counted(*args):
@@ -123,7 +123,7 @@ _A_BUILD = """
 
 def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(_A_BUILD), str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[2]}
     with subprocess.Popen(command, **pipes) as first:
         assert first.stdout.readline() == "a shard\n"
         with subprocess.Popen(command, **pipes) as second:
@@ -137,7 +137,7 @@ _HALF_A_BUILD = """
     import sys, time
     from fakit import TeacherCache
     from fakit.training.teacher_cache import cache
-    from tests.test_teacher_cache import bert, rows_of_lengths
+    from tests.training.test_teacher_cache import bert, rows_of_lengths
 
     write = cache.write_manifest
     def write_and_wait(folder, manifest):
@@ -151,7 +151,7 @@ _HALF_A_BUILD = """
 
 def test_a_build_killed_with_signal_9_goes_on_and_gives_the_same_bytes(dataset, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(_HALF_A_BUILD), str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     with process:
         assert process.stdout.readline() == "a shard is there\n"
         os.kill(process.pid, signal.SIGKILL)

@@ -7,7 +7,7 @@ from fakit import DistillationTrainer, LayerMap, capture
 from fakit.similarity import cka
 from fakit.training.watch import SimilarityWatch
 from tests.families import VOCAB, batch, tiny
-from tests.training import arguments, data, parts
+from tests.training.runs import arguments, data, parts
 
 
 def held_out(rows=8):

@@ -17,9 +17,9 @@ import torch
 
 from fakit.training import precision
 from fakit.training.precision import autocast, bf16_cost, bf16_is_fast, settle, use_bf16
-from tests.training import arguments, make
+from tests.training.runs import arguments, make
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

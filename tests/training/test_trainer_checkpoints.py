@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from fakit import DistillationTrainer, LayerMap
 from tests.families import batch
-from tests.training import At, data, logged, make, parts, weights
+from tests.training.runs import At, data, logged, make, parts, weights
 
 LOAD_WITHOUT_FAKIT = """
 import json, sys, torch

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING
 from fakit import DistillationTrainer, Features, LayerMap, Objective, Outputs, TeacherCache, shrink
 from fakit.training.teacher_cache.fingerprints import config_facts, config_values
 from fakit.training.teacher_cache.training import recorded_teacher
-from tests.training import arguments
+from tests.training.runs import arguments
 
 CONFIGURATIONS = {
     "limits up to infinity": lambda: hf.BambaConfig(),

@@ -16,7 +16,7 @@ from fakit.training.probes import LayerProbe, SampleProbe
 from fakit.training.session.record import Record
 from fakit.training.session.session import TrainSession
 from tests.families import VOCAB, batch, tiny, tokenizer
-from tests.training import At, logged, make, parts, weights
+from tests.training.runs import At, logged, make, parts, weights
 
 TEXTS = ["w3 w4 w5 w6", "w40 w41 w7", "w9 w11"]
 WORDS = tokenizer(" ".join(f"w{i}" for i in range(1, VOCAB)))

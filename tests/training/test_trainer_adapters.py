@@ -10,7 +10,7 @@ from transformers import ElectraConfig, ElectraForSequenceClassification
 from fakit import shrink
 from fakit.models.load import is_quantized
 from tests.families import batch
-from tests.training import data, logged, make, parts
+from tests.training.runs import data, logged, make, parts
 
 TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn"]}
 

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from fakit import DistillationTrainer, LayerMap, Objective, TeacherCache
 from fakit.training.teacher_cache.training import ROW, CachedRowsCollator, with_rows
 from tests.families import VOCAB, tiny, tokenizer
-from tests.training import At, arguments, logged, parts, weights
+from tests.training.runs import At, arguments, logged, parts, weights
 
 NAMES = ("input_ids", "attention_mask", "labels")
 

@@ -9,7 +9,7 @@ import torch
 
 from fakit import Attention, DistillationTrainer, Features, LayerMap, Objective, Outputs, Task, TeacherCache, capture
 from tests.families import batch, tiny
-from tests.training import arguments, data, make, parts
+from tests.training.runs import arguments, data, make, parts
 
 TERMS = {
     "features": (

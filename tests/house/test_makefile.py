@@ -13,7 +13,7 @@ import yaml
 
 from tests.slow import SLOW
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 STAND_IN = """#!/bin/sh
 echo "$@" >> "{log}"
