@@ -21,10 +21,21 @@ os.environ |= {
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.slow import SLOW
 
 torch.set_num_threads(1)
+# The same examples in every run; and `seeded` below, which runs once a test, has nothing to do with them.
+settings.register_profile(
+    "fakit",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=20,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fakit")
 
 HERE = Path(__file__).parent
 

@@ -2,12 +2,13 @@
 
 import doctest
 import math
-import random
 from dataclasses import dataclass
 from inspect import signature
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fakit.losses import attention, divergences, features, kl, logits, outputs, ranking, reduce, relational
@@ -194,31 +195,46 @@ def test_small_and_large_numbers_give_finite_values_and_gradients(case, scale):
     assert loss.isfinite() and student.grad.isfinite().all()
 
 
-@every_loss
-@pytest.mark.parametrize("seed", range(8))
-def test_every_shape_is_a_mean_over_what_counts(case, seed):
-    """Random shapes, one token and one text among them, and random masks: the same as without the padding."""
-    draw = random.Random(seed)
-    rows, length, width = draw.choice([1, 2, 4]), draw.choice([1, 2, 6]), draw.choice([2, 3, 9])
-    width = max(width, 3) if case.function is ranking.rlkd else width  # which refuses two classes
-    generator = torch.Generator().manual_seed(seed)
-    shape = {
-        "features": (rows, length, width),
-        "attention": (rows, H, length, length),
-        "outputs": (rows, length, width),
+@st.composite
+def padded_batches(draw, classes: int) -> dict:
+    """Sizes of a batch, which tokens are valid, and padding on either side: of any shape, one token and one text too."""
+    rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    valid = st.lists(st.booleans(), min_size=length, max_size=length)
+    mask = draw(st.lists(valid, min_size=rows, max_size=rows).filter(lambda of: any(map(any, of))))
+    return {
+        "mask": torch.tensor(mask),
+        "width": draw(st.integers(classes, 9)),
+        "padding": draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
+        "seed": draw(st.integers(0, 2**31)),
     }
-    sides = [torch.randn(shape[case.kind], generator=generator, dtype=torch.float64) for _ in range(2)]
+
+
+@every_loss
+@given(st.data())
+def test_of_any_shape_padding_changes_nothing(case, data):
+    batch = data.draw(padded_batches(classes=3 if case.function is ranking.rlkd else 2))  # rlkd refuses two classes
+    mask, width, (before, after) = batch["mask"], batch["width"], batch["padding"]
+    rows, length = mask.shape
+    generator = torch.Generator().manual_seed(batch["seed"])
+    shape = (rows, H, length, length) if case.kind == "attention" else (rows, length, width)
+    sides = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
     sides = [side.softmax(-1) if case.kind == "attention" else side for side in sides]
-    one = sides[0].requires_grad_()
     labels = torch.randint(0, width, (rows, length), generator=generator)
-    loss = case(one, sides[1], None, labels)
-    loss.backward()
-    assert loss.isfinite() and one.grad.isfinite().all()
-    pad = (0, 3, 0, 3) if case.kind == "attention" else (0, 0, 0, 3)
-    mask = torch.arange(length + 3).expand(rows, -1) < length
-    wider = [torch.nn.functional.pad(side.detach(), pad, value=torch.nan) for side in sides]
-    labels = torch.nn.functional.pad(labels, (0, 3), value=-100)
-    assert case(*wider, mask, labels).item() == pytest.approx(loss.item(), rel=1e-9, abs=1e-12)
+
+    def value_and_gradient(sides: list[Tensor], mask: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+        student = sides[0].detach().requires_grad_()
+        loss = case(student, sides[1], mask, labels)
+        (gradient,) = torch.autograd.grad(loss, student)
+        return loss.item(), gradient
+
+    tight, gradient = value_and_gradient(sides, mask, labels)
+    assert math.isfinite(tight) and gradient.isfinite().all()
+    around = (before, after, before, after) if case.kind == "attention" else (0, 0, before, after)
+    pad = torch.nn.functional.pad
+    wider = [pad(side, around, value=torch.nan) for side in sides]
+    wide, spread = value_and_gradient(wider, pad(mask, (before, after)), pad(labels, (before, after), value=-100))
+    assert wide == pytest.approx(tight, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(spread, pad(gradient, around), rtol=1e-8, atol=1e-12)
 
 
 @every_loss
