@@ -84,7 +84,8 @@ def map_markdown(
             verdict = f"more similar maps teach {'better' if rho.low > 0 else 'worse'}"
         lines += [
             f"**{task}**: Spearman's ρ of CKA and test {rows['metric'].iloc[0]} over {rho.n} increasing maps is "
-            f"{rho.format(digits=2, sign=True)}: {verdict}. Of the {rho.n}, {'; '.join(places)}.",
+            f"{rho.format(digits=2, sign=True)}: {verdict}.",
+            f"Of the {rho.n}, {'; '.join(places)}.",
             "",
             f"| {task}: S1-S2-… learn from T | mean CKA | test "
             f"{rows['metric'].iloc[0]}{unit}{'' if sign > 0 else ' (lower is better)'} | "
