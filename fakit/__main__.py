@@ -103,6 +103,20 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(function=function)
         return added
 
+    def of_a_file(function, help: str, example: str, resume: str) -> argparse.ArgumentParser:
+        added = command(function, help)
+        added.add_argument("config", type=Path, metavar="CONFIG.yaml")
+        added.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help=f"change any key of CONFIG.yaml, as often as needed: {example}",
+        )
+        added.add_argument("--resume", action="store_true", help=f"go on from {resume}")
+        added.add_argument("--out", type=Path, default=Path("runs"), help="the runs directory (%(default)s)")
+        return added
+
     sub = command(run, "Execute the notebooks and write them as HTML pages.")
     sub.add_argument("--profile", default="quick", help="quick, workshop or full: how long they train (%(default)s)")
     sub.add_argument("--only", metavar="02,05", help="these notebooks, by number or name; all by default")
@@ -110,17 +124,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--jobs", type=int, default=2, help="notebooks side by side (%(default)s)")
     sub.add_argument("--notebooks", type=Path, metavar="FOLDER", help="where they are; the kit's own by default")
 
-    sub = command(distill, "Train, evaluate, export and record the student of one experiment.")
-    sub.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change any key of CONFIG.yaml, as often as needed: --set training.steps=50 --set features.weight=0.3",
+    sub = of_a_file(
+        distill,
+        "Train, evaluate, export and record the student of one experiment.",
+        example="--set training.steps=50 --set features.weight=0.3",
+        resume="the last checkpoint (training.save_every)",
     )
-    sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint (training.save_every)")
-    sub.add_argument("--out", type=Path, default=Path("runs"), help="the runs directory (%(default)s)")
     sub.add_argument(
         "--teacher-cache",
         type=Path,
@@ -134,17 +143,12 @@ def parser() -> argparse.ArgumentParser:
         help="its precision (%(default)s)",
     )
 
-    sub = command(compress, "Make a smaller model from a teacher, evaluate, export and record it.")
-    sub.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change any key of CONFIG.yaml, as often as needed: --set layerwise.layers=2",
+    of_a_file(
+        compress,
+        "Make a smaller model from a teacher, evaluate, export and record it.",
+        example="--set layerwise.layers=2",
+        resume="the rounds that are finished",
     )
-    sub.add_argument("--resume", action="store_true", help="go on from the rounds that are finished")
-    sub.add_argument("--out", type=Path, default=Path("runs"), help="the runs directory (%(default)s)")
 
     sub = command(study, "Run the experiments of a study that are not recorded yet.")
     sub.add_argument("config", type=Path, metavar="STUDY.yaml")
