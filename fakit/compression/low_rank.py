@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -36,9 +35,9 @@ from transformers.pytorch_utils import Conv1D
 from fakit.compression.local import LayerResult, distill
 from fakit.compression.ranks import Plan, Row, make_plan
 from fakit.compression.spectra import Matrix, Spectra, count, dense_weight, find_matrices, spectra, stable_rank
-from fakit.files import check_room, whole
+from fakit.files import check_room
 from fakit.models.kinds import ties, untie
-from fakit.models.low_rank_linear import EXPERTS, LowRankExperts, LowRankLinear
+from fakit.models.low_rank_linear import EXPERTS, FILE, LowRankExperts, LowRankLinear, pairs, save_pairs
 from fakit.models.pretrained import in_one_sentence, read_config
 from fakit.models.random_state import random_state_kept
 
@@ -60,7 +59,6 @@ __all__ = [
     "stable_rank",
 ]
 
-_FILE = "low_rank.safetensors"
 Batches = Iterable[Mapping[str, Tensor]]
 
 
@@ -194,11 +192,6 @@ def _fill(pair: LowRankLinear | LowRankExperts, up: Tensor, down: Tensor) -> Non
         pair.down.weight.copy_(down[0])
 
 
-def pairs(model: nn.Module) -> dict[str, LowRankLinear | LowRankExperts]:
-    """The pairs of a model, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear | LowRankExperts)}
-
-
 def ranks(model: nn.Module) -> dict[str, int]:
     """The rank of each pair of a model, by name."""
     return {name: _rank(pair) for name, pair in pairs(model).items()}
@@ -248,17 +241,11 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer=None) -> None:
     if getattr(transformers, kind.__name__, None) is not kind:
         raise ValueError(f"{kind.__name__} is no class of transformers' own, and load(folder) makes no others.")
     tied, folder = ties(model), Path(folder)
-    state = {name: x.contiguous() for name, x in model.state_dict().items() if name not in tied}
+    state = {name: x for name, x in model.state_dict().items() if name not in tied}
     check_room(folder, sum(x.nbytes for x in state.values()), "the model")
-    config = copy.deepcopy(model.config)
-    config.architectures = [kind.__name__]
-    config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    with whole(folder / _FILE) as partial:
-        save_file(state, partial, {"format": "pt"})
+    save_pairs(model, state, folder)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
@@ -269,10 +256,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedMo
             missing or too many; code of the folder's own.
     """
     folder = Path(folder)
-    if not (folder / _FILE).is_file():
+    if not (folder / FILE).is_file():
         found = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
         raise ValueError(
-            f"{folder} holds no {_FILE} (found: {found}); give the folder that low_rank.save wrote. A merged model is "
+            f"{folder} holds no {FILE} (found: {found}); give the folder that low_rank.save wrote. A merged model is "
             "loaded as any other."
         )
     config = read_config(str(folder))
@@ -280,7 +267,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedMo
     kind = getattr(transformers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ValueError(f"{folder / 'config.json'} names the class {name!r}, which transformers does not have.")
-    with in_one_sentence(str(folder), "as a low-rank model"), safe_open(folder / _FILE, "pt") as file:
+    with in_one_sentence(str(folder), "as a low-rank model"), safe_open(folder / FILE, "pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     with in_one_sentence(str(folder), "as a low-rank model"), random_state_kept(torch.device("cpu")):
         dtype = next(x.dtype for x in state.values() if x.is_floating_point())
@@ -295,7 +282,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> PreTrainedMo
     wrong += sorted(state.keys() - wanted.keys())
     if wrong:
         raise ValueError(
-            f"{folder / _FILE} and the configuration beside it do not belong together: {len(wrong)} weights are "
+            f"{folder / FILE} and the configuration beside it do not belong together: {len(wrong)} weights are "
             f"missing, of another shape or too many ({', '.join(wrong[:4])}). Save the model again."
         )
     model.load_state_dict(state, strict=False)

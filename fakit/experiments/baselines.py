@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from fakit.experiments.build import Prepared, build_arguments, build_student, prepare
+from fakit.experiments.build import Prepared, build_arguments, prepare
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.quiet import without_side_bars
+from fakit.experiments.scores import parameters_of, scores_of
 from fakit.experiments.statistics import LOWER_IS_BETTER
 from fakit.experiments.store import now
+from fakit.experiments.students import make_student
 from fakit.training.checkpoints import versions
 
 
@@ -33,7 +35,7 @@ def evaluate_baselines(config: ExperimentConfig) -> list[dict[str, Any]]:
     splits = {"validation": prepared.validation, "test": prepared.test}
     set_seed(config.seed)
     with without_side_bars():
-        student = build_student(config, teacher, task)
+        student = make_student(config, prepared).model
     scores = {"teacher": {name: scores_of(teacher, split, task, tokenizer) for name, split in splits.items()}}
     copied = f"{task.metric}_copy"
     if copied in scores["teacher"]["test"]:
@@ -73,24 +75,3 @@ def baseline_id(config: ExperimentConfig, arm: str) -> str:
         name=f"baseline {arm}",
     )
     return bare.replace(training={"max_length": config.training.max_length}).run_id
-
-
-def scores_of(model, dataset, task, tokenizer, teacher=None) -> dict[str, float]:
-    """All metrics of a model on a split, by name; with a teacher its agreement, too.
-
-    Raises:
-        ValueError: the task's headline metric is not among them.
-    """
-    from fakit.evaluation import evaluate
-
-    scores = evaluate(model, dataset, task.collator(tokenizer), task, tokenizer=tokenizer, teacher=teacher)
-    if task.metric not in scores:
-        raise ValueError(f"the headline metric of {task.name} is {task.metric}; evaluate gave {', '.join(scores)}.")
-    return scores
-
-
-def parameters_of(model) -> int:
-    """How many a model has, each shared one once."""
-    from fakit.evaluation.cost import count_parameters
-
-    return count_parameters(model)["parameters"]

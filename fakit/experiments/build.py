@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch
 from fakit.experiments.batches import batch_plan
 from fakit.experiments.config import TRANSFER, ExperimentConfig
 from fakit.experiments.schema import did_you_mean
-from fakit.experiments.terms import Pairs, build_further_term, built
+from fakit.experiments.terms import KEPT, Pairs, build_further_term, built
 from fakit.layer_maps import LayerMap
 from fakit.objective.objective import Objective
 from fakit.objective.terms import Task
@@ -124,6 +124,7 @@ class Prepared:
 
     Attributes:
         validation, test: encoded splits.
+        compressed: the last student that was compressed from the teacher, and what it was asked as; see `make_student`.
     """
 
     config: ExperimentConfig
@@ -132,6 +133,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     validation: Dataset
     test: Dataset
+    compressed: tuple[str, Any] | None = None
     _logits: Tensor | None = None
     _scores: dict[str, float] | None = None
 
@@ -189,36 +191,6 @@ def prepare(config: ExperimentConfig, device: str | torch.device = "cpu") -> Pre
     return Prepared(config, task, teacher, tokenizer, **splits)
 
 
-def build_student(config: ExperimentConfig, teacher: PreTrainedModel, task: TextTask) -> PreTrainedModel:
-    """The trainable student: the teacher shrunk, or the model saved at `student.path`. Draws from torch's generator.
-
-    Its configuration names the task's classes, so the exported student answers with them.
-    """
-    from fakit.models.class_names import adopt_classes
-
-    if config.student.path is None:
-        from fakit.models.shrink import shrink
-
-        asked = config.student
-        layers = asked.layers if isinstance(asked.layers, int) else list(asked.layers)
-        student = shrink(teacher, layers, hidden_size=asked.hidden_size, heads=asked.heads, init=asked.init)
-        student.get_input_embeddings().requires_grad_(not asked.freeze_embeddings)
-        if task.label_names:
-            adopt_classes(student, task.label_names)
-        return student
-
-    from fakit.models.load import load_student
-
-    classes = task.num_labels if task.model_task == "sequence-classification" else None
-    model = load_student(config.student.path, task.model_task, num_labels=classes, device=teacher.device)
-    if model.config.pad_token_id is None:  # a classifier of several texts at once needs to know where they end
-        model.config.pad_token_id = teacher.config.pad_token_id
-    model.get_input_embeddings().requires_grad_(not config.student.freeze_embeddings)
-    if task.label_names:
-        adopt_classes(model, task.label_names)
-    return model
-
-
 def student_tokenizer(config: ExperimentConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside the model at `student.path`; None where none does,
     or the student is cut from the teacher.
@@ -247,11 +219,24 @@ def check_lengths(rows: Dataset, max_length: int, **models: PreTrainedModel) -> 
             )
 
 
-def build_objective(config: ExperimentConfig, student: PreTrainedModel, teacher: PreTrainedModel) -> Objective:
-    """The objective of the configured terms, with projections where the widths differ."""
+def build_objective(
+    config: ExperimentConfig, student: PreTrainedModel, teacher: PreTrainedModel, kept: Pairs | None = None
+) -> Objective:
+    """The objective of the configured terms, with projections where the widths differ.
+
+    Args:
+        kept: what the layer map "kept" stands for.
+    """
     from fakit.models.blocks import stack_depths
 
     def map_of(given: str | Pairs) -> LayerMap:
+        if given == KEPT:
+            if kept is None:
+                raise ValueError(
+                    f"layer_map: {KEPT} is the teacher layer that each student layer was, and nobody knows that of the "
+                    f"model saved at {config.student.path}; give pairs [student layer, teacher layer], or a strategy."
+                )
+            return LayerMap(kept)
         return LayerMap.named(given, stack_depths(student), stack_depths(teacher), seed=config.seed)
 
     objective = Objective(

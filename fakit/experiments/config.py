@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, Field
 
 from fakit import recipes
 from fakit.experiments.arguments import check_training_args
+from fakit.experiments.compression_config import LayerwiseConfig, LowRankConfig
 from fakit.experiments.schema import Count, Natural, Number, Section, Truth, Weight, Whole, describe, did_you_mean
 from fakit.experiments.terms import (
     AttentionConfig,
@@ -81,19 +82,57 @@ class TeacherConfig(Section):
         _check_filled("teacher.adapter", self.adapter)
 
 
+class StudentLayerwise(LayerwiseConfig):
+    """The teacher with layers taken out one a round, healing after each: where the run starts."""
+
+    section: ClassVar[str] = "student.layerwise"
+
+
+class StudentLowRank(LowRankConfig):
+    """The teacher with pairs of thin matrices for its weights, distilled block by block: where the run starts."""
+
+    section: ClassVar[str] = "student.low_rank"
+
+
 class StudentConfig(Section):
-    """Who learns: the teacher shrunk to a number of evenly spaced layers, or to layers by number; or `path`."""
+    """Who learns: the teacher shrunk to a number of evenly spaced layers, or to layers by number; `path`; or the
+    teacher compressed first, by `layerwise` or `low_rank`.
+    """
 
     section: ClassVar[str] = "student"
+    shrunk: ClassVar[tuple[str, ...]] = ("layers", "hidden_size", "heads", "init")
     layers: Count | tuple[Whole, ...] = 2
     hidden_size: Count | None = None
     heads: Count | None = None
     init: Literal["copy", "random"] = "copy"
     path: str | None = None  # a saved model instead of a shrunken teacher
     freeze_embeddings: Truth = False  # keep the copied word embeddings: less to train and, with few labels, to forget
+    layerwise: StudentLayerwise | None = None
+    low_rank: StudentLowRank | None = None
 
     def _check(self) -> None:
         _check_filled("student.path", self.path)
+        made = [key for key in ("layerwise", "low_rank", "path") if getattr(self, key) is not None]
+        if len(made) > 1:
+            raise ValueError(f"student.{made[0]} and student.{made[1]}: each makes a student; keep one of them.")
+        defaults = {key: type(self).model_fields[key].default for key in self.shrunk}
+        if self.compression and (also := [key for key in self.shrunk if getattr(self, key) != defaults[key]]):
+            raise ValueError(
+                f"student.{also[0]}: is of a teacher that is shrunk, and student.{made[0]} makes this student; "
+                "leave one of them out."
+            )
+
+    @property
+    def compression(self) -> LayerwiseConfig | LowRankConfig | None:
+        """How the teacher is compressed before the run."""
+        return self.layerwise or self.low_rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without compressions where there is none, and with one without what it stands for: ids of runs stay."""
+        aside = {"layerwise", "low_rank"}
+        if self.compression:
+            aside = {*self.shrunk, "path", "layerwise" if self.low_rank else "low_rank"}
+        return {key: value for key, value in super().to_dict().items() if key not in aside}
 
 
 class BalancingConfig(Section):
@@ -178,7 +217,8 @@ class ExperimentConfig(Section):
     task: TaskConfig = TaskConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
-    # a strategy, or pairs [student, teacher]; "random" is drawn anew with every pass over the labeled texts
+    # a strategy, or pairs [student, teacher]; "random" is drawn anew with every pass over the labeled texts, and "kept"
+    # is the teacher layer that each student layer was, and the last for the last
     layer_map: MapInAFile = "uniform"
     features: FeaturesConfig | None = FeaturesConfig()
     attention: AttentionConfig | None = AttentionConfig()

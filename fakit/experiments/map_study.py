@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fakit.experiments.baselines import prepare_run
-from fakit.experiments.build import Prepared, build_student
+from fakit.experiments.build import Prepared
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.store import RunStore
+from fakit.experiments.students import make_student
 from fakit.experiments.vary import CONTROLS, increasing_maps
 from fakit.files import write_whole
 
@@ -50,7 +51,7 @@ def record_similarity(experiments: Iterable[ExperimentConfig], texts: int, arms:
     for config in experiments:
         prepared = prepare_run(config)
         set_seed(config.seed)  # the student that is going to be trained
-        student = build_student(config, prepared.teacher, prepared.task)
+        student = make_student(config, prepared).model
         layers, task = (depth(student), depth(prepared.teacher)), prepared.task.name
         if arms != planned_maps(*layers):
             raise ValueError(

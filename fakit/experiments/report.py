@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import pandas as pd
 
 from fakit.experiments.map_report import map_report
 from fakit.experiments.map_study import SIMILARITY
+from fakit.experiments.statistics import Interval, crossed, main_effects
 from fakit.experiments.store import RunStore
 from fakit.experiments.table import BASELINES, compared_with, scale, study_table, to_markdown
 from fakit.files import check_room, write_whole
@@ -175,6 +176,7 @@ def _text(store: RunStore, table: pd.DataFrame, figures: dict[str, Figure], star
         "baselines, one evaluation each.",
         "",
     ]
+    lines += _effects(store, runs)
     if (without := runs[runs.get("no_score", 0) > 0]) is not None and len(without):
         said = "; ".join(f"{row['task']}, {row['arm']}: {row['no_score']:.0f}" for _, row in without.iterrows())
         lines += [f"Without a score, since the student gave NaN, and left out of every mean: {said}.", ""]
@@ -182,6 +184,39 @@ def _text(store: RunStore, table: pd.DataFrame, figures: dict[str, Figure], star
     if not figures:
         lines.append("No figure: intervals need at least two seeds of an arm.\n")
     return "\n".join(lines)
+
+
+def _effects(store: RunStore, table: pd.DataFrame) -> list[str]:
+    """What each factor is worth, for tasks whose arms are every combination of levels."""
+    lines = []
+    runs = store.runs()
+    for task, rows in table.groupby("task", sort=False):
+        cells = crossed(list(rows["arm"]))
+        own = runs[(runs["kind"] == "run") & (runs["task"] == task)]
+        if cells is None or not _whole_seeds(own, cells):
+            continue
+        metric = rows.iloc[0]["metric"]
+        factor, unit = scale(metric)
+        head = f"gain in {metric}{' (points)' if unit else ''}"
+        lines += [f"| {task}: what a level is worth | {head} | p (Holm) | seeds |", "|---|---|---|---|"]
+        for _, row in main_effects(own, "score", cells).iterrows():
+            gain = Interval(row["gain"], row["gain_low"], row["gain_high"], row["n"])
+            more = " (interaction)" if "×" in row["factor"] else ""
+            cells_of_row = (gain.format(factor, 2, sign=True), f"{row['p_holm']:.3f}", str(row["n"]))
+            lines.append(f"| {row['level']} against {row['against']}{more} | {' | '.join(cells_of_row)} |")
+        lines.append("")
+    if lines:
+        lines += [
+            "Each level is averaged over the levels of the other factors, paired by seed; positive is better.",
+            "",
+        ]
+    return lines
+
+
+def _whole_seeds(runs: pd.DataFrame, cells: Mapping[str, object]) -> int:
+    """How many seeds have all arms."""
+    by_seed = runs.dropna(subset=["score"]).groupby("seed")["arm"]
+    return sum(cells.keys() <= set(arms) for _, arms in by_seed)
 
 
 _STYLE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterable
 from contextlib import closing, nullcontext
@@ -11,13 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fakit.experiments.baselines import parameters_of, scores_of
+from fakit.compression import low_rank
 from fakit.experiments.build import (
     Prepared,
     TrainingRows,
     build_arguments,
     build_objective,
-    build_student,
     build_training_rows,
     check_lengths,
     prepare,
@@ -28,9 +28,12 @@ from fakit.experiments.flops import step_flops
 from fakit.experiments.quiet import without_side_bars
 from fakit.experiments.result import RunResult
 from fakit.experiments.run_folder import RUN, alone_in_folder, binding, checkpoint_of, finished_student, refusal
+from fakit.experiments.scores import parameters_of, scores_of
 from fakit.experiments.statistics import LOWER_IS_BETTER
 from fakit.experiments.store import RunStore, now, strict_json
+from fakit.experiments.students import make_student
 from fakit.files import check_room, write_whole
+from fakit.models.low_rank_linear import pairs
 from fakit.training.checkpoints import (
     began_in_bf16,
     differences,
@@ -40,6 +43,8 @@ from fakit.training.precision import AUTO
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+COMPRESSED = "compressed"  # where the folder of a run holds what is finished of a compression before it
 
 
 def run_experiment(
@@ -120,9 +125,11 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
         prepared.check(config)
         task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
         set_seed(config.seed)  # the student's first weights depend on the seed alone, not on what loading drew
-        student = build_student(config, teacher, task)
+        work = None if out is None or args.world_size > 1 else out / COMPRESSED  # several processes would share it
+        made = make_student(config, prepared, work, resume)
+        student = made.model
         rows = build_training_rows(config, task, tokenizer, processes=args.world_size)
-        objective = build_objective(config, student, teacher)
+        objective = build_objective(config, student, teacher, made.kept)
         check_fit(teacher, student, objective, tokenizer, student_tokenizer(config))
         for split in (rows.rows, prepared.validation, prepared.test):
             check_lengths(split, config.training.max_length, teacher=teacher, student=student)
@@ -157,7 +164,9 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
             trainer.epochs.steps = _steps_a_pass(rows, args)
         main = trainer.is_world_process_zero()
         if finished is None:
-            flops_per_step = step_flops(trainer, rows) if count_flops and cache is None else None
+            # of a compression nobody counted them
+            counted = count_flops and cache is None and not made.facts
+            flops_per_step = step_flops(trainer, rows) if counted else None
             begun = {"run_id": config.run_id, "config": config.to_dict(), **facts, "finished": None}
             if out is not None and main:
                 write_whole(out / RUN, json.dumps(begun, indent=1, allow_nan=False))
@@ -174,15 +183,13 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
                 "history": _history(trainer.state.log_history),
             }
             if out is not None and main:  # before anything else that may fail
-                student.save_pretrained(out)
-                tokenizer.save_pretrained(out)
+                _save(student, out, tokenizer)
                 config.to_yaml(out / "experiment.yaml")
                 write_whole(out / RUN, json.dumps(strict_json({**begun, "finished": done}), indent=1, allow_nan=False))
         else:
             done = finished["finished"]
             done["history"] = [{k: v for k, v in row.items() if v is not None} for row in done["history"]]
-            student = type(student).from_pretrained(out, dtype=torch.float32, trust_remote_code=False)
-            student = student.to(args.device)
+            student = _load(student, out).to(args.device)
 
     scores = scores_of(student, prepared.test, task, tokenizer, prepared.reference())
     result = RunResult(
@@ -204,13 +211,30 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
         versions=versions(),
         data=prepared.fingerprint(),
         dropped=task.dropped,
+        compression=made.facts or None,
         student=student,
         **done,
     )
     if main and store is not None:
         store.append_steps(config.run_id, result.history)
         store.append_run(result.record())
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)
     return result
+
+
+def _save(student, out: Path, tokenizer) -> None:
+    if pairs(student):
+        low_rank.save(student, out, tokenizer)
+        return
+    student.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _load(student, out: Path):
+    if pairs(student):
+        return low_rank.load(out)
+    return type(student).from_pretrained(out, dtype=torch.float32, trust_remote_code=False)
 
 
 # -- before the first step --------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ one seed is free of what these do to both. All intervals are over seeds, at 95 %
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
@@ -301,6 +302,82 @@ def paired_table(runs: pd.DataFrame, metric: str, baseline_arm: str, level: floa
         ValueError: naming what is missing: a column, the baseline arm; a run recorded twice for one task, arm, seed; or
             settings or versions in which the seeds of an arm differ.
     """
+    runs = _to_pair(runs, metric)
+    rows = []
+    for task, of_task in runs.groupby("task", sort=False):
+        arms = {arm: group.set_index("seed")[metric].astype(float) for arm, group in of_task.groupby("arm", sort=False)}
+        if baseline_arm not in arms:
+            raise ValueError(f"arm {baseline_arm!r} is not among the runs of {task}, which have {', '.join(arms)}.")
+        sign = 1 if _higher_is_better(of_task, metric) else -1
+        of_task_rows = [
+            {"task": task, "arm": arm, **_compare(scores, arms[baseline_arm], arm == baseline_arm, sign, level)}
+            for arm, scores in arms.items()
+        ]
+        for row, p in zip(of_task_rows, holm([row["p"] for row in of_task_rows]), strict=True):
+            rows.append(row | {"p_holm": p})
+    return pd.DataFrame(rows)
+
+
+def main_effects(
+    runs: pd.DataFrame, metric: str, cells: Mapping[str, Mapping[str, str]], level: float = 0.95
+) -> pd.DataFrame:
+    """What each factor of a crossed study is worth: one level against the first, averaged over the other factors.
+
+    Of each seed there is one number an effect, a mean over its own runs, so that seeds stay paired; intervals are over
+    seeds that have all arms. Of two factors with two levels each there is also the interaction: by how much the second
+    level of one is worth more beside the second level of the other than beside the first.
+
+    Args:
+        runs: as for `paired_table`.
+        metric: the column compared.
+        cells: arm → {factor: its level}; every combination of levels once. Levels count in the order they come in.
+
+    Returns:
+        One row a task and effect: task, factor, level, against; gain, gain_low, gain_high, positive for "better"; p,
+        p_holm over the effects of the task; n seeds. Of an interaction `factor` is "a × b", `level` "its second
+        with its second", `against` "each".
+
+    Raises:
+        ValueError: as `paired_table`; cells that are not crossed; runs that lack an arm, or no seed that has all.
+    """
+    factors, rows = _levels(cells), []
+    for task, of_task in _to_pair(runs, metric).groupby("task", sort=False):
+        if lacking := [arm for arm in cells if arm not in set(of_task["arm"])]:
+            raise ValueError(
+                f"arm {lacking[0]!r} is not among the runs of {task}: {', '.join(of_task['arm'].unique())}."
+            )
+        scores = of_task.pivot(index="seed", columns="arm", values=metric)[list(cells)].dropna().astype(float)
+        if scores.empty:
+            raise ValueError(f"{task}: no seed has all of {', '.join(cells)}, so effects cannot be paired.")
+        sign = 1 if _higher_is_better(of_task, metric) else -1
+
+        def mean_of(scores=scores, **asked: str) -> pd.Series:
+            chosen = [arm for arm, of in cells.items() if all(of[name] == value for name, value in asked.items())]
+            return scores[chosen].mean(axis=1)
+
+        found = [
+            (name, value, levels[0], mean_of(**{name: value}) - mean_of(**{name: levels[0]}))
+            for name, levels in factors.items()
+            for value in levels[1:]
+        ]
+        for (one, its), (two, others) in combinations(factors.items(), 2):
+            if len(its) == len(others) == 2:
+                beside = [mean_of(**{one: its[1], two: x}) - mean_of(**{one: its[0], two: x}) for x in others]
+                found.append((f"{one} × {two}", f"{its[1]} with {others[1]}", "each", beside[1] - beside[0]))
+        of_task_rows = []
+        for factor, value, against, gains in found:
+            gain = mean_interval((sign * gains).to_numpy(), level)
+            of_task_rows.append(
+                {"task": task, "factor": factor, "level": value, "against": against, "n": gain.n, "p": gain.p}
+                | {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
+            )
+        adjusted = holm([math.nan if row["p"] is None else row["p"] for row in of_task_rows])
+        rows += [row | {"p_holm": p} for row, p in zip(of_task_rows, adjusted, strict=True)]
+    return pd.DataFrame(rows)
+
+
+def _to_pair(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The runs that have a score, if each arm of a task is one thing and each of its seeds there once."""
     for column in ("task", "arm", "seed", metric):
         if column not in runs:
             raise ValueError(
@@ -322,19 +399,39 @@ def paired_table(runs: pd.DataFrame, metric: str, baseline_arm: str, level: floa
                 "seeds of one arm; choose the runs of one configuration first, or compare with study_table, which "
                 "keeps them apart."
             )
-    rows = []
-    for task, of_task in runs.groupby("task", sort=False):
-        arms = {arm: group.set_index("seed")[metric].astype(float) for arm, group in of_task.groupby("arm", sort=False)}
-        if baseline_arm not in arms:
-            raise ValueError(f"arm {baseline_arm!r} is not among the runs of {task}, which have {', '.join(arms)}.")
-        sign = 1 if _higher_is_better(of_task, metric) else -1
-        of_task_rows = [
-            {"task": task, "arm": arm, **_compare(scores, arms[baseline_arm], arm == baseline_arm, sign, level)}
-            for arm, scores in arms.items()
-        ]
-        for row, p in zip(of_task_rows, holm([row["p"] for row in of_task_rows]), strict=True):
-            rows.append(row | {"p_holm": p})
-    return pd.DataFrame(rows)
+    return runs
+
+
+def crossed(arms: Sequence[str]) -> dict[str, dict[str, str]] | None:
+    """The cells of a study whose arms are every combination of levels, as `vary: {kind: grid}` names them, other arms
+    aside; else None.
+
+    >>> crossed(["none", "a, x", "a, y", "b, x", "b, y"])["b, x"]
+    {'1': 'b', '2': 'x'}
+    """
+    parts = {arm: arm.split(", ") for arm in arms if ", " in arm}
+    widths = {len(of) for of in parts.values()}
+    if len(widths) != 1:
+        return None
+    cells = {arm: {str(n): part for n, part in enumerate(of, start=1)} for arm, of in parts.items()}
+    try:
+        return cells if all(len(levels) > 1 for levels in _levels(cells).values()) else None
+    except ValueError:
+        return None
+
+
+def _levels(cells: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+    """Factor → its levels, in the order they come in."""
+    names = list(next(iter(cells.values()), {}))
+    levels = {name: list(dict.fromkeys(of.get(name, "") for of in cells.values())) for name in names}
+    wanted = set(product(*levels.values()))
+    found = [tuple(of.get(name, "") for name in names) for of in cells.values()]
+    if not names or len(found) != len(wanted) or set(found) != wanted:
+        raise ValueError(
+            f"cells: found {len(cells)} arms and {' × '.join(str(len(of)) for of in levels.values()) or 'no'} levels; "
+            "effects want every combination of levels once."
+        )
+    return levels
 
 
 def _compare(scores: pd.Series, baseline: pd.Series, is_baseline: bool, sign: int, level: float) -> dict:

@@ -32,8 +32,9 @@ from fakit.objective.term import Term
 from fakit.objective.terms import ATTENTION_LOSSES, Attention, Features, Outputs
 
 Pairs = tuple[tuple[int, int], ...]
-MapInAFile = Literal[STRATEGIES] | tuple[tuple[Whole, Whole], ...]
-# A strategy's name or explicit pairs → the layer map between the two models.
+KEPT = "kept"  # a map: the teacher layer that each student layer was, and the last for the last
+MapInAFile = Literal[*STRATEGIES, KEPT] | tuple[tuple[Whole, Whole], ...]
+# A strategy's name, "kept" or explicit pairs → the layer map between the two models.
 MapOf = Callable[[str | Pairs], LayerMap]
 
 

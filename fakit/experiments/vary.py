@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from operator import attrgetter
 from typing import Any
 
@@ -149,6 +149,42 @@ def published(names: Sequence[str] = tuple(RECIPES), none: bool = True) -> dict[
     return found
 
 
+def grid(**factors: Mapping[str, Changes]) -> dict[str, Change]:
+    """Every combination of the levels of several factors; `fakit report` says what each level is worth.
+
+    Args:
+        factors: factor → name of a level → its changes. The arm's name is its levels, joined by ", ".
+
+    Raises:
+        ValueError: fewer than two factors or levels; a level whose name has a comma, by which names are joined; a key
+            that two factors change.
+
+    >>> arms = grid(student={"deep": {}, "flat": {"student.layers": 1}}, labels={"all": {}, "few": {"task.labels": 9}})
+    >>> list(arms), arms["flat, few"]
+    (['deep, all', 'deep, few', 'flat, all', 'flat, few'], {'student.layers': 1, 'task.labels': 9})
+    """
+    if len(factors) < 2:
+        raise ValueError(f"grid: found {', '.join(factors) or 'no factor'}; one factor alone is a mapping of arms.")
+    keys: dict[str, str] = {}
+    for factor, levels in factors.items():
+        if not isinstance(levels, Mapping) or len(levels) < 2:
+            raise ValueError(f"grid.{factor}: found {levels!r}, expected at least two levels and their changes.")
+        for name, changes in levels.items():
+            if not isinstance(name, str) or ", " in name:
+                raise ValueError(f"grid.{factor}: the level {name!r} is no name, which is text without a comma.")
+            if not isinstance(changes, Mapping):
+                raise ValueError(
+                    f"grid.{factor}.{name}: found {changes!r}, expected changes: {{features.weight: 0.1}}."
+                )
+            for key in changes:
+                if keys.setdefault(key, factor) != factor:
+                    raise ValueError(f"grid: {key} is changed by {keys[key]} and by {factor}; let one of them do it.")
+    return {
+        ", ".join(name for name, _ in levels): {key: value for _, changes in levels for key, value in changes.items()}
+        for levels in product(*(of.items() for of in factors.values()))
+    }
+
+
 def _is_factor(number: Any) -> bool:
     return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number) and number >= 0
 
@@ -169,6 +205,7 @@ KINDS: dict[str, Callable[..., dict[str, Change]]] = {
     "maps": maps,
     "weights": weights,
     "recipes": published,
+    "grid": grid,
 }
 """The functions that a file names: `vary: arms`, `vary: {kind: maps, student_layers: 3, teacher_layers: 6}`."""
 

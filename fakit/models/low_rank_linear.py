@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from fakit.files import whole
+
 EXPERTS = "fakit_low_rank"  # what a model's configuration calls the forward pass of experts in pairs
+FILE = "low_rank.safetensors"
+"""What a model's weights lie in as pairs. Not model.safetensors: plain transformers would leave out what it has no name
+for, and start that at random.
+"""
 
 
 class LowRankLinear(nn.Module):
@@ -70,6 +82,26 @@ class LowRankExperts(nn.Module):
     def weight(self) -> Tensor:
         """The products, (E, d_out, d_in), computed each time."""
         return self.up @ self.down
+
+
+def pairs(model: nn.Module) -> dict[str, LowRankLinear | LowRankExperts]:
+    """The pairs of a model, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear | LowRankExperts)}
+
+
+def save_pairs(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
+    """The files of a model with pairs: config.json, low_rank.safetensors, and those of generation.
+
+    Args:
+        state: its weights by name, each once.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    with whole(folder / FILE) as partial:
+        save_file({name: x.contiguous() for name, x in state.items()}, partial, {"format": "pt"})
 
 
 def first_projection(experts: nn.Module) -> str:

@@ -24,6 +24,7 @@ from transformers.trainer_utils import SaveStrategy
 from fakit.files import check_room
 from fakit.models.kinds import is_causal_lm, ties, untie, without_layerdrop, without_rescaling
 from fakit.models.load import is_quantized
+from fakit.models.low_rank_linear import FILE, pairs, save_pairs
 from fakit.models.peft_students import ADAPTER, base_fingerprint, check_adapter, is_adapted, load_adapter
 from fakit.models.random_state import random_state_kept
 from fakit.models.tables import CheckedCollator, Tables, check_data, tables
@@ -486,7 +487,11 @@ class DistillationTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         distiller = self.distiller
         state = distiller.state_dict() if state_dict is None else state_dict
-        distiller.student.save_pretrained(folder, state_dict=_part(state, "student."))
+        own = _part(state, "student.")
+        if pairs(distiller.student):
+            save_pairs(distiller.student, {k: v for k, v in own.items() if k not in ties(distiller.student)}, folder)
+        else:
+            distiller.student.save_pretrained(folder, state_dict=own)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if self._is_checkpoint:
@@ -496,8 +501,8 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        adapted = is_adapted(self.distiller.student)
-        own = ADAPTER if adapted else "config.json"
+        adapted, in_pairs = is_adapted(self.distiller.student), bool(pairs(self.distiller.student))
+        own = ADAPTER if adapted else FILE if in_pairs else "config.json"
         missing = [name for name in (own, _PROJECTIONS, _OBJECTIVE) if not (folder / name).is_file()]
         if missing:
             raise ValueError(
@@ -515,6 +520,10 @@ class DistillationTrainer(Trainer):
         state = {f"objective.{name}": value for name, value in projections.items()}
         if adapted:
             load_adapter(distiller.student, folder)
+        elif in_pairs:
+            found = load_file(folder / FILE)
+            found |= {name: found[first] for name, first in ties(distiller.student).items()}
+            state |= {f"student.{name}": value for name, value in found.items()}
         else:
             student = type(distiller.student).from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False

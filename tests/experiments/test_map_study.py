@@ -7,9 +7,10 @@ import pytest
 
 from fakit.experiments import RunStore, Study, map_scores, maps, report
 from fakit.experiments import study as study_module
-from fakit.experiments.build import build_student, prepare
+from fakit.experiments.build import prepare
 from fakit.experiments.map_report import map_correlations, map_markdown
 from fakit.experiments.map_study import SIMILARITY, recorded_similarity, similarity
+from fakit.experiments.students import make_student
 from fakit.experiments.vary import CONTROLS, increasing_maps, random_pairs
 
 SMALL = {
@@ -88,7 +89,7 @@ def test_a_study_is_run_scored_read_back_and_continued(config, tmp_path, monkeyp
 
 def test_the_texts_that_are_recorded_are_those_that_were_measured(config):
     prepared = prepare(config)
-    student = build_student(config, prepared.teacher, prepared.task)
+    student = make_student(config, prepared).model
     for asked, measured in ((512, len(prepared.task.pool)), (16, 16)):
         assert similarity(student, prepared, asked)["texts"] == measured <= 512 / 2
 

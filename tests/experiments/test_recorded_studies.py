@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from fakit import recipes
 from fakit.__main__ import main
 from fakit.experiments import ExperimentConfig, RunStore, Study
 from fakit.experiments import study as study_module
 from fakit.experiments.baselines import baseline_id
+from fakit.experiments.statistics import Interval, main_effects
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = {
@@ -16,6 +18,7 @@ RECORDED = {
     "glosses_1400_labels": "study_glosses_1400.yaml",
     "maps": "maps.yaml",
     "weights": "weights.yaml",
+    "skew_and_dynamics": "skew_and_dynamics.yaml",
 }
 
 
@@ -67,3 +70,18 @@ def test_the_record_of_the_weights_is_whole_and_small():
     runs = store.runs()
     assert (runs["steps"] == runs["config.training.steps"]).all() and runs["score"].between(0, 1).all()
     assert sum(path.stat().st_size for path in store.path.iterdir()) < 1_000_000
+
+
+def test_what_skew_and_dynamics_are_worth_is_as_the_recipe_says():
+    runs = RunStore(ROOT / "data/recorded/skew_and_dynamics").runs()
+    cells = {
+        f"{divergence}{more}": {"divergence": divergence, "dynamics": more}
+        for divergence in ("forward KL", "skew KL")
+        for more in ("", " and dynamics")
+    }
+    found = main_effects(runs[runs["kind"] == "run"], "score", cells).set_index("factor")
+    assert (found["n"] == 5).all() and (found["p_holm"] > 0.05).all()
+    said = recipes.fdd().evidence
+    for factor in ("divergence", "dynamics"):
+        gain = found.loc[factor]
+        assert Interval(*gain[["gain", "gain_low", "gain_high", "n"]]).format(100, 2, sign=True) in said

@@ -151,6 +151,25 @@ def test_figures_show_gains_with_better_to_the_right(store):
     assert "teacher 8" in made.figures["scores_by_arm"].summary
 
 
+def test_a_report_says_what_each_level_of_a_grid_is_worth(tmp_path):
+    store = RunStore.open(tmp_path / "runs", what="a grid")
+    scores = {"a, x": [0.5, 0.6], "a, y": [0.6, 0.7], "b, x": [0.5, 0.62], "b, y": [0.64, 0.74]}
+    for arm, of_arm in scores.items():
+        for seed, score in enumerate(of_arm):
+            store.append_run(_record("glosses", arm, seed, score))
+    text = report(store).text
+    assert "| glosses: what a level is worth | gain in accuracy (points) | p (Holm) | seeds |" in text
+    (low, high) = stats.t.interval(0.95, 1, 11.5, stats.sem([12.0, 11.0]))
+    assert f"| y against x | +11.50 [{low:+.2f}, {high:+.2f}] |" in text and "| b against a | +2.50 [" in text
+    assert "| b with y against each (interaction) | +3.00 [" in text
+    store.append_run(_record("glosses", "none", 0, 0.4))  # an arm beside the grid changes nothing of it
+    assert "| y against x | +11.50" in report(store).text
+    unfinished = RunStore.open(tmp_path / "others", what="a grid")
+    for arm, of_arm in list(scores.items())[:3]:
+        unfinished.append_run(_record("glosses", arm, 0, of_arm[0]))
+    assert "what a level is worth" not in report(unfinished).text
+
+
 def test_one_run_makes_a_report_without_intervals(tmp_path):
     store = RunStore.open(tmp_path)
     store.append_run(_record("glosses", "all", 0, 0.8))

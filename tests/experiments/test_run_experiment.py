@@ -10,23 +10,22 @@ from fakit.experiments.baselines import evaluate_baselines
 from fakit.experiments.build import (
     build_arguments,
     build_objective,
-    build_student,
     build_task,
-    build_teacher,
     build_training_rows,
+    prepare,
 )
 from fakit.experiments.config import ARMS
 from fakit.experiments.flops import step_flops
 from fakit.experiments.result import RunResult
 from fakit.experiments.run import run_experiment
 from fakit.experiments.store import RunStore
+from fakit.experiments.students import make_student
 from fakit.training.trainer import DistillationTrainer
 
 
 def _parts(config):
-    task = build_task(config)
-    teacher, tokenizer = build_teacher(config, task)
-    return task, teacher, tokenizer
+    prepared = prepare(config)
+    return prepared, prepared.task, prepared.teacher, prepared.tokenizer
 
 
 def test_a_run_from_configuration_to_store(config, tmp_path):
@@ -130,9 +129,9 @@ def test_arms_of_one_seed_are_paired(config):
     students, labeled = {}, {}
     for arm in ("none", "all"):
         of_arm = config.replace(seed=3).with_arm(arm).replace(**{"student.init": "random"})
-        task, teacher, tokenizer = _parts(of_arm)
+        prepared, task, _, tokenizer = _parts(of_arm)
         torch.manual_seed(of_arm.seed)
-        students[arm] = build_student(of_arm, teacher, task)
+        students[arm] = make_student(of_arm, prepared).model
         rows = build_training_rows(of_arm, task, tokenizer)
         labeled[arm] = [row for row in rows.dataset()["input_ids"] if row in rows.rows[: rows.labeled]["input_ids"]]
         pool = 0 if arm == "none" else 150
@@ -146,8 +145,8 @@ def test_arms_of_one_seed_are_paired(config):
 def test_flops_of_a_step_by_hand(config):
     """A multiply-add is 2; backward is twice the forward, for weights and for inputs."""
     config = config.with_arm("none").replace(**{"training.accumulation": 3})
-    task, teacher, tokenizer = _parts(config)
-    student = build_student(config, teacher, task)
+    prepared, task, teacher, tokenizer = _parts(config)
+    student = make_student(config, prepared).model
     rows = build_training_rows(config, task, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = DistillationTrainer(
@@ -229,7 +228,7 @@ def test_a_causal_task_reports_the_error_rate_and_the_copy_baseline(config, worl
 def test_baselines_of_a_classification(config):
     baselines = {record["arm"]: record for record in evaluate_baselines(config)}
     assert set(baselines) == {"teacher", "untrained"}
-    task, teacher, tokenizer = _parts(config)
+    _, task, teacher, tokenizer = _parts(config)
     rows = [tokenizer(text, return_tensors="pt") for text in task.test["text"]]
     with torch.no_grad():
         right = [
@@ -248,8 +247,8 @@ def test_the_objective_is_the_configured_one(config):
         outputs={"loss": "jsd", "temperature": 3.0, "weight": 2.0},
         student={"layers": 2, "hidden_size": 8},
     )
-    task, teacher, _ = _parts(config)
-    student = build_student(config, teacher, task)
+    prepared, _, teacher, _ = _parts(config)
+    student = make_student(config, prepared).model
     objective = build_objective(config, student, teacher)
     assert objective.layer_map.pairs == [(1, 3), (2, 4)]
     assert dict(objective.weights) == {"features": 0.25, "outputs": 2.0, "task": 1.0}
@@ -272,8 +271,8 @@ def test_the_objective_is_the_configured_one(config):
 
 def test_a_saved_model_may_be_the_student(config, tmp_path):
     first = run_experiment(config.replace(out=str(tmp_path)), progress=False)
-    task, teacher, _ = _parts(config)
-    student = build_student(config.replace(student={"path": str(tmp_path)}), teacher, task)
+    saved = config.replace(student={"path": str(tmp_path)})
+    student = make_student(saved, prepare(saved)).model
     for ours, theirs in zip(student.parameters(), first.student.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -7,8 +7,10 @@ from scipy import stats
 
 from fakit.experiments.statistics import (
     Interval,
+    crossed,
     gap_closed,
     holm,
+    main_effects,
     mean_interval,
     paired_bootstrap,
     paired_difference,
@@ -263,3 +265,52 @@ def test_paired_means_of_two_arms_give_the_paired_t_interval():
     assert (high - low) / 2 == pytest.approx(math.sqrt(2) * half)  # as the docstring says
     with pytest.raises(ValueError, match="found 1 × 5"):
         paired_means(values[:1])
+
+
+def crossed_runs(score, seeds=(0, 1, 2, 3), metric="accuracy", higher=True):
+    """Runs of two students × two losses, whose score is a function of both and of the seed."""
+    return pd.DataFrame(
+        {"task": "t", "arm": f"{student}, {loss}", "seed": seed, "metric": metric, "higher_is_better": higher}
+        | {"score": score(student, loss, seed)}
+        for student in ("deep", "flat")
+        for loss in ("plain", "skew")
+        for seed in seeds
+    )
+
+
+def test_main_effects_by_hand():
+    noise = [0.03, -0.01, 0.02, 0.0]
+    worth = {"deep": 0.0, "flat": 0.1, "plain": 0.0, "skew": 0.04}
+
+    def score(student, loss, seed):
+        both = 0.02 if (student, loss) == ("flat", "skew") else 0.0
+        return 0.5 + worth[student] + worth[loss] + both + noise[seed] * (1 + (student == "flat"))
+
+    runs = crossed_runs(score)
+    cells = crossed(list(runs["arm"].unique()))
+    found = main_effects(runs, "score", cells).set_index("factor")
+    by_seed = np.array([0.1 + 0.02 / 2 + x for x in noise])  # of "flat": half of its runs have the interaction
+    assert found.loc["1", "gain"] == pytest.approx(by_seed.mean())
+    low, high = stats.t.interval(0.95, 3, by_seed.mean(), stats.sem(by_seed))
+    assert (found.loc["1", "gain_low"], found.loc["1", "gain_high"]) == pytest.approx((low, high))
+    assert found.loc["2", "gain"] == pytest.approx(0.05) and found.loc["2", "p"] < 1e-6
+    assert found.loc["1 × 2", "gain"] == pytest.approx(0.02) and (found["n"] == 4).all()
+    assert found.loc["1", ["level", "against"]].tolist() == ["flat", "deep"]
+    assert found.loc["1 × 2", "level"] == "flat with skew"
+    lower = crossed_runs(lambda *of: -score(*of), metric="cer", higher=False)
+    assert main_effects(lower, "score", cells)["gain"].tolist() == pytest.approx(found["gain"].tolist())
+
+
+def test_main_effects_take_whole_seeds_of_whole_grids():
+    runs = crossed_runs(lambda student, loss, seed: 0.1 * seed + (loss == "skew"))
+    cells = crossed([*runs["arm"].unique(), "none"])
+    part = runs[~((runs["seed"] == 3) & (runs["arm"] == "flat, skew"))]
+    assert (main_effects(part, "score", cells)["n"] == 3).all()
+    with pytest.raises(ValueError, match="'flat, skew' is not among the runs of t"):
+        main_effects(runs[runs["arm"] != "flat, skew"], "score", cells)
+    with pytest.raises(ValueError, match="found 3 arms and 2 × 2 levels; effects want every combination"):
+        main_effects(runs, "score", {arm: of for arm, of in cells.items() if arm != "flat, skew"})
+    with pytest.raises(ValueError, match="no seed has all of"):
+        main_effects(runs[runs["seed"] == (runs["arm"] == "flat, skew").astype(int)], "score", cells)
+    assert crossed(["a, x", "a, y", "b, x"]) is crossed(["none", "all"]) is None
+    assert crossed(["none, equal compute", "all, equal compute"]) is None

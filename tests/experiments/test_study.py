@@ -9,7 +9,7 @@ from fakit.experiments.baselines import evaluate_baselines, prepare_run
 from fakit.experiments.config import ARMS, StudentConfig
 from fakit.experiments.run import run_experiment
 from fakit.experiments.study import equal_compute_steps
-from fakit.experiments.vary import KINDS
+from fakit.experiments.vary import KINDS, grid
 
 
 @pytest.fixture
@@ -212,9 +212,29 @@ def test_a_file_makes_of_a_kind_what_python_makes(kind):
         "maps": {"student_layers": 2, "teacher_layers": 4},
         "weights": {"factors": {"task": [2]}},
         "recipes": {"names": ["pkd", "gkd"]},
+        "grid": {
+            "student": {"deep": {}, "flat": {"student": {"layers": 1}}},
+            "loss": {"kl": {}, "jsd": {"outputs.loss": "jsd"}, "none": {"outputs": None, "training.steps": 9}},
+        },
     }[kind]
     made = Study(ExperimentConfig(), KINDS[kind](**options)).runs()
     assert Study.from_dict({"base": {}, "vary": {"kind": kind, **options}}).runs() == made
+
+
+def test_a_grid_makes_every_combination_and_refuses_what_is_not_one():
+    levels = {"way": {"a": {"seed": 3}, "b": {}}, "rank": {"x": {}, "y": {"outputs.weight": 2.0}}}
+    assert grid(**levels) == {"a, x": {"seed": 3}, "a, y": {"seed": 3, "outputs.weight": 2.0}, "b, x": {}} | {
+        "b, y": {"outputs.weight": 2.0}
+    }
+    for wrong, said in (
+        ({"way": levels["way"]}, "found way; one factor alone is a mapping of arms"),
+        ({**levels, "rank": {"x": {}}}, r"grid\.rank: found .*, expected at least two levels"),
+        ({**levels, "rank": {"x": {}, "y, z": {}}}, "the level 'y, z' is no name, which is text without a comma"),
+        ({**levels, "rank": {"x": {}, "y": 2}}, r"grid\.rank\.y: found 2, expected changes"),
+        ({**levels, "rank": {"x": {}, "y": {"seed": 4}}}, "seed is changed by way and by rank; let one of them do it"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            grid(**wrong)
 
 
 def test_a_kind_without_options_is_its_name():

@@ -1,0 +1,80 @@
+"""`make_student`: who learns in a run. The teacher shrunk, a model that was saved, or the teacher compressed first."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fakit.experiments.build import Prepared
+from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.smaller import Made, kept, make_smaller
+from fakit.layer_maps import LayerMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def make_student(
+    config: ExperimentConfig, prepared: Prepared, folder: Path | None = None, resume: bool = False
+) -> Made:
+    """The trainable student of a run. Draws from torch's generators, which a compression sets by the run's seed anew.
+
+    Its configuration names the task's classes, so the exported student answers with them. Runs after each other that
+    ask for the same compression share it (`prepared` holds the last one), so arms of a study start from one student.
+
+    Args:
+        folder: where a compression that is stopped leaves what it has finished; None: nowhere.
+        resume: go on from what is there.
+
+    Raises:
+        ValueError: before any work, what the parts refuse.
+    """
+    from transformers import set_seed
+
+    from fakit.models.class_names import adopt_classes
+
+    asked, task = config.student, prepared.task
+    if asked.compression is not None:
+        key = type(asked.compression).__name__ + json.dumps(asked.compression.to_dict(), sort_keys=True)
+        if prepared.compressed is None or prepared.compressed[0] != key:
+            prepared.compressed = None  # two at once would fill the memory
+            length = config.training.max_length
+            made = make_smaller(asked.compression, prepared, length, config.seed, folder, resume, scored=False)
+            prepared.compressed = key, made
+        held = prepared.compressed[1]
+        made = Made(copy.deepcopy(held.model).requires_grad_(True), held.kept, held.facts)
+        set_seed(config.seed)
+    elif asked.path is not None:
+        made = Made(_saved(config, prepared), None)
+    else:
+        made = _shrunk(config, prepared)
+    made.model.get_input_embeddings().requires_grad_(not asked.freeze_embeddings)
+    if task.label_names:
+        adopt_classes(made.model, task.label_names)
+    return made
+
+
+def _shrunk(config: ExperimentConfig, prepared: Prepared) -> Made:
+    from fakit.models.blocks import stack_depths
+    from fakit.models.shrink import shrink
+
+    asked = config.student
+    layers = asked.layers if isinstance(asked.layers, int) else list(asked.layers)
+    model = shrink(prepared.teacher, layers, hidden_size=asked.hidden_size, heads=asked.heads, init=asked.init)
+    depths = stack_depths(model), stack_depths(prepared.teacher)
+    if isinstance(layers, list) and len(depths[1]) == 1:
+        return Made(model, kept(layers, *depths[1]))
+    return Made(model, tuple(LayerMap.named("uniform", *depths).pairs))
+
+
+def _saved(config: ExperimentConfig, prepared: Prepared) -> PreTrainedModel:
+    from fakit.models.load import load_student
+
+    task, teacher = prepared.task, prepared.teacher
+    classes = task.num_labels if task.model_task == "sequence-classification" else None
+    model = load_student(config.student.path, task.model_task, num_labels=classes, device=teacher.device)
+    if model.config.pad_token_id is None:  # a classifier of several texts at once needs to know where they end
+        model.config.pad_token_id = teacher.config.pad_token_id
+    return model
