@@ -20,6 +20,7 @@ from fakit.tracing.capture import capture
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
 UNLABELED = -100
+TOP = 5  # of CR@k and MOR@k
 
 
 def evaluate(
@@ -41,8 +42,9 @@ def evaluate(
     | causal-lm | perplexity and nll of the labeled tokens; from source to target also cer and cer_copy |
 
     cer is that of greedy decoding from the source, cer_copy that of leaving the source as it is.
-    With a teacher also: agreement (share of equal top-1) and kl (teacher ‖ student, nats), for causal-lm cr@5 and
-    mor@5 too; for regression teacher_pearson and teacher_mse.
+    With a teacher also: agreement (share of equal top-1) and kl (teacher ‖ student, nats); where there are more than
+    five classes or tokens to choose from, cr@5 and mor@5 (see `Agreement`); for regression teacher_pearson and
+    teacher_mse.
 
     Batches go by length, dropout is off, and models keep their device and training mode. Rows with label -100 count for
     the agreement with the teacher only; for causal-lm the labeled tokens alone count, everywhere. A model that gives
@@ -153,7 +155,8 @@ def _classification(logits, labels, labeled, teacher_logits, label_names) -> dic
         )
     results = {}
     if teacher_logits is not None:
-        results = Agreement(k=None).update(logits, teacher_logits).compute()
+        # of five classes and fewer, the top five are all of them
+        results = Agreement(k=TOP if classes > TOP else None).update(logits, teacher_logits).compute()
     has_nan = bool(logits.isnan().any())
     logits, labels = logits[labeled], labels[labeled]
     if has_nan:  # argmax would call them class 0
@@ -199,7 +202,7 @@ def _single_output(logits: Tensor, who: str) -> Tensor:
 
 def _language_modeling(model, dataset, collator, batch_size, teacher, shared_vocabulary) -> dict[str, float]:
     nll, tokens = 0.0, 0
-    agreement = None if teacher is None else Agreement()
+    agreement = None if teacher is None else Agreement(TOP)
     with torch.no_grad(), eval_mode(model), eval_mode(model if teacher is None else teacher):
         for _, batch in length_sorted_batches(rows_of(dataset), collator, batch_size, device_of(model)):
             labels = batch.pop("labels", None)  # (B, T)

@@ -127,6 +127,20 @@ def test_a_teacher_adds_agreement_over_all_rows(bert):
     assert (same["agreement"], same["kl"]) == (1.0, 0.0)
 
 
+def test_of_more_than_five_classes_their_order_is_compared_too(bert):
+    names = list("abcdefg")
+    task = SimpleNamespace(kind="sequence-classification", label_names=names)
+    student, teacher, dataset = bert(layers=1, seed=1, labels=7), bert(labels=7), texts(labels=range(7))
+    result = evaluate(student, dataset, collator, task, batch_size=7, teacher=teacher)
+    ours, theirs = (
+        one_by_one(model, dataset).argsort(-1, descending=True)[:, :5].tolist() for model in (student, teacher)
+    )
+    rows = list(zip(ours, theirs, strict=True))
+    assert result["cr@5"] == pytest.approx(sum(a == b for a, b in rows) / len(rows))
+    assert result["mor@5"] == pytest.approx(sum(len({*a} & {*b}) / 5 for a, b in rows) / len(rows))
+    assert "cr@5" not in evaluate(bert(), texts(), collator, CLASSES, teacher=bert(seed=1))
+
+
 def test_regression(bert):
     model, teacher, dataset = bert(labels=1), bert(labels=1, seed=2), texts()
     dataset = dataset.map(lambda row, i: {"labels": float(i % 5) if i else -100.0}, with_indices=True)
