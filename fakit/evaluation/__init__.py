@@ -6,6 +6,7 @@
     fidelity           agreement with the teacher: top-1, KL, CR@k, MOR@k, attention JSD
     quantization       a quantized teacher against the full one, layer by layer
     generation         greedy decoding, samples, the copy-the-input baseline
+    drafts             a student as a draft of its teacher in speculative decoding
     cost               parameters, FLOPs, latency, peak memory
     attribution        layer integrated gradients for two models, compared
     evaluator          `evaluate`: the numbers that belong to a task, in one call
@@ -29,6 +30,7 @@ _HOME = {
     "fidelity": ("Agreement", "AttentionDivergence", "attention_jsd", "ranking_agreement"),
     "quantization": ("LayerFidelity", "QuantizationFidelity", "quantization_fidelity", "weight_bytes"),
     "generation": ("Generations", "generate", "generation_metrics", "split_prompts"),
+    "drafts": ("DraftQuality", "draft_quality"),
     "cost": (
         "Latency",
         "costs",
