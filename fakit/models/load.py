@@ -40,7 +40,8 @@ def load_teacher(
 
     Args:
         id_or_path: a directory in transformers' format, or a hub id. A hub id that an installed pip package carries is
-            taken from there.
+            taken from there. "smollm2" is SmolLM2-135M-Instruct from a pip package, fetched on first use
+            (`fakit.models.smollm2`).
         task: "causal-lm", "masked-lm", "sequence-classification", "seq2seq-lm" or "encoder".
         quantize: None, "8bit" (LLM.int8, Dettmers et al. 2022) or "4bit" (NF4, Dettmers et al. 2023), by bitsandbytes.
             Embeddings and heads stay in full precision. Runs on a GPU and on a CPU. A checkpoint that is quantized
@@ -184,11 +185,12 @@ def load_tokenizer(id_or_path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def resolve_model(id_or_path: str | Path) -> str:
-    """A directory for what lies on this machine (a path, or a hub id that a pip package carries),
+    """A directory for what lies on this machine (a path, "smollm2", or a hub id that a pip package carries),
     else the hub id itself.
 
     Raises:
-        ValueError: a path that holds no model, or a packaged model whose weights are not the ones known under its name.
+        ValueError: a path that holds no model, or a packaged model whose weights are not the ones known under its name,
+            or that pip cannot fetch.
     """
     name = str(Path(id_or_path).expanduser()) if str(id_or_path).startswith("~") else str(id_or_path)
     if Path(name).is_dir():
@@ -199,6 +201,10 @@ def resolve_model(id_or_path: str | Path) -> str:
                 "Give the folder that save_pretrained wrote; a PEFT adapter goes into adapter=…."
             )
         return name
+    from fakit.models.smollm2 import SMOLLM2, smollm2_folder  # a program too (`python -m`), so not imported with this
+
+    if name == SMOLLM2:
+        return str(smollm2_folder())
     if name in _PACKAGED:
         package, folder, digest = _PACKAGED[name]
         spec = importlib.util.find_spec(package)

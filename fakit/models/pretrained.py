@@ -318,8 +318,8 @@ def in_one_sentence(source: str, what: str) -> Iterator[None]:
 
 
 _OFFLINE = (
-    " Without a network, use a folder, or a model that a pip package carries (sentence-transformers/all-MiniLM-L6-v2); "
-    "with one, look at HF_HUB_OFFLINE and the proxy."
+    " Without a network, use a folder, or a model that a pip package carries (sentence-transformers/all-MiniLM-L6-v2, "
+    "smollm2); with one, look at HF_HUB_OFFLINE and the proxy."
 )
 
 

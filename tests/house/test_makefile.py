@@ -63,6 +63,7 @@ SET_UP = [
         ("test", ["-m tests.browser.find", "-m pytest -n 2 --dist loadfile"]),
         ("unit", ["-m pytest -n 2 --dist loadfile -m not slow"]),
         ("bench", ["-m benchmarks"]),
+        ("data-llm", ["-m fakit.models.smollm2"]),
     ],
 )
 def test_each_command_sets_itself_up_once(folder, target, commands):

