@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from fakit.models.load import load_teacher
     from fakit.models.preflight import preflight
     from fakit.models.shrink import shrink
+    from fakit.objective.features import Attention, Features, Outputs, Task
     from fakit.objective.objective import Objective
     from fakit.objective.schedules import Schedule
     from fakit.objective.term import Term
-    from fakit.objective.terms import Attention, Features, Outputs, Task
     from fakit.tracing.capture import capture
     from fakit.tracing.trace import Trace
     from fakit.training.teacher_cache import TeacherCache
@@ -39,14 +39,14 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Public name → the module that defines it; the block above says the same to type checkers.
 _EXPORTS = {
-    "Attention": "fakit.objective.terms",
+    "Attention": "fakit.objective.features",
     "DistillationTrainer": "fakit.training.trainer",
-    "Features": "fakit.objective.terms",
+    "Features": "fakit.objective.features",
     "LayerMap": "fakit.layer_maps",
     "Objective": "fakit.objective.objective",
-    "Outputs": "fakit.objective.terms",
+    "Outputs": "fakit.objective.features",
     "Schedule": "fakit.objective.schedules",
-    "Task": "fakit.objective.terms",
+    "Task": "fakit.objective.features",
     "TeacherCache": "fakit.training.teacher_cache",
     "Term": "fakit.objective.term",
     "Trace": "fakit.tracing.trace",

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fakit import recipes
+from fakit import Attention, recipes
 from fakit.layer_maps import STRATEGIES, LayerMap
 from fakit.losses import attention, features, outputs
-from fakit.objective import feature_terms, terms
+from fakit.objective import feature_terms
 from fakit.objective.temperature import LearnedTemperature
 from fakit.widgets import survey_map
 
@@ -121,13 +121,13 @@ def page() -> str:
     cloning = feature_terms.activation_cloning
     further.append(("`features`, one for each `at`", f"`{cloning.__name__}()`", summary(cloning), place(cloning)))
     own = "`relations`, `relation_heads` of the term"
-    relations = ("`relations`", RELATIONS, own, used_by("attention", "relations"), place(terms.Attention))
+    relations = ("`relations`", RELATIONS, own, used_by("attention", "relations"), place(Attention))
     minilm = (
         "`minilm`",
         MINILM,
         "`relation_heads` of the term",
         used_by("attention", "minilm"),
-        place(terms.Attention),
+        place(Attention),
     )
     parts = [
         "\n".join(HEAD),

@@ -26,10 +26,10 @@ from fakit.layer_maps import STRATEGIES, LayerMap
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
 from fakit.objective.feature_terms import KINDS as FEATURE_TERMS
+from fakit.objective.features import ATTENTION_LOSSES, Attention, Features, Outputs
 from fakit.objective.objective import check_name
 from fakit.objective.schedules import Kind, Schedule, from_file
 from fakit.objective.term import Term
-from fakit.objective.terms import ATTENTION_LOSSES, Attention, Features, Outputs
 
 Pairs = tuple[tuple[int, int], ...]
 KEPT = "kept"  # a map: the teacher layer that each student layer was, and the last for the last

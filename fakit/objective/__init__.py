@@ -4,12 +4,12 @@ from fakit.layer_maps import Pair
 from fakit.objective.breakdown import Breakdown
 from fakit.objective.earth_mover import EarthMover
 from fakit.objective.feature_terms import Dynamics, Flow, LayerAttention, Pooled
+from fakit.objective.features import Attention, Features, Outputs, Task
 from fakit.objective.lens import Lens
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.objective import Objective
 from fakit.objective.schedules import Schedule
 from fakit.objective.term import FrozenTermError, Term
-from fakit.objective.terms import Attention, Features, Outputs, Task
 from fakit.objective.weights import Weights
 
 __all__ = [

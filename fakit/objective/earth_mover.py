@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fakit.layer_maps import LayerMap, Pair
+from fakit.objective.features import Features
 from fakit.objective.needs import Needs
 from fakit.objective.projections import Projection
 from fakit.objective.schedules import Schedule
-from fakit.objective.terms import Features
 from fakit.tracing.trace import Trace
 
 

@@ -16,12 +16,12 @@ from fakit.losses import relational
 from fakit.losses.features import mse
 from fakit.losses.reduce import at_least_float32, in_full
 from fakit.objective.earth_mover import EarthMover
+from fakit.objective.features import At, Features
 from fakit.objective.lens import Lens
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.projections import Projection
 from fakit.objective.schedules import Schedule
 from fakit.objective.term import normalized
-from fakit.objective.terms import At, Features
 from fakit.objective.units import Units
 from fakit.tracing.trace import Trace
 

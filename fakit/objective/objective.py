@@ -19,6 +19,7 @@ from fakit.layer_maps import Depths, LayerMap, Pair
 from fakit.objective.balancing import Balancing, make_balancing
 from fakit.objective.breakdown import Breakdown, total
 from fakit.objective.diagnosis import whose_numbers
+from fakit.objective.features import Attention, Features, Outputs, OverLayers, Softened, Task
 from fakit.objective.needs import Needs
 from fakit.objective.over_heads import compare_over_heads, with_logits
 from fakit.objective.projections import LeastSquares
@@ -26,7 +27,6 @@ from fakit.objective.schedules import Schedule, all_off
 from fakit.objective.standardization import Moments, Standardization
 from fakit.objective.temperature import LearnedTemperature
 from fakit.objective.term import Term
-from fakit.objective.terms import Attention, Features, Outputs, OverLayers, Softened, Task
 from fakit.objective.weights import Weights
 from fakit.tracing.trace import Trace
 

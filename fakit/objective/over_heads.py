@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fakit.losses.fused.chunked import fused_outputs
 from fakit.losses.logits import ANY_VOCABULARIES
+from fakit.objective.features import Outputs, Task
 from fakit.objective.positions import aligned, predicting
 from fakit.objective.term import Term
-from fakit.objective.terms import Outputs, Task
 from fakit.tracing.trace import Trace
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fakit.layer_maps import LayerMap, Pair
 from fakit.losses.task import task_loss
+from fakit.objective.features import Features
 from fakit.objective.schedules import Schedule
-from fakit.objective.terms import Features
 from fakit.tracing.capture import capture
 from fakit.tracing.trace import Trace
 

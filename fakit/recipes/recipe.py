@@ -59,9 +59,9 @@ class Recipe:
         """
         from fakit.layer_maps import LayerMap
         from fakit.objective.feature_terms import KINDS
+        from fakit.objective.features import Attention, Features, Outputs, Task
         from fakit.objective.objective import Objective
         from fakit.objective.schedules import from_file
-        from fakit.objective.terms import Attention, Features, Outputs, Task
 
         kinds = {"features": Features, "attention": Attention, "outputs": Outputs, **KINDS}
 

@@ -5,7 +5,7 @@ import pytest
 from fakit import recipes
 from fakit.figures import what_is_aligned
 from fakit.objective.feature_terms import KINDS
-from fakit.objective.terms import PLACES as AT
+from fakit.objective.features import PLACES as AT
 from fakit.recipes.recipe import Recipe
 from fakit.recipes.survey import PLACES, Alignment, alignments, survey, year_of
 
