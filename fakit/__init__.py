@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from fakit.models.load import load_teacher
     from fakit.models.preflight import preflight
     from fakit.models.shrink import shrink
-    from fakit.objective.features import Attention, Features, Outputs, Task
+    from fakit.objective.attention import Attention
+    from fakit.objective.features import Features
     from fakit.objective.objective import Objective
+    from fakit.objective.outputs import Outputs
     from fakit.objective.schedules import Schedule
+    from fakit.objective.task import Task
     from fakit.objective.term import Term
     from fakit.tracing.capture import capture
     from fakit.tracing.trace import Trace
@@ -39,14 +42,14 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Public name → the module that defines it; the block above says the same to type checkers.
 _EXPORTS = {
-    "Attention": "fakit.objective.features",
+    "Attention": "fakit.objective.attention",
     "DistillationTrainer": "fakit.training.trainer",
     "Features": "fakit.objective.features",
     "LayerMap": "fakit.layer_maps",
     "Objective": "fakit.objective.objective",
-    "Outputs": "fakit.objective.features",
+    "Outputs": "fakit.objective.outputs",
     "Schedule": "fakit.objective.schedules",
-    "Task": "fakit.objective.features",
+    "Task": "fakit.objective.task",
     "TeacherCache": "fakit.training.teacher_cache",
     "Term": "fakit.objective.term",
     "Trace": "fakit.tracing.trace",

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of
 from fakit.losses.reduce import at_least_float32
 from fakit.models.blocks import find_stacks
-from fakit.objective.features import Outputs
 from fakit.objective.objective import Objective
+from fakit.objective.outputs import Outputs
 from fakit.tracing.capture import capture
 from fakit.tracing.hooks import given_hidden
 from fakit.training.token_counts import counts

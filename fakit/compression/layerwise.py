@@ -38,8 +38,9 @@ from fakit.files import check_room, claimed, sha256, sync, write_whole
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import without_adapter
 from fakit.models.shrink import shrink, why_not
-from fakit.objective.features import Features, Outputs
+from fakit.objective.features import Features
 from fakit.objective.objective import Objective
+from fakit.objective.outputs import Outputs
 from fakit.training.checkpoints import differences, versions
 from fakit.training.ownership import data_fingerprint
 from fakit.training.teacher_cache.fingerprints import fingerprint

@@ -19,8 +19,8 @@ from fakit.experiments.config import TRANSFER, ExperimentConfig
 from fakit.experiments.schema import did_you_mean
 from fakit.experiments.terms import KEPT, Pairs, build_further_term, built
 from fakit.layer_maps import LayerMap
-from fakit.objective.features import Task
 from fakit.objective.objective import Objective
+from fakit.objective.task import Task
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

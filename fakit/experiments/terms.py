@@ -25,9 +25,11 @@ from fakit.experiments.schema import (
 from fakit.layer_maps import STRATEGIES, LayerMap
 from fakit.losses import features as feature_losses
 from fakit.losses import outputs as output_losses
+from fakit.objective.attention import ATTENTION_LOSSES, Attention
 from fakit.objective.feature_terms import KINDS as FEATURE_TERMS
-from fakit.objective.features import ATTENTION_LOSSES, Attention, Features, Outputs
+from fakit.objective.features import Features
 from fakit.objective.objective import check_name
+from fakit.objective.outputs import Outputs
 from fakit.objective.schedules import Kind, Schedule, from_file
 from fakit.objective.term import Term
 

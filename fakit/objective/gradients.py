@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fakit.models.blocks import find_blocks
 from fakit.objective.breakdown import Breakdown, Pair, total
-from fakit.objective.features import Outputs
 from fakit.objective.objective import Objective
+from fakit.objective.outputs import Outputs
 from fakit.tracing.capture import capture
 
 Part = int | str  # a layer number (0 = embeddings), or "head": what follows the last block

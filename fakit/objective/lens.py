@@ -13,10 +13,12 @@ from fakit.losses.fused.chunked import fused_outputs
 from fakit.losses.fused.output_head import Head
 from fakit.losses.logits import asked_of
 from fakit.losses.outputs import PER_POSITION
-from fakit.objective.features import OverLayers, Softened, ends
+from fakit.objective.loss_parameters import ends
 from fakit.objective.needs import CountedBatch, Needs
+from fakit.objective.over_layers import OverLayers
 from fakit.objective.positions import common_mask, kept, predicting
 from fakit.objective.schedules import Schedule
+from fakit.objective.temperature import Softened
 from fakit.tracing.trace import Trace
 
 

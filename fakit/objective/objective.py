@@ -16,16 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from fakit.layer_maps import Depths, LayerMap, Pair
+from fakit.objective.attention import Attention
 from fakit.objective.balancing import Balancing, make_balancing
 from fakit.objective.breakdown import Breakdown, total
 from fakit.objective.diagnosis import whose_numbers
-from fakit.objective.features import Attention, Features, Outputs, OverLayers, Softened, Task
+from fakit.objective.features import Features
 from fakit.objective.needs import Needs
+from fakit.objective.outputs import Outputs
 from fakit.objective.over_heads import compare_over_heads, with_logits
+from fakit.objective.over_layers import OverLayers
 from fakit.objective.projections import LeastSquares
 from fakit.objective.schedules import Schedule, all_off
 from fakit.objective.standardization import Moments, Standardization
-from fakit.objective.temperature import LearnedTemperature
+from fakit.objective.task import Task
+from fakit.objective.temperature import LearnedTemperature, Softened
 from fakit.objective.term import Term
 from fakit.objective.weights import Weights
 from fakit.tracing.trace import Trace

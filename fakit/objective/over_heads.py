@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fakit.losses.fused.chunked import fused_outputs
 from fakit.losses.logits import ANY_VOCABULARIES
-from fakit.objective.features import Outputs, Task
+from fakit.objective.outputs import Outputs
 from fakit.objective.positions import aligned, predicting
+from fakit.objective.task import Task
 from fakit.objective.term import Term
 from fakit.tracing.trace import Trace
 

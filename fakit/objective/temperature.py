@@ -1,9 +1,33 @@
-"""A temperature that is learned against the student: the curriculum temperature of CTKD."""
+"""A term's temperature: set at any time, or learned against the student, the curriculum temperature of CTKD."""
 
-from typing import Any
+import math
+from numbers import Real
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from fakit.objective.schedules import Schedule
+from fakit.objective.term import Term
+
+
+class Softened(Term):
+    """A term with a temperature, which may be set at any time."""
+
+    temperature: float | Schedule
+    settable: ClassVar[frozenset[str]] = frozenset({"temperature"})
+
+    @property
+    def tau(self) -> float | Tensor:
+        """τ of this step."""
+        return cast(float, self.temperature)  # a Schedule is at its number in an objective
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "temperature":
+            lowest = value.lowest if isinstance(value, Schedule) else value
+            if not isinstance(lowest, Real) or not 0 < float(lowest) < math.inf:
+                raise ValueError(f"{type(self).__name__}(temperature={value!r}): a temperature is finite and above 0.")
+        super().__setattr__(name, value)
 
 
 class LearnedTemperature(nn.Module):

@@ -16,8 +16,11 @@ from fakit.models.blocks import find_blocks, stack_depths
 from fakit.models.kinds import remember_causal, untie
 from fakit.models.positions import longest_row
 from fakit.models.shrink import shrink
-from fakit.objective.features import Attention, Features, Outputs, Task
+from fakit.objective.attention import Attention
+from fakit.objective.features import Features
 from fakit.objective.objective import Objective
+from fakit.objective.outputs import Outputs
+from fakit.objective.task import Task
 from fakit.planner.fake import give_fake_weights, loops_of, meta_model, quantize, run_one_of_each
 from fakit.planner.ledger import Ledger
 from fakit.tracing.capture import capture

@@ -58,10 +58,13 @@ class Recipe:
             ValueError: depths that the recipe's layer maps do not fit.
         """
         from fakit.layer_maps import LayerMap
+        from fakit.objective.attention import Attention
         from fakit.objective.feature_terms import KINDS
-        from fakit.objective.features import Attention, Features, Outputs, Task
+        from fakit.objective.features import Features
         from fakit.objective.objective import Objective
+        from fakit.objective.outputs import Outputs
         from fakit.objective.schedules import from_file
+        from fakit.objective.task import Task
 
         kinds = {"features": Features, "attention": Attention, "outputs": Outputs, **KINDS}
 

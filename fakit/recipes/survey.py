@@ -139,8 +139,10 @@ def _alignment(recipe: str, kind: str, term: Mapping[str, Any], layer_map: Any) 
 
 def _usual_loss(kind: str) -> str:
     """The loss of a term that names none; of one that has a single loss the term's own name."""
+    from fakit.objective.attention import Attention
     from fakit.objective.feature_terms import KINDS
-    from fakit.objective.features import Attention, Features, Outputs
+    from fakit.objective.features import Features
+    from fakit.objective.outputs import Outputs
 
     made = {"features": Features, "attention": Attention, "outputs": Outputs, **KINDS}[kind]
     parameter = inspect.signature(made).parameters.get("loss")

@@ -8,8 +8,10 @@ from fakit.losses.logits import ANY_VOCABULARIES
 from fakit.models.blocks import check_model, stack_depths, without_adapter
 from fakit.models.head_kinds import problem_type, without_logits
 from fakit.models.preflight import preflight
-from fakit.objective.features import Attention, Features, Outputs, check_distribution
+from fakit.objective.attention import Attention
+from fakit.objective.features import Features
 from fakit.objective.objective import Objective
+from fakit.objective.outputs import Outputs, check_distribution
 from fakit.tracing.capture import check_attention
 from fakit.tracing.lens import find_lens
 

@@ -31,9 +31,10 @@ from fakit.models.tables import CheckedCollator, Tables, check_data, tables
 from fakit.objective.balancing import GradientNorm, Uncertainty
 from fakit.objective.breakdown import Breakdown
 from fakit.objective.diagnosis import whose_numbers
-from fakit.objective.features import Features, Outputs
+from fakit.objective.features import Features
 from fakit.objective.needs import Needs
 from fakit.objective.objective import Objective
+from fakit.objective.outputs import Outputs
 from fakit.objective.schedules import Schedule
 from fakit.objective.units import Units, fit_units
 from fakit.tracing.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns

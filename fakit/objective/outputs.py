@@ -1,0 +1,219 @@
+"""Output matching: the two models' distributions compared, softened by a temperature (arXiv 2412.19449)."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from fakit.layer_maps import LayerMap
+from fakit.losses import outputs as output_losses
+from fakit.losses.logits import ANY_VOCABULARIES, asked_of, check_vocabularies
+from fakit.losses.task import REGRESSION, SEVERAL_LABELS
+from fakit.objective.loss_parameters import checked, ends
+from fakit.objective.needs import CountedBatch, Needs
+from fakit.objective.positions import aligned, predicting
+from fakit.objective.schedules import Schedule
+from fakit.objective.temperature import LearnedTemperature, Softened
+from fakit.tracing.trace import Trace
+
+
+@dataclass(init=False)
+class Outputs(Softened):
+    """Output-distribution matching.
+
+    Args:
+        loss: a name of `fakit.losses.outputs.LOSSES` ("forward_kl", "jsd", "dkd" …, with a table of what each is for),
+            or any function (student logits, teacher logits, mask, temperature). A function that names `labels` is given
+            each position's, shifted already in causal models, and the term is off without labels, as "dkd" is.
+        temperature: τ > 0, a number or a `Schedule`; `objective.temperature` may be set at any time.
+        weight: γ.
+        vocab_size: cut both vocabularies to their first `vocab_size` entries, for families that pad the head
+            differently.
+        chunked: over a large vocabulary, make and compare logits a chunk of tokens at a time, where both models have a
+            plain linear head and the loss is one of the named; the same number with a fraction of the memory.
+            False always makes them whole.
+        parameters: the loss's own, by name, as further keywords: `Outputs("jsd", beta=0.1)`. In chunks, too. Each may
+            be a `Schedule`: `Outputs("taid", t=Schedule(0.4, 1.0))`.
+        reversal: λ, a number or a `Schedule`: learn τ against the student, between `temperature` and `temperature +
+            temperature_range` (CTKD: `fakit.objective.temperature`). Its paper: temperature 1, range 20 and
+            `Schedule(0.0, 1.0, "cosine")`, there over 10 of 240 epochs. None: τ is what was set.
+        temperature_range: how far above `temperature` a learned τ may go; 20 unless given.
+        temperature_rate: the learning rate of a learned τ's θ, a group of its own in the trainer's optimizer, without
+            weight decay; 0.01 unless given. In a loop of your own, give `objective.parameters()` to the optimizer.
+    """
+
+    loss: str | Callable = "forward_kl"
+    temperature: float | Schedule = 2.0
+    weight: float | Schedule = 1.0
+    vocab_size: int | None = None
+    chunked: bool = True
+    parameters: dict[str, Any] = field(default_factory=dict)
+    reversal: float | Schedule | None = None
+    temperature_range: float | None = None
+    temperature_rate: float | None = None
+
+    def __init__(
+        self,
+        loss: str | Callable = "forward_kl",
+        temperature: float | Schedule = 2.0,
+        weight: float | Schedule = 1.0,
+        vocab_size: int | None = None,
+        chunked: bool = True,
+        parameters: Mapping[str, Any] | None = None,
+        reversal: float | Schedule | None = None,
+        temperature_range: float | None = None,
+        temperature_rate: float | None = None,
+        **more: Any,
+    ):
+        self.loss, self.temperature, self.weight = loss, temperature, weight
+        self.vocab_size, self.chunked = vocab_size, chunked
+        self.reversal, self.temperature_range, self.temperature_rate = reversal, temperature_range, temperature_rate
+        self._check_reversal()
+        self.parameters = dict(parameters or {}) | more
+        self._bare = checked(Outputs, loss, output_losses.LOSSES, self.parameters)
+        self.needs_labels = "labels" in asked_of(self._bare)  # those of each position, as "dkd" does
+        for given in ends(self.parameters):
+            if not callable(loss):  # what it refuses of its parameters (beta = 2), it refuses now
+                output_losses.try_out(partial(self._bare, **given))
+        if vocab_size is not None and loss in ANY_VOCABULARIES:
+            raise ValueError(
+                f"Outputs({loss!r}, vocab_size={vocab_size}): {loss} compares vocabularies of any two sizes by their "
+                "sorted probabilities, and a cut would drop some; leave vocab_size out."
+            )
+        self._made = True
+
+    @property
+    def function(self) -> Callable:
+        """The loss with its own parameters set, as they are in this step."""
+        return partial(self._bare, **self.parameters) if self.parameters else self._bare
+
+    @property
+    def learns_temperature(self) -> bool:
+        """True where τ is learned."""
+        return self.reversal is not None
+
+    @property
+    def learning_rate(self) -> float:
+        """Of a learned τ."""
+        return 0.01 if self.temperature_rate is None else self.temperature_rate
+
+    @property
+    def tau(self) -> float | Tensor:
+        """τ of this step; a learned one () with graph."""
+        if not self.learns_temperature:
+            return super().tau
+        span = 20.0 if self.temperature_range is None else self.temperature_range
+        return self.place.modules[self._temperature_name(self.place.name)](self.temperature, span, self.reversal)
+
+    @staticmethod
+    def _temperature_name(name: str) -> str:
+        return f"{name}_temperature"
+
+    def placed(self, name: str, layer_map: LayerMap, modules: nn.ModuleDict) -> Self:
+        if self.learns_temperature:
+            modules[self._temperature_name(name)] = LearnedTemperature()
+        return super().placed(name, layer_map, modules)
+
+    def _check_reversal(self) -> None:
+        own = {"temperature_range": self.temperature_range, "temperature_rate": self.temperature_rate}
+        for name, value in own.items():
+            if value is not None and not self.learns_temperature:
+                raise ValueError(
+                    f"Outputs({name}={value!r}): it is of a learned temperature, and this one is not learned; "
+                    "reversal=Schedule(0.0, 1.0, 'cosine') learns it."
+                )
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"Outputs({name}={value!r}): a finite number above 0.")
+        if self.reversal is None:
+            return
+        if not isinstance(self.reversal, Schedule) and not 0 <= self.reversal < math.inf:
+            raise ValueError(f"Outputs(reversal={self.reversal!r}): a finite number of at least 0, or a Schedule.")
+        if self.loss == "logit_mse":
+            raise ValueError(
+                f"Outputs('logit_mse', reversal={self.reversal}): no temperature changes this loss, so that there is "
+                "nothing to learn; leave reversal out, or take a divergence such as 'forward_kl'."
+            )
+
+    @property
+    def in_chunks(self) -> bool:
+        """True where the loss can be made a chunk of tokens at a time."""
+        return self.chunked and not callable(self.loss)
+
+    def needs(self, side: str) -> Needs:
+        return Needs(logits=True, in_chunks=self.in_chunks)
+
+    def count(self, batch: CountedBatch) -> Tensor:
+        return batch.labeled_positions if self.needs_labels else batch.positions
+
+    def compare(self, student: Trace, teacher: Trace, labels: Tensor | None) -> Tensor:
+        ours, theirs = student.logits, teacher.logits  # (B, C) or (B, T, V)
+        if ours is None or theirs is None:
+            side = "student" if ours is None else "teacher"
+            raise ValueError(
+                f"output matching needs logits, and the {side}'s trace has none; capture(..., logits=True)."
+            )
+        check_vocabularies(ours.shape[-1], theirs.shape[-1], self.vocab_size, self.loss)
+        if self.vocab_size is not None:
+            ours, theirs = ours[..., : self.vocab_size], theirs[..., : self.vocab_size]
+        mask = None
+        problem = problem_type(student, teacher, ours, labels)
+        if not callable(self.loss) and self.loss != "logit_mse":
+            check_distribution(self.loss, problem, ours.shape[-1])
+            if problem == SEVERAL_LABELS:
+                ours, theirs = output_losses.bernoulli(ours), output_losses.bernoulli(theirs)  # (B, C, 2)
+                return self.function(ours, theirs, None, temperature=self.tau)
+        if ours.dim() == 3 and self.loss in ANY_VOCABULARIES:
+            ours, theirs, mask = aligned(student, teacher, labels, ours, theirs)
+        elif ours.dim() == 3:
+            mask = predicting(student, teacher, labels, ours)
+            if student.causal:
+                ours, theirs = ours[:, :-1], theirs[:, :-1]
+                labels = None if labels is None else labels[:, 1:]
+        given = {"labels": labels} if self.needs_labels else {}
+        return self.function(ours, theirs, mask, temperature=self.tau, **given)
+
+
+def problem_type(student: Trace, teacher: Trace, logits: Tensor, labels: Tensor | None) -> str | None:
+    """What logits mean: as the models' configurations say; where they do not,
+    as their labels do (the rule of transformers).
+
+    Raises:
+        ValueError: the two models' logits mean different things.
+    """
+    if logits.dim() != 2:
+        return None
+    stated = {trace.problem_type for trace in (student, teacher)} - {None}
+    if len(stated) == 2:
+        raise ValueError(
+            f"the student's problem_type is {student.problem_type}, the teacher's {teacher.problem_type}: their logits "
+            "mean different things and cannot be compared. Give both configurations one problem_type, or leave the "
+            "output term out (outputs=None)."
+        )
+    if stated:
+        return stated.pop()
+    several = labels is not None and labels.is_floating_point() and labels.shape == logits.shape and labels.shape[1] > 1
+    return SEVERAL_LABELS if several else None
+
+
+def check_distribution(loss: str, problem: str | None, classes: int) -> None:
+    """Raise ValueError where a divergence of distributions is asked of numbers that are none."""
+    if problem == SEVERAL_LABELS:
+        if loss in output_losses.ONE_OF_MANY:
+            raise ValueError(
+                f"{loss} looks at which of many classes is meant, and with several labels a text each label is yes or "
+                "no by itself; use Outputs('forward_kl')."
+            )
+        return
+    if classes == 1:
+        raise ValueError(
+            f"{loss} over a single output is 0 whatever the models say (softmax of one number is 1); "
+            "for regression use Outputs('logit_mse')."
+        )
+    if problem == REGRESSION:
+        raise ValueError(
+            f"{loss} compares distributions, and {classes} outputs of a regression (problem_type) are none; use "
+            "Outputs('logit_mse')."
+        )
