@@ -19,15 +19,15 @@ from fakit.layer_maps import Depths, LayerMap, Pair
 from fakit.objective.attention import Attention
 from fakit.objective.balancing import Balancing, make_balancing
 from fakit.objective.breakdown import Breakdown, total
+from fakit.objective.comparison import compare
 from fakit.objective.diagnosis import whose_numbers
 from fakit.objective.features import Features
+from fakit.objective.fitting import fit_projections, fit_standardization
 from fakit.objective.needs import Needs
 from fakit.objective.outputs import Outputs
-from fakit.objective.over_heads import compare_over_heads, with_logits
 from fakit.objective.over_layers import OverLayers
-from fakit.objective.projections import LeastSquares
 from fakit.objective.schedules import Schedule, all_off
-from fakit.objective.standardization import Moments, Standardization
+from fakit.objective.standardization import Standardization
 from fakit.objective.task import Task
 from fakit.objective.temperature import LearnedTemperature, Softened
 from fakit.objective.term import Term
@@ -343,26 +343,7 @@ class Objective(nn.Module):
         Raises:
             ValueError: nothing that standardizes, or a layer that no trace holds.
         """
-        terms = list(self.of_kind(Features).values())
-        names = {name for term in terms for name in term.standardizations()}
-        if not names:
-            raise ValueError("no term of this objective standardizes the teacher: Features(…, standardize='phi_s').")
-        moments: dict[str, Moments] = {}
-        for teacher in teachers:
-            done: set[str] = set()
-            for term in terms:
-                term.add_moments(teacher, moments, done)
-        if missing := sorted(names - moments.keys()):
-            raise ValueError(
-                f"the traces hold nothing for {', '.join(missing)}: capture what the objective needs of the teacher, "
-                "in one trace at least (of a random layer map every layer that it may draw)."
-            )
-        device = next((buffer.device for buffer in self.projections.buffers()), None)
-        for term in terms:
-            term.make_standardizations({name: len(found.mean) for name, found in moments.items()})
-        for name, found in moments.items():
-            found = found if gather is None else found.gathered(gather)
-            cast(Standardization, self.projections[name].to(device)).set(found)
+        fit_standardization(list(self.of_kind(Features).values()), self.projections, teachers, gather)
         return self.standardizations
 
     @contextmanager
@@ -405,17 +386,7 @@ class Objective(nn.Module):
         Raises:
             ValueError: no projections, one that has no closed form ("mlp"), or numbers of traces that differ.
         """
-        sums: dict[str, LeastSquares] = {}
-        with torch.no_grad():
-            for student, teacher in zip(students, teachers, strict=True):
-                for term in self.of_kind(Features).values():
-                    for pair in term.shares():
-                        term.gather(student, teacher, pair, sums)
-        if not sums:
-            raise ValueError(
-                "this objective has no projections to fit for these traces: widths agree, or no term needs them equal."
-            )
-        return {name: found.solve() for name, found in sums.items()}
+        return fit_projections(list(self.of_kind(Features).values()), students, teachers)
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
@@ -461,7 +432,8 @@ class Objective(nn.Module):
             factors = self.factors = self.balancing.factors(weights)
         scales = dict(shares or {})
         scales |= {name: factor * scales.get(name, 1.0) for name, factor in factors.items()}
-        together, at_once, values, per_layer = self._compare(active, student, teacher, labels, scales)
+        found = compare(active, self.weights, student, teacher, labels, scales)
+        values, per_layer = found.values, found.per_layer
         if not values:
             raise ValueError(
                 f"nothing to compute: weights {dict(self.weights)}, {len(self.layer_map)} layer pairs, "
@@ -471,13 +443,13 @@ class Objective(nn.Module):
             values = {name: shares[name] * value for name, value in values.items()}
             per_layer = {n: {pair: shares[n] * v for pair, v in pairs.items()} for n, pairs in per_layer.items()}
         weighted = {name: weights[name] * value for name, value in values.items()}
-        rest = {name: value for name, value in weighted.items() if name not in at_once}
+        rest = {name: value for name, value in weighted.items() if name not in found.at_once}
         if self.balancing is not None:
             costs = {name: weights[name] * self.balancing.cost(name, v.detach()) for name, v in values.items()}
             weighted = {name: factors[name] * value + costs[name] for name, value in weighted.items()}
-            rest = {name: costs[name] if name in at_once else value for name, value in weighted.items()}
+            rest = {name: costs[name] if name in found.at_once else value for name, value in weighted.items()}
         # what went over the heads is in `together`: the same number, whose gradient is there already
-        loss = total(weighted.values()) if together is None else together + sum(rest.values())
+        loss = total(weighted.values()) if found.together is None else found.together + sum(rest.values())
         matches = {pair: heads for term in active.values() for pair, heads in term.place.matches.items()}
         breakdown = Breakdown(loss, values, weighted, per_layer, matches)
         # looking at a number on an accelerator would stop its stream in every step; there the trainer looks when it
@@ -486,39 +458,12 @@ class Objective(nn.Module):
             breakdown.check(lambda name, pairs: whose_numbers(self._terms[name], pairs, student, teacher))
         return breakdown
 
-    def _compare(self, active: Mapping[str, Term], student: Trace, teacher: Trace | None, labels, scales):
-        """What went over the heads together, those terms, all terms before weighting, and those with layer pairs.
-
-        Args:
-            scales: factors () on the weights.
-        """
-        together, at_once = compare_over_heads(active, self.weights, student, teacher, labels, scales)
-        whole = (student, teacher)
-        if self._want_logits(active, at_once):
-            whole = with_logits(student), None if teacher is None else with_logits(teacher)
-        values: dict[str, Tensor] = {}
-        per_layer: dict[str, dict[Pair, Tensor]] = {}
-        for name, term in active.items():
-            if name in at_once:
-                values[name] = at_once[name]
-                continue
-            found = term.compare(*whole, labels)
-            by_pair = found if isinstance(found, Mapping) else {}
-            if by_pair:
-                pair_shares = term.shares() or dict.fromkeys(by_pair, 1 / len(by_pair))
-                found = sum(pair_shares[pair] * _scalar(name, term, value) for pair, value in by_pair.items())
-                per_layer[name] = {pair: value.detach() for pair, value in by_pair.items()}
-            elif isinstance(found, Mapping):  # a map without pairs
-                continue
-            values[name] = _scalar(name, term, found)
-        return together, at_once, values, per_layer
-
     def _raw(self, active: Mapping[str, Term], student: Trace, teacher: Trace | None, labels) -> dict[str, Tensor]:
         """The terms before weighting, with graph; what a term keeps from batch to batch stays as it is."""
         training = self.projections.training
         self.projections.eval()
         try:
-            return self._compare(active, student, teacher, labels, {})[2]
+            return compare(active, self.weights, student, teacher, labels, {}).values
         finally:
             self.projections.train(training)
 
@@ -530,10 +475,6 @@ class Objective(nn.Module):
                 "would ever change. Call objective.set_step(step, of=steps) before each step; DistillationTrainer does "
                 "it."
             )
-
-    def _want_logits(self, active: Mapping[str, Term], at_once: Mapping[str, Tensor]) -> bool:
-        rest = [name for name in active if name not in at_once]
-        return any(self.needs_of(name, side).logits for name in rest for side in ("student", "teacher"))
 
 
 def _named(terms: Mapping[str, Term] | None) -> dict[str, Term]:
@@ -555,13 +496,3 @@ def _check_term(name: str, term: object) -> None:
     if not isinstance(term, Term):
         made = f" Write {term.__name__}(…)." if isinstance(term, type) and issubclass(term, Term) else ""
         raise ValueError(f"{name} is {term!r}; a term is a Features, Attention, Outputs, Task or another Term.{made}")
-
-
-def _scalar(name: str, term: Term, value: object) -> Tensor:
-    if not isinstance(value, Tensor) or value.shape != ():
-        found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(
-            f"the {name} term ({type(term).__name__}.compare) gave {found}; a loss is a scalar tensor (), or a "
-            "dictionary of them by layer pair."
-        )
-    return value
