@@ -13,9 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fakit.compression.block_calls import BlockCalls, through
+from fakit.compression.block_states import STORED, States
 from fakit.compression.spectra import unmoved_mask
 from fakit.evaluation.batches import by_length, eval_mode
 from fakit.files import check_room, claimed, whole, write_whole
@@ -32,18 +32,11 @@ from fakit.models.blocks import find_blocks, find_stacks
 from fakit.models.low_rank_linear import LowRankExperts, LowRankLinear
 from fakit.models.positions import longest_row
 from fakit.tracing.capture import capture
-from fakit.tracing.hooks import EnoughSeen, given_hidden, hidden_in
-from fakit.tracing.inputs import prepare_inputs
+from fakit.tracing.hooks import given_hidden
 from fakit.training.precision import autocast, use_bf16
 from fakit.training.teacher_cache.fingerprints import fingerprint
 
 _SIDES = ("student", "teacher")
-# what states are stored in, and what numpy, which has no bfloat16, takes their bits for
-_STORED = {
-    "float32": (torch.float32, np.float32),
-    "float16": (torch.float16, np.float16),
-    "bfloat16": (torch.bfloat16, np.int16),
-}
 
 
 @dataclass(frozen=True)
@@ -175,8 +168,8 @@ def _check(student, teacher, epochs: int, learning_rate: float, loss: str, state
         raise ValueError(f"learning_rate={learning_rate!r} was requested; it is above 0.")
     if loss not in LOSSES:
         raise ValueError(f"loss {loss!r} is not known; choose one of {', '.join(LOSSES)}.")
-    if states not in _STORED:
-        raise ValueError(f"states={states!r} is not known; they are stored in {', '.join(map(repr, _STORED))}.")
+    if states not in STORED:
+        raise ValueError(f"states={states!r} is not known; they are stored in {', '.join(map(repr, STORED))}.")
 
 
 def _batches(model, texts, tokenizer, batch_size: int, max_length: int | None) -> list[dict[str, Tensor]]:
@@ -250,8 +243,8 @@ class _Run:
         traces = [capture(teacher, batch, hidden_states=[0], logits=False) for batch in batches]
         self.masks = {i: [trace.layer_mask(i) for trace in traces] for i in range(1, self.last + 1)}
         with self.computing():
-            self.ways = {
-                side: _Way(model, batches[0], self.starts, self.last)
+            self.calls = {
+                side: BlockCalls(model, batches[0], self.starts, self.last)
                 for side, model in (("student", student), ("teacher", teacher))
             }
 
@@ -268,7 +261,7 @@ class _Run:
     def bytes_needed(self) -> int:
         """Of four states, the teacher's and the student's before and after a block, at the layer with most places."""
         places = max(sum(mask.numel() for mask in masks) for masks in self.masks.values())
-        return 4 * places * self.width * np.dtype(_STORED[self.facts["states"]][1]).itemsize
+        return 4 * places * self.width * np.dtype(STORED[self.facts["states"]][1]).itemsize
 
     def layer(self, number: int) -> LayerResult:
         """Train one block and pass on what it gives; or read what was done before."""
@@ -303,28 +296,28 @@ class _Run:
     def _inputs_path(self, side: str, number: int) -> Path:
         return self._path(side, number, "in") if number in self.starts else self._path(side, number - 1)
 
-    def _open(self, path: Path, number: int, new: bool = False) -> _States:
+    def _open(self, path: Path, number: int, new: bool = False) -> States:
         shapes = [(*mask.shape, self.width) for mask in self.masks[number]]
-        return _States(path, shapes, self.facts["states"], self.parameter, new)
+        return States(path, shapes, self.facts["states"], self.parameter, new)
 
     def _enter(self, number: int) -> None:
         """The inputs of a stack's first block."""
-        for side, way in self.ways.items():
+        for side, calls in self.calls.items():
             with whole(self._path(side, number, "in")) as partial, self.computing():
                 states = self._open(partial, number, new=True)
                 for b, batch in enumerate(self.batches):
-                    self._put(states, number, b, given_hidden(*way.call(batch, number)))
+                    self._put(states, number, b, given_hidden(*calls.of(batch, number)))
 
     def _pass_on(self, side: str, number: int) -> None:
         """What a block makes of its inputs."""
-        block, way = self.blocks[side][number - 1], self.ways[side]
+        block, calls = self.blocks[side][number - 1], self.calls[side]
         inputs = self._open(self._inputs_path(side, number), number)
         with whole(self._path(side, number)) as partial, self.computing():
             states = self._open(partial, number, new=True)
             for b, batch in enumerate(self.batches):
-                self._put(states, number, b, _through(block, way.call(batch, number), inputs[b]))
+                self._put(states, number, b, through(block, calls.of(batch, number), inputs[b]))
 
-    def _put(self, states: _States, number: int, b: int, x: Tensor) -> None:
+    def _put(self, states: States, number: int, b: int, x: Tensor) -> None:
         kept = states.put(b, x)
         if not kept[self.masks[number][b]].isfinite().all():
             raise ValueError(
@@ -350,9 +343,9 @@ class _Run:
                     mask, y = self.masks[number][b], targets[b]
                     for side in ("teacher", "student"):  # whose inputs; one graph at a time
                         with self.computing():
-                            call = self.ways[side].call(self.batches[b], number)
+                            call = self.calls[side].of(self.batches[b], number)
                         with self.autocast():
-                            given = _through(block, call, inputs[side][b])
+                            given = through(block, call, inputs[side][b])
                         part = loss(given, y, mask)
                         part.backward()
                         total += part.detach() * mask.sum()
@@ -385,118 +378,3 @@ def _only_trained(block: nn.Module, trained: list[nn.Parameter]) -> Iterator[Non
     finally:
         for p, required in before:
             p.requires_grad_(required)
-
-
-class _States:
-    """Hidden states of all batches in a file, of which a batch at a time is mapped into memory.
-
-    Args:
-        shapes: of the batches, (B, T, d).
-        like: dtype and device that they are given back in.
-        new: make the file.
-    """
-
-    def __init__(self, path: Path, shapes: list[tuple[int, int, int]], stored: str, like: Tensor, new: bool):
-        self.path, self.shapes, self.like = path, shapes, like
-        self.dtype, self.bits = _STORED[stored]
-        sizes = [int(np.prod(shape)) * np.dtype(self.bits).itemsize for shape in shapes]
-        self.starts = [0, *np.cumsum(sizes).tolist()]
-        if new:
-            with path.open("wb") as file:
-                file.truncate(self.starts[-1])
-
-    def _mapped(self, b: int, mode: str) -> np.memmap:
-        return np.memmap(self.path, self.bits, mode, self.starts[b], self.shapes[b])
-
-    def __getitem__(self, b: int) -> Tensor:
-        bits = torch.from_numpy(np.array(self._mapped(b, "r")))
-        return bits.view(self.dtype).to(self.like.device, self.like.dtype)
-
-    def put(self, b: int, x: Tensor) -> Tensor:
-        """Write a batch; what is read again."""
-        kept = x.detach().to("cpu", self.dtype)
-        mapped = self._mapped(b, "r+")
-        mapped[:] = (kept.view(torch.int16) if self.bits is np.int16 else kept).numpy()
-        mapped.flush()
-        return kept.to(self.like.device)
-
-
-# -- what a block is given ---------------------------------------------------------------------------------------------
-
-Call = tuple[tuple, dict[str, Any]]  # arguments and keywords
-
-
-class _Way:
-    """What a model gives a block beside its hidden states: masks, positions, an encoder's states.
-
-    The model's own code makes them, in a forward pass that ends at the block. The blocks before it in its stack only
-    hand on what they get, for nothing of it depends on hidden states; blocks that return more than those (T5's
-    position bias) run.
-    """
-
-    def __init__(self, model: PreTrainedModel, batch: Mapping[str, Tensor], starts: set[int], last: int):
-        self.model, self.blocks, self.starts = model, find_blocks(model), starts
-        returned: dict[int, Any] = {}
-
-        def leaving(number: int):
-            def hook(block, args, out):
-                returned[number] = out
-                if number == last:
-                    raise EnoughSeen
-
-            return hook
-
-        handles = [block.register_forward_hook(leaving(i)) for i, block in enumerate(self.blocks, 1)]
-        try:
-            model(**prepare_inputs(model, batch).inputs)
-        except EnoughSeen:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        silent = [f"{i}" for i in range(1, last + 1) if i not in returned]
-        if silent:
-            raise ValueError(
-                f"blocks {', '.join(silent)} of {type(model).__name__} did not run as modules, so that they cannot be "
-                "trained by themselves: distill it end to end, with DistillationTrainer."
-            )
-        # of each block that can stand aside: how many things it returns; 0 for the hidden states as they are
-        self.forms = {
-            i: len(out) if isinstance(out, tuple) else 0
-            for i, out in returned.items()
-            if isinstance(out, Tensor) or (isinstance(out, tuple) and all(x is None for x in out[1:]))
-        }
-
-    def call(self, batch: Mapping[str, Tensor], layer: int) -> Call:
-        """The arguments that the block of a layer is called with."""
-        caught: list[Call] = []
-
-        def catch(block, args, kwargs):
-            caught.append((args, kwargs))
-            raise EnoughSeen
-
-        start = max(s for s in self.starts if s <= layer)
-        aside = [(self.blocks[i - 1], self.forms[i]) for i in range(start, layer) if i in self.forms]
-        handle = self.blocks[layer - 1].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            for block, form in aside:
-                block.forward = partial(_hand_on, form)  # of this module alone, over its class's own
-            self.model(**prepare_inputs(self.model, batch).inputs)
-        except EnoughSeen:
-            pass
-        finally:
-            handle.remove()
-            for block, _ in aside:
-                del block.forward
-        return caught[0]
-
-
-def _hand_on(form: int, *args, **kwargs):
-    x = given_hidden(args, kwargs)
-    return (x, *[None] * (form - 1)) if form else x
-
-
-def _through(block: nn.Module, call: Call, x: Tensor) -> Tensor:
-    """What a block makes of x (B, T, d), given all else as in a call."""
-    args, kwargs = call
-    return hidden_in(block(x, *args[1:], **kwargs) if args else block(**kwargs | {"hidden_states": x}))

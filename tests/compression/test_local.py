@@ -12,6 +12,7 @@ import torch
 
 from fakit import capture
 from fakit.compression import local, low_rank
+from fakit.compression.block_states import States
 from fakit.losses.features import l1_cosine
 from fakit.models import find_blocks
 from fakit.models.blocks import find_stacks
@@ -181,7 +182,7 @@ def test_a_killed_run_ends_as_it_would_have(tmp_path, moment, monkeypatch):
             return wrapped
 
         torch.optim.AdamW.step = dying("training", torch.optim.AdamW.step)
-        local._States.put = dying("states", local._States.put)
+        States.put = dying("states", States.put)
         local.save_file = dying("weights", local.save_file)
         run(tmp_path)
         os._exit(3)
