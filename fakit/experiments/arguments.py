@@ -1,4 +1,4 @@
-"""Arguments of transformers' Trainer that a configuration hands on: those for which it has no key of its own."""
+"""Arguments of transformers' Trainer and of PEFT that a configuration hands on."""
 
 from __future__ import annotations
 
@@ -59,3 +59,34 @@ def check_training_args(given: Mapping[str, Any]) -> None:
                 f"training_args.{name}: transformers.TrainingArguments has no such argument; they are listed at "
                 f"https://huggingface.co/docs/transformers/main_classes/trainer.{did_you_mean(name, known)}"
             )
+
+
+LORA = {"target_modules": "all-linear"}
+"""What an adapter is unless its keys say otherwise."""
+LORA_SET_BY = {"task_type": "task.name", "inference_mode": "training.steps", "base_model_name_or_path": "student.path"}
+
+
+def check_lora(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key that peft.LoraConfig does not know or that the kit sets, or a value it refuses."""
+    from peft import LoraConfig
+
+    known = [field.name for field in fields(LoraConfig) if field.init]
+    for name in given:
+        if name in LORA_SET_BY:
+            raise ValueError(f"student.lora.{name}: follows from {LORA_SET_BY[name]}; leave it out.")
+        if name not in known:
+            raise ValueError(
+                f"student.lora.{name}: peft.LoraConfig has no such argument; the common ones are r, lora_alpha, "
+                f"lora_dropout, target_modules and modules_to_save.{did_you_mean(name, known)}"
+            )
+    for name in ("r", "lora_alpha"):
+        value = given.get(name, 8)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"student.lora.{name}: found {value!r}, expected a number above 0.")
+    dropout = given.get("lora_dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"student.lora.lora_dropout: found {dropout!r}, expected a number of at least 0 and below 1.")
+    try:
+        LoraConfig(**{**LORA, **given})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"student.lora: {dict(given)} was refused by PEFT: {error}") from error

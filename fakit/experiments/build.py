@@ -85,7 +85,9 @@ def build_teacher(
             task=task.model_task,
             quantize=config.teacher.quantize,
             adapter=config.teacher.adapter,
+            dtype=None if config.teacher.dtype is None else getattr(torch, config.teacher.dtype),
             device=device,
+            **{key: value for key in ("attn_implementation", "revision") if (value := getattr(config.teacher, key))},
         )
         tokenizer = load_tokenizer(config.teacher.id)
         check_tokenizer(tokenizer, config.teacher.id)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from fakit import recipes
-from fakit.experiments.arguments import check_training_args
+from fakit.experiments.arguments import check_lora, check_training_args
 from fakit.experiments.compression_config import LayerwiseConfig, LowRankConfig
 from fakit.experiments.schema import Count, Natural, Number, Section, Truth, Weight, Whole, describe, did_you_mean
 from fakit.experiments.terms import (
@@ -73,13 +73,26 @@ class TeacherConfig(Section):
     """Who teaches: "embedded" (the kit's own teacher of the task), or a path or hub id for load_teacher."""
 
     section: ClassVar[str] = "teacher"
+    later: ClassVar[tuple[str, ...]] = ("dtype", "attn_implementation", "revision")
     id: str = "embedded"
     adapter: str | None = None
     quantize: Literal["8bit", "4bit"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # null: float32 on a CPU, else as it is stored
+    attn_implementation: str | None = None  # sdpa, eager, flash_attention_2 …, as transformers names them
+    revision: str | None = None  # of a hub id: a branch, a tag or a commit
 
     def _check(self) -> None:
-        _check_filled("teacher.id", self.id)
-        _check_filled("teacher.adapter", self.adapter)
+        for key in ("id", "adapter", "attn_implementation", "revision"):
+            _check_filled(f"teacher.{key}", getattr(self, key))
+        if self.id == "embedded" and (also := [key for key in self.later if getattr(self, key) is not None]):
+            raise ValueError(
+                f"teacher.{also[0]}: is for a teacher that is loaded by its path or hub id; the embedded one is loaded "
+                "as it was recorded."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without later keys where nothing is asked: the ids of runs from before them stay."""
+        return {key: value for key, value in super().to_dict().items() if key not in self.later or value is not None}
 
 
 class StudentLayerwise(LayerwiseConfig):
@@ -109,6 +122,8 @@ class StudentConfig(Section):
     freeze_embeddings: Truth = False  # keep the copied word embeddings: less to train and, with few labels, to forget
     layerwise: StudentLayerwise | None = None
     low_rank: StudentLowRank | None = None
+    # train an adapter in place of all weights: keys of peft.LoraConfig, such as {r: 16, lora_alpha: 32}
+    lora: dict[str, Any] | None = None
 
     def _check(self) -> None:
         _check_filled("student.path", self.path)
@@ -122,6 +137,11 @@ class StudentConfig(Section):
                 "leave one of them out."
             )
 
+        if self.lora is not None:
+            check_lora(self.lora)
+            if self.low_rank is not None:
+                raise ValueError("student.lora: is beside dense weights, and student.low_rank leaves none; drop one.")
+
     @property
     def compression(self) -> LayerwiseConfig | LowRankConfig | None:
         """How the teacher is compressed before the run."""
@@ -129,9 +149,8 @@ class StudentConfig(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Without compressions where there is none, and with one without what it stands for: ids of runs stay."""
-        aside = {"layerwise", "low_rank"}
-        if self.compression:
-            aside = {*self.shrunk, "path", "layerwise" if self.low_rank else "low_rank"}
+        aside = {key for key in ("layerwise", "low_rank", "lora") if getattr(self, key) is None}
+        aside |= {*self.shrunk, "path"} if self.compression else set()
         return {key: value for key, value in super().to_dict().items() if key not in aside}
 
 

@@ -31,8 +31,9 @@ from fakit.experiments.run_folder import RUN, alone_in_folder, binding, checkpoi
 from fakit.experiments.scores import parameters_of, scores_of
 from fakit.experiments.statistics import LOWER_IS_BETTER
 from fakit.experiments.store import RunStore, now, strict_json
-from fakit.experiments.students import make_student
+from fakit.experiments.students import exported, make_student
 from fakit.files import check_room, write_whole
+from fakit.models.blocks import without_adapter
 from fakit.models.low_rank_linear import pairs
 from fakit.training.checkpoints import (
     began_in_bf16,
@@ -172,7 +173,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
                 write_whole(out / RUN, json.dumps(begun, indent=1, allow_nan=False))
             with closing(bar):
                 trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            student = trainer.whole_student()
+            student = exported(trainer.whole_student())
             done = {
                 "steps": trainer.state.global_step,
                 "seconds": trained.metrics["train_runtime"],
@@ -189,7 +190,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
         else:
             done = finished["finished"]
             done["history"] = [{k: v for k, v in row.items() if v is not None} for row in done["history"]]
-            student = _load(student, out).to(args.device)
+            student = _load(without_adapter(student), out).to(args.device)
 
     scores = scores_of(student, prepared.test, task, tokenizer, prepared.reference())
     result = RunResult(

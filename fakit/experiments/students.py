@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from fakit.experiments.arguments import LORA
 from fakit.experiments.build import Prepared
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.smaller import Made, kept, make_smaller
 from fakit.layer_maps import LayerMap
+from fakit.models.blocks import without_adapter
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from fakit.tasks import TextTask
 
 
 def make_student(
@@ -53,7 +62,28 @@ def make_student(
     made.model.get_input_embeddings().requires_grad_(not asked.freeze_embeddings)
     if task.label_names:
         adopt_classes(made.model, task.label_names)
-    return made
+    return made if asked.lora is None else replace(made, model=_adapted(made.model, asked.lora, task))
+
+
+TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM"}
+
+
+def _adapted(model: PreTrainedModel, lora: Mapping[str, Any], task: TextTask) -> PeftModel:
+    """The model with an adapter, and nothing but that to train; a classifier's head is trained whole beside it."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {**LORA, **lora, "task_type": TASK_TYPES.get(task.model_task)}
+    try:
+        return get_peft_model(model, LoraConfig(**settings))
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"student.lora: {dict(lora)} does not fit {type(model).__name__}: {error}") from error
+
+
+def exported(student: nn.Module) -> PreTrainedModel:
+    """What is saved and evaluated of a trained student: an adapter merged into a copy of its model; else itself."""
+    if without_adapter(student) is student:
+        return student
+    return copy.deepcopy(student).merge_and_unload(safe_merge=True)
 
 
 def _shrunk(config: ExperimentConfig, prepared: Prepared) -> Made:

@@ -10,7 +10,7 @@ from fakit.__main__ import main
 from fakit.experiments import ExperimentConfig, RunStore, Study
 from fakit.experiments import study as study_module
 from fakit.experiments.baselines import baseline_id
-from fakit.experiments.statistics import Interval, main_effects
+from fakit.experiments.statistics import Interval, main_effects, mean_interval, paired_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = {
@@ -22,8 +22,40 @@ RECORDED = {
 }
 
 
+COMPRESSIONS = ("layerwise",)  # by scripts/record_compressions.py
+
+
 def test_every_recorded_study_is_one_of_these():
-    assert {path.name for path in (ROOT / "data/recorded").iterdir() if (path / "runs.jsonl").exists()} == {*RECORDED}
+    found = {path.name for path in (ROOT / "data/recorded").iterdir() if (path / "runs.jsonl").exists()}
+    assert found == {*RECORDED, *COMPRESSIONS}
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_the_recorded_compressions_are_those_of_the_script(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import record_compressions
+
+    planned = [config for seed in record_compressions.SEEDS for config in record_compressions.planned(name, seed)]
+    store = RunStore(ROOT / "data/recorded" / name)
+    assert [record["run_id"] for record in store.records()] == [config.run_id for config in planned]
+    assert store.manifest["what"] == record_compressions.RECORDED[name][0]
+
+
+def test_one_layer_a_round_and_all_at_once_are_as_the_page_says():
+    page = (ROOT / "docs/compression.md").read_text()
+    by_arm = {}
+    for record in RunStore(ROOT / "data/recorded/layerwise").records():
+        numbers = {"accuracy": 100 * record["score"], "kl": record["test"]["kl"]}
+        by_arm.setdefault(record["arm"], {})[record["seed"]] = numbers
+    seeds = range(5)
+    columns = (("accuracy", 1, 2), ("kl", 3, 3))
+    values = {arm: {m: [of[seed][m] for seed in seeds] for m, *_ in columns} for arm, of in by_arm.items()}
+    one, all_ = values["layerwise"], values["layerwise, one shot"]
+    for name, of in (("one a round", one), ("all at once", all_)):
+        cells = " | ".join(mean_interval(of[m]).format(digits=digits) for m, digits, _ in columns)
+        assert f"| {name} | {cells} |" in page
+    points, kl = (paired_difference(one[m], all_[m]).format(digits=d, sign=True) for m, _, d in columns)
+    assert f"| difference | {points} points | {kl} |" in page
 
 
 @pytest.mark.parametrize(("folder", "file"), RECORDED.items())
