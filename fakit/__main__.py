@@ -1,4 +1,4 @@
-"""The commands: `fakit run`, `distill`, `compress`, `study`, `plan` and `report`;
+"""The commands: `fakit run`, `distill`, `compress`, `study`, `evaluate`, `plan` and `report`;
 each calls the function that a notebook would call.
 """
 
@@ -73,6 +73,17 @@ def study(args: argparse.Namespace) -> int:
 
     store = Study.from_yaml(args.config).run(args.out, workers=args.workers)
     print(f"{len(store)} runs are recorded in {store.path}; `fakit report {store.path}` compares them.")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`fakit evaluate`: a saved model beside its teacher."""
+    from fakit.experiments.measured import FILE, configuration_of, measure
+    from fakit.experiments.schema import settings
+
+    config = configuration_of(args.folder, args.config).replace(**settings(args.set))
+    print(measure(args.folder, config, split=args.split, rows=args.rows, draft=args.draft))
+    print(f"\nWritten to {args.folder / FILE}.")
     return 0
 
 
@@ -154,6 +165,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", type=Path, metavar="STUDY.yaml")
     sub.add_argument("--out", type=Path, default=Path("runs/study"), help="the runs directory (%(default)s)")
     sub.add_argument("--workers", type=int, default=1, help="processes side by side (%(default)s)")
+
+    sub = command(evaluate, "Score a saved model beside its teacher: metrics, speed, samples.")
+    sub.add_argument("folder", type=Path, metavar="FOLDER")
+    sub.add_argument("--config", type=Path, metavar="CONFIG.yaml", help="task and teacher (FOLDER/experiment.yaml)")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change any key of it")
+    sub.add_argument("--split", default="test", help="test or validation (%(default)s)")
+    sub.add_argument("--rows", type=int, metavar="N", help="the first so many rows; all by default")
+    sub.add_argument("--draft", type=int, metavar="TOKENS", help="also as a draft that proposes so many tokens")
 
     from fakit.planner.command import add_options
 

@@ -1,0 +1,206 @@
+"""`measure`: a model in a folder beside its teacher, on a task's texts; what `fakit evaluate` prints and writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fakit.experiments.baselines import prepare_run
+from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.quiet import without_side_bars
+from fakit.experiments.scores import parameters_of, scores_of
+from fakit.experiments.store import strict_json
+from fakit.files import write_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILE = "evaluation.json"
+CONFIG = "experiment.yaml"
+SHOWN = 3  # samples
+PROMPT = 32  # tokens of a text that is continued, where a task has no prompts of its own
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model in a folder is worth.
+
+    Attributes:
+        model: the folder. task, split: what it was measured on; rows: how many.
+        scores, teacher: all metrics by name, of the model (with its agreement with the teacher) and of the teacher.
+        parameters, teacher_parameters, latency, teacher_latency: numbers, and seconds a batch of `batch` rows, medians.
+        samples: {"source", "reference", "student", "teacher"} of the first rows, where the task has targets.
+        draft: as `DraftQuality`, where it was asked for.
+    """
+
+    model: str
+    task: str
+    split: str
+    rows: int
+    scores: dict[str, float]
+    teacher: dict[str, float]
+    parameters: int
+    teacher_parameters: int
+    batch: int
+    latency: float
+    teacher_latency: float
+    samples: list[dict[str, str]]
+    draft: dict[str, float] | None
+
+    def __str__(self) -> str:
+        names = list(self.scores)
+        width = max(len(name) for name in [*names, "ms a batch"])
+        lines = [f"{self.model}: {self.task}, {self.rows} rows of {self.split}", ""]
+        lines.append(f"{'':{width}}  {'student':>12}  {'teacher':>12}")
+        for name in names:
+            theirs = f"{self.teacher[name]:.4f}" if name in self.teacher else "–"
+            lines.append(f"{name:{width}}  {self.scores[name]:12.4f}  {theirs:>12}")
+        lines.append(f"{'parameters':{width}}  {self.parameters:12,}  {self.teacher_parameters:12,}")
+        lines.append(f"{'ms a batch':{width}}  {1e3 * self.latency:12.1f}  {1e3 * self.teacher_latency:12.1f}")
+        for sample in self.samples:
+            lines += ["", *(f"{name:9}  {text}" for name, text in sample.items())]
+        if self.draft is not None:
+            lines += ["", "as a draft of its teacher: " + ", ".join(f"{k} {v:.3g}" for k, v in self.draft.items())]
+        return "\n".join(lines)
+
+
+def configuration_of(folder: Path, given: Path | None) -> ExperimentConfig:
+    """The configuration a model is measured by: the one given, or the one that `fakit distill` left beside it."""
+    if given is not None:
+        return ExperimentConfig.from_yaml(given)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds no {CONFIG}, which names the task and the teacher of a student of `fakit distill`; give a "
+            "configuration that does (--config configs/distill_glosses.yaml)."
+        )
+    return ExperimentConfig.from_yaml(folder / CONFIG)
+
+
+def measure(
+    folder: str | Path,
+    config: ExperimentConfig,
+    split: str = "test",
+    rows: int | None = None,
+    draft: int | None = None,
+    write: bool = True,
+) -> Measured:
+    """Score a saved model on a task's texts beside the teacher, time both, and look at what they write.
+
+    Args:
+        folder: what `fakit distill`, `fakit compress` or transformers saved, pairs of low rank too.
+        config: its task, teacher, seed, length and device are read.
+        split: "test" or "validation".
+        rows: the first so many; all unless given.
+        draft: of a language model also its worth as a draft that proposes so many tokens, see `draft_quality`.
+        write: leave evaluation.json in the folder.
+
+    Raises:
+        ValueError: before any work: a split or number that is none, a draft of a classifier; what loading refuses.
+    """
+    folder = Path(folder)
+    if split not in ("test", "validation"):
+        raise ValueError(f"split: {split!r} is not one of test, validation.")
+    for name, value in (("rows", rows), ("draft", draft)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: found {value!r}, expected a whole number, at least 1.")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder; give the folder of a saved model.")
+    with without_side_bars():
+        prepared = prepare_run(config)
+        task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
+        if draft is not None and task.kind != "causal-lm":
+            raise ValueError(f"draft: {task.name} is a {task.kind} task; a draft proposes tokens of a language model.")
+        model = _load(folder, task.model_task, teacher.device)
+    encoded = {"test": prepared.test, "validation": prepared.validation}[split]
+    encoded = encoded if rows is None else encoded.select(range(min(rows, len(encoded))))
+    texts = {"test": task.test, "validation": task.validation}[split]
+    scores = scores_of(model, encoded, task, tokenizer, teacher)
+    theirs = scores_of(teacher, encoded, task, tokenizer)
+    samples: list[dict[str, str]] = []
+    if "target" in texts.column_names:
+        samples = _written(model, teacher, encoded, tokenizer, scores, theirs)
+    elif task.kind == "causal-lm":
+        _read(model, teacher, list(texts["text"])[: len(encoded)], tokenizer, config, scores, theirs)
+    batch, seconds = _timed((model, teacher), prepared, encoded)
+    found = Measured(
+        model=str(folder),
+        task=task.name,
+        split=split,
+        rows=len(encoded),
+        scores=scores,
+        teacher=theirs,
+        parameters=parameters_of(model),
+        teacher_parameters=parameters_of(teacher),
+        batch=batch,
+        latency=seconds[0],
+        teacher_latency=seconds[1],
+        samples=samples,
+        draft=None if draft is None else _drafted(model, teacher, encoded, tokenizer, draft),
+    )
+    if write:
+        facts = {**asdict(found), "config": config.to_dict()}
+        write_whole(folder / FILE, json.dumps(strict_json(facts), indent=1, allow_nan=False))
+    return found
+
+
+def _load(folder: Path, task: str, device) -> PreTrainedModel:
+    from fakit.compression import low_rank
+    from fakit.models.load import load_teacher
+    from fakit.models.low_rank_linear import FILE as PAIRS
+
+    return low_rank.load(folder, device) if (folder / PAIRS).is_file() else load_teacher(folder, task, device=device)
+
+
+def _written(model, teacher, encoded, tokenizer, scores, theirs) -> list[dict[str, str]]:
+    """Adds BLEU and ROUGE of both to their scores; the first texts beside each other."""
+    from fakit.evaluation import generation_metrics
+
+    ours, its = (generation_metrics(one, encoded, tokenizer) for one in (model, teacher))
+    scores.update(ours.metrics)
+    theirs.update(its.metrics)
+    beside = zip(ours.sources, ours.references, ours.outputs, its.outputs, strict=True)
+    names = ("source", "reference", "student", "teacher")
+    return [dict(zip(names, row, strict=True)) for row, _ in zip(beside, range(SHOWN), strict=False)]
+
+
+def _read(model, teacher, texts, tokenizer, config, scores, theirs) -> None:
+    """Adds bits per byte of the raw texts, which models of other tokenizers may be compared by."""
+    from fakit.evaluation import perplexity
+
+    for one, of_one in ((model, scores), (teacher, theirs)):
+        positions = getattr(one.config.get_text_config(), "max_position_embeddings", None)
+        window = min(config.training.max_length, positions or config.training.max_length)
+        of_one["bits_per_byte"] = perplexity(one, tokenizer, texts, window=window).bits_per_byte
+
+
+def _timed(models, prepared, encoded, rows: int = 8) -> tuple[int, list[float]]:
+    """Median seconds of a forward pass over rows of median length."""
+    from fakit.evaluation import latency
+    from fakit.evaluation.batches import to_device
+
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    first = max(0, len(order) // 2 - rows // 2)
+    chosen = encoded.select(sorted(order[first : first + rows])).to_list()
+    batch = prepared.task.collator(prepared.tokenizer)(chosen)
+    return len(chosen), [latency(model, to_device(batch, model.device)).median for model in models]
+
+
+def _drafted(model, teacher, encoded, tokenizer, tokens: int) -> dict[str, float]:
+    from fakit.evaluation import draft_quality, split_prompts
+
+    rows = encoded.select(range(min(16, len(encoded)))).to_list()
+    if any(label == -100 for label in rows[0]["labels"]):
+        prompts, targets = split_prompts(rows, tokenizer.eos_token_id)
+        longest = max(len(target) for target in targets) + 1
+    else:
+        prompts, longest = [row["input_ids"][:PROMPT] for row in rows], 64
+    found = draft_quality(model, teacher, prompts, tokenizer.eos_token_id, tokenizer.pad_token_id, longest, tokens)
+    derived: dict[str, Any] = {
+        "speedup": found.speedup,
+        "expected_speedup": found.expected_speedup,
+        "sampled_tokens_a_pass": found.sampled_tokens_a_pass,
+    }
+    return asdict(found) | derived

@@ -1,0 +1,85 @@
+"""`fakit evaluate`: any folder, beside its teacher."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from fakit.__main__ import main
+from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.measured import measure
+from fakit.experiments.run import run_experiment
+
+
+@pytest.fixture
+def lines(world):
+    """A run of a language model from source to target."""
+    return ExperimentConfig.from_dict(
+        {
+            "task": {"name": str(world / "pairs.jsonl"), "options": {"validation": 20, "test": 20}},
+            "teacher": {"id": str(world / "causal")},
+            "student": {"layers": 1},
+            "training": {"steps": 2, "batch_size": 4, "max_length": 150, "bf16": False},
+            "attention": None,
+            "device": "cpu",
+        }
+    )
+
+
+def test_the_folder_of_a_run_is_scored_as_the_run_was(config, tmp_path, capsys):
+    out = tmp_path / "student"
+    result = run_experiment(config.replace(out=str(out)), progress=False)
+    assert main(["evaluate", str(out)]) == 0
+    said = capsys.readouterr().out
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["scores"] == pytest.approx(result.test) and found["parameters"] == result.parameters
+    assert found["rows"] == 60 and found["teacher"]["accuracy"] >= 0 and found["draft"] is None
+    assert f"{found['scores']['accuracy']:.4f}" in said and f"Written to {out / 'evaluation.json'}" in said
+    assert min(found["latency"], found["teacher_latency"]) > 0 and found["batch"] == 8
+    again = measure(out, config, split="validation", rows=12, write=False)
+    assert again.rows == 12 and json.loads((out / "evaluation.json").read_text()) == found
+
+
+def test_pairs_of_low_rank_are_read(config, tmp_path):
+    out = tmp_path / "student"
+    student = {"low_rank": {"keep": 0.9, "texts": 60, "calibration": 40, "epochs": 1, "batch_size": 8, "bf16": False}}
+    result = run_experiment(config.replace(student=student, out=str(out)), progress=False)
+    assert measure(out, config).scores == pytest.approx(result.test)
+
+
+def test_a_language_model_shows_what_it_writes_and_drafts(lines, tmp_path):
+    out = tmp_path / "student"
+    result = run_experiment(lines.replace(out=str(out)), progress=False)
+    found = measure(out, lines, rows=20, draft=3)
+    assert {"bleu", "rougeL", "cer", "cer_copy", "perplexity", "agreement", "mor@5"} <= found.scores.keys()
+    assert found.scores["perplexity"] == pytest.approx(result.test["perplexity"])
+    assert {"bleu", "rougeL", "cer"} <= found.teacher.keys()
+    assert len(found.samples) == 3 and {*found.samples[0]} == {"source", "reference", "student", "teacher"}
+    assert found.draft["tokens"] == 3 and 0 <= found.draft["acceptance"] <= 1 and found.draft["speedup"] > 0
+    assert "as a draft of its teacher: tokens 3" in str(found)
+
+
+def test_plain_texts_have_bits_per_byte(world, lines, tmp_path):
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": row["target"]}) + "\n" for row in rows))
+    options = {"kind": "causal-lm", "validation": 20, "test": 20}
+    config = lines.replace(task={"name": str(tmp_path / "texts.jsonl"), "options": options})
+    AutoModelForCausalLM.from_pretrained(world / "causal").save_pretrained(tmp_path / "same")
+    found = measure(tmp_path / "same", config)
+    assert found.scores["bits_per_byte"] == found.teacher["bits_per_byte"] > 0
+    assert found.scores["agreement"] == 1.0 and found.samples == []
+
+
+def test_what_cannot_be_measured_is_one_sentence(config, world, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    config.to_yaml(file)
+    for typed, said in (
+        ([str(tmp_path)], f"{tmp_path} holds no experiment.yaml"),
+        ([str(tmp_path / "nowhere"), "--config", str(file)], "there is no such folder"),
+        ([str(world / "teacher"), "--config", str(file), "--split", "train"], "'train' is not one of test, validation"),
+        ([str(world / "teacher"), "--config", str(file), "--rows", "0"], "rows: found 0"),
+        ([str(world / "teacher"), "--config", str(file), "--draft", "4"], "a draft proposes tokens of a language"),
+        ([str(tmp_path), "--config", str(file)], "config.json"),
+    ):
+        assert main(["evaluate", *typed]) == 2
+        assert said in capsys.readouterr().err
