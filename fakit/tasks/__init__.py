@@ -6,6 +6,7 @@ task = load_task("reviews", labels=500)            # embedded: "reviews", "gloss
 task = load_task("glue/sst2")                      # from the hub
 task = load_task("hub:stanfordnlp/imdb", labels=1000, pool=10_000)
 task = load_task("mine.csv", text="sentence", label="stars")
+task = load_task("chats.jsonl")                    # instruction data: {"messages": […]} and kin, by their columns
 
 teacher, tokenizer = embedded_teacher("reviews", quantize="8bit")
 batch = task.collator(tokenizer)([*task.encode("test", tokenizer)][:32])

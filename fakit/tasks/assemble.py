@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fakit import renamed
-from fakit.tasks.splits import TEXT_COLUMNS, carve, distinct, labeled_subset, same_text
+from fakit.tasks.instructions import as_turns, check_options, shape_of
+from fakit.tasks.splits import ANSWERS, TEXT_COLUMNS, carve, distinct, labeled_subset, same_text
 from fakit.tasks.task import KINDS, TextTask, counted, say
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ def task_from(
     validation: int | float | None = None,
     test: int | float | None = None,
     pool: int | float = 0,
+    template: str = "auto",
+    tokens: str = "completion",
+    too_long: str = "cut",
     metrics: tuple[str, ...] | None = None,
     more_tests: Sequence[str] = (),
     source: str = "",
@@ -62,7 +66,12 @@ def task_from(
             fractions are a regression, other labels a classification, source and target without a label text to text.
         text, text_pair, label: columns of a classification or regression.
         source_text, target_text: columns of text to text (causal LM); a causal LM without them learns the text column
-            itself.
+            itself. Data with none of these columns may be instruction data (`fakit.tasks.instructions`): messages,
+            conversations, prompt and completion, or instruction (, input) and output; or text alone.
+        template: of instruction data, what stands around a prompt: "auto" (the tokenizer's chat template, if it has
+            one), "none", or a text that holds {prompt}.
+        tokens: of instruction data, the tokens that have labels: those of the "completion" (all answers), or "all".
+        too_long: of instruction data, "cut" takes from the prompt of a row that is too long, "refuse" raises.
         validation, test, pool: rows to carve out of train, a number or a share; by default a tenth, at most 2,000, and
             no pool.
         metrics: what is reported, the headline first; by default the kind's.
@@ -73,6 +82,18 @@ def task_from(
             fewer than two classes, scores that are not numbers.
     """
     found = _splits(data, name, more_tests)
+    check_options(template, tokens, too_long)
+    shape = _shape(found["train"], kind, text, label, {source_text, target_text})
+    if shape == "text":
+        kind = "causal-lm"
+    elif shape is not None:
+        kind, text = "causal-lm", "text"
+        found = {split: as_turns(rows, shape, f"{name}: {split}") for split, rows in found.items()}
+    if shape in (None, "text") and (template, tokens, too_long) != ("auto", "completion", "cut"):
+        raise ValueError(
+            f"{name}: template, tokens and too_long are for instruction data (messages, conversations, prompt and "
+            f"completion, or instruction and output); its columns are {', '.join(found['train'].column_names)}."
+        )
     kind = kind or _told_kind(found["train"], label, {source_text, target_text})
     if kind not in KINDS:
         raise ValueError(f"{name}: kind={kind!r} is not known; choose one of {', '.join(map(repr, KINDS))}.")
@@ -82,6 +103,8 @@ def task_from(
         columns = {"source": source_text, "target": target_text}
     else:
         columns = {"text": text}
+    if "turns" in found["train"].column_names and shape not in (None, "text"):
+        columns |= {"turns": "turns", "answer": "answer"}
     columns = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
     _check_columns(found, columns, name)
     names = _label_names(found["train"], label, name) if kind == "sequence-classification" else None
@@ -127,7 +150,20 @@ def task_from(
         license=license,
         more_tests={f"test_{split.removeprefix('validation_')}": held_out[split] for split in more_tests},
         dropped=dict(dropped),
+        template=template,
+        tokens=tokens,
+        too_long=too_long,
     )
+
+
+def _shape(train: Dataset, kind: str | None, text: str, label: str, pair: set[str]) -> str | None:
+    """The shape of instruction data that `train` is in; "text" where that is its only column;
+    None where it is of another kind, or its columns were named.
+    """
+    columns = set(train.column_names)
+    if kind not in (None, "causal-lm") or label in columns or pair <= columns or (kind and text in columns):
+        return None
+    return shape_of(columns) or ("text" if columns == {text} else None)
 
 
 def _splits(data: Dataset | DatasetDict, name: str, more_tests: Sequence[str]) -> dict[str, Dataset]:
@@ -166,7 +202,7 @@ def _check_columns(found: dict[str, Dataset], columns: dict[str, str], name: str
 
     for split, rows in found.items():
         for ours, theirs in columns.items():
-            if split == "pool" and ours in ("label", "target"):
+            if ours == "turns" or (split == "pool" and ours in ANSWERS):
                 continue
             keyword = {"source": "source_text", "target": "target_text"}.get(ours, ours)
             if theirs not in rows.column_names:
@@ -213,9 +249,11 @@ def _tidy(rows: Dataset, columns: dict[str, str], kind: str, names: list[str] | 
             tidy[ours] = (
                 _scores(values, theirs, name) if kind == "regression" else _classes(rows, theirs, names or [], name)
             )
-        elif ours == "target" and not pool:
+        elif ours == "turns":
+            tidy[ours] = values
+        elif ours in ("target", "answer") and not pool:
             tidy[ours] = [None if _missing(value) else _string(value, f"{name}: column {theirs!r}") for value in values]
-        elif ours not in ("label", "target"):
+        elif ours not in ANSWERS:
             tidy[ours] = ["" if _missing(value) else _string(value, f"{name}: column {theirs!r}") for value in values]
     return Dataset.from_dict(tidy)
 
@@ -277,7 +315,7 @@ def _order(word: str) -> tuple[bool, int, str]:
 
 
 def _answer(rows: Dataset) -> str | None:
-    return next((column for column in ("label", "target") if column in rows.column_names), None)
+    return next((column for column in ANSWERS if column in rows.column_names), None)
 
 
 def _answered(rows: Dataset) -> Dataset:

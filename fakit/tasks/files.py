@@ -38,7 +38,7 @@ def load_path(path: str | Path, *, labels: int | str | None = None, seed: int = 
     if not path.exists():
         raise ValueError(f"no file or directory at {path} (looked from {Path.cwd()}).")
     asked = {keyword: options.get(keyword, column) for keyword, column in COLUMNS.items()}
-    rows = read(path, {column for column in asked.values() if column})
+    rows = read(path, {"messages", "conversations", *filter(None, asked.values())})
     if not path.is_dir() and format_of(path) in (".csv", ".tsv") and asked["label"] in rows.column_names:
         rows, kind = _told_labels(rows, asked["label"])
         options["kind"] = options.get("kind") or kind

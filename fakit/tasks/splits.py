@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TEXT_COLUMNS = ("text", "text_pair", "source")
+ANSWERS = ("label", "target", "answer")  # the column that a row without an answer leaves empty
 FOLDED = re.compile("[^²³¹\u2070-\u209f]+")  # all but raised and lowered digits and signs
 
 
@@ -97,7 +98,7 @@ def distinct(dataset: Dataset, *held_out: Dataset, split: str, dropped: Counter[
         split: the name of `dataset`, for `dropped`, which counts the rows that go and why.
     """
     known = {key for other in held_out for key in text_keys(other)}
-    answer = next((column for column in ("label", "target") if column in dataset.column_names), None)
+    answer = next((column for column in ANSWERS if column in dataset.column_names), None)
     first: dict[tuple[str, ...], object] = {}
     keep = []
     for row, (key, value) in enumerate(

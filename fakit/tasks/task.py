@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fakit.tasks.instructions import Seen, encode_turns, uses_chat
 from fakit.tasks.scans import SEPARATOR
 from fakit.tasks.special_tokens import added_tokens
 
@@ -30,8 +31,8 @@ class TextTask:
     """A task with its splits; every task of the kit, GLUE, the hub and your own files come as one of these.
 
     Columns are "text" (, "text_pair") and "label"; for text to text "source" and "target"; for plain language modeling
-    "text" alone. The pool has no label or target. No text (whatever its case, see `same_text`) occurs in two of
-    teacher_train, pool, validation, test.
+    "text" alone; for instruction data "text", "turns" and "answer". The pool has no label, target or answer. No text
+    (whatever its case, see `same_text`) occurs in two of teacher_train, pool, validation, test.
 
     Attributes:
         name: what `load_task` was asked for.
@@ -46,6 +47,7 @@ class TextTask:
         source, license: where the text is from and on what terms.
         more_tests: further test sets by name, such as MNLI's "test_mismatched"; `encode` knows them too.
         dropped: rows of the data that are in no split, by split and reason.
+        template, tokens, too_long: of instruction data, how its rows are encoded (`fakit.tasks.instructions`).
     """
 
     name: str
@@ -61,6 +63,9 @@ class TextTask:
     license: str
     more_tests: dict[str, Dataset]
     dropped: dict[str, int] = field(default_factory=dict)
+    template: str = "auto"
+    tokens: str = "completion"
+    too_long: str = "cut"
 
     @property
     def metric(self) -> str:
@@ -96,7 +101,7 @@ class TextTask:
         ends, nowhere else. A text longer than `max_length` becomes several rows: each begins as a text does, then with
         the last token of the row before, which is context alone, so every token is labeled once. A source is cut where
         its target needs the room; a target that does not fit beside one token of its source is cut, too,
-        and has no end.
+        and has no end. Rows of instruction data: see `fakit.tasks.instructions`.
 
         Returns:
             A dataset with input_ids, attention_mask (, token_type_ids) and labels. Labels are the class, the score, or
@@ -131,6 +136,8 @@ class TextTask:
             else self._encode_texts
         )
         cut = Cut()
+        if "turns" in dataset.column_names:
+            return self._encode_instructions(data, dataset, tokenizer, max_length)
         # not Dataset.map: it would hash this task with all its splits first
         chunks = [dataset[start : start + CHUNK] for start in range(0, len(dataset), CHUNK)]
         encoded = [Dataset.from_dict(encode(rows, tokenizer, max_length, cut)) for rows in chunks]
@@ -149,6 +156,34 @@ class TextTask:
                 "set tokenizer.pad_token = tokenizer.eos_token (labels and masks exclude padding either way)."
             )
         return Collator(tokenizer.pad_token_id, tokenizer.padding_side, per_token=self.kind == "causal-lm")
+
+    def _encode_instructions(self, data, dataset: Dataset, tokenizer, max_length: int) -> Dataset:
+        from datasets import Dataset, concatenate_datasets
+
+        what = f"{self.name}, {data}" if isinstance(data, str) else self.name
+        seen, encoded = Seen(), []
+        for start in range(0, len(dataset), CHUNK):
+            try:
+                rows = encode_turns(
+                    dataset[start : start + CHUNK],
+                    tokenizer,
+                    max_length,
+                    self.template,
+                    self.tokens,
+                    self.too_long,
+                    seen,
+                )
+            except ValueError as error:
+                raise ValueError(f"{what}: {error}") from error
+            encoded += [Dataset.from_dict(rows)] if rows["labels"] else []
+        if not encoded:
+            raise ValueError(
+                f"{what}: no answer of its {len(dataset):,} rows fits into max_length={max_length} beside one token of "
+                "its prompt; give a larger one."
+            )
+        how = "by the tokenizer's chat template" if uses_chat(self.template, tokenizer) else "without a chat template"
+        say(seen.said(what, max_length, how, self.tokens))
+        return concatenate_datasets(encoded)
 
     @property
     def _text_to_text(self) -> bool:

@@ -1,0 +1,300 @@
+"""Instruction data: rows recognized by their columns, and the tokens that a language model is given of them.
+
+* Five shapes: {"messages"}, ShareGPT's {"conversations"}, {"prompt", "completion"}, Alpaca's {"instruction", "input",
+  "output"}; {"text"} alone is plain text, and is encoded elsewhere.
+* Each row becomes `turns` (role and content of every message before the last answer), `answer` (the last answer, or
+  None) and `text` (the turns in plain words: rows are told apart by it). What follows the last answer is left out.
+* `template`: "auto" is the tokenizer's chat template, or "none" where it has none; "none" is prompt and answer as they
+  stand; "…{prompt}…" is what stands around a prompt. A row is rendered and tokenized as a whole, once, so its tokens
+  are `apply_chat_template`'s. Without a chat template the row begins and ends with the tokenizer's own BOS and EOS.
+* An answer begins where the template has asked for one (its generation prompt) and ends with what closes the turn.
+  A token counts to the answer if it begins inside.
+* `tokens`: labels on "completion" (every answer of the row) or on "all" tokens.
+* `too_long`: "cut" takes tokens away behind the BOS, from the left; an answer that loses a token is context from then
+  on. A row whose last answer does not fit beside one token of its prompt is left out, and counted. "refuse" raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fakit.tasks.special_tokens import added_tokens
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+# The columns that a shape must have, the surest first.
+SHAPES = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+}
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words for them
+IGNORED = -100
+SHOWN = 700  # characters of a row that is printed
+
+
+def shape_of(columns: Collection[str]) -> str | None:
+    """The shape of instruction data that has these columns."""
+    return next((shape for shape, needed in SHAPES.items() if set(needed) <= set(columns)), None)
+
+
+def check_options(template: str, tokens: str, too_long: str) -> None:
+    """Raise ValueError for a value that none of the three has."""
+    if template not in ("auto", "none") and template.count("{prompt}") != 1:
+        raise ValueError(
+            f"template={template!r} is neither 'auto' nor 'none', and holds {{prompt}} {template.count('{prompt}')} "
+            "times; write it once, where the prompt goes; the answer follows at the end."
+        )
+    for name, value, known in (
+        ("tokens", tokens, ("completion", "all")),
+        ("too_long", too_long, ("cut", "refuse")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not known; choose {' or '.join(map(repr, known))}.")
+
+
+def as_turns(rows: Dataset, shape: str, where: str) -> Dataset:
+    """Rows of a shape as the columns text, turns and answer (None where a row has none, or a pool no such column).
+
+    Raises:
+        ValueError: a message without role or text; names the row.
+    """
+    from datasets import Dataset
+
+    tidy: dict[str, list] = {"text": [], "turns": [], "answer": []}
+    for number, row in enumerate(rows, 1):
+        try:
+            messages = _messages(row, shape)
+        except ValueError as error:
+            raise ValueError(f"{where}, row {number}: {error}") from error
+        answered = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = messages[: answered[-1]] if answered else messages
+        tidy["text"].append("\n".join(message["content"] for message in turns))
+        tidy["turns"].append(turns)
+        tidy["answer"].append(messages[answered[-1]]["content"] if answered else None)
+    return Dataset.from_dict(tidy)
+
+
+def _messages(row: dict[str, Any], shape: str) -> list[dict[str, str]]:
+    if shape in ("messages", "conversations"):
+        found = row[shape] or []
+        if not isinstance(found, list):
+            raise ValueError(f"{shape} holds {found!r:.60}, not a list of messages.")
+        return [_message(message, place) for place, message in enumerate(found, 1)]
+    if shape == "completion":
+        prompt, answer = _text(row["prompt"], "prompt"), _text(row.get("completion"), "completion")
+    else:
+        parts = [_text(row.get(name), name) for name in ("instruction", "input")]
+        prompt, answer = "\n\n".join(part for part in parts if part.strip()), _text(row.get("output"), "output")
+    asked = [{"role": "user", "content": prompt}] if prompt.strip() else []
+    return asked + ([{"role": "assistant", "content": answer}] if asked and answer.strip() else [])
+
+
+def _message(message: Any, place: int) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise ValueError(f"message {place} is {message!r:.60}, not a mapping of role and content.")
+    role, content = (
+        message.get(ours) or message.get(theirs) for ours, theirs in (("role", "from"), ("content", "value"))
+    )
+    if not isinstance(role, str):
+        raise ValueError(f"message {place} has no role (it has {', '.join(message)}); give role and content.")
+    if not isinstance(content, str):
+        raise ValueError(
+            f"message {place} ({role}) holds {content!r:.60} where its text should be; calls of tools, pictures and "
+            "parts are not read."
+        )
+    return {"role": ROLES.get(role, role), "content": content}
+
+
+def _text(value: Any, column: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, list | dict):
+        raise ValueError(
+            f"{column} holds {value!r:.60}, not a text; write a conversation as one list of messages, under 'messages'."
+        )
+    return str(value)
+
+
+@dataclass
+class Seen:
+    """What became of the rows of a split: numbers, and the first two as the model sees them."""
+
+    read: int = 0
+    kept: int = 0
+    cut: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    shown: list[str] = field(default_factory=list)
+
+    def said(self, what: str, max_length: int, template: str, tokens: str) -> str:
+        """Lines for the log."""
+        cut = f", {self.cut:,} of them cut from the prompt's side to max_length={max_length}" if self.cut else ""
+        left = self.read - self.kept
+        lost = f", {left:,} left out, whose answer does not fit into max_length={max_length}" if left else ""
+        learned = "the answers'" if tokens == "completion" else "all"
+        rows = "".join(f"\n  row {number}: {row}" for number, row in enumerate(self.shown, 1))
+        return (
+            f"{what}: {self.read:,} rows read, {self.kept:,} kept{cut}{lost}; {self.prompt_tokens:,} tokens of prompts "
+            f"and {self.answer_tokens:,} of answers, labels on {learned}; {template}. As the model sees them, labels "
+            f"in ⟦ ⟧:{rows}"
+        )
+
+
+def encode_turns(
+    rows: dict[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template: str,
+    tokens: str,
+    too_long: str,
+    seen: Seen,
+) -> dict[str, list]:
+    """Tokens, mask and labels of rows that have turns (, answer); `seen` is counted on.
+
+    Raises:
+        ValueError: a row that the template cannot render, or that is too long where that is refused;
+            a tokenizer that does not say where its tokens stand.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say which characters its tokens stand for, so answers cannot be told "
+            "from prompts; load the fast tokenizer of the same model."
+        )
+    begin, end = added_tokens(tokenizer)
+    end = end or [tokenizer.eos_token_id]
+    encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for turns, answer in zip(rows["turns"], rows.get("answer") or [None] * len(rows["turns"]), strict=True):
+        seen.read += 1
+        try:
+            if uses_chat(template, tokenizer):
+                text, answers = _chat(turns, answer, tokenizer)
+                ids, spans = _tokens(text, answers, tokenizer)
+                given = len(begin) if ids[: len(begin)] == begin else 0
+            else:
+                text, answers = _plain(turns, answer, template)
+                ids, spans = _tokens(text, answers, tokenizer)
+                given = len(begin)
+                spans = [(first + given, last + given + len(end)) for first, last in spans]
+                ids = begin + ids + (end if spans else [])
+        except ValueError as error:
+            raise ValueError(f"row {seen.read} ({turns[0]['content']!r:.60}): {error}") from error
+        if (lost := max(0, len(ids) - max_length)) > 0:
+            whole = len(ids) - spans[-1][0] if spans else 0  # from the last answer on
+            if too_long == "refuse":
+                raise ValueError(
+                    f"row {seen.read} ({turns[0]['content']!r:.60}) has {len(ids)} tokens, {whole} of them from its "
+                    f"last answer on, and max_length={max_length}; give a larger one, or too_long='cut'."
+                )
+            if given + 1 + whole > max_length:
+                continue
+            seen.cut += 1
+            ids = ids[:given] + ids[given + lost :]
+            spans = [(first - lost, last - lost) for first, last in spans if first - lost > given]
+        seen.kept += 1
+        learned = [False] * len(ids)
+        for first, last in spans:
+            learned[first:last] = [True] * (last - first)
+        seen.answer_tokens += sum(learned)
+        seen.prompt_tokens += len(ids) - sum(learned)
+        if tokens == "all" and spans:
+            learned = [place >= given for place in range(len(ids))]
+        encoded["input_ids"].append(ids)
+        encoded["attention_mask"].append([1] * len(ids))
+        encoded["labels"].append(
+            [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
+        )
+        if len(seen.shown) < 2:
+            seen.shown.append(_shown(ids, learned, tokenizer))
+    return encoded
+
+
+def uses_chat(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True where the tokenizer's chat template is applied."""
+    return template == "auto" and bool(tokenizer.chat_template)
+
+
+def _chat(turns: list[dict], answer: str | None, tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The row by the chat template, and where in it each answer stands, in characters."""
+    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    whole = _rendered(messages, tokenizer, ask=answer is None)
+    answers = []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = _rendered(messages[:place], tokenizer, ask=True)
+        if not whole.startswith(asked):
+            raise ValueError(
+                f"the tokenizer's chat template asks for an answer with {asked[-60:]!r}, and does not write the answer "
+                f"{message['content']!r:.60} behind it; where it begins is unknown. Give template='…{{prompt}}…'."
+            )
+        so_far = _rendered(messages[: place + 1], tokenizer, ask=False)
+        if whole.startswith(so_far):
+            last = len(so_far.rstrip())
+        elif whole.startswith(message["content"].strip(), len(asked)):  # a template that writes earlier answers shorter
+            last = len(asked) + len(message["content"].strip())
+            marks = [str(mark) for mark in tokenizer.added_tokens_decoder.values()]
+            last += max((len(mark) for mark in marks if whole.startswith(mark, last)), default=0)
+        else:
+            raise ValueError(
+                f"the tokenizer's chat template does not write the answer {message['content']!r:.60} as it stands; "
+                "where it ends is unknown. Give template='…{prompt}…'."
+            )
+        answers.append((len(asked), last))
+    return whole, answers
+
+
+def _rendered(messages: list[dict], tokenizer, ask: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # a template is a program of its author's, and raises what it likes
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the tokenizer's chat template cannot write turns of {roles}: {error}") from error
+
+
+def _plain(turns: list[dict], answer: str | None, template: str) -> tuple[str, list[tuple[int, int]]]:
+    """The row without a chat template: a single prompt and its answer."""
+    if [turn["role"] for turn in turns] != ["user"]:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ValueError(
+            f"before its last answer it has turns of {roles}, which take a chat template, and there is none (template: "
+            f"{template!r}); give a model whose tokenizer has one, or rows of one prompt and one answer."
+        )
+    prompt = turns[0]["content"]
+    if template not in ("auto", "none"):
+        prompt = template.replace("{prompt}", prompt)
+    elif answer is None or not (prompt[-1:].isspace() or answer[:1].isspace()):
+        prompt += "\n"  # else the two would run together
+    return prompt + (answer or ""), [] if answer is None else [(len(prompt), len(prompt + answer))]
+
+
+def _tokens(text: str, answers: list[tuple[int, int]], tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text, and each answer's first token and the one behind its last."""
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts = [start for start, _ in found.offset_mapping]
+    spans = []
+    for first, last in answers:
+        inside = [place for place, start in enumerate(starts) if first <= start < last]
+        if not inside:
+            raise ValueError(f"the tokenizer makes no token of the answer {text[first:last]!r:.60}.")
+        spans.append((inside[0], inside[-1] + 1))
+    return list(found.input_ids), spans
+
+
+def _shown(ids: list[int], learned: list[bool], tokenizer) -> str:
+    """A row in words, labeled tokens in double brackets; of a long one the two ends."""
+    parts, start = [], 0
+    for place in range(1, len(ids) + 1):
+        if place == len(ids) or learned[place] != learned[start]:
+            words = tokenizer.decode(ids[start:place], clean_up_tokenization_spaces=False)
+            parts.append(f"⟦{words}⟧" if learned[start] else words)
+            start = place
+    text = repr("".join(parts))[1:-1]
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
