@@ -262,12 +262,12 @@ def test_a_chat_template_is_left_out_where_none_is_asked_for():
 
 
 def test_a_row_that_is_too_long_is_cut_from_the_prompts_side():
-    tokenizer, talk = letters(LLAMA3), {"messages": messages(*TALK)}
-    (whole,) = task(talk).encode("test", tokenizer, 512)
+    tokenizer, talk = letters(LLAMA3), task({"messages": messages(*TALK)})
+    (whole,) = talk.encode("test", tokenizer, 512)
     size = len(whole["input_ids"])
     for length in range(size - 1, 0, -1):
         try:
-            (row,) = task(talk).encode("test", tokenizer, length)
+            (row,) = talk.encode("test", tokenizer, length)
         except ValueError as error:
             assert f"no answer of its 1 rows fits into max_length={length}" in str(error)
             break
