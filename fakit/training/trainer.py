@@ -8,7 +8,7 @@ as a plain transformers model.
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -29,7 +29,6 @@ from fakit.models.peft_students import ADAPTER, base_fingerprint, check_adapter,
 from fakit.models.random_state import random_state_kept
 from fakit.models.tables import CheckedCollator, Tables, check_data, tables
 from fakit.objective.balancing import GradientNorm, Uncertainty
-from fakit.objective.breakdown import Breakdown
 from fakit.objective.diagnosis import whose_numbers
 from fakit.objective.features import Features
 from fakit.objective.needs import Needs
@@ -49,6 +48,7 @@ from fakit.training.checkpoints import seal as seal_checkpoint
 from fakit.training.distiller import Distiller, refuse_reentrant, traced
 from fakit.training.distributed import check_sharding, load_whole_state, shards_on_cpus, whole_state
 from fakit.training.fit import check_fit, check_parameters, refuse_shared
+from fakit.training.logged import Logged
 from fakit.training.ownership import (
     argument_facts,
     bytes_of_checkpoint,
@@ -168,10 +168,7 @@ class DistillationTrainer(Trainer):
         self.add_callback(self.epochs)
         self.add_callback(ScheduleCallback(objective))
         self.add_callback(StandardizationCallback(self.gather_as_asked))
-        # since the last log: {term: (sum, number of steps that had it)}, sums on the device, so that nothing waits for
-        # them
-        self._sums: dict[str, tuple[Tensor, int]] = {}
-        self._numbers: dict[str, float | Tensor] = {}  # weights and temperatures of the last step
+        self.logged = Logged()
         self._is_checkpoint = False
         # settings that the steps follow from and that are not seen here, such as an experiment's: a checkpoint is bound
         # to them, too
@@ -307,13 +304,8 @@ class DistillationTrainer(Trainer):
         """The objective's total; the breakdown goes into the running means of the log."""
         outputs = model(**inputs)
         if model.training:
-            self._last_inputs, self._numbers = (
-                inputs,
-                _numbers(self.objective),
-            )  # a callback may set others before the log
-            for name, value in _flat(self.distiller.breakdown, _changing(self.objective)).items():
-                total, steps = self._sums.get(name, (0.0, 0))
-                self._sums[name] = total + value, steps + 1
+            self._last_inputs = inputs
+            self.logged.add(self.objective, self.distiller.breakdown)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def _whose_numbers(self, name: str, pairs: list) -> str:
@@ -329,15 +321,9 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the terms' means since the last log; on an accelerator this is where a NaN is found and named."""
-        if "loss" in logs and self._sums:
+        if "loss" in logs and self.logged.sums:
             self.distiller.breakdown.check(self._whose_numbers)
-            means = torch.stack([total / steps for total, steps in self._sums.values()])  # (terms and layer pairs,)
-            means = self.accelerator.gather(means.unsqueeze(0)).mean(0)  # over the processes
-            logs |= dict(zip(self._sums, means.tolist(), strict=True))
-            logs |= {
-                name: value.item() if isinstance(value, Tensor) else value for name, value in self._numbers.items()
-            }
-            self._sums = {}
+            logs |= self.logged.take(self.accelerator.gather)
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
@@ -555,30 +541,6 @@ def _own_rates(objective: Objective) -> dict[str, float]:
         for name, term in objective.of_kind(Outputs).items()
         if term.learns_temperature
     }
-
-
-def _flat(breakdown: Breakdown, changing: Iterable[str]) -> dict[str, Tensor]:
-    """What is averaged for the log; weighted terms only where the weight of one is another in each step."""
-    layers = {f"{n}/S{s}_T{t}": v for n, pairs in breakdown.per_layer.items() for (s, t), v in pairs.items()}
-    weighted = {f"weighted/{name}": breakdown.weighted[name] for name in changing if name in breakdown.weighted}
-    return {**breakdown.terms, **layers, **weighted}
-
-
-def _changing(objective: Objective) -> Iterable[str]:
-    """The terms whose weight is another in each step."""
-    return objective.weights.schedules if objective.balancing is None else objective.terms
-
-
-def _numbers(objective: Objective) -> dict[str, float | Tensor]:
-    """Weights and temperatures of this step, as they are logged; of balanced weights and learned temperatures what they
-    come to.
-    """
-    taus = objective.taus
-    values = list(dict.fromkeys(taus.values()))  # a learned one is like no other
-    taus = {"temperature": values[0]} if len(values) == 1 else {f"temperature/{n}": t for n, t in taus.items()}
-    weights: dict[str, Any] = dict(objective.weights)
-    weights |= {name: weights[name] * factor for name, factor in objective.factors.items()}
-    return {f"weight/{name}": weight for name, weight in weights.items()} | taus
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def test_an_accelerator_that_looks_when_it_logs_asks_the_teacher_once_more(tmp_p
     breakdown = trainer.distiller.breakdown
     breakdown.total = breakdown.terms["features"] = torch.tensor(float("nan"))
     breakdown.per_layer["features"] = {(2, 3): torch.tensor(float("nan"))}
-    trainer._sums = {"features": (torch.tensor(1.0), 1)}
+    trainer.logged.sums = {"features": (torch.tensor(1.0), 1)}
     with pytest.raises(
         ValueError, match=r"features term is nan at S2←T3: the teacher's \(Bert\w+\) hidden states of layer 3"
     ):
