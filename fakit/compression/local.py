@@ -29,7 +29,7 @@ from fakit.evaluation.batches import by_length, eval_mode
 from fakit.files import check_room, claimed, whole, write_whole
 from fakit.losses.features import LOSSES
 from fakit.models.blocks import find_blocks, find_stacks
-from fakit.models.low_rank_linear import LowRankExperts, LowRankLinear
+from fakit.models.low_rank_linear import pairs as pairs_of
 from fakit.models.positions import longest_row
 from fakit.tracing.capture import capture
 from fakit.tracing.hooks import given_hidden
@@ -134,7 +134,7 @@ def distill(
 def _check(student, teacher, epochs: int, learning_rate: float, loss: str, states: str) -> None:
     ours, theirs = find_blocks(student), find_blocks(teacher)
     name = type(student).__name__
-    if not _pairs(student):
+    if not pairs_of(student):
         raise ValueError(f"{name} has no pairs to train: student = low_rank.compress(teacher, keep=0.8) makes them.")
     if [type(b) for b in ours] != [type(b) for b in theirs]:
         raise ValueError(
@@ -223,17 +223,13 @@ def _check_folder(folder: Path, facts: dict) -> None:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-def _pairs(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in module.named_modules() if isinstance(m, LowRankLinear | LowRankExperts)}
-
-
 class _Run:
     """All that one layer after the other needs."""
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, batches: list, folder: Path, facts: dict):
         self.batches, self.folder, self.facts = batches, folder, facts
         self.blocks = {"student": find_blocks(student), "teacher": find_blocks(teacher)}
-        self.last = max(i for i, block in enumerate(self.blocks["student"], 1) if _pairs(block))
+        self.last = max(i for i, block in enumerate(self.blocks["student"], 1) if pairs_of(block))
         starts = [1]
         for stack in find_stacks(student):
             starts.append(starts[-1] + len(stack.blocks))
@@ -266,7 +262,7 @@ class _Run:
     def layer(self, number: int) -> LayerResult:
         """Train one block and pass on what it gives; or read what was done before."""
         done = self.folder / f"layer_{number:03}.safetensors"
-        pairs = _pairs(self.blocks["student"][number - 1])
+        pairs = pairs_of(self.blocks["student"][number - 1])
         if done.is_file():
             return _read(done, pairs)
         start = time.perf_counter()
