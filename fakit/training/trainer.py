@@ -6,7 +6,6 @@ gradient checkpointing, checkpoints, resume, callbacks, TensorBoard. The student
 as a plain transformers model.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import DataCollatorWithFlattening, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from fakit.files import check_room
 from fakit.models.kinds import is_causal_lm, ties, untie, without_layerdrop, without_rescaling
 from fakit.models.load import is_quantized
-from fakit.models.low_rank_linear import FILE, pairs, save_pairs
-from fakit.models.peft_students import ADAPTER, base_fingerprint, check_adapter, is_adapted, load_adapter
+from fakit.models.peft_students import base_fingerprint, check_adapter, is_adapted
 from fakit.models.random_state import random_state_kept
 from fakit.models.tables import CheckedCollator, Tables, check_data, tables
 from fakit.objective.balancing import GradientNorm, Uncertainty
@@ -34,11 +31,11 @@ from fakit.objective.features import Features
 from fakit.objective.needs import Needs
 from fakit.objective.objective import Objective
 from fakit.objective.outputs import Outputs
-from fakit.objective.schedules import Schedule
 from fakit.objective.units import Units, fit_units
 from fakit.tracing.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
 from fakit.tracing.trace import Trace
 from fakit.training.callbacks import EpochCallback, ScheduleCallback, StandardizationCallback
+from fakit.training.checkpoint_files import part, read_settings, read_state, write_objective, write_student
 from fakit.training.checkpoints import begin as begin_checkpoint
 from fakit.training.checkpoints import check as check_checkpoint
 from fakit.training.checkpoints import give_up as give_up_checkpoint
@@ -54,7 +51,6 @@ from fakit.training.ownership import (
     bytes_of_checkpoint,
     data_fingerprint,
     objective_facts,
-    setting_facts,
     student_facts,
 )
 from fakit.training.precision import precision_name, settle
@@ -63,7 +59,6 @@ from fakit.training.teacher_cache.fingerprints import fingerprint
 from fakit.training.teacher_cache.training import ROW, CachedRowsCollator, CachedTeacher, recorded_teacher, with_rows
 from fakit.training.token_counts import counts, shares
 
-_PROJECTIONS, _OBJECTIVE = "projections.safetensors", "objective.json"
 logger = logging.getLogger(__name__)
 
 
@@ -464,7 +459,7 @@ class DistillationTrainer(Trainer):
             return self.student
         student = type(self.student)._from_config(self.student.config)
         untie(student, ties(student).keys() - ties(self.student).keys())
-        student.load_state_dict(_part(whole_state(self.model), "student."))
+        student.load_state_dict(part(whole_state(self.model), "student."))
         return student.to(self.args.device).eval()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -474,57 +469,20 @@ class DistillationTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         distiller = self.distiller
         state = distiller.state_dict() if state_dict is None else state_dict
-        own = _part(state, "student.")
-        if pairs(distiller.student):
-            save_pairs(distiller.student, {k: v for k, v in own.items() if k not in ties(distiller.student)}, folder)
-        else:
-            distiller.student.save_pretrained(folder, state_dict=own)
+        write_student(folder, distiller.student, state)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if self._is_checkpoint:
-            rest = {k: v.contiguous() for k, v in _part(state, "objective.").items()}
-            save_file(rest, folder / _PROJECTIONS)
-            (folder / _OBJECTIVE).write_text(json.dumps(setting_facts(distiller.objective), indent=2))
+            write_objective(folder, distiller.objective, state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        adapted, in_pairs = is_adapted(self.distiller.student), bool(pairs(self.distiller.student))
-        own = ADAPTER if adapted else FILE if in_pairs else "config.json"
-        missing = [name for name in (own, _PROJECTIONS, _OBJECTIVE) if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(
-                f"{folder} is no checkpoint of a DistillationTrainer: {', '.join(missing)} missing. Give a "
-                "checkpoint-N folder of this trainer's output_dir; an exported student starts a new run instead."
-            )
-        distiller = self.distiller
-        projections = load_file(folder / _PROJECTIONS)
-        ours = distiller.objective.state_dict()
-        if {k: v.shape for k, v in projections.items()} != {k: v.shape for k, v in ours.items()}:
-            raise ValueError(
-                f"{folder} holds projections {sorted(projections)}, this objective has {sorted(ours)}: resume with the "
-                "layer map and the widths that the run was started with."
-            )
-        state = {f"objective.{name}": value for name, value in projections.items()}
-        if adapted:
-            load_adapter(distiller.student, folder)
-        elif in_pairs:
-            found = load_file(folder / FILE)
-            found |= {name: found[first] for name, first in ties(distiller.student).items()}
-            state |= {f"student.{name}": value for name, value in found.items()}
-        else:
-            student = type(distiller.student).from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-            state |= {f"student.{name}": value for name, value in student.state_dict().items()}
+        folder, distiller = Path(resume_from_checkpoint), self.distiller
+        state = read_state(folder, distiller)
         if self.is_fsdp_enabled:
             load_whole_state(self.model, state)
         else:
-            distiller.load_state_dict(state, strict=not adapted)
-        settings = json.loads((folder / _OBJECTIVE).read_text())
-        distiller.objective.settings = {
-            name: {key: Schedule.from_dict(value) if isinstance(value, dict) else value for key, value in own.items()}
-            for name, own in settings.items()
-        }
+            distiller.load_state_dict(state, strict=not is_adapted(distiller.student))
+        read_settings(folder, distiller.objective)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -541,7 +499,3 @@ def _own_rates(objective: Objective) -> dict[str, float]:
         for name, term in objective.of_kind(Outputs).items()
         if term.learns_temperature
     }
-
-
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
