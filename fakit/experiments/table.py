@@ -33,10 +33,10 @@ def study_table(store: RunStore, baselines: Sequence[str] | None = None, level: 
         level: of the intervals.
 
     Returns:
-        columns task, arm, kind ("run" or "baseline"), metric, higher_is_better, n, seeds, scores, mean, low, high; for
-        each X of `baselines` gain_over_X, …_low, …_high, gains_over_X (one a pair), p_holm_over_X, pairs_with_X;
-        gap_closed, …_low, …_high (nan where not available); steps, flops (training, mean), agreement (with the
-        teacher, mean); no_score: seeds whose student gave NaN, which no mean counts.
+        columns task, arm, kind ("run", of compressions too, or "baseline"), metric, higher_is_better, n, seeds, scores,
+        mean, low, high; for each X of `baselines` gain_over_X, …_low, …_high, gains_over_X (one a pair),
+        p_holm_over_X, pairs_with_X; gap_closed, …_low, …_high (nan where not available); steps, flops (training,
+        mean), agreement (with the teacher, mean); no_score: seeds whose student gave NaN, which no mean counts.
 
     Raises:
         ValueError: the store holds no finished run, or none of an arm of `baselines`.
@@ -48,6 +48,9 @@ def study_table(store: RunStore, baselines: Sequence[str] | None = None, level: 
             f"{store.path} holds no finished run yet; `fakit distill CONFIG.yaml` or `fakit study` adds some."
         )
     runs = runs.assign(task=distinct_tasks(runs), score=runs["score"].astype(float))
+    runs["kind"] = runs["kind"].replace("compression", "run")  # compressions are compared as runs are
+    for column in {"steps", "flops"} - set(runs):  # which low rank has no word for
+        runs[column] = math.nan
     runs = runs.assign(arm=distinct_arms(runs))
     arms = runs.loc[runs["kind"] == "run", "arm"].unique()
     for arm in baselines or ():

@@ -170,6 +170,21 @@ def test_a_report_says_what_each_level_of_a_grid_is_worth(tmp_path):
     assert "what a level is worth" not in report(unfinished).text
 
 
+def test_compressions_are_compared_as_runs_are(tmp_path):
+    store = RunStore.open(tmp_path / "runs", what="compressions")
+    for arm, scores in {"layerwise": [0.7, 0.72], "low rank, bottom": [0.8, 0.83]}.items():
+        for seed, score in enumerate(scores):
+            record = _record("glosses", arm, seed, score, kind="compression")
+            if arm == "layerwise":
+                record["steps"] = 150
+            store.append_run(record)
+    table = study_table(store, ["layerwise"]).set_index("arm")
+    assert (table["kind"] == "run").all() and table.loc["layerwise", "steps"] == 150
+    assert table.loc["low rank, bottom", "gain_over_layerwise"] == pytest.approx(0.105)
+    row = next(line for line in report(store).text.splitlines() if line.startswith("| low rank, bottom |"))
+    assert row.endswith("| 2 | – | – |")
+
+
 def test_one_run_makes_a_report_without_intervals(tmp_path):
     store = RunStore.open(tmp_path)
     store.append_run(_record("glosses", "all", 0, 0.8))
