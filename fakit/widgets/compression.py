@@ -121,10 +121,11 @@ class LayerRemover(Panel):
         if self.together is None:
             return figure, f"All {len(self.prices)} layers are in. Press one to leave it out."
         alone = sum(self.prices[i] for i in gone)
-        more = "more" if self.together > alone else "no more"
+        compared = "more than" if self.together > alone else "less than" if self.together < alone else "as much as"
+        beside = f", {compared} the sum of their single prices, {alone:.3g}" if len(gone) > 1 else ""
         return figure, (
             f"Without {len(gone)} of {len(self.prices)} layers ({', '.join(map(str, gone))}) the KL to the whole model "
-            f"is {self.together:.3g} nats, {more} than the sum of their single prices, {alone:.3g}."
+            f"is {self.together:.3g} nats{beside}."
         )
 
 
