@@ -23,6 +23,7 @@ from fakit.experiments.build import (
     prepare,
     student_tokenizer,
 )
+from fakit.experiments.card import model_card
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.flops import step_flops
 from fakit.experiments.quiet import without_side_bars
@@ -216,6 +217,8 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
         student=student,
         **done,
     )
+    if main and out is not None:
+        write_whole(out / "README.md", model_card(config, result, task, bool(pairs(student))))
     if main and store is not None:
         store.append_steps(config.run_id, result.history)
         store.append_run(result.record())

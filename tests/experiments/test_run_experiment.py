@@ -4,6 +4,7 @@ import tempfile
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from fakit.experiments.baselines import evaluate_baselines
@@ -58,6 +59,14 @@ def test_a_run_from_configuration_to_store(config, tmp_path):
         torch.testing.assert_close(exported(**batch).logits, result.student.eval()(**batch).logits, rtol=0, atol=1e-6)
     assert type(config).from_yaml(tmp_path / "student" / "experiment.yaml") == config
     assert "test accuracy" in str(result) and "| accuracy |" in result._repr_markdown_()
+
+    # and the card beside it can be read by a hub, and says what the run says
+    card = ModelCard.load(tmp_path / "student" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.base_model == config.teacher.id
+    scores = {found.metric_type: found.metric_value for found in card.data.eval_results}
+    assert scores == {name: round(value, 4) for name, value in result.test.items()}
+    assert f"| accuracy | {result.validation['accuracy']:.4f} | {result.test['accuracy']:.4f} |" in card.text
+    assert "6 optimizer steps of 8 texts" in card.text and "AutoModelForSequenceClassification" in card.text
 
 
 def test_a_recorded_run_is_not_run_again(config, tmp_path):
