@@ -1,7 +1,7 @@
 """All terms of two traces before weighting: over the heads where that is possible, each by itself elsewhere."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -46,6 +46,7 @@ def compare(
     Raises:
         ValueError: a term whose loss is no scalar.
     """
+    student = replace(student, labels=labels)
     together, at_once = compare_over_heads(terms, weights, student, teacher, labels, scales)
     whole = (student, teacher)
     if _want_logits(term for name, term in terms.items() if name not in at_once):

@@ -70,7 +70,7 @@ class Pooled(Features):
         super().__init__(loss, weight, projection, layer_map, shared, at_equal_width, parameters, **more)
 
     def count(self, batch: CountedBatch) -> Tensor:
-        texts = relational.texts(batch.mask.sum(1))
+        texts = relational.texts(self.counted(batch).sum(1))
         return texts if self._count is None or self._by_text else self._count(texts.unsqueeze(0))
 
     @property
@@ -202,7 +202,7 @@ class Flow(_Neighbors):
         super().__init__("mse", weight, projection, layer_map, **more)
 
     def count(self, batch: CountedBatch) -> Tensor:
-        return relational.texts(batch.mask.sum(1))
+        return relational.texts(self.counted(batch).sum(1))
 
     def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
         lower, upper = self.both(student, teacher, pair)

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fakit.losses import features as feature_losses
 from fakit.objective.loss_parameters import checked, ends
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.over_layers import OverLayers
-from fakit.objective.positions import common_mask, kept
+from fakit.objective.positions import common_mask, kept, labeled_tokens
 from fakit.objective.projections import KINDS as PROJECTIONS
 from fakit.objective.projections import LeastSquares, Projection, make_projection
 from fakit.objective.schedules import Schedule
@@ -24,6 +24,8 @@ from fakit.objective.standardization import Moments, Standardization, Standardiz
 from fakit.tracing.trace import Trace
 
 At = Literal["block", "attention", "mlp", "up", "gate", "queries", "keys", "values"]
+Tokens = Literal["all", "labeled"]
+TOKENS: tuple[str, ...] = get_args(Tokens)
 # where a trace holds them
 PLACES = {
     "block": "hidden_states",
@@ -65,6 +67,8 @@ class Features(OverLayers):
             without a projection goes through the same map, so that it still aims at the teacher's states.
         standardize_batches: have the trainer gather them over this many of the first training batches, before its first
             step.
+        tokens: "all", or "labeled": those with a label, and of texts without any label all, as the outputs term does
+            it; of a language model that learns answers, the answers' tokens.
     """
 
     loss: str | Callable = "mse"
@@ -77,6 +81,7 @@ class Features(OverLayers):
     at: At = "block"
     standardize: Standardize | None = None
     standardize_batches: int | None = None
+    tokens: Tokens = "all"
 
     def __init__(
         self,
@@ -90,8 +95,12 @@ class Features(OverLayers):
         at: At = "block",
         standardize: Standardize | None = None,
         standardize_batches: int | None = None,
+        tokens: Tokens = "all",
         **more: Any,
     ):
+        if tokens not in TOKENS:
+            raise ValueError(f"Features(tokens={tokens!r}) is not known; choose one of {', '.join(map(repr, TOKENS))}.")
+        self.tokens = tokens
         if at not in PLACES:
             raise ValueError(f"Features(at={at!r}) is not known; choose one of {', '.join(map(repr, PLACES))}.")
         self.at, self._kept, self.embeddings = at, PLACES[at], at == "block"
@@ -157,7 +166,12 @@ class Features(OverLayers):
         return Needs.of({self._kept: layers}, type(self).__name__)
 
     def count(self, batch: CountedBatch) -> Tensor:
-        return batch.tokens if self._count is None else self._count(batch.mask.sum(1))
+        counted = self.counted(batch)
+        return counted.sum() if self._count is None else self._count(counted.sum(1))
+
+    def counted(self, batch: CountedBatch) -> Tensor:
+        """The tokens that are compared. bool (B, T)"""
+        return batch.mask if self.tokens == "all" else batch.labeled_tokens
 
     def cached(self) -> Needs:
         return self._needs(self._layers("teacher", self.possible_pairs()))
@@ -183,7 +197,20 @@ class Features(OverLayers):
             if not self.projects(ours.shape[-1], theirs.shape[-1]) and ours.shape == theirs.shape:
                 ours = standardization(ours)
             theirs = standardization(theirs)
-        return ours, theirs, common_mask(student, teacher, pair)
+        return ours, theirs, self._learned(common_mask(student, teacher, pair), student, ours)
+
+    def _learned(self, mask: Tensor | None, student: Trace, like: Tensor) -> Tensor | None:
+        """The mask (B, T) without tokens that are not compared."""
+        if self.tokens == "all" or student.labels is None:
+            return mask
+        mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask
+        if student.labels.shape != mask.shape:
+            raise ValueError(
+                f"{self.place.name} compares tokens that carry a label (tokens='labeled'), and the labels are "
+                f"{tuple(student.labels.shape)} beside {tuple(mask.shape)} tokens (B, T); take tokens='all' where "
+                "labels are of texts, and for the encoder of an encoder-decoder."
+            )
+        return labeled_tokens(mask, student.labels, student.documents)
 
     def _standardization_of(self, layer: int, like: Tensor) -> Standardization:
         name, modules = self._standardization_name(layer), self.place.modules

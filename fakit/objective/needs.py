@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fakit.objective.positions import predicting_positions
+from fakit.objective.positions import labeled_tokens, predicting_positions
 from fakit.tracing.inputs import find_documents
 from fakit.tracing.trace import Trace
 
@@ -153,6 +153,14 @@ class CountedBatch(Mapping):
     def tokens(self) -> Tensor:
         """The number of tokens. ()"""
         return self.lengths.sum()
+
+    @property
+    def labeled_tokens(self) -> Tensor:
+        """The tokens with a label, and all of texts without one; all where labels are not the tokens'. bool (B, T)"""
+        labels = self.get("labels")
+        if labels is None or labels.shape != self.mask.shape:
+            return self.mask
+        return labeled_tokens(self.mask, labels, self.documents)
 
     @property
     def pairs(self) -> Tensor:

@@ -64,6 +64,18 @@ def predicting_positions(mask: Tensor, labels: Tensor | None, causal: bool, docu
     return mask
 
 
+def labeled_tokens(mask: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Which tokens of a mask (B, T) carry a label (not -100); of texts without any label all of them. bool (B, T)
+
+    `documents` (B, T) numbers those of packed rows, each a text of its own.
+    """
+    labeled = mask & (labels.to(mask.device) != -100)
+    if documents is None:
+        return torch.where(labeled.any(dim=1, keepdim=True), labeled, mask)
+    of_document = torch.zeros_like(documents).scatter_add_(1, documents, labeled.long()).gather(1, documents)
+    return torch.where(of_document > 0, labeled, mask)
+
+
 def common_mask(student: Trace, teacher: Trace, pair: Pair) -> Tensor | None:
     """The tokens that count on both sides at a layer pair. bool (B, T)
 

@@ -37,6 +37,7 @@ class Trace:
         problem_type: what logits (B, C) mean, as the model's configuration says it
             (`fakit.models.head_kinds.problem_type`); None where it does not
         name: the model's class, for messages
+        labels: (B,), (B, C) or (B, T), those that it is compared beside; None outside of a comparison
     """
 
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Trace:
     causal: bool = False
     problem_type: str | None = None
     name: str = "model"
+    labels: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def queries(self) -> dict[int, Tensor]:
