@@ -6,6 +6,7 @@ task = load_task("reviews", labels=500)            # embedded: "reviews", "gloss
 task = load_task("glue/sst2")                      # from the hub
 task = load_task("hub:stanfordnlp/imdb", labels=1000, pool=10_000)
 task = load_task("mine.csv", text="sentence", label="stars")
+task = load_task("instructions")                   # embedded, for a chat model such as "smollm2"
 task = load_task("chats.jsonl")                    # instruction data: {"messages": […]} and kin, by their columns
 
 teacher, tokenizer = embedded_teacher("reviews", quantize="8bit")
@@ -19,7 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fakit.tasks.assemble import task_from
-from fakit.tasks.embedded import EMBEDDED, MINILM, data_dir, embedded_teacher, load_embedded
+from fakit.tasks.embedded import (
+    EMBEDDED,
+    INSTRUCTIONS,
+    MINILM,
+    data_dir,
+    embedded_teacher,
+    load_embedded,
+    load_instructions,
+)
 from fakit.tasks.files import load_hub, load_path
 from fakit.tasks.glue import GLUE, load_glue
 from fakit.tasks.task import TextTask
@@ -31,8 +40,8 @@ def load_task(name_or_path: str | Path, *, labels: int | str | None = None, seed
     """A task by name or path.
 
     Args:
-        name_or_path: "reviews", "glosses", "scans"; "glue/NAME"; "hub:ID"; or a CSV, TSV, JSON lines or parquet file,
-            or a directory that `datasets` saved.
+        name_or_path: "reviews", "glosses", "scans", "instructions"; "glue/NAME"; "hub:ID"; or a CSV, TSV, JSON lines or
+            parquet file, or a directory that `datasets` saved.
         labels: labeled examples the student sees (stratified, seeded); "all"; or None for the default (500 and 1,400
             for `reviews` and `glosses`, all elsewhere).
         seed: of the labeled subset, and of the splits carved out of data that have none.
@@ -45,6 +54,8 @@ def load_task(name_or_path: str | Path, *, labels: int | str | None = None, seed
     name = str(name_or_path)
     if name in EMBEDDED:
         loader: Callable[..., TextTask] = load_embedded
+    elif name == INSTRUCTIONS:
+        loader = load_instructions
     elif name.startswith("glue/"):
         loader, name = load_glue, name.removeprefix("glue/")
     elif name.startswith("hub:"):
@@ -53,7 +64,8 @@ def load_task(name_or_path: str | Path, *, labels: int | str | None = None, seed
         loader = load_path
     else:
         raise ValueError(
-            f"no task {name!r}: the names are {', '.join(EMBEDDED)}, {', '.join(f'glue/{task}' for task in GLUE)}, "
+            f"no task {name!r}: the names are {', '.join([*EMBEDDED, INSTRUCTIONS])}, "
+            f"{', '.join(f'glue/{task}' for task in GLUE)}, "
             "hub:ID, or the path of a CSV, TSV, JSON lines or parquet file or of a datasets directory (nothing lies "
             "at this one)."
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fakit.files import shipped
+from fakit.tasks.assemble import task_from
 from fakit.tasks.scans import add_scan_noise
 from fakit.tasks.splits import labeled_subset
 from fakit.tasks.task import TextTask
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+INSTRUCTIONS = "instructions"
+"""The embedded task without a teacher of its own."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,41 @@ def load_embedded(name: str, *, labels: int | str | None = None, seed: int = 0, 
         source=about.source,
         license=about.license,
         more_tests={},
+    )
+
+
+def load_instructions(
+    name: str = INSTRUCTIONS,
+    *,
+    labels: int | str | None = None,
+    seed: int = 0,
+    template: str = "auto",
+    tokens: str = "completion",
+    too_long: str = "cut",
+) -> TextTask:
+    """Short instructions and answers of six kinds, which scripts/build_instructions.py made of the other tasks' texts.
+
+    They have no teacher of their own: give a chat model, such as "smollm2".
+
+    Args:
+        labels, seed, template, tokens, too_long: see `task_from`.
+    """
+    from datasets import Dataset, DatasetDict
+
+    splits: dict[str, list[dict]] = {}
+    with gzip.open(checked_file(f"{name}.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            splits.setdefault(row["split"], []).append({"messages": row["messages"]})
+    return task_from(
+        DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()}),
+        name=name,
+        labels=labels,
+        seed=seed,
+        template=template,
+        tokens=tokens,
+        too_long=too_long,
+        source="made by rule of the texts of glosses, reviews and scans",
+        license="WordNet 3.0, MIT and public domain",
     )
 
 

@@ -7,6 +7,8 @@ from collections import Counter
 
 import pytest
 
+from fakit.experiments.build import prepare
+from fakit.experiments.config import ExperimentConfig
 from fakit.tasks import data_dir, load_task
 from fakit.tasks.embedded import checked_file
 from fakit.tasks.splits import text_keys
@@ -76,7 +78,7 @@ def test_reviews_as_a_regression_agree_with_the_classes():
         ("glosses", {"labels": 0.5}, "is no number of examples"),
         ("glosses", {"kind": "regression"}, "has no kind 'regression'; choose 'sequence-classification'"),
         ("glosses", {"text": "gloss"}, "takes no option text; it takes labels, seed, kind"),
-        ("gloses", {}, "no task 'gloses': the names are reviews, glosses, scans, glue/cola"),
+        ("gloses", {}, "no task 'gloses': the names are reviews, glosses, scans, instructions, glue/cola"),
     ],
 )
 def test_wrong_names_and_options_are_answered_with_the_right_ones(name, options, message):
@@ -137,3 +139,22 @@ def test_every_file_in_data_is_in_the_manifest_with_origin_license_script_and_si
     assert shipped <= listed
     assert "Princeton University" in (data_dir() / "LICENSE.WordNet.txt").read_text()
     assert "Hutto" in (data_dir() / "LICENSE.VADER.txt").read_text()
+
+
+def test_instructions_are_of_six_kinds_and_no_prompt_stands_in_two_splits():
+    task = load_task("instructions", labels=600)
+    assert (len(task.train), len(task.validation), len(task.test)) == (600, 180, 300) and task.pool is None
+    assert (task.kind, task.metric, task.dropped) == ("causal-lm", "perplexity", {})
+    splits = [set(split["text"]) for split in (task.teacher_train, task.validation, task.test)]
+    assert sum(map(len, splits)) == len(set.union(*splits)) == 2040
+    first = {text.split()[0] for text in task.test["text"]}
+    assert first == {"What", "Does", "Correct", "Put", "How", "Which"}
+    for row in task.test:
+        prompt, answer = row["turns"][0]["content"], row["answer"]
+        if prompt.startswith("Put"):
+            words = prompt.removesuffix(".").split(": ")[1].split(", ")
+            assert answer == ", ".join(sorted(words)) + "."
+        if prompt.startswith("How many"):
+            assert answer == f"It has {len(prompt.split(chr(10))[-1].split())} words."
+    with pytest.raises(ValueError, match="teachers are embedded for reviews"):
+        prepare(ExperimentConfig(task={"name": "instructions"}))

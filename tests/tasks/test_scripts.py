@@ -29,7 +29,7 @@ def scripts(monkeypatch):
         sys.modules.pop(name)
 
 
-@pytest.mark.parametrize("name", ["reviews", "glosses", "scans"])
+@pytest.mark.parametrize("name", ["reviews", "glosses", "scans", "instructions"])
 def test_rows_written_again_give_the_shipped_bytes(scripts, tmp_path, name):
     build, _ = scripts
     with gzip.open(data_dir() / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -105,3 +105,14 @@ def test_training_the_decoder_lowers_the_loss_and_saves_it_with_its_tokenizer(sc
     assert (model.config.n_layer, model.config.n_embd, model.config.n_head) == (4, 128, 4)
     perplexity = float(out.split("test: {'perplexity': ")[1].split(",")[0])
     assert perplexity < 40  # of 99 characters, after 17 steps
+
+
+def test_instructions_are_made_again_from_the_other_files(scripts, tmp_path, monkeypatch):
+    import build_instructions
+
+    monkeypatch.setattr(build_instructions, "register", lambda *_, **__: None)
+    written = []
+    monkeypatch.setattr(build_instructions, "write_rows", lambda path, rows: written.extend(rows))
+    build_instructions.main()
+    with gzip.open(data_dir() / "instructions.jsonl.gz", "rt", encoding="utf-8") as lines:
+        assert written == [json.loads(line) for line in lines]
