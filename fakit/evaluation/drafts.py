@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fakit.evaluation.batches import device_of, eval_mode
 from fakit.evaluation.generation import generate
+from fakit.models.positions import longest_row
 from fakit.tracing.capture import capture
 
 
@@ -77,7 +78,7 @@ def draft_quality(
     student,
     teacher,
     prompts: Sequence[Sequence[int]],
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     pad_token_id: int,
     max_new_tokens: int = 64,
     tokens: int = 4,
@@ -97,18 +98,29 @@ def draft_quality(
         repeats: of each timing, after one that is not counted; ways take turns.
 
     Raises:
-        ValueError: before any work: vocabularies or devices that differ, no prompts, numbers below 1; what `generate`
-            refuses. Later: a teacher that writes nothing.
+        ValueError: before any work: models that do not generate so (encoders, encoder-decoders, recurrent ones, whose
+            states cannot be taken back), vocabularies or devices that differ, too few positions, no prompts, numbers
+            below 1; what `generate` refuses. Later: a teacher that writes nothing.
     """
     for name, value in (("tokens", tokens), ("repeats", repeats), ("max_new_tokens", max_new_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"draft_quality: {name}={value!r} was asked; use a whole number of at least 1.")
+    for side, model in (("student", student), ("teacher", teacher)):
+        _check_generates(side, model)
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"draft_quality: the student's vocabulary has {sizes[0]:,} tokens, the teacher's {sizes[1]:,}; a draft "
             "proposes the teacher's own tokens: give models of one tokenizer."
         )
+    for side, model in (("student", student), ("teacher", teacher)):
+        positions = longest_row(model)
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"draft_quality: the longest prompt and {max_new_tokens} new tokens are {longest}, and the {side} has "
+                f"{positions} positions; shorten the prompts or lower max_new_tokens."
+            )
     if device_of(student) != device_of(teacher):
         raise ValueError(
             f"draft_quality: the student is on {device_of(student)}, the teacher on {device_of(teacher)}; move one."
@@ -134,6 +146,16 @@ def draft_quality(
         tokens_a_pass=len(every) / passes,
         **timed,
     )
+
+
+def _check_generates(side: str, model) -> None:
+    config = model.config
+    can = callable(getattr(model, "can_generate", None)) and model.can_generate()
+    if not can or getattr(config, "is_encoder_decoder", False) or getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"draft_quality: the {side} is a {type(model).__name__}, with which transformers does not draft: it takes "
+            "causal language models with attention, whose cache can be cut back."
+        )
 
 
 def _beside(student, teacher, ids: list[int], start: int) -> tuple[Tensor, Tensor]:

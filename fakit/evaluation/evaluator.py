@@ -202,7 +202,7 @@ def _single_output(logits: Tensor, who: str) -> Tensor:
 
 def _language_modeling(model, dataset, collator, batch_size, teacher, shared_vocabulary) -> dict[str, float]:
     nll, tokens = 0.0, 0
-    agreement = None if teacher is None else Agreement(TOP)
+    agreement: Agreement | None = None
     with torch.no_grad(), eval_mode(model), eval_mode(model if teacher is None else teacher):
         for _, batch in length_sorted_batches(rows_of(dataset), collator, batch_size, device_of(model)):
             labels = batch.pop("labels", None)  # (B, T)
@@ -219,6 +219,8 @@ def _language_modeling(model, dataset, collator, batch_size, teacher, shared_voc
                 sizes = {logits.shape[-1], teacher_logits.shape[-1]}
                 if len(sizes) == 2 and shared_vocabulary is not None and min(sizes) >= shared_vocabulary:
                     logits, teacher_logits = logits[..., :shared_vocabulary], teacher_logits[..., :shared_vocabulary]
+                if agreement is None:
+                    agreement = Agreement(TOP if logits.shape[-1] > TOP else None)
                 agreement.update(logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:] != UNLABELED)
     if tokens == 0:
         raise ValueError("evaluate: no labeled token (all labels are -100); evaluate on a labeled split")

@@ -6,6 +6,7 @@ with labels -100 on the prompt: the labels say where to cut.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Generations:
 def generate(
     model,
     prompts: Sequence[Sequence[int]],
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     pad_token_id: int,
     max_new_tokens: int,
     batch_size: int = 64,
@@ -69,7 +70,8 @@ def generate(
     Args:
         model: a causal language model.
         prompts: token ids, one list a prompt.
-        eos_token_id: stops a sequence. pad_token_id: fills on the left (any id, it is masked).
+        eos_token_id: stops a sequence; any of them, where there are several.
+        pad_token_id: fills on the left (any id, it is masked).
         max_new_tokens: a sequence that never ends is cut here.
         batch_size: prompts per batch; those of similar length go together.
 
@@ -91,6 +93,7 @@ def generate(
             f"generate: the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked of a model "
             f"with {positions} positions; shorten the prompts or lower max_new_tokens (at least 1)"
         )
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     outputs: list[list[int]] = [[] for _ in prompts]
     with torch.no_grad(), eval_mode(model), _greedy(model, eos_token_id, pad_token_id, max_new_tokens):
         for indices in by_length([len(prompt) for prompt in prompts], batch_size):
@@ -103,12 +106,12 @@ def generate(
             device = device_of(model)
             generated = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))[:, width:].tolist()
             for index, tokens in zip(indices, generated, strict=True):
-                outputs[index] = tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
+                outputs[index] = list(itertools.takewhile(lambda token: token not in ends, tokens))
     return outputs
 
 
 @contextmanager
-def _greedy(model, eos_token_id: int, pad_token_id: int, max_new_tokens: int) -> Iterator[None]:
+def _greedy(model, eos_token_id: int | Sequence[int], pad_token_id: int, max_new_tokens: int) -> Iterator[None]:
     """Swap the model's generation_config: `generate` would fill what we leave open (penalties, sampling) from it."""
     from transformers import GenerationConfig
 

@@ -79,10 +79,18 @@ def check_lora(given: Mapping[str, Any]) -> None:
                 f"student.lora.{name}: peft.LoraConfig has no such argument; the common ones are r, lora_alpha, "
                 f"lora_dropout, target_modules and modules_to_save.{did_you_mean(name, known)}"
             )
-    for name in ("r", "lora_alpha"):
-        value = given.get(name, 8)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"student.lora.{name}: found {value!r}, expected a number above 0.")
+    rank = given.get("r", 8)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"student.lora.r: found {rank!r}, expected a whole number above 0.")
+    targets = given.get("target_modules", LORA["target_modules"])
+    names = targets if isinstance(targets, list | tuple) else [targets]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"student.lora.target_modules: found {targets!r}, expected all-linear, a pattern, or a list of names."
+        )
+    alpha = given.get("lora_alpha", 8)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+        raise ValueError(f"student.lora.lora_alpha: found {alpha!r}, expected a number above 0.")
     dropout = given.get("lora_dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"student.lora.lora_dropout: found {dropout!r}, expected a number of at least 0 and below 1.")

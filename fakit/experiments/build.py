@@ -22,7 +22,7 @@ from fakit.layer_maps import LayerMap
 from fakit.objective.objective import Objective
 from fakit.objective.task import Task
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
@@ -202,7 +202,7 @@ def student_tokenizer(config: ExperimentConfig) -> PreTrainedTokenizerBase | Non
     from fakit.models.load import load_tokenizer, resolve_model
 
     folder = Path(resolve_model(config.student.path))
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     return load_tokenizer(folder)
 

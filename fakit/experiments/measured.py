@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fakit.experiments.baselines import prepare_run
+from fakit.experiments.build import TOKENIZER_FILES, Prepared, check_lengths
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.quiet import without_side_bars
 from fakit.experiments.scores import parameters_of, scores_of
 from fakit.experiments.store import strict_json
 from fakit.files import write_whole
+from fakit.models.positions import longest_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from fakit.tasks import TextTask
 
 FILE = "evaluation.json"
 CONFIG = "experiment.yaml"
@@ -97,7 +101,8 @@ def measure(
         write: leave evaluation.json in the folder.
 
     Raises:
-        ValueError: before any work: a split or number that is none, a draft of a classifier; what loading refuses.
+        ValueError: before any work: a split or number that is none, a draft of a classifier; what loading refuses; a
+            model that reads other tokens than the teacher, or answers with other outputs.
     """
     folder = Path(folder)
     if split not in ("test", "validation"):
@@ -112,9 +117,11 @@ def measure(
         task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
         if draft is not None and task.kind != "causal-lm":
             raise ValueError(f"draft: {task.name} is a {task.kind} task; a draft proposes tokens of a language model.")
-        model = _load(folder, task.model_task, teacher.device)
+        model = _load(folder, task, teacher)
+        _check(folder, model, prepared)
     encoded = {"test": prepared.test, "validation": prepared.validation}[split]
     encoded = encoded if rows is None else encoded.select(range(min(rows, len(encoded))))
+    check_lengths(encoded, config.training.max_length, model=model)
     texts = {"test": task.test, "validation": task.validation}[split]
     scores = scores_of(model, encoded, task, tokenizer, teacher)
     theirs = scores_of(teacher, encoded, task, tokenizer)
@@ -145,12 +152,41 @@ def measure(
     return found
 
 
-def _load(folder: Path, task: str, device) -> PreTrainedModel:
+def _load(folder: Path, task: TextTask, teacher: PreTrainedModel) -> PreTrainedModel:
+    from transformers.models.auto import modeling_auto
+
     from fakit.compression import low_rank
     from fakit.models.load import load_teacher
     from fakit.models.low_rank_linear import FILE as PAIRS
 
-    return low_rank.load(folder, device) if (folder / PAIRS).is_file() else load_teacher(folder, task, device=device)
+    if not (folder / PAIRS).is_file():
+        model = load_teacher(folder, task.model_task, device=teacher.device)
+    else:
+        model = low_rank.load(folder, teacher.device)
+        classes = {
+            "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        }[task.model_task]
+        if classes.get(model.config.model_type) != type(model).__name__:
+            raise ValueError(
+                f"{folder} holds a {type(model).__name__}, and {task.name} is a {task.kind} task; give the "
+                "configuration of the model's own task (--config)."
+            )
+    if model.config.pad_token_id is None:  # several texts at once need to know where they end
+        model.config.pad_token_id = teacher.config.pad_token_id
+    return model
+
+
+def _check(folder: Path, model: PreTrainedModel, prepared: Prepared) -> None:
+    """Raise ValueError where model and teacher do not read the same tokens or answer with the same outputs."""
+    from fakit.models.load import load_tokenizer
+    from fakit.models.preflight import preflight
+
+    has_own = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    tokenizers = (prepared.tokenizer, load_tokenizer(folder)) if has_own else (None, None)
+    report = preflight(prepared.teacher, model, *tokenizers)
+    report.rows = [row for row in report.rows if row.name != "trainable"]  # it is only looked at
+    report.raise_if_error()
 
 
 def _written(model, teacher, encoded, tokenizer, scores, theirs) -> list[dict[str, str]]:
@@ -166,7 +202,7 @@ def _written(model, teacher, encoded, tokenizer, scores, theirs) -> list[dict[st
 
 
 def _read(model, teacher, texts, tokenizer, config, scores, theirs) -> None:
-    """Adds bits per byte of the raw texts, which models of other tokenizers may be compared by."""
+    """Adds bits per byte of the raw texts, by which they compare with models of any tokenizer."""
     from fakit.evaluation import perplexity
 
     for one, of_one in ((model, scores), (teacher, theirs)):
@@ -197,6 +233,8 @@ def _drafted(model, teacher, encoded, tokenizer, tokens: int) -> dict[str, float
         longest = max(len(target) for target in targets) + 1
     else:
         prompts, longest = [row["input_ids"][:PROMPT] for row in rows], 64
+    limits = [found for found in map(longest_row, (model, teacher)) if found is not None]
+    longest = max(1, min([longest, *(limit - max(map(len, prompts)) for limit in limits)]))
     found = draft_quality(model, teacher, prompts, tokenizer.eos_token_id, tokenizer.pad_token_id, longest, tokens)
     derived: dict[str, Any] = {
         "speedup": found.speedup,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -191,8 +192,10 @@ def _effects(store: RunStore, table: pd.DataFrame) -> list[str]:
     lines = []
     runs = store.runs()
     for task, rows in table.groupby("task", sort=False):
-        cells = crossed(list(rows["arm"]))
-        own = runs[(runs["kind"] == "run") & (runs["task"] == task)]
+        arms = sorted(rows["arm"])  # of a study in its own order; records come in the order of finishing
+        order = store.manifest.get("arms") or []
+        cells = crossed(sorted(arms, key=lambda arm: order.index(arm) if arm in order else len(order)))
+        own = runs[(runs["kind"] == "run") & (runs["task"] == task) & runs["arm"].isin(cells or ())]
         if cells is None or not _whole_seeds(own, cells):
             continue
         metric = rows.iloc[0]["metric"]
@@ -202,8 +205,9 @@ def _effects(store: RunStore, table: pd.DataFrame) -> list[str]:
         for _, row in main_effects(own, "score", cells).iterrows():
             gain = Interval(row["gain"], row["gain_low"], row["gain_high"], row["n"])
             more = " (interaction)" if "×" in row["factor"] else ""
-            cells_of_row = (gain.format(factor, 2, sign=True), f"{row['p_holm']:.3f}", str(row["n"]))
-            lines.append(f"| {row['level']} against {row['against']}{more} | {' | '.join(cells_of_row)} |")
+            p = "–" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.3f}"
+            name = f"{row['level']} against {row['against']}{more}".replace("|", "\\|")
+            lines.append(f"| {name} | {gain.format(factor, 2, sign=True)} | {p} | {row['n']} |")
         lines.append("")
     if lines:
         lines += [

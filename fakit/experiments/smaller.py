@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fakit.experiments.build import Prepared, check_lengths
 from fakit.experiments.compression_config import LayerwiseConfig, LowRankConfig
 from fakit.experiments.scores import scores_of
@@ -70,6 +72,12 @@ def make_smaller(
     Raises:
         ValueError: before any work; what `prune`, `compress` and `distill` refuse.
     """
+    dtype = next(prepared.teacher.parameters()).dtype
+    if isinstance(asked, LowRankConfig) and dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"low_rank: the teacher is held in {str(dtype).removeprefix('torch.')}, and pairs are made and trained in "
+            "float32; load it so (teacher.dtype: float32)."
+        )
     rows, labeled = training_texts(prepared, max_length)
     for split in (rows, prepared.validation, prepared.test):
         check_lengths(split, max_length, teacher=prepared.teacher)
@@ -108,6 +116,11 @@ def _layerwise(
     def quality(model) -> float:
         return sign * scores_of(model, prepared.validation, task, tokenizer)[task.metric]
 
+    if asked.at_least is not None and quality(prepared.teacher) < sign * asked.at_least:
+        raise ValueError(
+            f"layerwise.at_least: {asked.at_least} {task.metric} was asked, and the teacher itself comes to "
+            f"{sign * quality(prepared.teacher):.4g} on the validation texts; ask for what it can do."
+        )
     needed = scored or asked.importance == "quality" or asked.at_least is not None
     rounds = prune(
         prepared.teacher,

@@ -351,18 +351,18 @@ def main_effects(
             raise ValueError(f"{task}: no seed has all of {', '.join(cells)}, so effects cannot be paired.")
         sign = 1 if _higher_is_better(of_task, metric) else -1
 
-        def mean_of(scores=scores, **asked: str) -> pd.Series:
+        def mean_of(asked: Mapping[str, str], scores=scores) -> pd.Series:
             chosen = [arm for arm, of in cells.items() if all(of[name] == value for name, value in asked.items())]
             return scores[chosen].mean(axis=1)
 
         found = [
-            (name, value, levels[0], mean_of(**{name: value}) - mean_of(**{name: levels[0]}))
+            (name, value, levels[0], mean_of({name: value}) - mean_of({name: levels[0]}))
             for name, levels in factors.items()
             for value in levels[1:]
         ]
         for (one, its), (two, others) in combinations(factors.items(), 2):
             if len(its) == len(others) == 2:
-                beside = [mean_of(**{one: its[1], two: x}) - mean_of(**{one: its[0], two: x}) for x in others]
+                beside = [mean_of({one: its[1], two: x}) - mean_of({one: its[0], two: x}) for x in others]
                 found.append((f"{one} × {two}", f"{its[1]} with {others[1]}", "each", beside[1] - beside[0]))
         of_task_rows = []
         for factor, value, against, gains in found:
@@ -409,7 +409,7 @@ def crossed(arms: Sequence[str]) -> dict[str, dict[str, str]] | None:
     >>> crossed(["none", "a, x", "a, y", "b, x", "b, y"])["b, x"]
     {'1': 'b', '2': 'x'}
     """
-    parts = {arm: arm.split(", ") for arm in arms if ", " in arm}
+    parts = {arm: arm.split(", ") for arm in arms if ", " in arm and not arm.endswith(", equal compute")}
     widths = {len(of) for of in parts.values()}
     if len(widths) != 1:
         return None

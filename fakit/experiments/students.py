@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,10 +47,13 @@ def make_student(
 
     asked, task = config.student, prepared.task
     if asked.compression is not None:
+        _check_alone(config)
+        _rehearse(config, prepared)
         key = type(asked.compression).__name__ + json.dumps(asked.compression.to_dict(), sort_keys=True)
         if prepared.compressed is None or prepared.compressed[0] != key:
             prepared.compressed = None  # two at once would fill the memory
             length = config.training.max_length
+            resume = resume and folder is not None
             made = make_smaller(asked.compression, prepared, length, config.seed, folder, resume, scored=False)
             prepared.compressed = key, made
         held = prepared.compressed[1]
@@ -84,6 +88,38 @@ def exported(student: nn.Module) -> PreTrainedModel:
     if without_adapter(student) is student:
         return student
     return copy.deepcopy(student).merge_and_unload(safe_merge=True)
+
+
+def _check_alone(config: ExperimentConfig) -> None:
+    """Raise ValueError where several processes would each compress, and not alike."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        made = "layerwise" if config.student.layerwise is not None else "low_rank"
+        raise ValueError(
+            f"student.{made}: compresses the teacher in one process, and {processes} were started; start the run with "
+            "one, or compress first (`fakit compress`) and give the plain model as student.path."
+        )
+
+
+def _rehearse(config: ExperimentConfig, prepared: Prepared) -> None:
+    """Build objective and adapter on a stand-in of the student's shape: what does not fit is said before the work."""
+    from fakit.experiments.build import build_objective
+    from fakit.models.blocks import depth
+    from fakit.models.random_state import random_state_kept
+    from fakit.models.shrink import shrink
+
+    teacher, asked = prepared.teacher, config.student
+    layers = depth(teacher)
+    if asked.layerwise is not None and asked.layerwise.layers is None:
+        return  # how deep it ends, rounds decide
+    wanted = layers if asked.layerwise is None else asked.layerwise.layers
+    if wanted > layers:
+        return  # refused by `prune`, which says it better
+    with random_state_kept(teacher.device):
+        stand_in = shrink(teacher, wanted)
+        build_objective(config, stand_in, teacher, kept(range(1, wanted + 1), layers))
+        if asked.lora is not None:
+            _adapted(stand_in, asked.lora, prepared.task)
 
 
 def _shrunk(config: ExperimentConfig, prepared: Prepared) -> Made:

@@ -111,6 +111,11 @@ class Study(Section):
             raise ValueError(f"equal_compute: {unknown[0]!r} is not among the arms, which are {', '.join(self.vary)}.")
         if self.equal_compute and len(self.vary) < 2:
             raise ValueError(f"equal_compute: {self.equal_compute[0]!r} is the only arm, so no other costs more.")
+        if self.equal_compute and (made := [run.arm for run in self.runs() if run.student.compression]):
+            raise ValueError(
+                f"equal_compute: needs the FLOPs of all runs, and nobody counts those of the compression before "
+                f"{made[0]!r}; leave one of the two out."
+            )
         if self.equal_compute and not self.count_flops:
             raise ValueError("equal_compute: needs the FLOPs of the runs, and count_flops is false.")
 
@@ -163,7 +168,7 @@ class Study(Section):
         """
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
             raise ValueError(f"workers: found {workers!r}, expected a whole number of processes, at least 1.")
-        store = RunStore.open(out, what=self.what)
+        store = RunStore.open(out, what=self.what, arms=list(self.vary))
         say = print if progress else _silent
         runs, first = self.runs(), [experiment.replace(seed=self.seeds[0]) for experiment in self.base]
         if self.baselines:

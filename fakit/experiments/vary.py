@@ -170,7 +170,7 @@ def grid(**factors: Mapping[str, Changes]) -> dict[str, Change]:
         if not isinstance(levels, Mapping) or len(levels) < 2:
             raise ValueError(f"grid.{factor}: found {levels!r}, expected at least two levels and their changes.")
         for name, changes in levels.items():
-            if not isinstance(name, str) or ", " in name:
+            if not isinstance(name, str) or "," in name or not name.strip():
                 raise ValueError(f"grid.{factor}: the level {name!r} is no name, which is text without a comma.")
             if not isinstance(changes, Mapping):
                 raise ValueError(

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from fakit.evaluation import draft_quality
 from fakit.evaluation.drafts import DraftQuality, _passes
 from fakit.evaluation.generation import generate
+from tests.families import tiny
 
 EOS, PAD = 1, 0
 PROMPTS = [[5, 9, 4], [7, 4], [12, 13, 14, 15, 4]]
@@ -82,6 +84,16 @@ def _lengths(teacher):
     return [len(text) for text in generate(teacher, PROMPTS, EOS, PAD, 10) if text]
 
 
+def test_several_ends_of_text(pair):
+    student, teacher = pair
+    text = generate(teacher, PROMPTS, EOS, PAD, 12)[0]
+    ends = [EOS, text[4]]
+    cut = generate(teacher, PROMPTS, ends, PAD, 12)
+    assert cut[0] == text[: text.index(text[4])] and not any(end in one for one in cut for end in ends)
+    found = draft_quality(student, teacher, PROMPTS, ends, PAD, max_new_tokens=12, repeats=1)
+    assert found.positions == sum(map(len, cut))
+
+
 def test_formulas_by_hand():
     found = DraftQuality(4, 10, 0.5, 0.6, 2.0, 0.25, seconds=3.0, draft_seconds=2.0, equal=1.0)
     assert found.sampled_tokens_a_pass == 1 + 0.5 + 0.25 + 0.125 + 0.0625
@@ -96,7 +108,13 @@ def test_what_cannot_draft_is_refused_before_work(gpt2, monkeypatch):
     for name, value in (("tokens", 0), ("repeats", True), ("max_new_tokens", 2.5)):
         with pytest.raises(ValueError, match=f"{name}={value!r} was asked"):
             draft_quality(teacher, teacher, PROMPTS, EOS, PAD, **{name: value})
+    with pytest.raises(ValueError, match=r"are 11, and the student has 10 positions"):
+        draft_quality(gpt2(vocab_size=40, positions=10), teacher, PROMPTS, EOS, PAD, max_new_tokens=6)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=8, state_size=4, num_hidden_layers=1))
+    for other in (tiny("bert"), tiny("t5"), mamba):
+        with pytest.raises(ValueError, match=r"the student is a \w+, with which transformers does not draft"):
+            draft_quality(other, teacher, PROMPTS, EOS, PAD)
     with pytest.raises(ValueError, match="0 prompts"):
-        draft_quality(teacher, teacher, [], EOS, PAD)
+        draft_quality(teacher, teacher, [], EOS, PAD, max_new_tokens=9)
     with pytest.raises(ValueError, match="student is on meta, the teacher on cpu"):
-        draft_quality(gpt2(vocab_size=40).to("meta"), teacher, PROMPTS, EOS, PAD)
+        draft_quality(gpt2(vocab_size=40).to("meta"), teacher, PROMPTS, EOS, PAD, max_new_tokens=9)

@@ -141,6 +141,16 @@ def test_of_more_than_five_classes_their_order_is_compared_too(bert):
     assert "cr@5" not in evaluate(bert(), texts(), collator, CLASSES, teacher=bert(seed=1))
 
 
+def test_of_a_small_vocabulary_the_top_five_are_not_compared(gpt2):
+    for size in (5, 4):
+        rows = lines().map(
+            lambda row, size=size: {n: [min(x, size - 1) for x in row[n]] for n in ("input_ids", "labels")}
+        )
+        models = gpt2(vocab_size=size), gpt2(vocab_size=size, seed=1)
+        found = evaluate(models[0], rows, collator, LINES, batch_size=1, teacher=models[1])  # the collator pads with 7
+        assert "mor@5" not in found and "agreement" in found
+
+
 def test_regression(bert):
     model, teacher, dataset = bert(labels=1), bert(labels=1, seed=2), texts()
     dataset = dataset.map(lambda row, i: {"labels": float(i % 5) if i else -100.0}, with_indices=True)

@@ -89,7 +89,9 @@ def test_a_causal_student_has_an_adapter_too(world, tmp_path):
     ("lora", "said"),
     [
         ({"rank": 4}, r"student\.lora\.rank: peft\.LoraConfig has no such argument; the common ones are r, lora_alpha"),
-        ({"r": 0}, r"student\.lora\.r: found 0, expected a number above 0"),
+        ({"r": 0}, r"student\.lora\.r: found 0, expected a whole number above 0"),
+        ({"r": 2.5}, r"student\.lora\.r: found 2\.5, expected a whole number above 0"),
+        ({"target_modules": 5}, r"student\.lora\.target_modules: found 5, expected all-linear"),
         ({"lora_alpha": float("nan")}, r"student\.lora\.lora_alpha: found nan"),
         ({"lora_dropout": 1.0}, r"student\.lora\.lora_dropout: found 1\.0"),
         ({"task_type": "SEQ_CLS"}, r"student\.lora\.task_type: follows from task\.name; leave it out"),

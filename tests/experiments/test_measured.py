@@ -3,9 +3,11 @@
 import json
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fakit.__main__ import main
+from fakit.compression import low_rank
+from fakit.experiments import measured
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.measured import measure
 from fakit.experiments.run import run_experiment
@@ -68,6 +70,32 @@ def test_plain_texts_have_bits_per_byte(world, lines, tmp_path):
     found = measure(tmp_path / "same", config)
     assert found.scores["bits_per_byte"] == found.teacher["bits_per_byte"] > 0
     assert found.scores["agreement"] == 1.0 and found.samples == []
+
+
+def test_models_that_do_not_fit_their_teacher_are_refused_before_any_score(world, config, lines, tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "scores_of", lambda *_, **__: pytest.fail("scored"))
+
+    def saved(model, name, tokenizer=None):
+        model.save_pretrained(tmp_path / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    whole = AutoModelForCausalLM.from_pretrained(world / "causal")
+    made = type(whole.config).from_pretrained(world / "causal")
+    made.vocab_size -= 3
+    with pytest.raises(ValueError, match=r"vocabulary"):
+        measure(saved(type(whole)(made), "smaller"), lines)
+    made = type(whole.config).from_pretrained(world / "causal", n_positions=20)
+    with pytest.raises(ValueError, match=r"the model \(GPT2LMHeadModel\) has 20 positions"):
+        measure(saved(type(whole)(made), "shorter"), lines)
+    words = AutoTokenizer.from_pretrained(world / "teacher")
+    with pytest.raises(ValueError, match=r"tokeni[sz]er|vocabulary|tokens"):
+        measure(saved(whole, "other words", words), lines)
+    classifier = AutoModelForSequenceClassification.from_pretrained(world / "teacher")
+    low_rank.save(low_rank.compress(classifier, keep=0.9), tmp_path / "pairs")
+    with pytest.raises(ValueError, match=r"holds a BertForSequenceClassification, and .* is a causal-lm task"):
+        measure(tmp_path / "pairs", lines)
 
 
 def test_what_cannot_be_measured_is_one_sentence(config, world, tmp_path, capsys):

@@ -162,8 +162,20 @@ def test_a_report_says_what_each_level_of_a_grid_is_worth(tmp_path):
     (low, high) = stats.t.interval(0.95, 1, 11.5, stats.sem([12.0, 11.0]))
     assert f"| y against x | +11.50 [{low:+.2f}, {high:+.2f}] |" in text and "| b against a | +2.50 [" in text
     assert "| b with y against each (interaction) | +3.00 [" in text
-    store.append_run(_record("glosses", "none", 0, 0.4))  # an arm beside the grid changes nothing of it
+    # arms beside the grid change nothing of it, however they differ in themselves
+    store.append_run(_record("glosses", "none", 0, 0.4))
+    store.append_run(_record("glosses", "none", 1, 0.4, config={"layer_map": "last", "seed": 1}))
+    store.append_run(_record("glosses", "a, x, equal compute", 0, 0.4))
     assert "| y against x | +11.50" in report(store).text
+    backwards = RunStore.open(tmp_path / "backwards", what="a grid")  # as workers may finish
+    for arm, of_arm in reversed(scores.items()):
+        for seed, score in enumerate(of_arm):
+            backwards.append_run(_record("glosses", arm, seed, score))
+    assert "| y against x | +11.50" in report(backwards).text
+    named = RunStore.open(tmp_path / "named", what="a grid", arms=["b, y", "b, x", "a, y", "a, x"])
+    for arm, of_arm in scores.items():
+        named.append_run(_record("glosses", arm, 0, of_arm[0]))
+    assert "| x against y | -12.00 | – | 1 |" in report(named).text  # as the study names them
     unfinished = RunStore.open(tmp_path / "others", what="a grid")
     for arm, of_arm in list(scores.items())[:3]:
         unfinished.append_run(_record("glosses", arm, 0, of_arm[0]))

@@ -313,4 +313,6 @@ def test_main_effects_take_whole_seeds_of_whole_grids():
     with pytest.raises(ValueError, match="no seed has all of"):
         main_effects(runs[runs["seed"] == (runs["arm"] == "flat, skew").astype(int)], "score", cells)
     assert crossed(["a, x", "a, y", "b, x"]) is crossed(["none", "all"]) is None
+    scored = {arm: {"scores": of["1"], "level": of["2"]} for arm, of in cells.items()}  # names of any kind
+    assert main_effects(runs, "score", scored)["gain"].tolist() == main_effects(runs, "score", cells)["gain"].tolist()
     assert crossed(["none, equal compute", "all, equal compute"]) is None

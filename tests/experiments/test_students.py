@@ -135,6 +135,38 @@ def test_what_does_not_fit_together_is_refused(config, student, said):
         config.replace(student=student)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layer_map": [[3, 4]]}, r"3"),
+        ({"student": {**LAYERWISE, "lora": {"target_modules": ["nothing"]}}}, r"student\.lora: .* does not fit"),
+        ({"student": LOW_RANK, "teacher.dtype": "bfloat16"}, r"the teacher is held in bfloat16, and pairs are made"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_compression(config, changes, said, monkeypatch):
+    for module, name in ((layerwise, "prune"), (low_rank, "plan"), (low_rank, "spectra")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("compressed"))
+    with pytest.raises(ValueError, match=said):
+        run_experiment(config.replace(student=LAYERWISE).replace(**changes), progress=False)
+
+
+def test_one_process_compresses(config, monkeypatch):
+    config = config.replace(student=LAYERWISE)
+    prepared = prepare(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"student\.layerwise: compresses the teacher in one process, and 2 were"):
+        make_student(config, prepared)
+
+
+def test_a_run_without_a_folder_may_be_asked_to_resume(config):
+    assert run_experiment(config.replace(student=LAYERWISE), resume=True, progress=False).steps == 6
+
+
+def test_equal_compute_beside_a_compression_is_refused_at_once(config):
+    with pytest.raises(ValueError, match=r"equal_compute: .* those of the compression before 'low rank'"):
+        Study(config, vary={"as it is": {}, "low rank": {"student": LOW_RANK}}, equal_compute=["as it is"])
+
+
 def test_ids_of_runs_without_a_compression_stay(config):
     assert set(config.to_dict()["student"]) == {"layers", "hidden_size", "heads", "init", "path", "freeze_embeddings"}
     small = config.replace(student=LOW_RANK)
