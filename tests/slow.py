@@ -3,10 +3,13 @@
 # What `make unit` leaves out: browsers, several processes, whole runs. One slow test in a quick file is marked there.
 SLOW = (
     "browser/",
+    "experiments/test_adapted_students.py",
     "experiments/test_map_search.py",
     "experiments/test_map_study.py",
+    "experiments/test_measured.py",
     "experiments/test_resume.py",
     "experiments/test_run_experiment.py",
+    "experiments/test_students.py",
     "experiments/test_study.py",
     "figures/test_every_figure.py",
     "planner/",
