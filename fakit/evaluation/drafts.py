@@ -6,6 +6,7 @@ own (Leviathan et al. 2023, arXiv 2211.17192). What comes out is the teacher's; 
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -163,9 +164,8 @@ def _beside(student, teacher, ids: list[int], start: int) -> tuple[Tensor, Tenso
     batch = {"input_ids": torch.tensor([ids], device=device_of(teacher))}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     ours, theirs = (capture(model, batch).logits[0, start - 1 : -1].float() for model in (student, teacher))
-    overlap = [torch.minimum(q.softmax(-1), p.softmax(-1)).double().sum(-1) for q, p in zip(ours, theirs, strict=True)]
-    wrote = batch["input_ids"][0, start:]
-    return torch.stack(overlap).cpu(), (ours.argmax(-1) == wrote).cpu()
+    overlap = torch.minimum(ours.softmax(-1), theirs.softmax(-1)).double().sum(-1)
+    return overlap.cpu(), (ours.argmax(-1) == batch["input_ids"][0, start:]).cpu()
 
 
 def _passes(same: Tensor, tokens: int) -> int:
@@ -220,8 +220,6 @@ def _write(model, ids: Tensor, **more) -> list[int]:
 @contextmanager
 def _drafting(student, teacher, options, tokens: int) -> Iterator[None]:
     """Both decode greedily by `options`, and the student proposes `tokens` at a time whatever it is sure of."""
-    import copy
-
     found = student.generation_config, teacher.generation_config
     teacher.generation_config = options
     student.generation_config = copy.deepcopy(options)

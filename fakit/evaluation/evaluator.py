@@ -11,7 +11,7 @@ from torch import Tensor
 from fakit.evaluation import calibration, metrics
 from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of
 from fakit.evaluation.fidelity import Agreement
-from fakit.evaluation.generation import SCORED, generation_metrics
+from fakit.evaluation.generation import SCORED, Generations, generation_metrics
 from fakit.evaluation.language_modeling import exponential, label_nll
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS
 from fakit.models.class_names import class_names, class_order
@@ -32,6 +32,7 @@ def evaluate(
     batch_size: int = 64,
     teacher=None,
     max_examples: int = SCORED,
+    generated: Generations | None = None,
 ) -> dict[str, float]:
     """Evaluate a model on an encoded dataset, by the metrics of the task's kind.
 
@@ -59,6 +60,7 @@ def evaluate(
         teacher: compared on the same batches; same classes or vocabulary. For classification and regression also its
             `predictions` on this dataset, (N, C), which many students may share.
         max_examples: generate for the first so many lines.
+        generated: what `generation_metrics` gave for this model and dataset, in place of generating once more.
 
     Raises:
         ValueError: unknown kind, an empty or unlabeled dataset, logits of another size than labels or teacher, a model
@@ -72,7 +74,8 @@ def evaluate(
         if tokenizer is not None and {"source", "target"} <= set(task.test.column_names):
             if math.isnan(results["nll"]):  # greedy decoding would still pick tokens
                 return dict.fromkeys((*results, "cer", "cer_copy"), math.nan)
-            generated = generation_metrics(model, dataset, tokenizer, max_examples, batch_size=batch_size)
+            if generated is None:
+                generated = generation_metrics(model, dataset, tokenizer, max_examples, batch_size=batch_size)
             results |= {name: generated.metrics[name] for name in ("cer", "cer_copy")}
         return results
 

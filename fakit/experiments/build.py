@@ -22,7 +22,7 @@ from fakit.layer_maps import LayerMap
 from fakit.objective.objective import Objective
 from fakit.objective.task import Task
 
-TOKENIZER_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
@@ -135,7 +135,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     validation: Dataset
     test: Dataset
-    compressed: tuple[str, Any] | None = None
+    compressed: tuple[Any, Any] | None = None
     _logits: Tensor | None = None
     _scores: dict[str, float] | None = None
 
@@ -199,12 +199,26 @@ def student_tokenizer(config: ExperimentConfig) -> PreTrainedTokenizerBase | Non
     """
     if config.student.path is None:
         return None
-    from fakit.models.load import load_tokenizer, resolve_model
+    from fakit.models.load import resolve_model
 
-    folder = Path(resolve_model(config.student.path))
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    return tokenizer_beside(Path(resolve_model(config.student.path)))
+
+
+def tokenizer_beside(model: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies in a model's folder; None where none does."""
+    from fakit.models.load import load_tokenizer
+
+    if model.is_dir() and not any((model / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    return load_tokenizer(folder)
+    return load_tokenizer(model)
+
+
+def pad_as(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Have a model without a token for padding take its teacher's: a classifier of several texts at once needs to know
+    where they end.
+    """
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = teacher.config.pad_token_id
 
 
 def check_lengths(rows: Dataset, max_length: int, **models: PreTrainedModel) -> None:
@@ -277,19 +291,25 @@ class TrainingRows:
         return [self.rows.select(self.plan[batch].tolist()).to_list() for batch in chosen]
 
 
+def training_texts(
+    task: TextTask, tokenizer: PreTrainedTokenizerBase, max_length: int, pool: bool = True
+) -> tuple[Dataset, int]:
+    """The encoded training texts, labeled ones first, then the pool's; and how many of them carry a label."""
+    from datasets import concatenate_datasets
+
+    rows = task.encode("train", tokenizer, max_length)
+    if not pool or task.pool is None:
+        return rows, len(rows)
+    unlabeled = task.encode("pool", tokenizer, max_length)
+    return concatenate_datasets([rows, unlabeled.cast(rows.features)]), len(rows)
+
+
 def build_training_rows(
     config: ExperimentConfig, task: TextTask, tokenizer: PreTrainedTokenizerBase, processes: int = 1
 ) -> TrainingRows:
     """Labeled rows, and the unlabeled pool when a transfer term is on; without one, unlabeled text teaches nothing."""
-    from datasets import concatenate_datasets
-
     training = config.training
-    parts = [task.encode("train", tokenizer, training.max_length)]
-    if config.transfers and task.pool is not None:
-        pool = task.encode("pool", tokenizer, training.max_length)
-        parts.append(pool.cast(parts[0].features))
-    labeled = len(parts[0])
-    rows = concatenate_datasets(parts)
+    rows, labeled = training_texts(task, tokenizer, training.max_length, pool=bool(config.transfers))
     each = training.accumulation * processes  # batches of an optimizer step
     plan = batch_plan(
         labeled,

@@ -25,7 +25,7 @@ from fakit.experiments.config import ExperimentConfig, TaskConfig, TeacherConfig
 from fakit.experiments.quiet import without_side_bars
 from fakit.experiments.schema import Natural, Section, Whole
 from fakit.experiments.scores import parameters_of, scores_of
-from fakit.experiments.smaller import BEGUN, make_smaller, training_texts
+from fakit.experiments.smaller import BEGUN, make_smaller
 from fakit.experiments.statistics import LOWER_IS_BETTER
 from fakit.experiments.store import RunStore, now, strict_json
 
@@ -117,7 +117,6 @@ def run_compression(
     student = made.model
     if config.method == "low_rank":
         low_rank.save(student, folder, tokenizer)
-    rows, labeled = training_texts(prepared, config.max_length)
     scores = scores_of(student, prepared.test, task, tokenizer, prepared.reference())
     record = {
         "run_id": config.run_id,
@@ -134,8 +133,6 @@ def run_compression(
         **made.facts,
         "parameters": parameters_of(student),
         "teacher_parameters": parameters_of(teacher),
-        "labeled": labeled,
-        "unlabeled": len(rows) - labeled,
         "config": config.to_dict(),
         "finished": now(),
         "versions": versions(),

@@ -136,7 +136,6 @@ class StudentConfig(Section):
                 f"student.{also[0]}: is of a teacher that is shrunk, and student.{made[0]} makes this student; "
                 "leave one of them out."
             )
-
         if self.lora is not None:
             check_lora(self.lora)
             if self.low_rank is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fakit.experiments.baselines import prepare_run
-from fakit.experiments.build import TOKENIZER_FILES, Prepared, check_lengths
+from fakit.experiments.build import Prepared, check_lengths, pad_as, tokenizer_beside
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.quiet import without_side_bars
 from fakit.experiments.scores import parameters_of, scores_of
@@ -19,6 +20,7 @@ from fakit.models.positions import longest_row
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fakit.evaluation import Generations
     from fakit.tasks import TextTask
 
 FILE = "evaluation.json"
@@ -104,6 +106,8 @@ def measure(
         ValueError: before any work: a split or number that is none, a draft of a classifier; what loading refuses; a
             model that reads other tokens than the teacher, or answers with other outputs.
     """
+    from fakit.evaluation import generation_metrics
+
     folder = Path(folder)
     if split not in ("test", "validation"):
         raise ValueError(f"split: {split!r} is not one of test, validation.")
@@ -123,11 +127,13 @@ def measure(
     encoded = encoded if rows is None else encoded.select(range(min(rows, len(encoded))))
     check_lengths(encoded, config.training.max_length, model=model)
     texts = {"test": task.test, "validation": task.validation}[split]
-    scores = scores_of(model, encoded, task, tokenizer, teacher)
-    theirs = scores_of(teacher, encoded, task, tokenizer)
+    has_targets = "target" in texts.column_names
+    written = [generation_metrics(one, encoded, tokenizer) if has_targets else None for one in (model, teacher)]
+    scores = scores_of(model, encoded, task, tokenizer, teacher, generated=written[0])
+    theirs = scores_of(teacher, encoded, task, tokenizer, generated=written[1])
     samples: list[dict[str, str]] = []
-    if "target" in texts.column_names:
-        samples = _written(model, teacher, encoded, tokenizer, scores, theirs)
+    if has_targets:
+        samples = _beside(*written, scores, theirs)
     elif task.kind == "causal-lm":
         _read(model, teacher, list(texts["text"])[: len(encoded)], tokenizer, config, scores, theirs)
     batch, seconds = _timed((model, teacher), prepared, encoded)
@@ -172,30 +178,25 @@ def _load(folder: Path, task: TextTask, teacher: PreTrainedModel) -> PreTrainedM
                 f"{folder} holds a {type(model).__name__}, and {task.name} is a {task.kind} task; give the "
                 "configuration of the model's own task (--config)."
             )
-    if model.config.pad_token_id is None:  # several texts at once need to know where they end
-        model.config.pad_token_id = teacher.config.pad_token_id
+    pad_as(model, teacher)
     return model
 
 
 def _check(folder: Path, model: PreTrainedModel, prepared: Prepared) -> None:
     """Raise ValueError where model and teacher do not read the same tokens or answer with the same outputs."""
-    from fakit.models.load import load_tokenizer
     from fakit.models.preflight import preflight
 
-    has_own = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    tokenizers = (prepared.tokenizer, load_tokenizer(folder)) if has_own else (None, None)
-    report = preflight(prepared.teacher, model, *tokenizers)
+    own = tokenizer_beside(folder)
+    report = preflight(prepared.teacher, model, None if own is None else prepared.tokenizer, own)
     report.rows = [row for row in report.rows if row.name != "trainable"]  # it is only looked at
     report.raise_if_error()
 
 
-def _written(model, teacher, encoded, tokenizer, scores, theirs) -> list[dict[str, str]]:
-    """Adds BLEU and ROUGE of both to their scores; the first texts beside each other."""
-    from fakit.evaluation import generation_metrics
-
-    ours, its = (generation_metrics(one, encoded, tokenizer) for one in (model, teacher))
-    scores.update(ours.metrics)
-    theirs.update(its.metrics)
+def _beside(ours: Generations, its: Generations, scores, theirs) -> list[dict[str, str]]:
+    """The first texts of both beside each other; adds BLEU and ROUGE to the scores of models that are not NaN."""
+    for written, of_one in ((ours, scores), (its, theirs)):
+        lost = math.isnan(of_one["nll"])
+        of_one.update(dict.fromkeys(written.metrics, math.nan) if lost else written.metrics)
     beside = zip(ours.sources, ours.references, ours.outputs, its.outputs, strict=True)
     names = ("source", "reference", "student", "teacher")
     return [dict(zip(names, row, strict=True)) for row, _ in zip(beside, range(SHOWN), strict=False)]

@@ -196,7 +196,7 @@ def _effects(store: RunStore, table: pd.DataFrame) -> list[str]:
         order = store.manifest.get("arms") or []
         cells = crossed(sorted(arms, key=lambda arm: order.index(arm) if arm in order else len(order)))
         own = runs[(runs["kind"] == "run") & (runs["task"] == task) & runs["arm"].isin(cells or ())]
-        if cells is None or not _whole_seeds(own, cells):
+        if cells is None or not _has_whole_seed(own, cells):
             continue
         metric = rows.iloc[0]["metric"]
         factor, unit = scale(metric)
@@ -217,10 +217,10 @@ def _effects(store: RunStore, table: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _whole_seeds(runs: pd.DataFrame, cells: Mapping[str, object]) -> int:
-    """How many seeds have all arms."""
+def _has_whole_seed(runs: pd.DataFrame, cells: Mapping[str, object]) -> bool:
+    """Whether a seed has all arms."""
     by_seed = runs.dropna(subset=["score"]).groupby("seed")["arm"]
-    return sum(cells.keys() <= set(arms) for _, arms in by_seed)
+    return any(cells.keys() <= set(arms) for _, arms in by_seed)
 
 
 _STYLE = """

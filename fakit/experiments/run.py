@@ -127,7 +127,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
         prepared.check(config)
         task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
         set_seed(config.seed)  # the student's first weights depend on the seed alone, not on what loading drew
-        work = None if out is None or args.world_size > 1 else out / COMPRESSED  # several processes would share it
+        work = None if out is None else out / COMPRESSED
         made = make_student(config, prepared, work, resume)
         student = made.model
         rows = build_training_rows(config, task, tokenizer, processes=args.world_size)

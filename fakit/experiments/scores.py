@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 
-def scores_of(model, dataset, task, tokenizer, teacher=None) -> dict[str, float]:
-    """All metrics of a model on a split, by name; with a teacher its agreement, too.
+def scores_of(model, dataset, task, tokenizer, teacher=None, generated=None) -> dict[str, float]:
+    """All metrics of a model on a split, by name; with a teacher its agreement, too; `generated`: see `evaluate`.
 
     Raises:
         ValueError: the task's headline metric is not among them.
     """
     from fakit.evaluation import evaluate
 
-    scores = evaluate(model, dataset, task.collator(tokenizer), task, tokenizer=tokenizer, teacher=teacher)
+    options = {"tokenizer": tokenizer, "teacher": teacher, "generated": generated}
+    scores = evaluate(model, dataset, task.collator(tokenizer), task, **options)
     if task.metric not in scores:
         raise ValueError(f"the headline metric of {task.name} is {task.metric}; evaluate gave {', '.join(scores)}.")
     return scores

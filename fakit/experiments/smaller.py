@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fakit.experiments.build import Prepared, check_lengths
+from fakit.experiments.build import Prepared, check_lengths, training_texts
 from fakit.experiments.compression_config import LayerwiseConfig, LowRankConfig
 from fakit.experiments.scores import scores_of
 from fakit.experiments.statistics import LOWER_IS_BETTER
@@ -32,7 +32,7 @@ class Made:
     Attributes:
         model: trainable.
         kept: see `kept`; None where it is not known.
-        facts: of a compression, for its record: seconds, steps; rounds, or ranks and blocks. Empty without one.
+        facts: of a compression, for its record: texts, seconds, steps; rounds, or ranks and blocks. Empty without one.
     """
 
     model: PreTrainedModel
@@ -78,24 +78,14 @@ def make_smaller(
             f"low_rank: the teacher is held in {str(dtype).removeprefix('torch.')}, and pairs are made and trained in "
             "float32; load it so (teacher.dtype: float32)."
         )
-    rows, labeled = training_texts(prepared, max_length)
+    rows, labeled = training_texts(prepared.task, prepared.tokenizer, max_length)
     for split in (rows, prepared.validation, prepared.test):
         check_lengths(split, max_length, teacher=prepared.teacher)
     if isinstance(asked, LayerwiseConfig):
-        return _layerwise(asked, prepared, rows, seed, folder, resume, scored)
-    return _low_rank(asked, prepared, rows, labeled, seed, folder, resume)
-
-
-def training_texts(prepared: Prepared, max_length: int) -> tuple[Dataset, int]:
-    """The encoded training texts, labeled ones first, then the pool's; and how many of them carry a label."""
-    from datasets import concatenate_datasets
-
-    task, tokenizer = prepared.task, prepared.tokenizer
-    rows = task.encode("train", tokenizer, max_length)
-    if task.pool is None:
-        return rows, len(rows)
-    pool = task.encode("pool", tokenizer, max_length)
-    return concatenate_datasets([rows, pool.cast(rows.features)]), len(rows)
+        made = _layerwise(asked, prepared, rows, seed, folder, resume, scored)
+    else:
+        made = _low_rank(asked, prepared, rows, labeled, seed, folder, resume)
+    return replace(made, facts=made.facts | {"labeled": labeled, "unlabeled": len(rows) - labeled})
 
 
 def _layerwise(
@@ -116,10 +106,10 @@ def _layerwise(
     def quality(model) -> float:
         return sign * scores_of(model, prepared.validation, task, tokenizer)[task.metric]
 
-    if asked.at_least is not None and quality(prepared.teacher) < sign * asked.at_least:
+    if asked.at_least is not None and (found := quality(prepared.teacher)) < sign * asked.at_least:
         raise ValueError(
             f"layerwise.at_least: {asked.at_least} {task.metric} was asked, and the teacher itself comes to "
-            f"{sign * quality(prepared.teacher):.4g} on the validation texts; ask for what it can do."
+            f"{sign * found:.4g} on the validation texts; ask for what it can do."
         )
     needed = scored or asked.importance == "quality" or asked.at_least is not None
     rounds = prune(

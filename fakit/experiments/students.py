@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fakit.experiments.arguments import LORA
-from fakit.experiments.build import Prepared
+from fakit.experiments.build import Prepared, build_objective, pad_as
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.smaller import Made, kept, make_smaller
 from fakit.layer_maps import LayerMap
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fakit.tasks import TextTask
+
+
+TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}  # PEFT's words for ours
 
 
 def make_student(
@@ -47,15 +49,14 @@ def make_student(
 
     asked, task = config.student, prepared.task
     if asked.compression is not None:
-        _check_alone(config)
-        _rehearse(config, prepared)
-        key = type(asked.compression).__name__ + json.dumps(asked.compression.to_dict(), sort_keys=True)
-        if prepared.compressed is None or prepared.compressed[0] != key:
+        if prepared.compressed is None or prepared.compressed[0] != asked.compression:
+            _check_alone(config)
+            _rehearse(config, prepared)
             prepared.compressed = None  # two at once would fill the memory
             length = config.training.max_length
             resume = resume and folder is not None
             made = make_smaller(asked.compression, prepared, length, config.seed, folder, resume, scored=False)
-            prepared.compressed = key, made
+            prepared.compressed = asked.compression, made
         held = prepared.compressed[1]
         made = Made(copy.deepcopy(held.model).requires_grad_(True), held.kept, held.facts)
         set_seed(config.seed)
@@ -69,14 +70,11 @@ def make_student(
     return made if asked.lora is None else replace(made, model=_adapted(made.model, asked.lora, task))
 
 
-TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "seq2seq-lm": "SEQ_2_SEQ_LM"}
-
-
 def _adapted(model: PreTrainedModel, lora: Mapping[str, Any], task: TextTask) -> PeftModel:
     """The model with an adapter, and nothing but that to train; a classifier's head is trained whole beside it."""
     from peft import LoraConfig, get_peft_model
 
-    settings = {**LORA, **lora, "task_type": TASK_TYPES.get(task.model_task)}
+    settings = {**LORA, **lora, "task_type": TASK_TYPES[task.model_task]}
     try:
         return get_peft_model(model, LoraConfig(**settings))
     except (ValueError, NotImplementedError) as error:
@@ -103,7 +101,6 @@ def _check_alone(config: ExperimentConfig) -> None:
 
 def _rehearse(config: ExperimentConfig, prepared: Prepared) -> None:
     """Build objective and adapter on a stand-in of the student's shape: what does not fit is said before the work."""
-    from fakit.experiments.build import build_objective
     from fakit.models.blocks import depth
     from fakit.models.random_state import random_state_kept
     from fakit.models.shrink import shrink
@@ -141,6 +138,5 @@ def _saved(config: ExperimentConfig, prepared: Prepared) -> PreTrainedModel:
     task, teacher = prepared.task, prepared.teacher
     classes = task.num_labels if task.model_task == "sequence-classification" else None
     model = load_student(config.student.path, task.model_task, num_labels=classes, device=teacher.device)
-    if model.config.pad_token_id is None:  # a classifier of several texts at once needs to know where they end
-        model.config.pad_token_id = teacher.config.pad_token_id
+    pad_as(model, teacher)
     return model

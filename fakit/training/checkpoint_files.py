@@ -28,7 +28,8 @@ def write_student(folder: Path, student: PreTrainedModel, state: dict[str, Tenso
     """A student alone, of its distiller's `state`: as transformers writes it, or in pairs of thin matrices."""
     own = part(state, "student.")
     if pairs(student):
-        save_pairs(student, {name: x for name, x in own.items() if name not in ties(student)}, folder)
+        tied = ties(student)
+        save_pairs(student, {name: x for name, x in own.items() if name not in tied}, folder)
     else:
         student.save_pretrained(folder, state_dict=own)
 

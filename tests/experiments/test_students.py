@@ -6,11 +6,11 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from fakit.compression import layerwise, local, low_rank
 from fakit.experiments import Study
-from fakit.experiments.build import prepare
+from fakit.experiments.build import prepare, training_texts
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.result import RunResult
 from fakit.experiments.run import run_experiment
-from fakit.experiments.smaller import kept, training_texts
+from fakit.experiments.smaller import kept
 from fakit.experiments.store import RunStore
 from fakit.experiments.students import make_student
 
@@ -28,7 +28,7 @@ def test_a_pruned_student_keeps_its_layers_and_their_map(config):
     config = config.replace(student=LAYERWISE, layer_map="kept")
     prepared = prepare(config)
     made = make_student(config, prepared)
-    rows, _ = training_texts(prepared, 16)
+    rows, _ = training_texts(prepared.task, prepared.tokenizer, 16)
     work = {"scored": rows.select(range(16)), "steps": 2, "batch_size": 8, "seed": 0}
     alone = layerwise.prune(prepared.teacher, 2, rows, prepared.task.collator(prepared.tokenizer), **work)[-1]
     assert same(made.model, alone.student)
