@@ -297,6 +297,12 @@ class ExperimentConfig(Section):
         later = ("terms", "balancing", "training_args")
         return {key: value for key, value in super().to_dict().items() if key not in later or value}
 
+    def __reduce__(self):
+        """Pickled as what a file says: the schemas of terms and schedules are made at run time, under no name that
+        another process could import.
+        """
+        return ExperimentConfig.from_dict, (self.to_dict(),)
+
     @property
     def transfers(self) -> tuple[str, ...]:
         """The transfer terms that are on: "features", "attention", "outputs" and further ones, with a weight above 0 at

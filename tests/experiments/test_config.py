@@ -1,10 +1,11 @@
 import inspect
 import itertools
+import pickle
 
 import pytest
 import yaml
 
-from fakit import Attention, Features, LayerMap, Outputs, Schedule, shrink
+from fakit import Attention, Features, LayerMap, Outputs, Schedule, recipes, shrink
 from fakit.experiments import Study, weights
 from fakit.experiments.build import build_objective
 from fakit.experiments.config import (
@@ -69,6 +70,14 @@ def test_a_config_survives_yaml_and_dict_unchanged(config, tmp_path):
     assert again.run_id == config.run_id
     assert ExperimentConfig.from_dict(config.to_dict()) == config
     assert yaml.safe_load(config.to_yaml()) == config.to_dict()
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_a_config_goes_to_another_process_and_comes_back(recipe):
+    config = ExperimentConfig(recipe=recipe, task_weight={"from": 1.0, "to": 0.5})
+    again = pickle.loads(pickle.dumps(config))
+    assert again == config
+    assert again.run_id == config.run_id
 
 
 def test_full_config_differs_from_the_default_in_every_key():

@@ -9,7 +9,7 @@ from fakit.experiments.baselines import evaluate_baselines, prepare_run
 from fakit.experiments.config import ARMS, StudentConfig
 from fakit.experiments.run import run_experiment
 from fakit.experiments.study import equal_compute_steps
-from fakit.experiments.vary import KINDS, grid
+from fakit.experiments.vary import KINDS, grid, published
 
 
 @pytest.fixture
@@ -73,7 +73,8 @@ def test_a_small_study_runs_to_the_end(small, tmp_path, capsys):
 
 
 def test_two_workers_give_what_one_gives_and_what_a_run_of_its_own_gives(small, tmp_path):
-    study = small.replace(vary=arms(["none"]), equal_compute=(), baselines=False)
+    # recipes with schedules and further terms: their schemas are made at run time
+    study = small.replace(vary=published(["taid", "jasper"], none=False), equal_compute=(), baselines=False)
     alone = study.run(tmp_path / "one", progress=False).runs().set_index("run_id").sort_index()
     side_by_side = study.run(tmp_path / "two", workers=2, progress=False).runs().set_index("run_id").sort_index()
     assert side_by_side["score"].to_dict() == alone["score"].to_dict()
