@@ -5,24 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fakit import renamed
-from fakit.tasks.instructions import as_turns, check_options, shape_of
+from fakit.tasks.conversations import as_turns, shape_of
+from fakit.tasks.instructions import check_options
+from fakit.tasks.split_names import choose_splits
 from fakit.tasks.splits import ANSWERS, TEXT_COLUMNS, carve, distinct, labeled_subset, same_text
 from fakit.tasks.task import KINDS, TextTask, counted, say
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-# Names under which data sets of the hub keep these splits, the usual first.
-SPLIT_NAMES = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "dev"),
-    "test": ("test",),
-    "pool": ("unsupervised", "unlabeled", "unlabelled", "pool"),
-}
 METRICS = {"sequence-classification": ("accuracy", "f1"), "regression": ("pearson", "spearman")}
 MOST_CARVED = 2000  # rows of a held-out split that nobody sized: an accuracy of .85 then has a standard error of .008
 
@@ -47,6 +42,7 @@ def task_from(
     tokens: str = "completion",
     too_long: str = "cut",
     metrics: tuple[str, ...] | None = None,
+    splits: Mapping[str, str] | None = None,
     more_tests: Sequence[str] = (),
     source: str = "",
     license: str = "its owner's terms",
@@ -75,13 +71,15 @@ def task_from(
         validation, test, pool: rows to carve out of train, a number or a share; by default a tenth, at most 2,000, and
             no pool.
         metrics: what is reported, the headline first; by default the kind's.
+        splits: the data's own names of train, validation, test and pool, where they are others: {"train": "train_sft"};
+            by default those of `fakit.tasks.split_names`.
         more_tests: names of further splits to hold out.
 
     Raises:
         ValueError: columns, splits or kinds that are not there (says which are), sizes that leave nothing to train on,
             fewer than two classes, scores that are not numbers.
     """
-    found = _splits(data, name, more_tests)
+    found = choose_splits(data, splits or {}, more_tests, name)
     check_options(template, tokens, too_long)
     shape = _shape(found["train"], kind, text, label, {source_text, target_text})
     if shape == "text":
@@ -164,18 +162,6 @@ def _shape(train: Dataset, kind: str | None, text: str, label: str, pair: set[st
     if kind not in (None, "causal-lm") or label in columns or pair <= columns or (kind and text in columns):
         return None
     return shape_of(columns) or ("text" if columns == {text} else None)
-
-
-def _splits(data: Dataset | DatasetDict, name: str, more_tests: Sequence[str]) -> dict[str, Dataset]:
-    if not isinstance(data, dict):
-        data = {"train": data}
-    found = {}
-    for split, candidates in SPLIT_NAMES.items():
-        if known := [candidate for candidate in candidates if candidate in data]:
-            found[split] = data[known[0]]
-    if missing := [split for split in ("train", *more_tests) if split not in data]:
-        raise ValueError(f"{name} has no split {', '.join(map(repr, missing))}; its splits are {', '.join(data)}.")
-    return found | {split: data[split] for split in more_tests}
 
 
 def _told_kind(train: Dataset, label: str, pair: set[str]) -> str:

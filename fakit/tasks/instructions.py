@@ -1,46 +1,27 @@
-"""Instruction data: rows recognized by their columns, and the tokens that a language model is given of them.
+"""Instruction data: the tokens that a language model is given of rows that `fakit.tasks.conversations` has read.
 
-* Five shapes: {"messages"}, ShareGPT's {"conversations"}, {"prompt", "completion"}, Alpaca's {"instruction", "input",
-  "output"}; {"text"} alone is plain text, and is encoded elsewhere.
-* Each row becomes `turns` (role and content of every message before the last answer), `answer` (the last answer, or
-  None) and `text` (the turns in plain words: rows are told apart by it). What follows the last answer is left out.
 * `template`: "auto" is the tokenizer's chat template, or "none" where it has none; "none" is prompt and answer as they
   stand; "…{prompt}…" is what stands around a prompt. A row is rendered and tokenized as a whole, once, so its tokens
   are `apply_chat_template`'s. Without a chat template the row begins and ends with the tokenizer's own BOS and EOS.
 * An answer begins where the template has asked for one (its generation prompt) and ends with what closes the turn.
   A token counts to the answer if it begins inside.
-* `tokens`: labels on "completion" (every answer of the row) or on "all" tokens.
+* `tokens`: labels on "completion" (every answer of the row but those of a prompt) or on "all" tokens.
 * `too_long`: "cut" takes tokens away behind the BOS, from the left; an answer that loses a token is context from then
   on. A row whose last answer does not fit beside one token of its prompt is left out, and counted. "refuse" raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fakit.tasks.special_tokens import added_tokens
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# The columns that a shape must have, the surest first.
-SHAPES = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-}
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words for them
 IGNORED = -100
 SHOWN = 700  # characters of a row that is printed
-
-
-def shape_of(columns: Collection[str]) -> str | None:
-    """The shape of instruction data that has these columns."""
-    return next((shape for shape, needed in SHAPES.items() if set(needed) <= set(columns)), None)
 
 
 def check_options(template: str, tokens: str, too_long: str) -> None:
@@ -56,69 +37,6 @@ def check_options(template: str, tokens: str, too_long: str) -> None:
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r} is not known; choose {' or '.join(map(repr, known))}.")
-
-
-def as_turns(rows: Dataset, shape: str, where: str) -> Dataset:
-    """Rows of a shape as the columns text, turns and answer (None where a row has none, or a pool no such column).
-
-    Raises:
-        ValueError: a message without role or text; names the row.
-    """
-    from datasets import Dataset
-
-    tidy: dict[str, list] = {"text": [], "turns": [], "answer": []}
-    for number, row in enumerate(rows, 1):
-        try:
-            messages = _messages(row, shape)
-        except ValueError as error:
-            raise ValueError(f"{where}, row {number}: {error}") from error
-        answered = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        turns = messages[: answered[-1]] if answered else messages
-        tidy["text"].append("\n".join(message["content"] for message in turns))
-        tidy["turns"].append(turns)
-        tidy["answer"].append(messages[answered[-1]]["content"] if answered else None)
-    return Dataset.from_dict(tidy)
-
-
-def _messages(row: dict[str, Any], shape: str) -> list[dict[str, str]]:
-    if shape in ("messages", "conversations"):
-        found = row[shape] or []
-        if not isinstance(found, list):
-            raise ValueError(f"{shape} holds {found!r:.60}, not a list of messages.")
-        return [_message(message, place) for place, message in enumerate(found, 1)]
-    if shape == "completion":
-        prompt, answer = _text(row["prompt"], "prompt"), _text(row.get("completion"), "completion")
-    else:
-        parts = [_text(row.get(name), name) for name in ("instruction", "input")]
-        prompt, answer = "\n\n".join(part for part in parts if part.strip()), _text(row.get("output"), "output")
-    asked = [{"role": "user", "content": prompt}] if prompt.strip() else []
-    return asked + ([{"role": "assistant", "content": answer}] if asked and answer.strip() else [])
-
-
-def _message(message: Any, place: int) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise ValueError(f"message {place} is {message!r:.60}, not a mapping of role and content.")
-    role, content = (
-        message.get(ours) or message.get(theirs) for ours, theirs in (("role", "from"), ("content", "value"))
-    )
-    if not isinstance(role, str):
-        raise ValueError(f"message {place} has no role (it has {', '.join(message)}); give role and content.")
-    if not isinstance(content, str):
-        raise ValueError(
-            f"message {place} ({role}) holds {content!r:.60} where its text should be; calls of tools, pictures and "
-            "parts are not read."
-        )
-    return {"role": ROLES.get(role, role), "content": content}
-
-
-def _text(value: Any, column: str) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, list | dict):
-        raise ValueError(
-            f"{column} holds {value!r:.60}, not a text; write a conversation as one list of messages, under 'messages'."
-        )
-    return str(value)
 
 
 @dataclass
@@ -222,12 +140,13 @@ def uses_chat(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 def _chat(turns: list[dict], answer: str | None, tokenizer) -> tuple[str, list[tuple[int, int]]]:
     """The row by the chat template, and where in it each answer stands, in characters."""
     messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    given = [place for place, turn in enumerate(turns) if turn.get("given")]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
     whole = _rendered(messages, tokenizer, ask=answer is None)
     answers = []
     for place, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or place in given:
             continue
         asked = _rendered(messages[:place], tokenizer, ask=True)
         if not whole.startswith(asked):

@@ -167,6 +167,7 @@ def shapes(path, name: str):
             {"id": "x", "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in rows
         ],
         "completion": [{"prompt": q, "completion": a} for q, a in rows],
+        "turns": [{"prompt": messages(("user", q)), "completion": messages(("assistant", a))} for q, a in rows],
         "alpaca": [{"instruction": q, "input": "", "output": a} for q, a in rows],
     }
     file = path / name
@@ -193,6 +194,8 @@ def shapes(path, name: str):
         "sharegpt.json",
         "completion.jsonl",
         "completion.csv",
+        "turns.jsonl",
+        "turns.parquet",
         "alpaca.json",
         "alpaca.csv",
     ],
@@ -209,6 +212,34 @@ def test_every_shape_gives_the_same_rows(tmp_path, name):
         f"assistant<|end_header_id|>\n\n⟦It is {n + 1}.<|eot_id|>⟧"
         for n in range(20)
     }
+
+
+def test_prompt_and_completion_may_be_lists_of_messages_and_answers_in_the_prompt_are_given():
+    tokenizer = letters(CHATML)
+    rows = [{"prompt": messages(*TALK[:3]), "completion": messages(TALK[3])}, {"prompt": messages(*TALK[:3])}]
+    splits = {
+        "train": [{"prompt": messages(("user", "a")), "completion": messages(("assistant", "b"))}],
+        "validation": [{"prompt": messages(("user", "c")), "completion": messages(("assistant", "b"))}],
+        "test": rows[:1],
+    }
+    found = task_from({name: Dataset.from_list(part) for name, part in splits.items()}, name="talk")
+    (row,) = found.encode("test", tokenizer, 512)
+    assert marked(row, tokenizer) == WRITTEN[CHATML].replace("⟦Yes?<|im_end|>⟧", "Yes?<|im_end|>")
+    # a completion of several turns has all of its answers to learn
+    splits["test"] = [{"prompt": messages(TALK[0]), "completion": messages(*TALK[1:])}]
+    found = task_from({name: Dataset.from_list(part) for name, part in splits.items()}, name="talk")
+    (row,) = found.encode("test", tokenizer, 512)
+    assert marked(row, tokenizer) == WRITTEN[CHATML]
+
+
+def test_content_in_parts_of_text_is_their_text():
+    parts = [
+        {"role": role, "content": [{"type": "text", "text": text[:1]}, {"type": "text", "text": text[1:]}]}
+        for role, text in TALK
+    ]
+    tokenizer = letters(GEMMA)
+    (row,) = task({"messages": parts}).encode("test", tokenizer, 512)
+    assert marked(row, tokenizer) == WRITTEN[GEMMA]
 
 
 def test_an_input_stands_below_its_instruction():
@@ -319,7 +350,16 @@ def test_what_a_template_cannot_write_is_refused_with_its_row(rows, template, sa
     [
         ([{"messages": [{"role": "user", "content": None}]}], "row 1: message 1 .user. holds None where its text"),
         ([{"messages": [{"name": "user", "content": "x"}]}], "row 1: message 1 has no role .it has name, content"),
-        ([{"prompt": ["x"], "completion": "y"}], "row 1: prompt holds .* not a text"),
+        ([{"prompt": ["x"], "completion": "y"}], "row 1: message 1 is 'x', not a mapping of role and content"),
+        ([{"prompt": {"x": "y"}, "completion": "y"}], "row 1: prompt holds .* not a text"),
+        (
+            [{"prompt": "x", "completion": messages(("user", "a"), ("tool", "b"))}],
+            "row 1: completion has turns of user, tool and none of assistant",
+        ),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}],
+            r"row 1: message 1 .user. holds \[{'type': 'image', 'url': 'x'}\] where its text",
+        ),
     ],
 )
 def test_rows_that_are_none_are_refused(rows, said):
