@@ -7,6 +7,7 @@ SLOW = (
     "experiments/test_map_search.py",
     "experiments/test_map_study.py",
     "experiments/test_measured.py",
+    "experiments/test_on_policy_runs.py",
     "experiments/test_resume.py",
     "experiments/test_run_experiment.py",
     "experiments/test_students.py",

@@ -15,6 +15,7 @@ import torch
 
 from fakit.evaluation.batches import by_length, device_of, eval_mode, rows_of
 from fakit.evaluation.metrics import bleu, cer, rouge
+from fakit.models.blocks import without_adapter
 
 SCORED = 200  # rows that are generated for and scored, unless asked otherwise
 
@@ -95,7 +96,8 @@ def generate(
         )
     ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     outputs: list[list[int]] = [[] for _ in prompts]
-    with torch.no_grad(), eval_mode(model), _greedy(model, eos_token_id, pad_token_id, max_new_tokens):
+    ways = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    with torch.no_grad(), eval_mode(model), generating(model, eos_token_id, pad_token_id, **ways):
         for indices in by_length([len(prompt) for prompt in prompts], batch_size):
             width = max(len(prompts[index]) for index in indices)
             ids = torch.full((len(indices), width), pad_token_id)  # (B, T), padded on the left
@@ -111,18 +113,26 @@ def generate(
 
 
 @contextmanager
-def _greedy(model, eos_token_id: int | Sequence[int], pad_token_id: int, max_new_tokens: int) -> Iterator[None]:
-    """Swap the model's generation_config: `generate` would fill what we leave open (penalties, sampling) from it."""
+def generating(model, eos_token_id: int | Sequence[int], pad_token_id: int, **ways) -> Iterator[None]:
+    """Swap the model's generation_config: `generate` would fill what we leave open (penalties, sampling) from it.
+
+    Args:
+        ways: of transformers' GenerationConfig, such as do_sample and max_new_tokens.
+    """
     from transformers import GenerationConfig
 
-    found = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=pad_token_id
-    )
+    ends = eos_token_id if isinstance(eos_token_id, int) else list(eos_token_id)
+    # an adapted model may read its own, that of the model inside, or hand its own on to it
+    models = {id(each): each for each in (model, without_adapter(model))}.values()
+    found = [each.generation_config for each in models]
+    asked = GenerationConfig(eos_token_id=ends, pad_token_id=pad_token_id, **ways)
+    for each in models:
+        each.generation_config = asked
     try:
         yield
     finally:
-        model.generation_config = found
+        for each, before in zip(models, found, strict=True):
+            each.generation_config = before
 
 
 def split_prompts(rows: Sequence[dict], eos_token_id: int) -> tuple[list[list[int]], list[list[int]]]:

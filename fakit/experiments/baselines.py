@@ -71,6 +71,7 @@ def baseline_id(config: ExperimentConfig, arm: str) -> str:
         outputs=None,
         task_weight=1.0,
         balancing=None,
+        on_policy=None,
         training_args={},
         name=f"baseline {arm}",
     )

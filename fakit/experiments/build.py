@@ -16,6 +16,7 @@ import torch
 
 from fakit.experiments.batches import batch_plan
 from fakit.experiments.config import TRANSFER, ExperimentConfig
+from fakit.experiments.on_policy_config import check_prompts
 from fakit.experiments.schema import did_you_mean
 from fakit.experiments.terms import KEPT, Pairs, build_further_term, built
 from fakit.layer_maps import LayerMap
@@ -48,13 +49,19 @@ def build_task(config: ExperimentConfig) -> TextTask:
     By default that is the run's seed for the kit's own tasks, whose held-out texts are fixed. Elsewhere it is 0,
     because there the same seed may carve the test split: it must not change between runs,
     nor reach what a teacher was trained on.
+
+    Raises:
+        ValueError: on-policy distillation, and a task without prompts.
     """
     from fakit.tasks import load_task
     from fakit.tasks.embedded import EMBEDDED
 
     default = config.seed if config.task.name in EMBEDDED else 0
     seed = default if config.task.seed is None else config.task.seed
-    return load_task(config.task.name, labels=config.task.labels, seed=seed, **config.task.options)
+    task = load_task(config.task.name, labels=config.task.labels, seed=seed, **config.task.options)
+    if config.on_policy is not None:
+        check_prompts(task)
+    return task
 
 
 def build_teacher(

@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from fakit.experiments.result import RunResult
     from fakit.tasks import TextTask
 
-OBJECTIVE = ("student", "layer_map", "features", "attention", "outputs", "task_weight", "terms", "balancing")
+OBJECTIVE = (
+    "student",
+    "layer_map",
+    "features",
+    "attention",
+    "outputs",
+    "task_weight",
+    "terms",
+    "balancing",
+    "on_policy",
+)
 PIPELINES = {"sequence-classification": "text-classification", "regression": "text-classification"}
 
 

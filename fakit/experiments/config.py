@@ -22,6 +22,7 @@ from pydantic import BeforeValidator, Field
 from fakit import recipes
 from fakit.experiments.arguments import check_lora, check_training_args
 from fakit.experiments.compression_config import LayerwiseConfig, LowRankConfig
+from fakit.experiments.on_policy_config import OnPolicyConfig
 from fakit.experiments.schema import Count, Natural, Number, Section, Truth, Weight, Whole, describe, did_you_mean
 from fakit.experiments.terms import (
     AttentionConfig,
@@ -251,6 +252,8 @@ class ExperimentConfig(Section):
     terms: dict[str, Any] = Field(default_factory=dict)
     # uncertainty, gradient_norm, or {kind: gradient_norm, every: 10}; null: weights as they are
     balancing: Annotated[BalancingConfig | None, BeforeValidator(_kind_alone)] = None
+    # in a share of the steps the student writes the answers: {share: 0.5, max_new_tokens: 64}; null: never
+    on_policy: OnPolicyConfig | None = None
     # handed on to transformers.TrainingArguments, such as {optim: adamw_8bit, activation_checkpointing: true}
     training_args: dict[str, Any] = Field(default_factory=dict)
 
@@ -268,6 +271,11 @@ class ExperimentConfig(Section):
                 "features, attention, outputs, task_weight: all are null or of weight 0, so there is nothing to "
                 "learn from; give at least one a weight above 0."
             )
+        if self.on_policy is not None and not self.transfers:
+            raise ValueError(
+                "on_policy: what the student writes is scored by the teacher, and no term looks at one (features, "
+                "attention, outputs); give one a weight above 0, or set on_policy: null."
+            )
         if self.training.save_every and not self.out:
             raise ValueError(
                 f"training.save_every: found {describe(self.training.save_every)} and no `out`; checkpoints need a "
@@ -279,6 +287,7 @@ class ExperimentConfig(Section):
         sections = {name: getattr(self, name) for name in TRANSFER if getattr(self, name) is not None}
         settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
         settings |= {f"terms.{name}.{key}": value for name, given in self.terms.items() for key, value in given.items()}
+        settings |= {} if self.on_policy is None else {"on_policy.share": self.on_policy.share}
         for path, value in (settings | {"task_weight": self.task_weight}).items():
             schedule = built(value)
             if isinstance(schedule, Schedule):
@@ -294,7 +303,7 @@ class ExperimentConfig(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Without later keys where they are empty: the ids of runs from before them stay."""
-        later = ("terms", "balancing", "training_args")
+        later = ("terms", "balancing", "training_args", "on_policy")
         return {key: value for key, value in super().to_dict().items() if key not in later or value}
 
     def __reduce__(self):
@@ -340,9 +349,10 @@ class ExperimentConfig(Section):
                 f"{', '.join(self.transfers) or 'none'}. Give {lacking[0]} a mapping with a weight above 0."
             )
         kept = {name: given for name, given in self.terms.items() if name in ARMS[arm]}
-        return self.replace(
-            terms=kept, **{term: None for term in TRANSFER if term in self.transfers and term not in ARMS[arm]}
-        )
+        dropped = dict.fromkeys(term for term in TRANSFER if term in self.transfers and term not in ARMS[arm])
+        if not ARMS[arm]:  # without a teacher nobody scores what the student writes
+            dropped["on_policy"] = None
+        return self.replace(terms=kept, **dropped)
 
 
 def _beside(recipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:

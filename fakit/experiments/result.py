@@ -25,11 +25,13 @@ class RunResult:
         steps, seconds: optimizer steps, and the wall time of training alone (of a resumed run: since it was resumed).
         flops_per_step, flops: of one optimizer step and of all, teacher included; None with a quantized teacher, whose
             kernels no counter sees, with balancing by gradient norms, with a cache, whose teacher worked elsewhere,
-            with a student that was compressed first, and in a study that does not count them.
+            with a student that was compressed first or writes on-policy, and in a study that does not count them.
         teacher_cache: the precision of the cache that stood for the teacher; None where the teacher itself answered in
             each step.
         precision: what training computed in, "float32" or "bf16" (autocast): what `bf16: auto` came to. Evaluation is
             in float32.
+        on_policy: of a student that wrote: "share" of the steps, "tokens" an answer, "ended", the share of the answers
+            that did, and "tokens_per_second" of writing (of a resumed run: since it was resumed).
         labeled, unlabeled: training rows.
         compression: of a student that was compressed first: seconds, steps; rounds, or ranks and blocks.
         dropped: rows of the task's data that are in no split, by reason.
@@ -62,6 +64,7 @@ class RunResult:
     precision: str | None = None  # of records from before it was noted
     dropped: dict[str, int] = field(default_factory=dict)
     compression: dict[str, Any] | None = None
+    on_policy: dict[str, float] | None = None
     versions: dict[str, str] | None = None
     data: str | None = None
     history: list[dict[str, float]] = field(default_factory=list, repr=False)

@@ -99,6 +99,11 @@ def run_experiment(
             f"a teacher cache was asked for in {teacher_cache}, and the arm {config.arm!r} has no term that looks at a "
             "teacher (features, attention, outputs): leave the cache out, or turn one on."
         )
+    if teacher_cache is not None and config.on_policy is not None:
+        raise ValueError(
+            f"a teacher cache was asked for in {teacher_cache}, and on_policy has the student write texts that are in "
+            "none: leave the cache out, or set on_policy: null."
+        )
     with alone_in_folder(config, store):
         return _run(config, store, resume, callbacks, progress, prepared, count_flops, teacher_cache, cache_dtype)
 
@@ -155,6 +160,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
             train_dataset=rows.dataset(),
             eval_dataset=prepared.validation,
             data_collator=task.collator(tokenizer),
+            on_policy=config.on_policy and config.on_policy.build(tokenizer, student),
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)  # what stands in for a progress bar that was switched off
@@ -166,8 +172,8 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
             trainer.epochs.steps = _steps_a_pass(rows, args)
         main = trainer.is_world_process_zero()
         if finished is None:
-            # of a compression nobody counted them
-            counted = count_flops and cache is None and not made.facts
+            # of a compression nobody counted them, nor of what a student writes
+            counted = count_flops and cache is None and not made.facts and trainer.rollouts is None
             flops_per_step = step_flops(trainer, rows) if counted else None
             begun = {"run_id": config.run_id, "config": config.to_dict(), **facts, "finished": None}
             if out is not None and main:
@@ -182,6 +188,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
                 "flops": None if flops_per_step is None else flops_per_step * trainer.state.global_step,
                 "teacher_cache": None if cache is None else cache.content.dtype,
                 "precision": trainer.precision,
+                "on_policy": trainer.written(),
                 "history": _history(trainer.state.log_history),
             }
             if out is not None and main:  # before anything else that may fail
@@ -273,7 +280,7 @@ def _steps_a_pass(rows: TrainingRows, args) -> int:
 
 def _history(log: list[dict[str, float]]) -> list[dict[str, float]]:
     """One entry a logged step, evaluations at that step included; their timings are no result."""
-    timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "on_policy/tokens_per_second")
     by_step: dict[int, dict[str, float]] = {}
     for entry in log:
         if "loss" in entry or "eval_loss" in entry:

@@ -396,6 +396,7 @@ class Objective(nn.Module):
         teacher: Trace | None = None,
         labels: Tensor | None = None,
         shares: Mapping[str, Tensor] | None = None,
+        written: bool = False,
     ) -> Breakdown:
         """Compare two traces.
 
@@ -405,6 +406,8 @@ class Objective(nn.Module):
             labels: (B,) classes or values, or (B, T) token labels; -100 takes no part. None leaves the task term out.
             shares: a factor () for every term: what this batch, a part of an optimizer step, counts for in it
                 (`fakit.training.token_counts`).
+            written: the student wrote the labeled tokens itself (on-policy). Labels then say which tokens count, and
+                are no answers: terms that need labels are off.
 
         Returns:
             Breakdown, whose `.total` one calls `.backward()` on.
@@ -423,7 +426,8 @@ class Objective(nn.Module):
             self._refuse_without_step()
         teacher = None if teacher is None else teacher.detach()
         labels = student.own_labels(labels)
-        active = {n: t for n, t in self._terms.items() if self.active(n) and (labels is not None or not t.needs_labels)}
+        answered = labels is not None and not written
+        active = {n: t for n, t in self._terms.items() if self.active(n) and (answered or not t.needs_labels)}
         weights = {name: self.weights[name] for name in active}
         factors: dict[str, Tensor] = {}
         if self.balancing is not None:

@@ -16,5 +16,8 @@ def distillm(alpha: float = 0.1) -> Recipe:
         equation=r"L = \mathrm{KL}(Q \| \alpha Q + (1 - \alpha) P)",
         settings={"outputs": {"loss": "skew_reverse_kl", "alpha": alpha, "temperature": 1.0, "weight": 1.0}},
         published={"texts": "of the student, more of them as its validation loss rises, from a buffer"},
-        ours=("the texts of the data set",),
+        ours=(
+            "the texts of the data set; on_policy: {share: {from: 0.0, to: 1.0}} beside the recipe has the student "
+            "write more and more of them, by the step and without a buffer",
+        ),
     )

@@ -20,5 +20,5 @@ def gkd(beta: float = 0.5) -> Recipe:
             "β": "0.1, 0.5 and 0.9, by task",
             "texts": "a share λ of them the student's own, 0.5 or 1 for the best results",
         },
-        ours=("the texts of the data set (λ = 0)",),
+        ours=("the texts of the data set (λ = 0); on_policy: {share: 0.5} beside the recipe has the student write",),
     )

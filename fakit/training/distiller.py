@@ -74,13 +74,15 @@ class Distiller(nn.Module):
         labels: Tensor | None = None,
         shares: dict[str, Tensor] | None = None,
         theirs: Trace | None = None,
+        written: bool = False,
         **inputs,
     ) -> dict[str, Tensor]:
         """Training: the objective's loss (). Eval: the student's logits and, where there are labels,
         the task's loss (), without teacher.
 
         `shares`: what this batch counts for in the optimizer step, by term (see `fakit.training.token_counts`); None
-        where it is all of the step. `theirs`: the teacher's trace, where it comes from a cache.
+        where it is all of the step. `theirs`: the teacher's trace, where it comes from a cache. `written`: the student
+        wrote the labeled tokens itself (`fakit.training.on_policy`); they are no answers.
         """
         if not self.training:
             trace = capture(self.student, inputs | {"labels": labels})
@@ -95,8 +97,8 @@ class Distiller(nn.Module):
                 self.teacher.eval()
             with torch.no_grad():
                 theirs = traced(self.teacher, asked, self.objective.needs("teacher"))
-        ours = traced(self.student, asked, self.objective.needs("student", labels is not None))
-        breakdown = self.objective(ours, theirs, labels, shares)
+        ours = traced(self.student, asked, self.objective.needs("student", labels is not None and not written))
+        breakdown = self.objective(ours, theirs, labels, shares, written)
         self.breakdown = breakdown.detach()
         return {"loss": breakdown.total}
 

@@ -27,16 +27,14 @@ def counts(objective: Objective, batch: Batch, causal: bool, token_logits: bool)
     """What each term's mean over a batch runs over, up to a constant factor: {term: () int64}, on the batch's device.
 
     Args:
-        batch: what the model is given; attention_mask (B, T) and labels (B,) or (B, T) are looked at.
+        batch: what the model is given; attention_mask (B, T) and labels (B,) or (B, T) are looked at, and whether the
+            student wrote it ("written"), in which terms that need labels are off.
         causal: logits at t predict the token at t + 1.
         token_logits: the model's logits are (B, T, V), not (B, C).
     """
     counted = CountedBatch(batch, causal, token_logits)
-    return {
-        name: term.count(counted)
-        for name, term in objective.terms.items()
-        if counted.labels is not None or not term.needs_labels
-    }
+    answered = counted.labels is not None and not batch.get("written", False)
+    return {name: term.count(counted) for name, term in objective.terms.items() if answered or not term.needs_labels}
 
 
 def shares(parts: Sequence[dict[str, Tensor]], gather: Callable[[Tensor], Tensor]) -> list[dict[str, Tensor]]:

@@ -46,6 +46,9 @@ from fakit.training.distiller import Distiller, refuse_reentrant, traced
 from fakit.training.distributed import check_sharding, load_whole_state, shards_on_cpus, whole_state
 from fakit.training.fit import check_fit, check_parameters, refuse_shared
 from fakit.training.logged import Logged
+from fakit.training.on_policy.fit import rollouts
+from fakit.training.on_policy.rollouts import WRITTEN
+from fakit.training.on_policy.settings import OnPolicy
 from fakit.training.ownership import (
     argument_facts,
     bytes_of_checkpoint,
@@ -76,13 +79,17 @@ class DistillationTrainer(Trainer):
             teacher. The rows of train_dataset are found in it by their tokens, so that shuffling, subsets and padding
             do not matter; a row that it lacks, and a collator that changes tokens (masked language modeling),
             are refused.
+        on_policy: `fakit.training.on_policy.OnPolicy`: in some steps a causal language model writes the answers itself,
+            and the teacher scores them. The Trainer's own random numbers are the same with it and without.
         kwargs: everything else of `transformers.Trainer` (train_dataset, eval_dataset, data_collator, processing_class,
             compute_metrics, callbacks, optimizers …).
 
     Logs, beside the Trainer's own: each term before weighting under its name, each layer pair as "features/S1_T2",
     averaged over the steps since the last log that had it; the weights and τ of the last of these steps as
     "weight/features" and "temperature"; of a scheduled weight also the mean of the weighted term,
-    "weighted/features". `trainer.objective.weights` may be set while training.
+    "weighted/features". `trainer.objective.weights` may be set while training. On-policy: "on_policy/share" of the
+    steps, "on_policy/tokens" an answer, "on_policy/ended", the share of the answers that did, and
+    "on_policy/tokens_per_second" of writing.
 
     Raises:
         ValueError: before any work, when teacher, student and objective do not fit: what both sides have, and the fix.
@@ -96,6 +103,7 @@ class DistillationTrainer(Trainer):
         args=None,
         teacher_tokenizer=None,
         teacher_cache: TeacherCache | None = None,
+        on_policy: OnPolicy | None = None,
         **kwargs,
     ):
         if teacher is None and teacher_cache is None:
@@ -136,6 +144,12 @@ class DistillationTrainer(Trainer):
                 "Units(batches=…) scores units by the teacher's own gradients, which a cache does not hold: score "
                 "them beforehand (fakit.objective.units.fit_units), or give the teacher, too."
             )
+        self.rollouts = None
+        if on_policy is not None:
+            collator = kwargs.get("data_collator")
+            self.rollouts = rollouts(
+                on_policy, teacher, student, objective, rows, collator, tokenizer, teacher_cache is not None
+            )
         if teacher is not None:
             refuse_shared(teacher, student)
             teacher.eval().requires_grad_(False)
@@ -157,6 +171,11 @@ class DistillationTrainer(Trainer):
             teacher.to(self.args.device)
         self._ask_beforehand([student] if self.cached_teacher is not None else [student, teacher], tokenizer)
         self.teacher, self.student, self.objective = teacher, student, objective
+        if self.rollouts is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "on-policy distillation and a student in shards (FSDP, DeepSpeed): each of its tokens would gather all "
+                "of it. Train a whole student in each process (DDP), or leave on_policy out."
+            )
         if isinstance(objective.balancing, GradientNorm):
             self._prepare_gradient_norms(objective.balancing)
         self.epochs = EpochCallback(objective)
@@ -276,9 +295,15 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step, each with its shares where a step has more than one,
-        here or in other processes.
+        here or in other processes; on-policy as the student wrote them.
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rollouts is not None and batches:
+            state, process = self.state, self.args.process_index
+            with self.accelerator.autocast():
+                batches = self.rollouts.in_place_of(
+                    batches, self.args.seed, state.global_step, state.max_steps, process
+                )
         if batches and len(batches) * self.args.world_size > 1:
             student = self.distiller.student
             causal, tokens = is_causal_lm(student), student.get_output_embeddings() is not None
@@ -307,18 +332,28 @@ class DistillationTrainer(Trainer):
         """On an accelerator, which looks when it logs: the last batch's teacher once more.
         The student has stepped since.
         """
-        inputs = {key: x for key, x in self._last_inputs.items() if key not in ("shares", "theirs")}
+        inputs = {key: x for key, x in self._last_inputs.items() if key not in ("shares", "theirs", WRITTEN)}
         theirs = self._last_inputs.get("theirs")
         if theirs is None and self.teacher is not None and self.objective.needs_of(name, "teacher"):
             with torch.no_grad():
                 theirs = traced(self.teacher, inputs, self.objective.needs("teacher"))
         return whose_numbers(self.objective.terms[name], pairs, None, theirs)
 
+    def written(self) -> dict[str, float] | None:
+        """What the student wrote on-policy since `train` was called, in all processes
+        (`fakit.training.on_policy.rollouts.Tally.summary`); None where it does not. Every process calls it.
+        """
+        if self.rollouts is None:
+            return None
+        return self.rollouts.in_all.summary(self.accelerator.gather, self.args.device)
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the terms' means since the last log; on an accelerator this is where a NaN is found and named."""
         if "loss" in logs and self.logged.sums:
             self.distiller.breakdown.check(self._whose_numbers)
             logs |= self.logged.take(self.accelerator.gather)
+            if self.rollouts is not None:
+                logs |= self.rollouts.take(self.accelerator.gather, self.args.device)
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
@@ -417,6 +452,7 @@ class DistillationTrainer(Trainer):
             "objective": self._objective_facts,
             "student": student_facts(self.student),
             **self._fingerprints,
+            **({} if self.rollouts is None else {"on_policy": self.rollouts.facts()}),
         }
 
     def _save_checkpoint(self, model, trial) -> None:
