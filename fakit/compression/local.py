@@ -189,7 +189,7 @@ def _batches(model, texts, tokenizer, batch_size: int, max_length: int | None) -
         lengths = [len(ids) for ids in rows["input_ids"]]
         batches = [
             dict(tokenizer.pad({name: [x[i] for i in chosen] for name, x in rows.items()}, return_tensors="pt"))
-            for chosen in by_length(lengths, batch_size)
+            for chosen in by_length(lengths, batch_size, tokens=None)
         ]
     for batch in batches:
         unmoved_mask(model, batch)

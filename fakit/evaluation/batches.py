@@ -8,6 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+TOKENS = 4096
+"""Of a batch, padding too: many short texts or a few long ones, so that memory does not grow with their length."""
+
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
@@ -58,18 +61,26 @@ def rows_of(dataset) -> list[dict]:
     return rows
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length: little padding. Longest first: what does not fit fails at once."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} was asked; use at least 1")
+def by_length(lengths: Sequence[int], batch_size: int, tokens: int | None = TOKENS) -> Iterator[list[int]]:
+    """Indices in batches of similar length: little padding. Longest first: what does not fit fails at once.
+
+    A batch has at most `batch_size` rows, and at most `tokens` tokens with its padding, or one row; None
+    asks for rows alone.
+    """
+    if batch_size < 1 or (tokens is not None and tokens < 1):
+        raise ValueError(f"batch_size={batch_size}, tokens={tokens} was asked; use at least 1 of each")
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    start = 0
+    while start < len(order):
+        longest = max(1, lengths[order[start]])
+        rows = batch_size if tokens is None else min(batch_size, max(1, tokens // longest))
+        yield order[start : start + rows]
+        start += rows
 
 
 def length_sorted_batches(
-    rows: Sequence[dict], collator: Callable, batch_size: int, device: torch.device
+    rows: Sequence[dict], collator: Callable, batch_size: int, device: torch.device, tokens: int | None = TOKENS
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Collated batches on `device` with the indices of their rows."""
-    for indices in by_length([len(row["input_ids"]) for row in rows], batch_size):
+    for indices in by_length([len(row["input_ids"]) for row in rows], batch_size, tokens):
         yield indices, to_device(collator([rows[index] for index in indices]), device)

@@ -12,14 +12,14 @@ from fakit.evaluation import calibration, metrics
 from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of
 from fakit.evaluation.fidelity import Agreement
 from fakit.evaluation.generation import SCORED, Generations, generation_metrics
-from fakit.evaluation.language_modeling import exponential, label_nll
+from fakit.evaluation.labeled import UNLABELED, labeled_logits
+from fakit.evaluation.language_modeling import exponential, summed_nll
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS
 from fakit.models.class_names import class_names, class_order
 from fakit.models.head_kinds import problem_type
 from fakit.tracing.capture import capture
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
-UNLABELED = -100
 TOP = 5  # of CR@k and MOR@k
 
 
@@ -47,9 +47,10 @@ def evaluate(
     five classes or tokens to choose from, cr@5 and mor@5 (see `Agreement`); for regression teacher_pearson and
     teacher_mse.
 
-    Batches go by length, dropout is off, and models keep their device and training mode. Rows with label -100 count for
-    the agreement with the teacher only; for causal-lm the labeled tokens alone count, everywhere. A model that gives
-    NaN for a row has no predictions: every number is NaN, not the share of class 0.
+    Batches go by length and hold `batch_size` rows or `batches.TOKENS` tokens at most; logits of a language model are
+    made at the labeled tokens, some at a time. Dropout is off, and models keep their device and training mode. Rows
+    with label -100 count for the agreement with the teacher only; for causal-lm the labeled tokens alone count,
+    everywhere. A model that gives NaN for a row has no predictions: every number is NaN, not the share of class 0.
 
     Args:
         model: a transformers model. dataset: encoded examples (input_ids, attention_mask, labels).
@@ -213,18 +214,17 @@ def _language_modeling(model, dataset, collator, batch_size, teacher, shared_voc
                 raise ValueError(
                     f"evaluate: a batch has {sorted(batch)}, but no labels; encode the dataset with its targets"
                 )
-            trace = capture(model, batch)
-            logits, labels = trace.logits, trace.own_labels(labels)  # (B, T, V), (B, T)
-            batch_nll, batch_tokens = label_nll(logits, labels)
-            nll, tokens = nll + batch_nll, tokens + batch_tokens
-            if teacher is not None:
-                teacher_logits = capture(teacher, batch).logits.to(logits.device)
-                sizes = {logits.shape[-1], teacher_logits.shape[-1]}
-                if len(sizes) == 2 and shared_vocabulary is not None and min(sizes) >= shared_vocabulary:
-                    logits, teacher_logits = logits[..., :shared_vocabulary], teacher_logits[..., :shared_vocabulary]
-                if agreement is None:
-                    agreement = Agreement(TOP if logits.shape[-1] > TOP else None)
-                agreement.update(logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:] != UNLABELED)
+            asked = [model] if teacher is None else [model, teacher]
+            traces = [capture(one, batch, logits="head") for one in asked]
+            for logits, targets in labeled_logits(traces, traces[0].own_labels(labels)):
+                nll, tokens = nll + summed_nll(logits[0], targets), tokens + len(targets)
+                if teacher is not None:
+                    sizes = {one.shape[-1] for one in logits}
+                    if len(sizes) == 2 and shared_vocabulary is not None and min(sizes) >= shared_vocabulary:
+                        logits = [one[:, :shared_vocabulary] for one in logits]
+                    if agreement is None:
+                        agreement = Agreement(TOP if logits[0].shape[-1] > TOP else None)
+                    agreement.update(*logits)
     if tokens == 0:
         raise ValueError("evaluate: no labeled token (all labels are -100); evaluate on a labeled split")
     results = {"perplexity": exponential(nll / tokens), "nll": nll / tokens}

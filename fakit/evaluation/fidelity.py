@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fakit.losses.attention import over_valid_keys
 
+ENTRIES = 2**21  # of logits whose divergence is taken at once: 16 MB in float64, and some of them
+
 
 def ranking_agreement(student_logits: Tensor, teacher_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Per row: is the ordered top-k the same (CR@k), and which share of the top-k is common (MOR@k)?
@@ -68,13 +70,17 @@ class Agreement:
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)}, the logits' positions are {tuple(rows)}; give one bool each"
             )
-        keep = torch.ones(rows, dtype=torch.bool) if mask is None else mask.bool()
-        keep = keep.to(student_logits.device)
-        student, teacher = student_logits.detach()[keep].float(), teacher_logits.detach()[keep].float()  # (N, V) each
+        student, teacher = student_logits.detach(), teacher_logits.detach()
+        if mask is None:
+            student, teacher = student.flatten(0, -2).float(), teacher.flatten(0, -2).float()  # (N, V) each
+        else:
+            keep = mask.bool().to(student.device)
+            student, teacher = student[keep].float(), teacher[keep].float()
         if len(student) == 0:
             return self
         values = {"agreement": student.argmax(-1) == teacher.argmax(-1)}
-        values["kl"] = torch.cat([_kl(*rows) for rows in zip(teacher.split(256), student.split(256), strict=True)])
+        some = max(1, ENTRIES // student.shape[-1])
+        values["kl"] = torch.cat([_kl(*rows) for rows in zip(teacher.split(some), student.split(some), strict=True)])
         if self.k is not None:
             values[f"cr@{self.k}"], values[f"mor@{self.k}"] = ranking_agreement(student, teacher, self.k)
         for name, each in values.items():

@@ -74,7 +74,7 @@ def generate(
         eos_token_id: stops a sequence; any of them, where there are several.
         pad_token_id: fills on the left (any id, it is masked).
         max_new_tokens: a sequence that never ends is cut here.
-        batch_size: prompts per batch; those of similar length go together.
+        batch_size: prompts per batch at most; those of similar length go together, as many as `batches.TOKENS` allows.
 
     Returns:
         The new token ids of each prompt, without the end-of-sequence token, in the order of `prompts`.
@@ -98,7 +98,7 @@ def generate(
     outputs: list[list[int]] = [[] for _ in prompts]
     ways = {"do_sample": False, "max_new_tokens": max_new_tokens}
     with torch.no_grad(), eval_mode(model), generating(model, eos_token_id, pad_token_id, **ways):
-        for indices in by_length([len(prompt) for prompt in prompts], batch_size):
+        for indices in by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_size):
             width = max(len(prompts[index]) for index in indices)
             ids = torch.full((len(indices), width), pad_token_id)  # (B, T), padded on the left
             mask = torch.zeros_like(ids)

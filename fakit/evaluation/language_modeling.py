@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fakit.evaluation.batches import device_of, eval_mode
+from fakit.evaluation.labeled import labeled_logits
 from fakit.tracing.capture import capture
 
 
@@ -151,17 +152,10 @@ def _summed_nll(model, spans: list[tuple[Tensor, Tensor]]) -> float:
     ids = pad([ids for ids, _ in spans], batch_first=True).to(device_of(model))  # (B, W), padded on the right
     labels = pad([labels for _, labels in spans], batch_first=True, padding_value=-100).to(ids.device)
     mask = pad([torch.ones_like(ids) for ids, _ in spans], batch_first=True).to(ids.device)
-    logits = capture(model, {"input_ids": ids, "attention_mask": mask}).logits  # (B, W, V)
-    return label_nll(logits, labels)[0]
+    trace = capture(model, {"input_ids": ids, "attention_mask": mask}, logits="head")
+    return sum(summed_nll(logits, targets) for (logits,), targets in labeled_logits([trace], labels))
 
 
-def label_nll(logits: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Summed −log P of the labeled tokens, each predicted from the position before it, and their number.
-
-    Args:
-        logits: (B, T, V) of a causal model. labels: (B, T), -100 = not counted, not shifted.
-    """
-    targets = labels[:, 1:]
-    valid = targets != -100
-    loss = cross_entropy(logits[:, :-1][valid].float(), targets[valid], reduction="none")
-    return loss.double().sum().item(), int(valid.sum())
+def summed_nll(logits: Tensor, targets: Tensor) -> float:
+    """−log P of the targets, (N, V) and (N,), in nats; the sum is taken in float64."""
+    return cross_entropy(logits.float(), targets, reduction="none").double().sum().item()

@@ -370,7 +370,7 @@ def build_arguments(config: ExperimentConfig, folder: str | Path) -> TrainingArg
     if ":" in config.device:
         torch.cuda.set_device(config.device)
     asked = {
-        "per_device_eval_batch_size": 64,
+        "per_device_eval_batch_size": min(64, training.batch_size),  # what fits a step fits an evaluation
         "save_total_limit": 2,
         "report_to": "none",
         "dataloader_pin_memory": config.device not in ("cpu", "mps") and torch.cuda.is_available(),

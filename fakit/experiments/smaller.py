@@ -224,5 +224,5 @@ def _batches(prepared: Prepared, rows: Dataset, size: int) -> list[dict[str, Any
 
     collator, teacher = prepared.task.collator(prepared.tokenizer), prepared.teacher
     aside = set() if is_encoder_decoder(teacher) else {"labels"}
-    made = length_sorted_batches(rows, collator, size, teacher.device)
+    made = length_sorted_batches(rows, collator, size, teacher.device, tokens=None)
     return [{name: x for name, x in batch.items() if name not in aside} for _, batch in made]

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
@@ -141,6 +141,7 @@ def run_one_of_each(blocks: list[nn.Module], kept: Collection[int], ledger: Ledg
 
 def _run_or_copy(forward, kind: tuple, looked_at: bool, known: dict, ledger: Ledger, *args, **kwargs):
     flops, written = Counter(ledger.flops), ledger.written[ledger.phase]
+    kind = (*kind, *(x.shape for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))  # batches may differ
     if looked_at or kind not in known:
         result = forward(*args, **kwargs)
         shapes = tree_map(lambda x: _Shape(x.shape, x.dtype) if isinstance(x, Tensor) else x, result)

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fakit import renamed
 from fakit.layer_maps import LayerMap
 from fakit.models.kinds import untied
-from fakit.models.load import check_stored_precision, stored_precision
+from fakit.models.load import check_stored_precision, resolve_model, stored_precision
 from fakit.models.pretrained import CLASSES, in_one_sentence
 from fakit.planner.cards import CARDS, GB, Card, find_card
 from fakit.planner.presets import PRESETS, config_text, guess_task, read_config
@@ -46,6 +46,8 @@ Student = str | int | tuple[int, int | None] | Sequence[int]
 # assumptions: no GPU has measured them here.
 CONTEXT = 0.7 * GB
 FRAGMENTS = 0.05
+# There before and after every step.
+FIXED = ("teacher weights", "student weights", "optimizer state")
 # Share of a card's memory bandwidth that eager kernels reach.
 BANDWIDTH = 0.8
 
@@ -93,9 +95,25 @@ class Plan:
         return float(sum(self.memory.values()))
 
     @property
+    def evaluation(self) -> float:
+        """Bytes at the peak of an evaluation's batch, overhead included: both models and the optimizer's state are
+        there still, and a batch has `fakit.evaluation.batches.TOKENS` tokens or 64 rows, whatever a step's has.
+        """
+        step = self.step
+        if not self.setup.accelerator:
+            return float(step.evaluation)
+        fixed = sum(step.memory.get(part, 0) for part in FIXED)
+        return step.evaluation + CONTEXT + FRAGMENTS * max(0, step.evaluation - fixed)
+
+    @property
     def fits(self) -> bool:
-        """True when the peak is within the limit."""
-        return self.peak <= self.limit
+        """True when the peaks of a step and of an evaluation are within the limit."""
+        return self.needed <= self.limit
+
+    @property
+    def needed(self) -> float:
+        """Bytes at the higher of both peaks."""
+        return max(self.peak, self.evaluation)
 
     @property
     def flops(self) -> float:
@@ -146,7 +164,7 @@ class Plan:
         def peak(batch: int) -> float:
             return self.with_setup(batch=batch).peak
 
-        if peak(1) > self.limit:
+        if max(peak(1), self.evaluation) > self.limit:
             return 0
         fits, too_large, tried = 1, None, max(2, self.setup.batch)
         while too_large is None or too_large - fits > 1:
@@ -169,7 +187,7 @@ class Plan:
         setup, found = self.setup, []
         for name, new in _changes(setup, self.largest_batch):
             plan = self.with_setup(**new)
-            if plan.peak < self.peak:
+            if plan.needed < self.needed:
                 found.append((name, plan, new))
         chosen = [(name, plan) for name, plan, _ in found]
         if not self.fits and not any(plan.fits for _, plan in chosen):
@@ -194,12 +212,14 @@ class Plan:
     @property
     def verdict(self) -> str:
         """One sentence: fits or not, by how much."""
-        size, left = self.peak / GB, (self.limit - self.peak) / GB
+        size, left = self.needed / GB, (self.limit - self.needed) / GB
+        where = " when it is evaluated" if self.evaluation > self.peak else ""
         if self.fits:
-            return f"Fits: {size:.3g} GB of {self.limit / GB:.3g} GB ({self.limit_name}), {left:.3g} GB to spare."
-        return (
-            f"Does not fit: {size:.3g} GB, and {self.limit_name} has {self.limit / GB:.3g} GB, {-left:.3g} GB too few."
-        )
+            return (
+                f"Fits: {size:.3g} GB{where} of {self.limit / GB:.3g} GB ({self.limit_name}), {left:.3g} GB to spare."
+            )
+        has = f"{self.limit_name} has {self.limit / GB:.3g} GB"
+        return f"Does not fit: {size:.3g} GB{where}, and {has}, {-left:.3g} GB too few."
 
     def advice(self) -> Iterator[str]:
         """Sentences: the largest batch that fits, and for a plan that does not fit what would."""
@@ -210,7 +230,7 @@ class Plan:
         if not self.fits:
             for name, plan in self.changes:
                 verdict = "fits" if plan.fits else "does not fit"
-                yield f"{name[0].upper()}{name[1:]}: {plan.peak / GB:.3g} GB, {verdict}."
+                yield f"{name[0].upper()}{name[1:]}: {plan.needed / GB:.3g} GB, {verdict}."
 
     def figure(self, changes: bool | None = None) -> Figure:
         """Memory by part against the cards.
@@ -254,7 +274,12 @@ class Plan:
             lines.append(
                 f"  {'gradients':20}{'':12}  {4 * step.trainable / GB:.3g} GB come after the peak, as activations go"
             )
-        lines += [f"  {'peak':20}{self.peak / GB:9.3f} GB", "", self.verdict, *self.advice(), ""]
+        lines.append(f"  {'peak':20}{self.peak / GB:9.3f} GB")
+        lines.append(
+            f"  {'evaluation':20}{self.evaluation / GB:9.3f} GB  at its own peak: {step.evaluation_rows} × {setup.seq} "
+            "tokens, no gradients"
+        )
+        lines += ["", self.verdict, *self.advice(), ""]
         phases = ", ".join(f"{phase} {flops / 1e12:.3g}" for phase, flops in step.flops.items())
         lines.append(f"FLOPs of a step: {self.flops / 1e12:.4g} T ({phases})")
         lines += self._times()
@@ -276,7 +301,7 @@ class Plan:
         ]
 
     def _times(self) -> list[str]:
-        cards = [self.card] if self.card is not None else [c for c in CARDS.values() if c.memory >= self.peak][:3]
+        cards = [self.card] if self.card is not None else [c for c in CARDS.values() if c.memory >= self.needed][:3]
         lines = []
         for card in cards if self.setup.accelerator else []:
             seconds = self.seconds(card)
@@ -385,6 +410,7 @@ def plan(
     how = (quantize, dtype, optimizer, checkpointing, used, pairs, device == "gpu")
     setup = Setup(config_text(config), task or guess_task(config), layers, width, batch, seq, *how)
     source = config if name in PRESETS or isinstance(teacher, PreTrainedConfig) else teacher
+    source = resolve_model(source) if isinstance(source, str | Path) else source
     with in_one_sentence(name, f"as a {setup.task} model"):
         made = built(setup.config, setup.task)
     setup = replace(setup, untied=untied(made, source), stored=stored is not None)
@@ -448,8 +474,7 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 def _with_overhead(step: Step, accelerator: bool) -> dict[str, float]:
     memory = {part: float(size) for part, size in step.memory.items()}
     if accelerator:
-        fixed = ("teacher weights", "student weights", "optimizer state")
-        moving = sum(size for part, size in memory.items() if part not in fixed)
+        moving = sum(size for part, size in memory.items() if part not in FIXED)
         memory["overhead"] = CONTEXT + FRAGMENTS * moving
     return memory
 

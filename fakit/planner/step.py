@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from fakit.evaluation.batches import TOKENS
+from fakit.evaluation.fidelity import Agreement
+from fakit.evaluation.labeled import labeled_logits
+from fakit.evaluation.language_modeling import summed_nll
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import find_blocks, stack_depths
 from fakit.models.kinds import remember_causal, untie
@@ -39,6 +43,7 @@ PARTS = (
     "losses",
     "overhead",
 )
+EVALUATED = 64  # rows of an evaluation's batch at most, as `fakit.evaluation.evaluate` takes them
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
 
 
@@ -87,6 +92,8 @@ class Step:
         depths: "teacher", "student" → layers; widths: the same → hidden size.
         stacked: number of the teacher's weights that are experts of a mixture, all of a layer's in one tensor,
             which is never quantized.
+        evaluation: bytes at the peak of evaluating a batch, weights and optimizer state included.
+        evaluation_rows: rows of that batch.
     """
 
     memory: dict[str, int]
@@ -99,6 +106,8 @@ class Step:
     depths: dict[str, int]
     widths: dict[str, int]
     stacked: int = 0
+    evaluation: int = 0
+    evaluation_rows: int = 0
 
 
 @lru_cache(maxsize=256)
@@ -163,7 +172,41 @@ def simulate(setup: Setup) -> Step:
         ledger.phase = "optimizer step"
         scratch = torch.empty(step_bytes(setup.optimizer, trainable), dtype=torch.uint8)
         del scratch, kept
-    return _booked(ledger, logical, depths, teacher, student, trainable)
+    for parameter in trainable:
+        parameter.grad = None
+    rows = min(EVALUATED, max(1, TOKENS // setup.seq))
+    evaluation = _evaluation(replace(setup, batch=rows), teacher, student, [objective], state, fakes)
+    step = _booked(ledger, logical, depths, teacher, student, trainable)
+    return replace(step, evaluation=evaluation, evaluation_rows=rows)
+
+
+def _evaluation(setup: Setup, teacher, student, others, state: int, fakes: FakeTensorMode) -> int:
+    """Bytes at the peak of a batch of `fakit.evaluation.evaluate`, while the optimizer's state is still there."""
+    ledger = Ledger()
+    student.eval()
+
+    def forward(model: PreTrainedModel, **options):
+        # a teacher stored in bf16 computes in it; a student in float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is teacher and setup.dtype == "bf16"):
+            return capture(model, batch, **options)
+
+    with fakes, ledger, torch.no_grad():
+        ledger.book(tensor for part in (teacher, student, *others) for tensor in _tensors(part))
+        batch = _batch(setup, teacher)
+        kept = torch.empty(state, dtype=torch.uint8)
+        labels = batch.get("labels")
+        with loops_of(setup.accelerator, ledger):
+            if setup.task == "causal-lm":
+                traces = [forward(model, logits="head") for model in (student, teacher)]
+                agreement = Agreement(5)
+                for logits, targets in labeled_logits(traces, labels):
+                    summed_nll(logits[0], targets)
+                    agreement.update(*logits)
+            else:
+                for model in (student, teacher):
+                    forward(model)
+        del kept
+    return sum(ledger.peak().values())
 
 
 def _booked(ledger: Ledger, logical, depths, teacher, student, trainable) -> Step:

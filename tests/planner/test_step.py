@@ -6,13 +6,23 @@ from __future__ import annotations
 
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    default_data_collator,
+)
 
 from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture, load_teacher, shrink
+from fakit.evaluation import evaluate
 from fakit.evaluation.cost import count_flops, forward_flops, peak_memory
 from fakit.losses.fused import chunked, streamed
 from fakit.losses.fused.output_head import Head
@@ -145,6 +155,33 @@ def test_the_peak_is_that_of_a_fresh_process():
     assert made.flops == pytest.approx(measured["flops"], rel=0.02)
 
 
+def test_an_evaluation_takes_what_evaluate_allocates_and_less_than_a_step():
+    """At a vocabulary whose logits are the largest tensor of all, and with a batch larger than the step's."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=49_152, tie_word_embeddings=True)
+    teacher = LlamaForCausalLM(config).eval().requires_grad_(False)
+    student, batch = shrink(teacher, 2), {name: x.repeat(1, 12) for name, x in labeled(8, 16).items()}
+    dataset = [
+        {name: row.tolist() for name, row in zip(batch, rows, strict=True)}
+        for rows in zip(*batch.values(), strict=True)
+    ] * 4
+    task = SimpleNamespace(kind="causal-lm", test=SimpleNamespace(column_names=["text"]))
+
+    def evaluation() -> None:
+        evaluate(student, dataset, default_data_collator, task, teacher=teacher)
+
+    evaluation()  # what is made once is there
+    allocated = peak_memory(evaluation)
+    made = plan(teacher, 2, 8, 192, dtype="fp32", device="cpu")
+    fixed = sum(made.step.weight_bytes.values()) + made.memory["optimizer state"]
+    assert made.step.evaluation_rows == 21 and made.evaluation - fixed == pytest.approx(allocated, rel=0.1)
+    objective = Objective(LayerMap.uniform(2, 4), Features("cosine"), None, Outputs(), Task())
+    run(objective, teacher, student.train(), batch)
+    student.zero_grad()
+    assert allocated < 0.8 * peak_memory(lambda: run(objective, teacher, student, batch))
+
+
 def test_checkpointing_trades_activations_for_products():
     plain, checkpointed = (plan(LARGE, 4, 16, 128, task="masked-lm", checkpointing=on).step for on in (False, True))
     assert checkpointed.memory["student activations"] < 0.7 * plain.memory["student activations"]
@@ -196,13 +233,15 @@ def test_the_losses_blocks_are_as_they_were_after_a_plan_and_meanwhile():
         found.append((compared.item(), streamed.streamed_map_kl(query, key, key, query).item()))
 
     losses()
-    with loops_of(True, Ledger()):
+    with loops_of(False, Ledger()):  # blocks of a CPU, so that there are several
         thread = threading.Thread(target=losses)
         thread.start()
         thread.join()
         losses()  # here, where two blocks stand for all, the sums are others
     losses()
-    assert found[0] == found[1] == found[3] and not set(found[0]) & set(found[2])
+    # where a buffer begins decides how its products are rounded
+    assert found[1] == pytest.approx(found[0], rel=1e-6) and found[3] == pytest.approx(found[0], rel=1e-6)
+    assert all(abs(two / one - 1) > 1e-3 for one, two in zip(found[0], found[2], strict=True))
     logits = [F.linear(h, weight).log_softmax(-1) for h in (hidden, hidden.flip(0))]
     assert found[1][0] == pytest.approx(F.kl_div(*logits, log_target=True, reduction="batchmean").item(), rel=1e-4)
 
