@@ -10,6 +10,7 @@ SLOW = (
     "experiments/test_on_policy_runs.py",
     "experiments/test_resume.py",
     "experiments/test_run_experiment.py",
+    "experiments/test_run_packed.py",
     "experiments/test_students.py",
     "experiments/test_study.py",
     "figures/test_every_figure.py",

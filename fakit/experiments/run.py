@@ -112,8 +112,11 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
     """`run_experiment`, alone in its folder."""
     from transformers import PrinterCallback, set_seed
 
+    from fakit.tasks.packing import documents
+    from fakit.tracing.inputs import refuse_mixing
     from fakit.training.fit import check_fit
     from fakit.training.ownership import bytes_of_checkpoint, data_fingerprint
+    from fakit.training.packed import check_packed
     from fakit.training.progress import ProgressBar
     from fakit.training.teacher_cache import TeacherCache
     from fakit.training.trainer import DistillationTrainer
@@ -131,6 +134,8 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
         prepared = prepared or prepare(config, args.device)
         prepared.check(config)
         task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
+        if task.packing:
+            refuse_mixing(teacher, config.training.batch_size)
         set_seed(config.seed)  # the student's first weights depend on the seed alone, not on what loading drew
         work = None if out is None else out / COMPRESSED
         made = make_student(config, prepared, work, resume)
@@ -146,8 +151,10 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
             raise ValueError(refusal(out, other))
         if out is not None:
             check_room(out, bytes_of_checkpoint(student, objective, "none"), "the student")
-        cache = None
+        cache, collator = None, task.collator(tokenizer)
         if teacher_cache is not None:
+            # the trainer, which asks the same, is made when the teacher has been read
+            check_packed(rows.rows, collator, objective, student.to(args.device), teacher, args)
             cache = TeacherCache.build(
                 teacher_cache, teacher, rows.rows, objective, dtype=cache_dtype, tokenizer=tokenizer
             )
@@ -159,7 +166,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
             teacher_cache=cache,
             train_dataset=rows.dataset(),
             eval_dataset=prepared.validation,
-            data_collator=task.collator(tokenizer),
+            data_collator=collator,
             on_policy=config.on_policy and config.on_policy.build(tokenizer, student),
             callbacks=list(callbacks),
         )
@@ -201,6 +208,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
             student = _load(without_adapter(student), out).to(args.device)
 
     scores = scores_of(student, prepared.test, task, tokenizer, prepared.reference())
+    labeled = documents(rows.rows.select(range(rows.labeled)))
     result = RunResult(
         run_id=config.run_id,
         task=task.name,
@@ -213,8 +221,8 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
         test=scores,
         parameters=parameters_of(student),
         teacher_parameters=parameters_of(teacher),
-        labeled=rows.labeled,
-        unlabeled=len(rows.rows) - rows.labeled,
+        labeled=labeled,
+        unlabeled=documents(rows.rows) - labeled,
         config=config.to_dict(),
         finished=now(),
         versions=versions(),

@@ -78,7 +78,8 @@ def make_smaller(
             f"low_rank: the teacher is held in {str(dtype).removeprefix('torch.')}, and pairs are made and trained in "
             "float32; load it so (teacher.dtype: float32)."
         )
-    rows, labeled = training_texts(prepared.task, prepared.tokenizer, max_length)
+    # each text in a row of its own: blocks are fitted one by one, outside of a model that would keep packed ones apart
+    rows, labeled = training_texts(replace(prepared.task, packing=False), prepared.tokenizer, max_length)
     for split in (rows, prepared.validation, prepared.test):
         check_lengths(split, max_length, teacher=prepared.teacher)
     if isinstance(asked, LayerwiseConfig):

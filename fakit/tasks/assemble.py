@@ -41,6 +41,7 @@ def task_from(
     template: str = "auto",
     tokens: str = "completion",
     too_long: str = "cut",
+    packing: bool = False,
     metrics: tuple[str, ...] | None = None,
     splits: Mapping[str, str] | None = None,
     more_tests: Sequence[str] = (),
@@ -68,6 +69,8 @@ def task_from(
             one), "none", or a text that holds {prompt}.
         tokens: of instruction data, the tokens that have labels: those of the "completion" (all answers), or "all".
         too_long: of instruction data, "cut" takes from the prompt of a row that is too long, "refuse" raises.
+        packing: of a language model, put rows of train and pool together into sequences of full length, each row a
+            document of its own (`fakit.tasks.packing`).
         validation, test, pool: rows to carve out of train, a number or a share; by default a tenth, at most 2,000, and
             no pool.
         metrics: what is reported, the headline first; by default the kind's.
@@ -95,6 +98,13 @@ def task_from(
     kind = kind or _told_kind(found["train"], label, {source_text, target_text})
     if kind not in KINDS:
         raise ValueError(f"{name}: kind={kind!r} is not known; choose one of {', '.join(map(repr, KINDS))}.")
+    if packing not in (True, False):
+        raise ValueError(f"{name}: packing={packing!r} is not known; choose True or False.")
+    if packing and kind != "causal-lm":
+        raise ValueError(
+            f"{name}: packing was requested, and the task is a {kind}, whose texts have one answer each; packing is "
+            "for language models (kind='causal-lm')."
+        )
     if kind != "causal-lm":
         columns = {"text": text, "text_pair": text_pair, "label": label}
     elif {source_text, target_text} <= set(found["train"].column_names):
@@ -151,6 +161,7 @@ def task_from(
         template=template,
         tokens=tokens,
         too_long=too_long,
+        packing=packing,
     )
 
 

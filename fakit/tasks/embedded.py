@@ -164,13 +164,14 @@ def load_instructions(
     template: str = "auto",
     tokens: str = "completion",
     too_long: str = "cut",
+    packing: bool = False,
 ) -> TextTask:
     """Short instructions and answers of six kinds, which scripts/build_instructions.py made of the other tasks' texts.
 
     They have no teacher of their own: give a chat model, such as "smollm2".
 
     Args:
-        labels, seed, template, tokens, too_long: see `task_from`.
+        labels, seed, template, tokens, too_long, packing: see `task_from`.
     """
     from datasets import Dataset, DatasetDict
 
@@ -186,6 +187,7 @@ def load_instructions(
         template=template,
         tokens=tokens,
         too_long=too_long,
+        packing=packing,
         source="made by rule of the texts of glosses, reviews and scans",
         license="WordNet 3.0, MIT and public domain",
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fakit.tasks.instructions import Seen, encode_turns, uses_chat
+from fakit.tasks.packing import pack
 from fakit.tasks.scans import SEPARATOR
 from fakit.tasks.special_tokens import added_tokens
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("sequence-classification", "regression", "causal-lm")
 SPLITS = ("train", "pool", "validation", "test", "teacher_train")
+PACKED = ("train", "pool")  # splits that are trained on; what is evaluated stays in rows of its own
 CHUNK = 10_000  # rows tokenized at a time: bounds the memory that Python's lists take
 IGNORED = -100  # PyTorch's label that no loss counts
 
@@ -47,7 +49,9 @@ class TextTask:
         source, license: where the text is from and on what terms.
         more_tests: further test sets by name, such as MNLI's "test_mismatched"; `encode` knows them too.
         dropped: rows of the data that are in no split, by split and reason.
-        template, tokens, too_long: of instruction data, how its rows are encoded (`fakit.tasks.instructions`).
+        template, tokens: of instruction data, how its rows are encoded (`fakit.tasks.instructions`).
+        too_long: of a language model's rows, what becomes of those that are too long.
+        packing: rows of train and pool share sequences (`fakit.tasks.packing`).
     """
 
     name: str
@@ -66,6 +70,7 @@ class TextTask:
     template: str = "auto"
     tokens: str = "completion"
     too_long: str = "cut"
+    packing: bool = False
 
     @property
     def metric(self) -> str:
@@ -101,12 +106,14 @@ class TextTask:
         ends, nowhere else. A text longer than `max_length` becomes several rows: each begins as a text does, then with
         the last token of the row before, which is context alone, so every token is labeled once. A source is cut where
         its target needs the room; a target that does not fit beside one token of its source is cut, too,
-        and has no end. Rows of instruction data: see `fakit.tasks.instructions`.
+        and has no end. Rows of instruction data: see `fakit.tasks.instructions`. With `packing`, rows of train and
+        pool are then put together into sequences of at most `max_length` tokens.
 
         Returns:
-            A dataset with input_ids, attention_mask (, token_type_ids) and labels. Labels are the class, the score, or
-            for a causal LM one per token: -100 on what is given (BOS, context, the source and its separator), the token
-            itself on the text or the target and on the closing eos. Unlabeled rows: -100. The log says what was cut.
+            A dataset with input_ids, attention_mask (, token_type_ids; of packed rows position_ids) and labels. Labels
+            are the class, the score, or for a causal LM one per token: -100 on what is given (BOS, context, the source
+            and its separator), the token itself on the text or the target and on the closing eos. Unlabeled rows: -100.
+            The log says what was cut.
 
         Raises:
             ValueError: unknown or empty split, missing columns,
@@ -135,14 +142,31 @@ class TextTask:
             if self.kind == "causal-lm"
             else self._encode_texts
         )
-        cut = Cut()
+        what = f"{self.name}, {data}" if isinstance(data, str) else self.name
         if "turns" in dataset.column_names:
-            return self._encode_instructions(data, dataset, tokenizer, max_length)
-        # not Dataset.map: it would hash this task with all its splits first
-        chunks = [dataset[start : start + CHUNK] for start in range(0, len(dataset), CHUNK)]
-        encoded = [Dataset.from_dict(encode(rows, tokenizer, max_length, cut)) for rows in chunks]
-        cut.say(self.name if not isinstance(data, str) else f"{self.name}, {data}", len(dataset), max_length)
-        return concatenate_datasets(encoded)
+            encoded = self._encode_instructions(what, dataset, tokenizer, max_length)
+        else:
+            cut = Cut()
+            # not Dataset.map: it would hash this task with all its splits first
+            chunks = [dataset[start : start + CHUNK] for start in range(0, len(dataset), CHUNK)]
+            encoded = concatenate_datasets(
+                [Dataset.from_dict(encode(rows, tokenizer, max_length, cut)) for rows in chunks]
+            )
+            cut.say(what, len(dataset), max_length)
+        return (
+            self._packed(what, encoded, max_length)
+            if self.packing and isinstance(data, str) and data in PACKED
+            else encoded
+        )
+
+    def _packed(self, what: str, rows: Dataset, max_length: int) -> Dataset:
+        packed = pack(rows, max_length)
+        tokens = sum(map(len, packed["input_ids"]))
+        say(
+            f"{what}: {len(rows):,} rows are packed into {len(packed):,} sequences of at most {max_length} tokens, "
+            f"{tokens / len(packed) / max_length:.0%} full; no token attends to another row, or is predicted from one."
+        )
+        return packed
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
         """A function that pads encoded examples to their longest and stacks them, labels padded with -100.
@@ -157,10 +181,9 @@ class TextTask:
             )
         return Collator(tokenizer.pad_token_id, tokenizer.padding_side, per_token=self.kind == "causal-lm")
 
-    def _encode_instructions(self, data, dataset: Dataset, tokenizer, max_length: int) -> Dataset:
+    def _encode_instructions(self, what: str, dataset: Dataset, tokenizer, max_length: int) -> Dataset:
         from datasets import Dataset, concatenate_datasets
 
-        what = f"{self.name}, {data}" if isinstance(data, str) else self.name
         seen, encoded = Seen(), []
         for start in range(0, len(dataset), CHUNK):
             try:

@@ -349,15 +349,21 @@ def refuse_mixing(model: nn.Module, rows: int = 1) -> None:
         model: it is run on three tiny documents.
         rows: of a batch. Flash attention keeps documents of one row apart, not of several.
     """
-    known = _reasons.setdefault(model, {})
-    if (rows > 1) not in known:
-        known[rows > 1] = _why_mixed(model, min(rows, 2))
-    if known[rows > 1] is not None:
+    if (reason := _reason(model, rows > 1)) is not None:
+        alone = " One row a batch it can (batch_size 1, and accumulation)." if rows > 1 and not _reason(model) else ""
         raise ValueError(
             f"the batch packs several documents into a row, and {type(without_adapter(model)).__name__} cannot keep "
-            f"them apart: {known[rows > 1]}. Give each document a row of its own, padded (DataCollatorWithPadding), or "
-            "use models that can (GPT-2, Llama, Mistral, Gemma …)."
+            f"them apart: {reason}.{alone} Give each document a row of its own, padded (DataCollatorWithPadding, or "
+            "packing: false), or use models that can (GPT-2, Llama, Mistral, Gemma …)."
         )
+
+
+def _reason(model: nn.Module, several: bool = False) -> str | None:
+    """Why it cannot keep documents apart; None where it can."""
+    known = _reasons.setdefault(model, {})
+    if several not in known:
+        known[several] = _why_mixed(model, 2 if several else 1)
+    return known[several]
 
 
 def _why_mixed(model: nn.Module, rows: int) -> str | None:
@@ -381,16 +387,22 @@ def _why_mixed(model: nn.Module, rows: int) -> str | None:
     for whole, varied, own in zip(packed, other, alone, strict=True):
         tolerance = max(1e-4, 2 * torch.finfo(whole.dtype).eps, 0.05 if quantized else 0.0) * whole.abs().max()
         difference = (whole - varied).abs()
-        if whole is not packed[0] and difference[:, :_PROBE].max() > tolerance:
-            return "an earlier document sees what a later one says (attention both ways)"
-        if whole is not packed[0] and difference[:, -_PROBE:].max() > tolerance:
+        before, behind = difference[:, :_PROBE].max(), difference[:, -_PROBE:].max()
+        if whole is not packed[0] and before > tolerance:
+            return f"an earlier document sees what a later one says (attention both ways){_beside(before, tolerance)}"
+        if whole is not packed[0] and behind > tolerance:
             return (
                 "a later document sees what an earlier one says (its attention does not ask for position_ids, or its "
-                "blocks hand on a state)"
+                f"blocks hand on a state){_beside(behind, tolerance)}"
             )
-        if (whole[:, -_PROBE:] - own).abs().max() > (tolerance if whole is packed[0] else 8 * tolerance):
-            return "a document behind another one is given other positions than alone"
+        allowed = tolerance if whole is packed[0] else 8 * tolerance
+        if (moved := (whole[:, -_PROBE:] - own).abs().max()) > allowed:
+            return f"a document behind another one is given other positions than alone{_beside(moved, allowed)}"
     return None
+
+
+def _beside(difference: Tensor, tolerance: Tensor) -> str:
+    return f": what it says changes by {difference.item():.2g}, where rounding explains {tolerance.item():.2g}"
 
 
 # -- asking the model -------------------------------------------------------------------------------------------------
@@ -422,7 +434,7 @@ def _ask(model: nn.Module, **inputs: Any) -> list[Tensor]:
     with (
         torch.no_grad(),
         random_state_kept(device),
-        _evaluated(model),
+        evaluated(model),
         torch.autocast(device.type, enabled=False),
         recorder.watching(find_blocks(model), "none"),
     ):
@@ -432,7 +444,8 @@ def _ask(model: nn.Module, **inputs: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """While open, the model is in evaluation mode, every part of it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -56,6 +56,7 @@ from fakit.training.ownership import (
     objective_facts,
     student_facts,
 )
+from fakit.training.packed import check_packed
 from fakit.training.precision import precision_name, settle
 from fakit.training.teacher_cache import TeacherCache
 from fakit.training.teacher_cache.fingerprints import fingerprint
@@ -176,6 +177,7 @@ class DistillationTrainer(Trainer):
                 "on-policy distillation and a student in shards (FSDP, DeepSpeed): each of its tokens would gather all "
                 "of it. Train a whole student in each process (DDP), or leave on_policy out."
             )
+        check_packed(self.train_dataset, self.data_collator, objective, student, teacher, args, self.cached_teacher)
         if isinstance(objective.balancing, GradientNorm):
             self._prepare_gradient_norms(objective.balancing)
         self.epochs = EpochCallback(objective)
