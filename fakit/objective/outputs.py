@@ -4,14 +4,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import Tensor, nn
 
 from fakit.layer_maps import LayerMap
 from fakit.losses import outputs as output_losses
 from fakit.losses.logits import ANY_VOCABULARIES, asked_of, check_vocabularies
+from fakit.losses.reduce import values_known
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS
+from fakit.losses.top_k import SERVED, buckets
 from fakit.objective.loss_parameters import checked, ends
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.positions import aligned, predicting
@@ -149,15 +151,7 @@ class Outputs(Softened):
         return batch.labeled_positions if self.needs_labels else batch.positions
 
     def compare(self, student: Trace, teacher: Trace, labels: Tensor | None) -> Tensor:
-        ours, theirs = student.logits, teacher.logits  # (B, C) or (B, T, V)
-        if ours is None or theirs is None:
-            side = "student" if ours is None else "teacher"
-            raise ValueError(
-                f"output matching needs logits, and the {side}'s trace has none; capture(..., logits=True)."
-            )
-        check_vocabularies(ours.shape[-1], theirs.shape[-1], self.vocab_size, self.loss)
-        if self.vocab_size is not None:
-            ours, theirs = ours[..., : self.vocab_size], theirs[..., : self.vocab_size]
+        ours, theirs = self._logits(student, teacher)  # (B, C) or (B, T, V)
         mask = None
         problem = problem_type(student, teacher, ours, labels)
         if not callable(self.loss) and self.loss != "logit_mse":
@@ -173,7 +167,59 @@ class Outputs(Softened):
                 ours, theirs = ours[:, :-1], theirs[:, :-1]
                 labels = None if labels is None else labels[:, 1:]
         given = {"labels": labels} if self.needs_labels else {}
-        return self.function(ours, theirs, mask, temperature=self.tau, **given)
+        loss = self.function(ours, theirs, mask, temperature=self.tau, **given)
+        if teacher.logits_known is None or mask is None:
+            return loss
+        return _where_known(loss, mask, teacher.logits_known, self.loss)
+
+    def _logits(self, student: Trace, teacher: Trace) -> tuple[Tensor, Tensor]:
+        """Both sides' logits; over k + 1 classes where of the teacher's the k largest are known
+        (`fakit.losses.top_k`).
+        """
+        ours, theirs, top = student.logits, teacher.logits, teacher.top_k
+        if ours is None or (theirs is None and top is None):
+            side = "student" if ours is None else "teacher"
+            raise ValueError(
+                f"output matching needs logits, and the {side}'s trace has none; capture(..., logits=True)."
+            )
+        if theirs is not None:
+            check_vocabularies(ours.shape[-1], theirs.shape[-1], self.vocab_size, self.loss)
+            return ours[..., : self.vocab_size], theirs[..., : self.vocab_size]
+        assert top is not None, "asked above"
+        if instead := self.whole_logits(top.classes):
+            raise ValueError(
+                f"the teacher's trace holds its {top.k} largest logits, and {instead}; keep all of them (top_k=None)."
+            )
+        if ours.dim() == 3 and student.logits_mask is not None:  # what stands in padding may be no number
+            ours = ours.masked_fill(~student.logits_mask.unsqueeze(-1).to(ours.device), 0.0)
+        return buckets(ours, top, cast(float, self.tau))  # one that is learned was refused
+
+    def whole_logits(self, classes: int) -> str | None:
+        """Why the term wants all of the teacher's logits over so many classes; None where the largest will do."""
+        if callable(self.loss) or self.loss not in SERVED:
+            return f"{getattr(self.loss, '__name__', self.loss)!r} compares all ({', '.join(SERVED)} do not)"
+        if self.vocab_size not in (None, classes):
+            return f"vocab_size={self.vocab_size} cuts its {classes} classes, whose rest is known as a whole"
+        if self.learns_temperature or isinstance(self.written("temperature"), Schedule):
+            return "its temperature changes, and the mass of the rest with it"
+        return None
+
+
+def _where_known(loss: Tensor, mask: Tensor, known: Tensor, kind: str | Callable) -> Tensor:
+    """The loss; of a teacher whose logits are not known at all that is compared, an error, or on an accelerator NaN."""
+    if kind in ANY_VOCABULARIES:
+        raise ValueError(
+            f"{kind} compares a text's tokens by their order, and the teacher's logits are known at those alone whose "
+            "next token had a label when its cache was built; build it with tokens='all'."
+        )
+    unknown = mask & ~known[:, : mask.shape[1]].to(mask.device)
+    if values_known(unknown) and unknown.any():
+        raise ValueError(
+            f"the teacher's logits are known at {int(known.sum())} tokens of this batch, those whose next token had a "
+            f"label when its cache was built, and {int(unknown.sum())} others are compared: give the labels that the "
+            "rows had then, or build the cache with tokens='all'."
+        )
+    return loss.masked_fill(unknown.any(), float("nan"))
 
 
 def problem_type(student: Trace, teacher: Trace, logits: Tensor, labels: Tensor | None) -> str | None:

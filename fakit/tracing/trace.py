@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.losses.fused.output_head import Head
 from fakit.losses.reduce import at_least_float32
+from fakit.losses.top_k import TopK
 
 # What a trace holds of layers as tensors (B, T, …).
 BY_TOKEN = ("hidden_states", "attention_outputs", "mlp_outputs", "mlp_ups", "mlp_gates")
@@ -27,6 +28,8 @@ class Trace:
         mlp_ups, mlp_gates: {i: (B, T, d_ff)}, what the MLP's up and gate projections give, before any activation
         maps: {i: (B, H, T, T)} where the model itself returned its maps (families without the attention interface)
         logits: (B, T, V), (B, C), or None
+        top_k: in place of logits, the largest alone and the mass of the rest (a teacher cache of them)
+        logits_known: bool (B, T), the tokens at which these logits are known; None: all of them
         head: in place of logits over a large vocabulary, where asked for: the output head and what it was given
         lens: any layer's hidden states as the head's input, where asked for (`fakit.tracing.lens`)
         mask: bool (B, T), True = a token, False = padding
@@ -48,6 +51,8 @@ class Trace:
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     maps: dict[int, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
+    top_k: TopK | None = field(default=None, kw_only=True)
+    logits_known: Tensor | None = field(default=None, kw_only=True)
     head: Head | None = None
     lens: Callable[..., Head] | None = field(default=None, kw_only=True)
     mask: Tensor | None = None
@@ -117,6 +122,7 @@ class Trace:
             attention={i: a.detach() for i, a in self.attention.items()},
             maps={i: m.detach() for i, m in self.maps.items()},
             logits=None if self.logits is None else self.logits.detach(),
+            top_k=None if self.top_k is None else self.top_k.map(Tensor.detach),
             head=None if self.head is None else self.head.detach(),
         )
 

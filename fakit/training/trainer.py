@@ -167,7 +167,8 @@ class DistillationTrainer(Trainer):
             distiller.get_input_embeddings = student.get_input_embeddings
         super().__init__(model=distiller, args=args, **kwargs)
         if self.cached_teacher is not None:
-            self.data_collator = CachedRowsCollator(self.data_collator)
+            labeled = teacher_cache.content.tokens != "all"
+            self.data_collator = CachedRowsCollator(self.data_collator, labeled)
         elif not is_quantized(teacher):
             teacher.to(self.args.device)
         self._ask_beforehand([student] if self.cached_teacher is not None else [student, teacher], tokenizer)

@@ -286,24 +286,22 @@ def logits_of(cache, dataset, rows):
 def test_top_k_keeps_the_largest_probabilities_and_the_mass_of_the_rest(dataset, tmp_path):
     teacher = llama()
     teacher.lm_head.weight.mul_(20)
-    full, top = (TeacherCache.build(tmp_path / str(k), teacher, dataset, top_k=k, dtype="float32") for k in (None, 10))
-    exact, near = (logits_of(cache, dataset, [0, 1, 5]) for cache in (full, top))  # (tokens, V)
-    values, indices = exact.topk(10)
-    torch.testing.assert_close(near.gather(-1, indices), values, rtol=1e-5, atol=1e-5)
-    p, q = exact.softmax(-1), near.softmax(-1)
-    torch.testing.assert_close(q.gather(-1, indices), p.gather(-1, indices), rtol=1e-5, atol=1e-7)
-    rest = torch.ones_like(q).scatter(-1, indices, 0).bool()
+    how = {"dtype": "float32", "temperatures": [1.0, 2.5]}
+    full, top = (TeacherCache.build(tmp_path / str(k), teacher, dataset, top_k=k, **how) for k in (None, 10))
+    exact = logits_of(full, dataset, [0, 1, 5])  # (tokens, V)
+    mask = batch_of(dataset, [0, 1, 5])["attention_mask"]
+    trace = top.trace([0, 1, 5], mask)
+    assert trace.logits is None and trace.top_k.classes == 100
+    near = trace.top_k.map(lambda x: x[mask.bool()].double())
+    p = exact.softmax(-1)
+    values, indices = p.topk(10)
+    assert torch.equal(near.indices.long(), indices)
+    torch.testing.assert_close(near.values.exp(), values, rtol=1e-5, atol=1e-7)
+    rest = torch.ones_like(p).scatter(-1, indices, 0).bool()
     mass = (p * rest).sum(-1)
     assert (mass > 1e-3).all() and (mass < 0.9).all()
-    torch.testing.assert_close((q * rest).sum(-1), mass, rtol=1e-5, atol=1e-6)
-    within = q[rest].view(-1, 90)
-    torch.testing.assert_close(within, (mass / 90).unsqueeze(-1).expand_as(within), rtol=1e-5, atol=1e-8)
-    # what is lost: the divergence within the rest, at most mass · log(V - k)
-    conditional = (p[rest].view(-1, 90) / mass.unsqueeze(-1)).clamp_min(1e-30)
-    entropy = -(conditional * conditional.log()).sum(-1)
-    divergence = (p * (p.log() - q.log())).sum(-1)
-    expected = mass * (torch.tensor(90.0).log() - entropy)
-    torch.testing.assert_close(divergence, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(near.rest_at(1.0).exp(), mass, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(near.rest_at(2.5).exp(), (p ** (1 / 2.5) * rest).sum(-1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [bert, llama])
@@ -326,8 +324,9 @@ def test_top_k_in_small_types_stays_close(dataset, tmp_path):
     for dtype in ("bfloat16", "int8"):
         cache = TeacherCache.build(tmp_path / dtype, teacher, dataset, top_k=20, dtype=dtype)
         assert cache.manifest["sizes"]["logits.indices"] == 40
-        near, (values, indices) = logits_of(cache, dataset, [1]), exact.topk(20)
-        assert (near.gather(-1, indices) - values).abs().max() < 0.03
+        near = cache.trace([1], batch_of(dataset, [1])["attention_mask"]).top_k
+        values, indices = exact.log_softmax(-1).topk(20)
+        assert torch.equal(near.indices[0], indices) and (near.values[0] - values).abs().max() < 0.03
 
 
 # -- content ----------------------------------------------------------------------------------------------------------
@@ -345,7 +344,7 @@ def test_an_objective_says_what_to_keep():
     for random in (LayerMap.random(2, 4), LayerMap.random(2, 4).for_epoch(3)):
         assert CacheContent.for_objective(Objective(random, Features())).hidden_states == (1, 2, 3, 4)
     objective = Objective(outputs=Outputs())
-    assert CacheContent.for_objective(objective, top_k=8) == CacheContent(logits=True, top_k=8)
+    assert CacheContent.for_objective(objective, top_k=8) == CacheContent(top_k=8, temperatures=(2.0,))
 
 
 def test_unknown_contents_are_refused():

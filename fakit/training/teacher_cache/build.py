@@ -5,24 +5,27 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS
 from fakit.models.blocks import is_encoder_decoder, without_adapter
 from fakit.models.kinds import is_causal_lm
+from fakit.objective.positions import predicting_positions
 from fakit.tracing.capture import capture
 from fakit.tracing.inputs import MODEL_INPUTS, find_documents, taken_columns
 from fakit.tracing.trace import BY_TOKEN, Trace
 from fakit.training.teacher_cache.content import CacheContent
 from fakit.training.teacher_cache.fingerprints import config_facts, rows_of
 from fakit.training.teacher_cache.packing import pack, pack_top_k
+from fakit.training.teacher_cache.size import OFFSETS, PER_ROW, bytes_of_one, layout_of
 
 _INSTEAD = "cache hidden states and logits alone (attentions=()), and align attention with the live teacher."
-# Tensors of a shard that are one a row, not one a token, begin so.
-PER_ROW = "row."
 # The tensor that numbers the documents of each row, where rows come with position_ids.
 DOCUMENTS = "documents"
+# The tensor that says at which tokens logits are kept, where they are not kept at all.
+KNOWN = "logits.known"
 
 
 def describe(teacher: nn.Module, dataset: Sequence[Mapping], content: CacheContent) -> dict:
@@ -63,6 +66,11 @@ def describe(teacher: nn.Module, dataset: Sequence[Mapping], content: CacheConte
     tokens = _mask(longest).bool()
     inputs = {key: torch.as_tensor(longest[key])[tokens] for key in columns if _given(longest, key)}
     document = _longest_document(inputs)
+    if content.tokens != "all" and not is_causal_lm(teacher):
+        raise ValueError(
+            f"tokens={content.tokens!r} keeps the logits of a causal model where the next token has a label, and "
+            f"{name} is none; leave it out."
+        )
     trace = _run(teacher, [document], columns, content, "right")
     if trace.maps:
         raise ValueError(
@@ -83,7 +91,12 @@ def describe(teacher: nn.Module, dataset: Sequence[Mapping], content: CacheConte
     attention = {str(layer): _settings(name, layer, inputs) for layer, inputs in trace.attention.items()}
     config = config_facts(teacher.config)
     config.pop("quantization_config", None)
-    packed = _pack(trace, 0, trace.mask[0], content)
+    known = torch.ones_like(trace.mask[0].cpu()) if content.tokens != "all" else None
+    packed = _pack(trace, 0, trace.mask[0], content, known)
+    if "position_ids" in inputs:
+        packed[DOCUMENTS] = torch.zeros(0, dtype=torch.int32)
+    at_some = {key: "position" for key in packed if KNOWN in packed and key.startswith("logits") and key != KNOWN}
+    layout = layout_of(packed, at_some | {key: "row" for key in packed if key.startswith(PER_ROW)})
     return {
         "name": name,
         "config": config,
@@ -93,8 +106,9 @@ def describe(teacher: nn.Module, dataset: Sequence[Mapping], content: CacheConte
         "classes": classes,
         "attention": attention,
         "longest": int(tokens.sum()),
+        "layout": layout,
         # bytes of one token, or of one row
-        "sizes": {key: x.nbytes // len(x) for key, x in packed.items()},
+        "sizes": bytes_of_one(layout),
     }
 
 
@@ -173,11 +187,12 @@ def make_shard(
         indices = order[start : start + batch_size]
         trace = _run(teacher, [rows[i] for i in indices], columns, content, padding_side)
         for b, i in enumerate(indices):
-            kept[i] = _pack(trace, b, trace.mask[b], content)
+            known = predicting_tokens(rows[i], i) if content.tokens != "all" else None
+            kept[i] = _pack(trace, b, trace.mask[b], content, known)
             if _given(rows[i], "position_ids"):  # rows of it may be packed
                 kept[i][DOCUMENTS] = _documents(trace, b)
     shard = {key: torch.cat([tensors[key] for tensors in kept]).contiguous() for key in kept[0]}
-    shard["offsets"] = torch.tensor([0, *accumulate(lengths)])
+    shard[OFFSETS] = torch.tensor([0, *accumulate(lengths)])
     return shard
 
 
@@ -205,8 +220,42 @@ def _mask(row: Mapping) -> Tensor:
     return torch.as_tensor([1] * len(row["input_ids"]) if mask is None else mask)
 
 
-def _pack(trace: Trace, b: int, tokens: Tensor, content: CacheContent) -> dict[str, Tensor]:
-    """Row b's tensors as they are stored; `tokens` bool (T,) says which of its places are no padding."""
+def predicting_tokens(row: Mapping, number: int) -> Tensor:
+    """Which of a row's n tokens are followed by one that an output term looks at: a labeled one, or any where the text
+    has no label. bool (n,)
+
+    Raises:
+        ValueError: labels that are not the tokens'.
+    """
+    tokens, labels = _mask(row).bool(), row.get("labels")
+    if labels is not None:
+        labels = torch.as_tensor(labels)
+        if labels.shape != tokens.shape:
+            raise ValueError(
+                f"row {number} has labels {tuple(labels.shape)} beside {len(tokens)} tokens, and logits are to be kept "
+                "where the next token has a label; give each token one (-100 for none), or keep them everywhere "
+                "(tokens='all')."
+            )
+        labels = labels[tokens][None]
+    names = [name for name in ("input_ids", "position_ids", "seq_idx") if row.get(name) is not None]
+    own = {name: torch.as_tensor(row[name])[tokens][None] for name in names}
+    mask = torch.ones(1, int(tokens.sum()), dtype=torch.bool)
+    return pad(predicting_positions(mask, labels, True, find_documents(own))[0], (0, 1))
+
+
+def counts_of(dataset, labeled: bool) -> list[tuple[int, int]]:
+    """How many tokens every row has, and at how many of them logits are kept."""
+    columns, found = ("input_ids", "attention_mask", "labels", "position_ids", "seq_idx"), []
+    for number, row in enumerate(rows_of(dataset, columns)):
+        tokens = int(_mask(row).sum())
+        found.append((tokens, int(predicting_tokens(row, number).sum()) if labeled else tokens))
+    return found
+
+
+def _pack(trace: Trace, b: int, tokens: Tensor, content: CacheContent, known: Tensor | None) -> dict[str, Tensor]:
+    """Row b's tensors as they are stored; `tokens` bool (T,) says which of its places are no padding, and `known`
+    bool (n,) at which of those logits are kept; None: at all.
+    """
     held = [(f"{name}.{layer}", x) for name in BY_TOKEN for layer, x in getattr(trace, name).items()]
     tensors = {key: x[b][tokens] for key, x in held}  # (n, d)
     for name in content.inputs:
@@ -222,8 +271,11 @@ def _pack(trace: Trace, b: int, tokens: Tensor, content: CacheContent) -> dict[s
     if content.logits:
         per_token = trace.logits.dim() == 3
         logits = trace.logits[b][tokens] if per_token else trace.logits[b : b + 1]  # (n, V) or (1, C)
-        top_k = content.top_k
-        stored = pack(logits, content.dtype) if top_k is None else pack_top_k(logits, top_k, content.dtype)
+        if known is not None:
+            logits = logits[known.to(logits.device)]
+            packed[KNOWN] = known
+        how = (content.top_k, content.dtype, content.temperatures)
+        stored = pack(logits, content.dtype) if content.top_k is None else pack_top_k(logits, *how)
         packed |= _named("logits" if per_token else f"{PER_ROW}logits", {k: v.cpu() for k, v in stored.items()})
     return packed
 

@@ -1,11 +1,14 @@
 """The manifest of a cache and the checks that stand on it: whose it is, whether it is whole."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from fakit.files import sha256, write_whole
+from fakit.training.teacher_cache.content import CacheContent
+from fakit.training.teacher_cache.fingerprints import MODEL_INPUTS
 
 VERSION = 2
 _KEYS = ("version", "teacher", "tokenizer", "data", "rows", "content", "name", "config", "causal", "sizes", "shards")
@@ -65,10 +68,7 @@ def refuse_foreign(folder: Path, found: dict, asked: dict) -> None:
             )
 
 
-def check_shard(path: Path, shard: dict, verify: bool) -> None:
-    """Raise ValueError when a shard is not the file that the manifest describes;
-    `verify` reads it whole for its sha256.
-    """
+def _check_shard(path: Path, shard: dict, verify: bool) -> None:
     again = "delete the folder and build it again."
     if not path.is_file():
         raise ValueError(
@@ -88,6 +88,51 @@ def check_shard(path: Path, shard: dict, verify: bool) -> None:
             tensors.get_slice("offsets")
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}); {again}") from error
+
+
+def check_shards(folder: Path, manifest: dict, verify: bool = True) -> None:
+    """Raise ValueError when a shard is not the file that the manifest describes;
+    `verify` reads each whole for its sha256.
+    """
+    for shard in manifest["shards"]:
+        _check_shard(folder / shard["file"], shard, verify)
+
+
+def is_finished(manifest: dict) -> bool:
+    """True where all rows are in shards."""
+    return sum(shard["rows"] for shard in manifest["shards"]) == manifest["rows"]
+
+
+def columns_in(manifest: dict) -> Sequence[str]:
+    """What the teacher was given of a row."""
+    return manifest.get("columns", MODEL_INPUTS)  # caches made before it was written down
+
+
+def hashed_columns(manifest: dict, content: CacheContent) -> list[str]:
+    """What rows are told apart by: what the teacher was given, and labels where they say what is kept."""
+    return [*columns_in(manifest), *(["labels"] if content.tokens != "all" else [])]
+
+
+def own_folder(folder: str | Path) -> Path:
+    """The folder of a cache, which may be missing.
+
+    Raises:
+        ValueError: an empty name, a file, or a folder that holds other files and no cache.
+    """
+    if not str(folder):
+        raise ValueError("a cache needs a folder; found an empty name.")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and a cache is a folder; choose another name.")
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    # what is of a cache that is being built
+    others = sorted(name for name in found if name != "build.lock" and not name.endswith(".partial"))
+    if others and "manifest.json" not in found:
+        raise ValueError(
+            f"{folder} holds {', '.join(others[:3])}{' …' if others[3:] else ''}, and no cache; give a new cache a "
+            "folder of its own."
+        )
+    return folder
 
 
 def _brief(value) -> str:

@@ -1,9 +1,12 @@
 """From float32 to what is stored, and back: shorter floats, int8 with a scale for each vector, the k largest logits."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fakit.losses.top_k import TopK
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
@@ -38,34 +41,41 @@ def unpack(stored: dict[str, Tensor]) -> Tensor:
     return values.mul_(stored[".scale"].float().unsqueeze(-1)) if ".scale" in stored else values
 
 
-def pack_top_k(logits: Tensor, top_k: int, dtype: str) -> dict[str, Tensor]:
-    """The k largest of logits (N, V): log-probabilities in `dtype`, indices,
-    and in float32 the logsumexp and the log of the rest's mass.
+def pack_top_k(logits: Tensor, top_k: int, dtype: str, temperatures: Sequence[float] = (1.0,)) -> dict[str, Tensor]:
+    """The k largest of logits (N, V): log-probabilities in `dtype`, indices, and in float32 the log of the rest's mass
+    at each temperature, (N, number of temperatures); where k = V, the logsumexp in place of the rest.
     """
     logits = logits.float()
-    total = logits.logsumexp(-1)  # (N,)
+    classes = logits.shape[-1]
+    total = logits.logsumexp(-1, keepdim=True)  # (N, 1)
     values, indices = logits.topk(top_k)  # (N, k)
-    rest = logits.scatter(-1, indices, -torch.inf).logsumexp(-1) - total  # -inf where k = V
     # of log-probabilities the large ones are near 0, where any dtype is finest
-    packed = pack(values - total.unsqueeze(-1), dtype)
-    small = logits.shape[-1] <= 2**16
-    return packed | {
-        ".indices": indices.to(torch.uint16 if small else torch.int32),
-        ".logsumexp": total,
-        ".rest": rest,
-    }
+    packed = pack(values - total, dtype)
+    packed[".indices"] = indices.to(torch.uint16 if classes <= 2**16 else torch.int32)
+    if top_k == classes:
+        return packed | {".logsumexp": total.squeeze(-1)}
+    others = (logits - total).scatter_(-1, indices, -torch.inf)  # (N, V)
+    rest = torch.stack([(others / temperature).logsumexp(-1) for temperature in temperatures], -1)
+    return packed | {".rest": rest}
 
 
-def unpack_top_k(stored: dict[str, Tensor], classes: int) -> Tensor:
-    """Logits (N, V) whose k largest are the stored ones and whose other entries share the rest's mass evenly.
-
-    Probabilities of the kept classes are the teacher's own, to the stored precision, at temperature 1. The divergence
-    of these logits from the full ones is then m · (log(V - k) - H), with m the rest's mass and H the entropy within the
-    rest: at most m · log(V - k). Above temperature 1 an even rest takes more mass than the teacher's own would,
-    so m should be small: raise k.
-    """
-    kept = unpack({suffix: stored[suffix] for suffix in ("", ".scale") if suffix in stored})  # (N, k)
-    others = max(classes - kept.shape[-1], 1)
-    even = stored[".rest"] - math.log(others)  # (N,)
-    logits = even.unsqueeze(-1).repeat(1, classes).scatter_(-1, stored[".indices"].long(), kept)
+def unpack_all(stored: dict[str, Tensor], classes: int) -> Tensor:
+    """Logits (N, V), all of which were among the V largest."""
+    kept = _kept(stored)
+    logits = torch.zeros(len(kept), classes, device=kept.device).scatter_(-1, stored[".indices"].long(), kept)
     return logits.add_(stored[".logsumexp"].unsqueeze(-1))
+
+
+def unpack_top_k(stored: dict[str, Tensor], classes: int, temperatures: Sequence[float]) -> TopK:
+    """The k largest of N distributions, to the stored precision.
+
+    The divergence over k + 1 classes follows from them (`fakit.losses.top_k`). Where log-probabilities are stored with
+    an error of at most e each, the k + 1 probabilities are wrong by a factor of at most exp(2e).
+    """
+    rest = stored[".rest"].view(len(stored[".rest"]), -1)  # caches of one temperature were (N,) once
+    by_temperature = {tau: rest[:, number] for number, tau in enumerate(temperatures)}
+    return TopK(_kept(stored), stored[".indices"].long(), by_temperature, classes)
+
+
+def _kept(stored: dict[str, Tensor]) -> Tensor:
+    return unpack({suffix: stored[suffix] for suffix in ("", ".scale") if suffix in stored})  # (N, k)

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from fakit.models.kinds import remember_causal
 from fakit.objective.objective import Objective
+from fakit.objective.positions import predicting_positions
 from fakit.tracing.inputs import find_documents
 from fakit.tracing.trace import Trace
+from fakit.training.teacher_cache.build import predicting_tokens
 from fakit.training.teacher_cache.cache import TeacherCache
 from fakit.training.teacher_cache.fingerprints import config_values, fingerprint, tokenizer_fingerprint
 from fakit.training.teacher_cache.manifest import refuse_foreign
@@ -36,13 +39,17 @@ class CachedRows:
 class CachedRowsCollator:
     """Takes the row numbers off before a collator of any kind, and puts them on its batch as `CachedRows`.
 
+    Args:
+        collator: makes the batches.
+        labeled: the cache holds logits only where the next token has a label in the rows.
+
     Raises:
         ValueError: a collator that changes tokens, leaves some out or mixes rows:
-            the cached teacher read the rows as they are.
+            the cached teacher read the rows as they are. With `labeled`, one that puts labels where the rows have none.
     """
 
-    def __init__(self, collator: Callable):
-        self.collator = collator
+    def __init__(self, collator: Callable, labeled: bool = False):
+        self.collator, self.labeled = collator, labeled
 
     def __call__(self, features: Sequence[Mapping]) -> Mapping:
         if ROW not in features[0]:  # of evaluation
@@ -67,8 +74,24 @@ class CachedRowsCollator:
                 "position_ids that start again, or starts them elsewhere, and the cached teacher read the rows as "
                 "they are. Use DataCollatorWithFlattening, or one row a text."
             )
+        if self.labeled:
+            self._check_labels(batch, mask, features)
         batch[ROW] = CachedRows([int(feature[ROW]) for feature in features], mask)
         return batch
+
+    def _check_labels(self, batch: Mapping, mask: Tensor, features: Sequence[Mapping]) -> None:
+        documents = find_documents(batch)
+        labels = Trace(mask=mask, documents=documents, causal=True).own_labels(batch.get("labels"))
+        asked = pad(predicting_positions(mask, labels, True, documents), (0, 1))  # (B, T)
+        known = torch.cat([predicting_tokens(feature, number) for number, feature in enumerate(features)])
+        beyond = int((asked[mask] & ~known).sum())
+        if beyond:
+            raise ValueError(
+                f"{type(self.collator).__name__} made a batch {tuple(mask.shape)} that compares outputs at {beyond} "
+                "tokens whose next token has no label in the rows, and the cache holds the teacher's logits at labels "
+                "alone. Put the labels into the rows before the data set is cached, or build the cache with "
+                "tokens='all'."
+            )
 
 
 def _tokens(feature: Mapping) -> Tensor:
@@ -162,7 +185,7 @@ class CachedTeacher:
         return self.cache.trace(batch.rows, batch.mask, self.objective.needs("teacher"), device)
 
     def _check(self) -> None:
-        missing = self.cache.content.missing(self.objective)
+        missing = self.cache.content.missing(self.objective, self.cache.manifest.get("classes"))
         if missing:
             raise ValueError(
                 f"the objective {dict(self.objective.weights)} asks for what the cache at {self.cache.folder} does not "
