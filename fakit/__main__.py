@@ -48,7 +48,7 @@ def distill(args: argparse.Namespace) -> int:
         end_with_parent()
     if config.out is None:  # the run id does not depend on `out`, so --resume finds the folder again
         config = config.replace(out=str(args.out / config.run_id))
-    cached = {"teacher_cache": args.teacher_cache, "cache_dtype": args.cache_dtype}
+    cached = {name: getattr(args, name) for name in ("teacher_cache", "cache_dtype", "cache_top_k", "cache_rows")}
     result = run_experiment(config, store=args.out, resume=args.resume, **cached)
     if os.environ.get("RANK", "0") == "0":  # `accelerate launch` starts one process a device
         print(result)
@@ -149,9 +149,14 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--cache-dtype",
-        default="bfloat16",
         choices=["float32", "bfloat16", "float16", "int8"],
-        help="its precision (%(default)s)",
+        help="its precision (bfloat16)",
+    )
+    sub.add_argument("--cache-top-k", type=int, metavar="K", help="only the K largest logits, and the mass of the rest")
+    sub.add_argument(
+        "--cache-rows",
+        choices=["planned", "all"],
+        help="the texts that this run's steps see, or all of them, for runs of other plans (planned)",
     )
 
     of_a_file(

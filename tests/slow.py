@@ -9,6 +9,7 @@ SLOW = (
     "experiments/test_measured.py",
     "experiments/test_on_policy_runs.py",
     "experiments/test_resume.py",
+    "experiments/test_run_cached.py",
     "experiments/test_run_experiment.py",
     "experiments/test_run_packed.py",
     "experiments/test_students.py",

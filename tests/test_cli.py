@@ -151,6 +151,22 @@ def test_distill_from_a_cache(experiment, tmp_path):
     assert record["teacher_cache"] == "int8" and (tmp_path / "cache/manifest.json").is_file()
 
 
+def test_the_largest_logits_from_the_command_and_from_the_file(experiment, config, tmp_path, capsys):
+    runs, cache = tmp_path / "runs", tmp_path / "cache"
+    short = ["--set", "outputs.temperature=1.0", "--set", "training.steps=1", "--out", str(runs)]
+    command = ["distill", str(experiment), *short, "--teacher-cache", str(cache)]
+    assert main([*command, "--cache-top-k", "2", "--cache-dtype", "float16"]) == 0
+    assert main([*command, "--set", "teacher_cache={top_k: 0}"]) == 2
+    assert "teacher_cache.top_k: found 0" in capsys.readouterr().err
+    assert main(["distill", str(experiment), *short, "--cache-top-k", "2"]) == 2
+    assert "(top_k 2) and no folder for it" in capsys.readouterr().err
+    shutil.rmtree(runs)
+    filed = f"teacher_cache={{folder: {cache}, top_k: 2, dtype: float16}}"
+    assert main(["distill", str(experiment), *short, "--set", filed]) == 0
+    (record,) = RunStore(runs).records()
+    assert record["teacher_cache"] == "float16, top 2" and record["config"]["teacher_cache"]["top_k"] == 2
+
+
 def test_a_config_that_names_its_student_folder_keeps_it(config, tmp_path):
     path = tmp_path / "experiment.yaml"
     config.replace(**{"training.steps": 1, "out": str(tmp_path / "mine")}).to_yaml(path)

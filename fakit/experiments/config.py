@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, Field
 
 from fakit import recipes
 from fakit.experiments.arguments import check_lora, check_training_args
+from fakit.experiments.cache_config import TeacherCacheConfig, without_place
 from fakit.experiments.compression_config import LayerwiseConfig, LowRankConfig
 from fakit.experiments.on_policy_config import OnPolicyConfig
 from fakit.experiments.schema import Count, Natural, Number, Section, Truth, Weight, Whole, describe, did_you_mean
@@ -254,6 +255,8 @@ class ExperimentConfig(Section):
     balancing: Annotated[BalancingConfig | None, BeforeValidator(_kind_alone)] = None
     # in a share of the steps the student writes the answers: {share: 0.5, max_new_tokens: 64}; null: never
     on_policy: OnPolicyConfig | None = None
+    # the teacher reads each text once: {folder: cache, dtype: float16, top_k: 64}; null: it reads along in every step
+    teacher_cache: TeacherCacheConfig | None = None
     # handed on to transformers.TrainingArguments, such as {optim: adamw_8bit, activation_checkpointing: true}
     training_args: dict[str, Any] = Field(default_factory=dict)
 
@@ -303,7 +306,7 @@ class ExperimentConfig(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Without later keys where they are empty: the ids of runs from before them stay."""
-        later = ("terms", "balancing", "training_args", "on_policy")
+        later = ("terms", "balancing", "training_args", "on_policy", "teacher_cache")
         return {key: value for key, value in super().to_dict().items() if key not in later or value}
 
     def __reduce__(self):
@@ -328,8 +331,8 @@ class ExperimentConfig(Section):
 
     @property
     def run_id(self) -> str:
-        """Task, arm and seed, then a hash of all but `out`, which decides nothing: "glosses-all-s0-1f6c2a9d"."""
-        content = {key: value for key, value in self.to_dict().items() if key != "out"}
+        """Task, arm and seed, then a hash of all but the folders, which decide nothing: "glosses-all-s0-1f6c2a9d"."""
+        content = without_place({key: value for key, value in self.to_dict().items() if key != "out"})
         content = by_names(content, {new: old for old, new in OLD_NAMES.items()})  # the ids of recorded runs stay
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
         return f"{_slug(self.task.name)}-{_slug(self.arm)}-s{self.seed}-{digest}"
@@ -351,7 +354,7 @@ class ExperimentConfig(Section):
         kept = {name: given for name, given in self.terms.items() if name in ARMS[arm]}
         dropped = dict.fromkeys(term for term in TRANSFER if term in self.transfers and term not in ARMS[arm])
         if not ARMS[arm]:  # without a teacher nobody scores what the student writes
-            dropped["on_policy"] = None
+            dropped |= {"on_policy": None, "teacher_cache": None}
         return self.replace(terms=kept, **dropped)
 
 

@@ -26,8 +26,8 @@ class RunResult:
         flops_per_step, flops: of one optimizer step and of all, teacher included; None with a quantized teacher, whose
             kernels no counter sees, with balancing by gradient norms, with a cache, whose teacher worked elsewhere,
             with a student that was compressed first or writes on-policy, and in a study that does not count them.
-        teacher_cache: the precision of the cache that stood for the teacher; None where the teacher itself answered in
-            each step.
+        teacher_cache: the precision (and k) of the cache that stood for the teacher; None where the teacher itself
+            answered in each step.
         precision: what training computed in, "float32" or "bf16" (autocast): what `bf16: auto` came to. Evaluation is
             in float32.
         on_policy: of a student that wrote: "share" of the steps, "tokens" an answer, "ended", the share of the answers

@@ -23,6 +23,7 @@ from fakit.experiments.build import (
     prepare,
     student_tokenizer,
 )
+from fakit.experiments.cache_config import cache_of
 from fakit.experiments.card import model_card
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.flops import step_flops
@@ -58,7 +59,9 @@ def run_experiment(
     prepared: Prepared | None = None,
     count_flops: bool = True,
     teacher_cache: str | Path | None = None,
-    cache_dtype: str = "bfloat16",
+    cache_dtype: str | None = None,
+    cache_top_k: int | None = None,
+    cache_rows: str | None = None,
 ) -> RunResult:
     """Train a student as configured, evaluate it on validation and test, export and record it.
 
@@ -79,13 +82,16 @@ def run_experiment(
         count_flops: count a step's FLOPs, which costs the time of some steps.
         teacher_cache: a folder. The teacher answers each training text once, into a `TeacherCache` there, and the steps
             read it; runs of the same texts (task, labels, seed, length) whose terms ask for the same layers share it.
-        cache_dtype: how it is stored: "float32", "bfloat16", "float16" or "int8".
+        cache_dtype, cache_top_k, cache_rows: how, as `config.teacher_cache` has it under the same names; what is given
+            here goes before that.
 
     Raises:
         ValueError: before any training, for parts that do not fit, a run that is recorded while `resume` is off, a
             folder that holds another run's or a finished student, that another run writes to at this moment,
             or that has no room.
     """
+    given = {"folder": teacher_cache, "dtype": cache_dtype, "top_k": cache_top_k, "rows": cache_rows}
+    asked = cache_of(config.teacher_cache, **given | {"folder": None if teacher_cache is None else str(teacher_cache)})
     store = RunStore.open(store) if isinstance(store, str | Path) else store
     if store is not None and store.has(config.run_id):
         if resume:
@@ -94,21 +100,21 @@ def run_experiment(
             f"{config.run_id} is recorded in {store.path} already. resume=True (--resume) returns it; "
             "change the seed or another key for a new run."
         )
-    if teacher_cache is not None and not config.transfers:
+    if asked is not None and not config.transfers:
         raise ValueError(
-            f"a teacher cache was asked for in {teacher_cache}, and the arm {config.arm!r} has no term that looks at a "
+            f"a teacher cache was asked for in {asked.folder}, and the arm {config.arm!r} has no term that looks at a "
             "teacher (features, attention, outputs): leave the cache out, or turn one on."
         )
-    if teacher_cache is not None and config.on_policy is not None:
+    if asked is not None and config.on_policy is not None:
         raise ValueError(
-            f"a teacher cache was asked for in {teacher_cache}, and on_policy has the student write texts that are in "
+            f"a teacher cache was asked for in {asked.folder}, and on_policy has the student write texts that are in "
             "none: leave the cache out, or set on_policy: null."
         )
     with alone_in_folder(config, store):
-        return _run(config, store, resume, callbacks, progress, prepared, count_flops, teacher_cache, cache_dtype)
+        return _run(config, store, resume, callbacks, progress, prepared, count_flops, asked)
 
 
-def _run(config, store, resume, callbacks, progress, prepared, count_flops, teacher_cache, cache_dtype) -> RunResult:
+def _run(config, store, resume, callbacks, progress, prepared, count_flops, asked) -> RunResult:
     """`run_experiment`, alone in its folder."""
     from transformers import PrinterCallback, set_seed
 
@@ -118,7 +124,6 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
     from fakit.training.ownership import bytes_of_checkpoint, data_fingerprint
     from fakit.training.packed import check_packed
     from fakit.training.progress import ProgressBar
-    from fakit.training.teacher_cache import TeacherCache
     from fakit.training.trainer import DistillationTrainer
 
     out = None if config.out is None else Path(config.out)
@@ -152,12 +157,10 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
         if out is not None:
             check_room(out, bytes_of_checkpoint(student, objective, "none"), "the student")
         cache, collator = None, task.collator(tokenizer)
-        if teacher_cache is not None:
+        if asked is not None:
             # the trainer, which asks the same, is made when the teacher has been read
             check_packed(rows.rows, collator, objective, student.to(args.device), teacher, args)
-            cache = TeacherCache.build(
-                teacher_cache, teacher, rows.rows, objective, dtype=cache_dtype, tokenizer=tokenizer
-            )
+            cache = asked.build(teacher, rows, objective, tokenizer)
         trainer = DistillationTrainer(
             teacher,
             student,
@@ -193,7 +196,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, teac
                 "seconds": trained.metrics["train_runtime"],
                 "flops_per_step": flops_per_step,
                 "flops": None if flops_per_step is None else flops_per_step * trainer.state.global_step,
-                "teacher_cache": None if cache is None else cache.content.dtype,
+                "teacher_cache": None if cache is None else cache.content.precision,
                 "precision": trainer.precision,
                 "on_policy": trainer.written(),
                 "history": _history(trainer.state.log_history),

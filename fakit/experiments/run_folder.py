@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fakit.experiments.cache_config import without_place
 from fakit.experiments.config import OLD_NAMES, ExperimentConfig, by_names
 from fakit.experiments.store import RunStore
 from fakit.files import check_room, claimed
@@ -96,13 +97,13 @@ def refusal(out: Path, other: dict[str, tuple]) -> str:
 
 
 def binding(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration a run's numbers follow from: all but the folder and how often it logs,
+    """What of a configuration a run's numbers follow from: all but its folders and how often it logs,
     evaluates and saves.
     """
     aside = ("log_every", "eval_every", "save_every")
     config = by_names(config, OLD_NAMES)
     training = {key: value for key, value in config["training"].items() if key not in aside}
-    return {key: value for key, value in config.items() if key != "out"} | {"training": training}
+    return without_place({key: value for key, value in config.items() if key != "out"}) | {"training": training}
 
 
 def checkpoint_of(folder: Path, processes: int) -> Path | None:

@@ -256,7 +256,7 @@ def test_a_cache_of_more_rows_or_more_tokens_serves(tmp_path):
             cache = TeacherCache.build(tmp_path, live, some, **how, tokens=tokens)
             assert cache.manifest == built.manifest
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="another tokenized data"):
+    with pytest.raises(ValueError, match="another tokenized data set"):
         TeacherCache.build(tmp_path, live, [*rows(), {**rows()[0], "input_ids": [9, 8, 7, 6]}], **how)
     with pytest.raises(ValueError, match="another content"):
         TeacherCache.build(tmp_path, live, rows(), both(temperature=1.0), top_k=K)

@@ -40,6 +40,7 @@ from fakit.training.teacher_cache.manifest import (
     own_folder,
     read_manifest,
     refuse_foreign,
+    refuse_missing,
     write_manifest,
 )
 from fakit.training.teacher_cache.packing import unpack, unpack_all, unpack_top_k
@@ -195,10 +196,10 @@ class TeacherCache:
         if found is not None:
             refuse_foreign(folder, found, manifest | {key: found[key] for key in ("data", "rows")})
             if found["data"] != manifest["data"] and is_finished(found):
+                check_shards(folder, found)
                 cache = cls(folder, found)
-                if {*hashes} <= {*cache.hashes()}:
-                    check_shards(folder, found)
-                    return cache
+                refuse_missing(folder, {*hashes}, {*cache.hashes()})
+                return cache
             refuse_foreign(folder, found, manifest)
             manifest = found
             check_shards(folder, manifest)

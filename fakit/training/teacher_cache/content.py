@@ -115,6 +115,11 @@ class CacheContent:
         """As a manifest has it; what came later is left out where it is as before, so that older caches stay."""
         return {name: value for name, value in asdict(self).items() if name not in _LATER or value != _LATER[name]}
 
+    @property
+    def precision(self) -> str:
+        """In words, for the record of a run."""
+        return self.dtype if self.top_k is None else f"{self.dtype}, top {self.top_k}"
+
     def serves(self, asked: "CacheContent") -> bool:
         """True where this is what is asked, or the same with the logits of more tokens."""
         return self in (asked, replace(asked, tokens="all"))
@@ -167,3 +172,11 @@ class CacheContent:
                 f"the mass of the rest at temperature {term.temperature}, beside the {self.top_k} largest: it is known "
                 f"at {', '.join(map(str, self.temperatures))}"
             )
+
+
+def labels_suffice(objective: Objective) -> bool:
+    """True where nothing but output terms that compare token by token looks at the teacher's logits: those at labels
+    are all that they ask of a causal model.
+    """
+    looking = [term for name, term in objective.terms.items() if objective.needs_of(name, "teacher").logits]
+    return all(isinstance(term, Outputs) and term.loss not in ANY_VOCABULARIES for term in looking)

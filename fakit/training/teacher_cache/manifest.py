@@ -68,6 +68,16 @@ def refuse_foreign(folder: Path, found: dict, asked: dict) -> None:
             )
 
 
+def refuse_missing(folder: Path, asked: set[int], held: set[int]) -> None:
+    """Raise ValueError when texts are asked for, by their hashes, that a finished cache does not hold."""
+    if lacking := len(asked - held):
+        raise ValueError(
+            f"the cache at {folder} was made with another tokenized data set: {lacking} of the {len(asked)} texts "
+            f"asked for are not among its {len(held)}. Build into another folder, or delete this one; runs of one task "
+            "that see different texts of it (other seeds or steps) may share a cache of all (--cache-rows all)."
+        )
+
+
 def _check_shard(path: Path, shard: dict, verify: bool) -> None:
     again = "delete the folder and build it again."
     if not path.is_file():
