@@ -40,7 +40,7 @@ def task_from(
     pool: int | float = 0,
     template: str = "auto",
     tokens: str = "completion",
-    too_long: str = "cut",
+    too_long: str | None = None,
     packing: bool = False,
     metrics: tuple[str, ...] | None = None,
     splits: Mapping[str, str] | None = None,
@@ -68,7 +68,8 @@ def task_from(
         template: of instruction data, what stands around a prompt: "auto" (the tokenizer's chat template, if it has
             one), "none", or a text that holds {prompt}.
         tokens: of instruction data, the tokens that have labels: those of the "completion" (all answers), or "all".
-        too_long: of instruction data, "cut" takes from the prompt of a row that is too long, "refuse" raises.
+        too_long: what becomes of rows longer than max_length: of instruction data "cut" takes from their prompt (the
+            default), of plain texts "pieces" makes several rows (the default); "refuse" raises.
         packing: of a language model, put rows of train and pool together into sequences of full length, each row a
             document of its own (`fakit.tasks.packing`).
         validation, test, pool: rows to carve out of train, a number or a share; by default a tenth, at most 2,000, and
@@ -83,17 +84,17 @@ def task_from(
             fewer than two classes, scores that are not numbers.
     """
     found = choose_splits(data, splits or {}, more_tests, name)
-    check_options(template, tokens, too_long)
+    check_options(template, tokens)
     shape = _shape(found["train"], kind, text, label, {source_text, target_text})
     if shape == "text":
         kind = "causal-lm"
     elif shape is not None:
         kind, text = "causal-lm", "text"
         found = {split: as_turns(rows, shape, f"{name}: {split}") for split, rows in found.items()}
-    if shape in (None, "text") and (template, tokens, too_long) != ("auto", "completion", "cut"):
+    if shape in (None, "text") and (template, tokens) != ("auto", "completion"):
         raise ValueError(
-            f"{name}: template, tokens and too_long are for instruction data (messages, conversations, prompt and "
-            f"completion, or instruction and output); its columns are {', '.join(found['train'].column_names)}."
+            f"{name}: template and tokens are for instruction data (messages, conversations, prompt and completion, or "
+            f"instruction and output); its columns are {', '.join(found['train'].column_names)}."
         )
     kind = kind or _told_kind(found["train"], label, {source_text, target_text})
     if kind not in KINDS:
@@ -114,6 +115,7 @@ def task_from(
     if "turns" in found["train"].column_names and shape not in (None, "text"):
         columns |= {"turns": "turns", "answer": "answer"}
     columns = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
+    too_long = _checked_too_long(too_long, kind, columns, name)
     _check_columns(found, columns, name)
     names = _label_names(found["train"], label, name) if kind == "sequence-classification" else None
     dropped: Counter[str] = Counter()
@@ -163,6 +165,23 @@ def task_from(
         too_long=too_long,
         packing=packing,
     )
+
+
+def _checked_too_long(asked: str | None, kind: str, columns: Mapping[str, str], name: str) -> str:
+    """What becomes of rows that are too long: as asked, or what is usual for such columns."""
+    if kind != "causal-lm" or "source" in columns:
+        if asked is not None:
+            raise ValueError(
+                f"{name}: too_long is for instruction data and for plain texts of a language model; rows of "
+                f"{' and '.join(columns)} are cut, and the log says how many."
+            )
+        return "cut"
+    what, known = (
+        ("instruction data", ("cut", "refuse")) if "turns" in columns else ("plain texts", ("pieces", "refuse"))
+    )
+    if asked is not None and asked not in known:
+        raise ValueError(f"{name}: too_long={asked!r} is not known of {what}; choose {' or '.join(map(repr, known))}.")
+    return asked or known[0]
 
 
 def _shape(train: Dataset, kind: str | None, text: str, label: str, pair: set[str]) -> str | None:

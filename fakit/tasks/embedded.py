@@ -163,7 +163,7 @@ def load_instructions(
     seed: int = 0,
     template: str = "auto",
     tokens: str = "completion",
-    too_long: str = "cut",
+    too_long: str | None = None,
     packing: bool = False,
 ) -> TextTask:
     """Short instructions and answers of six kinds, which scripts/build_instructions.py made of the other tasks' texts.

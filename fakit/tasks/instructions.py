@@ -24,19 +24,15 @@ IGNORED = -100
 SHOWN = 700  # characters of a row that is printed
 
 
-def check_options(template: str, tokens: str, too_long: str) -> None:
-    """Raise ValueError for a value that none of the three has."""
+def check_options(template: str, tokens: str) -> None:
+    """Raise ValueError for a value that neither of them has."""
     if template not in ("auto", "none") and template.count("{prompt}") != 1:
         raise ValueError(
             f"template={template!r} is neither 'auto' nor 'none', and holds {{prompt}} {template.count('{prompt}')} "
             "times; write it once, where the prompt goes; the answer follows at the end."
         )
-    for name, value, known in (
-        ("tokens", tokens, ("completion", "all")),
-        ("too_long", too_long, ("cut", "refuse")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is not known; choose {' or '.join(map(repr, known))}.")
+    if tokens not in ("completion", "all"):
+        raise ValueError(f"tokens={tokens!r} is not known; choose 'completion' or 'all'.")
 
 
 @dataclass
@@ -128,7 +124,7 @@ def encode_turns(
             [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
         )
         if len(seen.shown) < 2:
-            seen.shown.append(_shown(ids, learned, tokenizer))
+            seen.shown.append(shown(ids, learned, tokenizer))
     return encoded
 
 
@@ -207,7 +203,7 @@ def _tokens(text: str, answers: list[tuple[int, int]], tokenizer) -> tuple[list[
     return list(found.input_ids), spans
 
 
-def _shown(ids: list[int], learned: list[bool], tokenizer) -> str:
+def shown(ids: list[int], learned: list[bool], tokenizer) -> str:
     """A row in words, labeled tokens in double brackets; of a long one the two ends."""
     parts, start = [], 0
     for place in range(1, len(ids) + 1):

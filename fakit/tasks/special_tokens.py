@@ -23,3 +23,13 @@ def added_tokens(tokenizer) -> tuple[list[int], list[int]]:
         f"{type(tokenizer).__name__} writes {text!r} as {bare}, and with its special tokens as {whole}, which does not "
         "contain it; what it puts before and behind a text is unknown."
     )
+
+
+def without_begin(ids: list[int], begin: list[int]) -> list[int]:
+    """A text that spells its BOS out gets no second one."""
+    return ids[len(begin) :] if begin and ids[: len(begin)] == begin else ids
+
+
+def with_end(ids: list[int], end: list[int]) -> list[int]:
+    """A text that spells its end out gets no second one."""
+    return ids if ids[-len(end) :] == end else ids + end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ import torch
 
 from fakit.tasks.instructions import Seen, encode_turns, uses_chat
 from fakit.tasks.packing import pack
+from fakit.tasks.prose import SeenTexts, encode_prose
 from fakit.tasks.scans import SEPARATOR
-from fakit.tasks.special_tokens import added_tokens
+from fakit.tasks.special_tokens import added_tokens, with_end, without_begin
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,11 +104,10 @@ class TextTask:
         """Tokenize a split (by name) or a dataset with this task's columns.
 
         A causal LM gets the special tokens that the tokenizer adds by itself (a BOS), and an end (eos) where a text
-        ends, nowhere else. A text longer than `max_length` becomes several rows: each begins as a text does, then with
-        the last token of the row before, which is context alone, so every token is labeled once. A source is cut where
-        its target needs the room; a target that does not fit beside one token of its source is cut, too,
-        and has no end. Rows of instruction data: see `fakit.tasks.instructions`. With `packing`, rows of train and
-        pool are then put together into sequences of at most `max_length` tokens.
+        ends, nowhere else. A text longer than `max_length` becomes several rows (`fakit.tasks.prose`). A source is cut
+        where its target needs the room; a target that does not fit beside one token of its source is cut, too, and has
+        no end. Rows of instruction data: see `fakit.tasks.instructions`. With `packing`, rows of train and pool are
+        then put together into sequences of at most `max_length` tokens.
 
         Returns:
             A dataset with input_ids, attention_mask (, token_type_ids; of packed rows position_ids) and labels. Labels
@@ -135,36 +135,28 @@ class TextTask:
                 f"{self.name}: the target ends with an eos token and {type(tokenizer).__name__} has none; set "
                 "tokenizer.eos_token."
             )
-        encode = (
-            self._encode_pairs
-            if self._text_to_text
-            else self._encode_prose
-            if self.kind == "causal-lm"
-            else self._encode_texts
-        )
         what = f"{self.name}, {data}" if isinstance(data, str) else self.name
         if "turns" in dataset.column_names:
             encoded = self._encode_instructions(what, dataset, tokenizer, max_length)
+        elif self.kind == "causal-lm" and not self._text_to_text:
+            encoded = self._encode_prose(what, dataset, tokenizer, max_length)
         else:
-            cut = Cut()
-            # not Dataset.map: it would hash this task with all its splits first
-            chunks = [dataset[start : start + CHUNK] for start in range(0, len(dataset), CHUNK)]
+            cut, encode = Cut(), self._encode_pairs if self._text_to_text else self._encode_texts
             encoded = concatenate_datasets(
-                [Dataset.from_dict(encode(rows, tokenizer, max_length, cut)) for rows in chunks]
+                [Dataset.from_dict(encode(rows, tokenizer, max_length, cut)) for rows in _chunks(dataset)]
             )
             cut.say(what, len(dataset), max_length)
-        return (
-            self._packed(what, encoded, max_length)
-            if self.packing and isinstance(data, str) and data in PACKED
-            else encoded
-        )
+        trained_on = isinstance(data, str) and data in PACKED
+        return self._packed(what, encoded, max_length) if self.packing and trained_on else encoded
 
     def _packed(self, what: str, rows: Dataset, max_length: int) -> Dataset:
         packed = pack(rows, max_length)
         tokens = sum(map(len, packed["input_ids"]))
+        labels = sum(label != IGNORED for row in packed["labels"] for label in row)
         say(
-            f"{what}: {len(rows):,} rows are packed into {len(packed):,} sequences of at most {max_length} tokens, "
-            f"{tokens / len(packed) / max_length:.0%} full; no token attends to another row, or is predicted from one."
+            f"{what}: {len(rows):,} rows of {tokens:,} tokens, {labels:,} of them with labels, are packed into "
+            f"{len(packed):,} sequences of at most {max_length} tokens, {tokens / len(packed) / max_length:.0%} full; "
+            "no token attends to another row, or is predicted from one."
         )
         return packed
 
@@ -185,10 +177,10 @@ class TextTask:
         from datasets import Dataset, concatenate_datasets
 
         seen, encoded = Seen(), []
-        for start in range(0, len(dataset), CHUNK):
+        for chunk in _chunks(dataset):
             try:
                 rows = encode_turns(
-                    dataset[start : start + CHUNK],
+                    chunk,
                     tokenizer,
                     max_length,
                     self.template,
@@ -206,6 +198,18 @@ class TextTask:
             )
         how = "by the tokenizer's chat template" if uses_chat(self.template, tokenizer) else "without a chat template"
         say(seen.said(what, max_length, how, self.tokens))
+        return concatenate_datasets(encoded)
+
+    def _encode_prose(self, what: str, dataset: Dataset, tokenizer, max_length: int) -> Dataset:
+        from datasets import Dataset, concatenate_datasets
+
+        seen, encoded = SeenTexts(), []
+        for chunk in _chunks(dataset):
+            try:
+                encoded.append(Dataset.from_dict(encode_prose(chunk, tokenizer, max_length, self.too_long, seen)))
+            except ValueError as error:
+                raise ValueError(f"{what}: {error}") from error
+        say(seen.said(what, max_length))
         return concatenate_datasets(encoded)
 
     @property
@@ -236,23 +240,6 @@ class TextTask:
         encoded["labels"] = rows.get("label", [missing] * len(rows["text"]))
         return encoded
 
-    def _encode_prose(self, rows: dict[str, list], tokenizer, max_length: int, cut: Cut) -> dict[str, list]:
-        begin, end = added_tokens(tokenizer)
-        end = end or [tokenizer.eos_token_id]
-        if max_length < len(begin) + 2:
-            raise ValueError(
-                f"{self.name}: max_length={max_length} was requested; a row takes {len(begin) + 2} or more."
-            )
-        encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for ids in tokenizer(rows["text"], add_special_tokens=False, verbose=False).input_ids:
-            text, start = _with_end(_without_begin(ids, begin), end), 0
-            while start < len(text):
-                given = begin + text[start - 1 : start]  # nothing precedes the first token of a text
-                new = text[start : start + max_length - len(given)]
-                _append(encoded, given, new)
-                start += len(new)
-        return encoded
-
     def _encode_pairs(self, rows: dict[str, list], tokenizer, max_length: int, cut: Cut) -> dict[str, list]:
         begin, end = added_tokens(tokenizer)
         end = end or [tokenizer.eos_token_id]
@@ -266,7 +253,7 @@ class TextTask:
         targets = [[]] * len(sources)  # of an unlabeled row: the prompt alone
         if "target" in rows:
             targets = tokenizer(rows["target"], add_special_tokens=False, verbose=False).input_ids
-            targets = [_with_end(target, end) for target in targets]
+            targets = [with_end(target, end) for target in targets]
         encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
         room = max_length - len(begin) - len(separator)  # for source and target
         if room < 2:
@@ -274,7 +261,7 @@ class TextTask:
                 f"{self.name}: max_length={max_length} was requested; a row takes {max_length - room + 2} or more."
             )
         for source, target in zip(sources, targets, strict=True):
-            source = _without_begin(source, begin)
+            source = without_begin(source, begin)
             kept = min(len(source), room - len(target))
             if kept < min(1, len(source)):  # no room for the whole target: a source keeps up to half of it
                 kept = min(len(source), room // 2)
@@ -283,6 +270,11 @@ class TextTask:
                 cut.rows, cut.tokens = cut.rows + 1, cut.tokens + lost
             _append(encoded, begin + source[:kept] + separator, target[: room - kept])
         return encoded
+
+
+def _chunks(dataset: Dataset) -> Iterator[dict[str, list]]:
+    # not Dataset.map: it would hash the task with all its splits first
+    return (dataset[start : start + CHUNK] for start in range(0, len(dataset), CHUNK))
 
 
 @dataclass
@@ -310,15 +302,6 @@ def say(message: str) -> None:
 def _overflow(row) -> int:
     """Tokens of an encoded text that truncation left out; special tokens are not counted."""
     return sum(len(part.ids) - sum(part.special_tokens_mask) for part in row.overflowing)
-
-
-def _without_begin(ids: list[int], begin: list[int]) -> list[int]:
-    """A text that spells its BOS out gets no second one."""
-    return ids[len(begin) :] if begin and ids[: len(begin)] == begin else ids
-
-
-def _with_end(ids: list[int], end: list[int]) -> list[int]:
-    return ids if ids[-len(end) :] == end else ids + end
 
 
 def _append(encoded: dict[str, list], given: list[int], labeled: list[int]) -> None:

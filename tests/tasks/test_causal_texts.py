@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from fakit.evaluation import evaluate, generation_metrics
 from fakit.tasks import task_from
 from fakit.tasks.special_tokens import added_tokens
+from fakit.tasks.task import say
 
 BOS, EOS, PAD = 0, 1, 2
 LONG = "in the beginning god created the heaven and the earth"
@@ -33,11 +34,14 @@ def letters(template: str = "$A", **names) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def prose(*texts: str):
+def prose(*texts: str, **options):
     fill = [f"{word} and more" for word in ("one", "two", "three", "four", "five")]
     splits = {"train": fill, "validation": ["held out"], "test": list(texts)}
     return task_from(
-        {name: Dataset.from_dict({"text": rows}) for name, rows in splits.items()}, name="prose", kind="causal-lm"
+        {name: Dataset.from_dict({"text": rows}) for name, rows in splits.items()},
+        name="prose",
+        kind="causal-lm",
+        **options,
     )
 
 
@@ -121,6 +125,39 @@ def test_a_long_text_is_cut_into_pieces_that_label_every_token_once(template, le
         assert context == ([] if before["input_ids"][-1] == EOS else before["input_ids"][-1:])
 
 
+def test_the_log_says_how_many_pieces_there_are_and_shows_two_rows(caplog):
+    say.cache_clear()
+    tokenizer, task = letters("<s> $A"), prose("abc", LONG, "short", too_long="pieces")
+    rows = task.encode("test", tokenizer, max_length=20)
+    tokens = sum(map(len, rows["input_ids"]))
+    labels = sum(label != -100 for row in rows["labels"] for label in row)
+    assert labels == len("abc") + len(LONG) + len("short") + 3
+    assert (
+        f"prose, test: 3 texts read, all kept, 1 of them in 3 pieces of at most 20 tokens; 5 rows, {tokens} tokens, "
+        f"{labels} of them with labels. As the model sees them, labels in ⟦ ⟧:\n  row 1: <s>⟦abc</s>⟧\n  row 2: <s>⟦in the "
+        "beginning go⟧\n"
+    ) in caplog.text
+    task.encode("test", letters("$A"), max_length=100)  # nothing predicts the first token of all
+    assert "3 texts read, all kept; 3 rows, 64 tokens, 61 of them with labels" in caplog.text
+    assert "row 1: a⟦bc</s>⟧" in caplog.text
+
+
+def test_long_texts_are_refused_where_that_is_asked():
+    task = prose("abc", LONG, too_long="refuse")
+    assert len(task.encode("test", letters("<s> $A"), max_length=55)) == 2
+    with pytest.raises(
+        ValueError, match=r"prose, test: text 2 \('in the .*'\) has 55 tokens, and max_length=54; give a"
+    ):
+        task.encode("test", letters("<s> $A"), max_length=54)
+    with pytest.raises(
+        ValueError, match="prose: too_long='cut' is not known of plain texts; choose 'pieces' or 'refuse'"
+    ):
+        prose("abc", too_long="cut")
+    rows = Dataset.from_dict({"text": [f"t{n}" for n in range(20)], "label": [0, 1] * 10})
+    with pytest.raises(ValueError, match=r"x: too_long is for instruction data and .* rows of text and label are cut"):
+        task_from(rows, name="x", too_long="cut")
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("template", ["$A", "<s> $A"])
 def test_perplexity_is_that_of_each_token_given_its_piece(template, side):
@@ -140,7 +177,7 @@ def test_perplexity_is_that_of_each_token_given_its_piece(template, side):
 
 
 def test_a_row_has_room_for_something_new():
-    with pytest.raises(ValueError, match="prose: max_length=2 was requested; a row takes 3 or more"):
+    with pytest.raises(ValueError, match="prose, test: max_length=2 was requested; a row takes 3 or more"):
         prose(LONG).encode("test", letters("<s> $A"), max_length=2)
 
 

@@ -253,9 +253,7 @@ def test_text_alone_is_plain_text(tmp_path):
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": f"line {n}"}) for n in range(20)))
     found = load_task(tmp_path / "t.jsonl")
     assert found.kind == "causal-lm" and found.train.column_names == ["text"]
-    with pytest.raises(
-        ValueError, match=r"template, tokens and too_long are for instruction data .*; its columns are text"
-    ):
+    with pytest.raises(ValueError, match=r"template and tokens are for instruction data .*; its columns are text"):
         load_task(tmp_path / "t.jsonl", tokens="all")
 
 
@@ -372,7 +370,7 @@ def test_rows_that_are_none_are_refused(rows, said):
     [
         ({"template": "Q: "}, "holds {prompt} 0 times"),
         ({"tokens": "answers"}, "tokens='answers' is not known; choose 'completion' or 'all'"),
-        ({"too_long": "drop"}, "too_long='drop' is not known; choose 'cut' or 'refuse'"),
+        ({"too_long": "pieces"}, "too_long='pieces' is not known of instruction data; choose 'cut' or 'refuse'"),
     ],
 )
 def test_unknown_options_are_refused(options, said):

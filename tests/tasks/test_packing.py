@@ -66,9 +66,15 @@ def test_the_log_says_how_full_they_are(caplog):
     say.cache_clear()
     with caplog.at_level(logging.WARNING):
         packed = chats(packing=True).encode("train", letters(LLAMA3), 150)
-    full = sum(map(len, packed["input_ids"])) / len(packed) / 150
-    said = f"chats, train: 32 rows are packed into {len(packed)} sequences of at most 150 tokens, {full:.0%} full; "
-    assert said in caplog.text and full > 0.8
+    tokens = sum(map(len, packed["input_ids"]))
+    labels = sum(label != -100 for row in packed["labels"] for label in row)
+    full = tokens / len(packed) / 150
+    assert labels == 128 and full > 0.8
+    said = (
+        f"chats, train: 32 rows of {tokens} tokens, 128 of them with labels, are packed into {len(packed)} sequences of at "
+        f"most 150 tokens, {full:.0%} full; no token attends to another row, or is predicted from one."
+    )
+    assert said in caplog.text and "chats, train: 32 rows read, 32 kept; 863 tokens of prompts and 128" in caplog.text
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
