@@ -9,7 +9,8 @@ import numpy as np
 from fakit.experiments.schema import Count, Section
 
 if TYPE_CHECKING:
-    from fakit.experiments.build import TrainingRows
+    from datasets import Dataset
+
     from fakit.objective.objective import Objective
     from fakit.training.teacher_cache import TeacherCache
 
@@ -36,18 +37,21 @@ class TeacherCacheConfig(Section):
         defaults = {key: field.default for key, field in type(self).model_fields.items()}
         return {key: value for key, value in super().to_dict().items() if value != defaults[key]}
 
-    def build(self, teacher, rows: TrainingRows, objective: Objective, tokenizer) -> TeacherCache:
+    def build(self, teacher, texts: Dataset, plan: np.ndarray, objective: Objective, tokenizer) -> TeacherCache:
         """The cache, built where it is not there yet. A causal model's logits are kept at labels alone where nothing
         but output terms looks at them.
+
+        Args:
+            texts: all training rows, encoded.
+            plan: the numbers of those that the steps see.
         """
         from fakit.models.kinds import is_causal_lm
         from fakit.training.teacher_cache import TeacherCache
         from fakit.training.teacher_cache.content import labels_suffice
 
         assert self.folder is not None, "asked in `cache_of`"
-        texts = rows.rows
         if self.rows == "planned":
-            texts = texts.select(np.unique(rows.plan).tolist())
+            texts = texts.select(np.unique(plan).tolist())
         labeled = is_causal_lm(teacher) and labels_suffice(objective)
         return TeacherCache.build(
             self.folder,

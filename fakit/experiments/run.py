@@ -160,7 +160,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, aske
         if asked is not None:
             # the trainer, which asks the same, is made when the teacher has been read
             check_packed(rows.rows, collator, objective, student.to(args.device), teacher, args)
-            cache = asked.build(teacher, rows, objective, tokenizer)
+            cache = asked.build(teacher, rows.rows, rows.plan, objective, tokenizer)
         trainer = DistillationTrainer(
             teacher,
             student,
