@@ -87,6 +87,25 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def generate(args: argparse.Namespace) -> int:
+    """`fakit generate`: what a saved language model answers, beside its teacher where asked for."""
+    from fakit.experiments.written import answers
+
+    answers(
+        args.folder,
+        args.prompt,
+        args.file,
+        beside=args.beside,
+        out=args.out,
+        template=args.template,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    return 0
+
+
 def plan(args: argparse.Namespace) -> int:
     """`fakit plan`: memory and time of a step, from configurations alone; 1 where it does not fit."""
     from fakit.planner.command import print_plan
@@ -178,6 +197,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="test", help="test or validation (%(default)s)")
     sub.add_argument("--rows", type=int, metavar="N", help="the first so many rows; all by default")
     sub.add_argument("--draft", type=int, metavar="TOKENS", help="also as a draft that proposes so many tokens")
+
+    sub = command(generate, "Let a saved language model answer prompts.")
+    sub.add_argument("folder", metavar="MODEL", help="a folder, a hub id or smollm2")
+    sub.add_argument("prompt", nargs="*", help="prompts, each in quotes")
+    sub.add_argument("--file", type=Path, metavar="FILE", help="further prompts: one a line, or a .jsonl with 'prompt'")
+    sub.add_argument("--beside", metavar="MODEL", help="another model, such as the teacher, that answers the same")
+    sub.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write the answers there, too")
+    sub.add_argument("--template", default="auto", help="auto: the chat template; none; or '…{prompt}…' (%(default)s)")
+    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="cut there (%(default)s)")
+    sub.add_argument("--temperature", type=float, metavar="T", help="sample at it; greedy unless given")
+    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest (%(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="of the samples (%(default)s)")
 
     from fakit.planner.command import add_options
 

@@ -40,12 +40,15 @@ def evaluate(
     |---|---|
     | sequence-classification | accuracy, f1 (binary for two classes, else macro), matthews, ece, nll, brier |
     | regression | pearson, spearman, mse |
-    | causal-lm | perplexity and nll of the labeled tokens; from source to target also cer and cer_copy |
+    | causal-lm | perplexity and nll of the labeled tokens |
+    | causal-lm, from source to target | also cer and cer_copy |
+    | causal-lm, instructions with labels on the answers | also bits_per_byte, rougeL, bleu, cer |
 
-    cer is that of greedy decoding from the source, cer_copy that of leaving the source as it is.
-    With a teacher also: agreement (share of equal top-1) and kl (teacher ‖ student, nats); where there are more than
-    five classes or tokens to choose from, cr@5 and mor@5 (see `Agreement`); for regression teacher_pearson and
-    teacher_mse.
+    cer, bleu and rougeL are those of greedy decoding from the source, or from all that stands before the last answer;
+    cer_copy is that of leaving the source as it is; bits_per_byte is −log₂ P of the answers, their ends included, over
+    their UTF-8 bytes. With a teacher also: agreement (share of equal top-1) and kl (teacher ‖ student, nats); for
+    causal-lm acceptance; where there are more than five classes or tokens to choose from, cr@5 and mor@5 (see
+    `Agreement`); for regression teacher_pearson and teacher_mse.
 
     Batches go by length and hold `batch_size` rows or `batches.TOKENS` tokens at most; logits of a language model are
     made at the labeled tokens, some at a time. Dropout is off, and models keep their device and training mode. Rows
@@ -71,13 +74,17 @@ def evaluate(
         raise ValueError(f"evaluate: the task's kind is {task.kind!r}; known are {', '.join(KINDS)}")
     if task.kind == "causal-lm":
         shared_vocabulary = None if tokenizer is None else len(tokenizer)
-        results = _language_modeling(model, dataset, collator, batch_size, teacher, shared_vocabulary)
-        if tokenizer is not None and {"source", "target"} <= set(task.test.column_names):
-            if math.isnan(results["nll"]):  # greedy decoding would still pick tokens
-                return dict.fromkeys((*results, "cer", "cer_copy"), math.nan)
+        results, nll = _language_modeling(model, dataset, collator, batch_size, teacher, shared_vocabulary)
+        names = written_metrics(task) if tokenizer is not None else ()
+        if "bits_per_byte" in names:
+            results["bits_per_byte"] = nll / math.log(2) / _answer_bytes(dataset, tokenizer)
+        written = [name for name in names if name != "bits_per_byte"]
+        if written and math.isnan(results["nll"]):  # greedy decoding would still pick tokens
+            return dict.fromkeys((*results, *written), math.nan)
+        if written:
             if generated is None:
                 generated = generation_metrics(model, dataset, tokenizer, max_examples, batch_size=batch_size)
-            results |= {name: generated.metrics[name] for name in ("cer", "cer_copy")}
+            results |= {name: generated.metrics[name] for name in written}
         return results
 
     problem = problem_type(model.config) if hasattr(model, "config") else None
@@ -103,6 +110,23 @@ def evaluate(
     if task.kind == "regression":
         return _regression(logits, labels, labeled, teacher_logits)
     return _classification(logits, labels, labeled, teacher_logits, task.label_names)
+
+
+def written_metrics(task) -> tuple[str, ...]:
+    """What `evaluate` adds for a language model whose task has something to write: targets, or answers with labels."""
+    columns = set(task.test.column_names)
+    if {"source", "target"} <= columns:
+        return ("cer", "cer_copy")
+    if "answer" in columns and task.tokens == "completion":
+        return ("bits_per_byte", "rougeL", "bleu", "cer")
+    return ()
+
+
+def _answer_bytes(dataset, tokenizer) -> int:
+    """UTF-8 bytes of all labeled text, without special tokens."""
+    kept = [[label for label in row["labels"] if label != UNLABELED] for row in rows_of(dataset)]
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return max(1, sum(len(tokenizer.decode(labels, **options).encode()) for labels in kept))
 
 
 def predictions(model, dataset, collator: Callable, batch_size: int = 64) -> Tensor:
@@ -204,7 +228,10 @@ def _single_output(logits: Tensor, who: str) -> Tensor:
     return logits[:, 0].double()
 
 
-def _language_modeling(model, dataset, collator, batch_size, teacher, shared_vocabulary) -> dict[str, float]:
+def _language_modeling(
+    model, dataset, collator, batch_size, teacher, shared_vocabulary
+) -> tuple[dict[str, float], float]:
+    """Metrics by name, and the summed −log P."""
     nll, tokens = 0.0, 0
     agreement: Agreement | None = None
     with torch.no_grad(), eval_mode(model), eval_mode(model if teacher is None else teacher):
@@ -223,10 +250,10 @@ def _language_modeling(model, dataset, collator, batch_size, teacher, shared_voc
                     if len(sizes) == 2 and shared_vocabulary is not None and min(sizes) >= shared_vocabulary:
                         logits = [one[:, :shared_vocabulary] for one in logits]
                     if agreement is None:
-                        agreement = Agreement(TOP if logits[0].shape[-1] > TOP else None)
+                        agreement = Agreement(TOP if logits[0].shape[-1] > TOP else None, acceptance=True)
                     agreement.update(*logits)
     if tokens == 0:
         raise ValueError("evaluate: no labeled token (all labels are -100); evaluate on a labeled split")
     results = {"perplexity": exponential(nll / tokens), "nll": nll / tokens}
     results |= {} if agreement is None else agreement.compute()
-    return dict.fromkeys(results, math.nan) if math.isnan(nll) else results
+    return dict.fromkeys(results, math.nan) if math.isnan(nll) else results, nll

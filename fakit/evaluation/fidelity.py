@@ -41,6 +41,8 @@ class Agreement:
 
     Args:
         k: depth of CR@k and MOR@k; None leaves the two out (they say nothing about two classes).
+        acceptance: also Σ_v min(P(v), Q(v)) = 1 - TV at temperature 1, the chance that a token which the student
+            proposes is kept by the teacher (Leviathan et al. 2023, arXiv 2211.17192; see `DraftQuality`).
 
     Example:
         >>> agreement = Agreement(k=None)
@@ -49,8 +51,8 @@ class Agreement:
         {'agreement': 1.0, 'kl': 0.0}
     """
 
-    def __init__(self, k: int | None = 5):
-        self.k = k
+    def __init__(self, k: int | None = 5, acceptance: bool = False):
+        self.k, self.acceptance = k, acceptance
         self.positions = 0
         self._sums: dict[str, float] = {}
 
@@ -81,6 +83,8 @@ class Agreement:
         values = {"agreement": student.argmax(-1) == teacher.argmax(-1)}
         some = max(1, ENTRIES // student.shape[-1])
         values["kl"] = torch.cat([_kl(*rows) for rows in zip(teacher.split(some), student.split(some), strict=True)])
+        if self.acceptance:
+            values["acceptance"] = torch.minimum(teacher.softmax(-1), student.softmax(-1)).double().sum(-1)
         if self.k is not None:
             values[f"cr@{self.k}"], values[f"mor@{self.k}"] = ranking_agreement(student, teacher, self.k)
         for name, each in values.items():
@@ -92,8 +96,8 @@ class Agreement:
         """Means over all counted positions.
 
         Returns:
-            "agreement" (share of equal top-1), "kl" (KL(teacher ‖ student) at temperature 1, nats) and, with k, "cr@k",
-            "mor@k".
+            "agreement" (share of equal top-1), "kl" (KL(teacher ‖ student) at temperature 1, nats); where asked for
+            "acceptance", and with k "cr@k", "mor@k".
         """
         if self.positions == 0:
             raise ValueError(

@@ -7,7 +7,7 @@ with labels -100 on the prompt: the labels say where to cut.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -135,31 +135,63 @@ def generating(model, eos_token_id: int | Sequence[int], pad_token_id: int, **wa
             each.generation_config = before
 
 
-def split_prompts(rows: Sequence[dict], eos_token_id: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Cut encoded rows where the labels begin.
+def split_prompts(rows: Sequence[dict], eos_token_id: int | Collection[int]) -> tuple[list[list[int]], list[list[int]]]:
+    """Cut encoded rows before their last answer: where the last run of labels begins.
 
     Args:
         rows: encoded examples with input_ids and labels (T,), labels -100 on the prompt.
+        eos_token_id: what ends an answer; any of them, where there are several.
 
     Returns:
-        prompts and targets as token ids, targets without the end-of-sequence token.
+        prompts and targets as token ids, targets without what ends them.
 
     Raises:
         ValueError: a row has no labeled token, or none that is not labeled (plain language modeling has no prompt).
     """
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     prompts, targets = [], []
     for number, row in enumerate(rows):
         ids, labels = [int(token) for token in row["input_ids"]], [int(label) for label in row["labels"]]
-        cut = next((position for position, label in enumerate(labels) if label != -100), 0)
+        cut, stop = _last_run(labels)
         if cut == 0:
             raise ValueError(
                 f"row {number} has no prompt: {sum(label != -100 for label in labels)} of its {len(labels)} tokens are "
                 "labeled; generation needs labels -100 on the source part and target tokens after it"
             )
         prompts.append(ids[:cut])
-        target = [token for token, label in zip(ids[cut:], labels[cut:], strict=True) if label != -100]
-        targets.append(target[: target.index(eos_token_id)] if eos_token_id in target else target)
+        targets.append(list(itertools.takewhile(lambda token: token not in ends, labels[cut:stop])))
     return prompts, targets
+
+
+def _last_run(labels: Sequence[int]) -> tuple[int, int]:
+    """Where the last run of labels begins and ends; (0, 0) where there is none."""
+    stop = next((place for place in range(len(labels), 0, -1) if labels[place - 1] != -100), 0)
+    cut = next((place for place in range(stop, 0, -1) if labels[place - 1] == -100), 0)
+    return cut, stop
+
+
+def ends_of(rows: Sequence[dict], tokenizer) -> set[int]:
+    """The tokens that end an answer: the tokenizer's end of a sequence, and the special tokens that the labels of rows
+    end with, as the end of a turn of a chat template.
+    """
+    last = {int(row["labels"][stop - 1]) for row in rows if (stop := _last_run(row["labels"])[1])}
+    return {tokenizer.eos_token_id} | (last & set(tokenizer.added_tokens_decoder))
+
+
+def stops_of(model, tokenizer) -> list[int]:
+    """The tokens that end a text, as the tokenizer and the model's generation_config name them.
+
+    Raises:
+        ValueError: neither names one.
+    """
+    given = [getattr(side, "eos_token_id", None) for side in (tokenizer, getattr(model, "generation_config", None))]
+    ends = dict.fromkeys(i for of in given if of is not None for i in ([of] if isinstance(of, int) else of))
+    if not ends:
+        raise ValueError(
+            "no token is known to end a text: neither the tokenizer nor the model's generation_config names an "
+            "eos_token_id; set tokenizer.eos_token."
+        )
+    return list(ends)
 
 
 def check_references(rows: Sequence[dict], eos_token_id: int) -> None:
@@ -204,13 +236,14 @@ def generation_metrics(
         raise ValueError(f"generation_metrics: max_examples={max_examples} was asked; use at least 1")
     rows = rows_of(dataset)[:max_examples]
     check_references(rows, tokenizer.eos_token_id)
-    prompts, targets = split_prompts(rows, tokenizer.eos_token_id)
+    ends = ends_of(rows, tokenizer)
+    prompts, targets = split_prompts(rows, ends)
     if max_new_tokens is None:
         max_new_tokens = max(len(target) for target in targets) + 16
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if positions:
             max_new_tokens = min(max_new_tokens, positions - max(len(prompt) for prompt in prompts))
-    outputs = generate(model, prompts, tokenizer.eos_token_id, tokenizer.pad_token_id, max_new_tokens, batch_size)
+    outputs = generate(model, prompts, sorted(ends), tokenizer.pad_token_id, max_new_tokens, batch_size)
 
     def decode(sequences: list[list[int]]) -> list[str]:
         # Cleaning up blanks before punctuation would change what CER counts.

@@ -107,6 +107,7 @@ def measure(
             model that reads other tokens than the teacher, or answers with other outputs.
     """
     from fakit.evaluation import generation_metrics
+    from fakit.evaluation.evaluator import written_metrics
 
     folder = Path(folder)
     if split not in ("test", "validation"):
@@ -127,15 +128,15 @@ def measure(
     encoded = encoded if rows is None else encoded.select(range(min(rows, len(encoded))))
     check_lengths(encoded, config.training.max_length, model=model)
     texts = {"test": task.test, "validation": task.validation}[split]
-    has_targets = "target" in texts.column_names
-    written = [generation_metrics(one, encoded, tokenizer) if has_targets else None for one in (model, teacher)]
+    writes = bool(written_metrics(task))
+    written = [generation_metrics(one, encoded, tokenizer) if writes else None for one in (model, teacher)]
     scores = scores_of(model, encoded, task, tokenizer, teacher, generated=written[0])
     theirs = scores_of(teacher, encoded, task, tokenizer, generated=written[1])
     samples: list[dict[str, str]] = []
-    if has_targets:
+    if writes:
         samples = _beside(*written, scores, theirs)
     elif task.kind == "causal-lm":
-        _read(model, teacher, list(texts["text"])[: len(encoded)], tokenizer, config, scores, theirs)
+        _read(model, teacher, list(texts["text"])[:rows], tokenizer, config, scores, theirs)
     batch, seconds = _timed((model, teacher), prepared, encoded)
     found = Measured(
         model=str(folder),
@@ -195,8 +196,10 @@ def _check(folder: Path, model: PreTrainedModel, prepared: Prepared) -> None:
 def _beside(ours: Generations, its: Generations, scores, theirs) -> list[dict[str, str]]:
     """The first texts of both beside each other; adds BLEU and ROUGE to the scores of models that are not NaN."""
     for written, of_one in ((ours, scores), (its, theirs)):
+        # a question says nothing as an answer
+        told = [name for name in written.metrics if "cer_copy" in of_one or not name.endswith("_copy")]
         lost = math.isnan(of_one["nll"])
-        of_one.update(dict.fromkeys(written.metrics, math.nan) if lost else written.metrics)
+        of_one.update({name: math.nan if lost else written.metrics[name] for name in told})
     beside = zip(ours.sources, ours.references, ours.outputs, its.outputs, strict=True)
     names = ("source", "reference", "student", "teacher")
     return [dict(zip(names, row, strict=True)) for row, _ in zip(beside, range(SHOWN), strict=False)]

@@ -198,7 +198,7 @@ def _evaluation(setup: Setup, teacher, student, others, state: int, fakes: FakeT
         with loops_of(setup.accelerator, ledger):
             if setup.task == "causal-lm":
                 traces = [forward(model, logits="head") for model in (student, teacher)]
-                agreement = Agreement(5)
+                agreement = Agreement(5, acceptance=True)
                 for logits, targets in labeled_logits(traces, labels):
                     summed_nll(logits[0], targets)
                     agreement.update(*logits)

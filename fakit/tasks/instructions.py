@@ -128,6 +128,15 @@ def encode_turns(
     return encoded
 
 
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """A prompt alone, as the rows of a task begin; by the template "none" the text as it stands."""
+    begin, _ = added_tokens(tokenizer)
+    if uses_chat(template, tokenizer):
+        return _tokens(_chat([{"role": "user", "content": prompt}], None, tokenizer)[0], [], tokenizer)[0]
+    text = prompt if template in ("auto", "none") else template.replace("{prompt}", prompt)
+    return begin + list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
 def uses_chat(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """True where the tokenizer's chat template is applied."""
     return template == "auto" and bool(tokenizer.chat_template)

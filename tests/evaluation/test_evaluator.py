@@ -195,7 +195,8 @@ def test_causal_lm(gpt2, side, batch_size):
     top = [set(row.tolist()) for row in log_p.topk(5).indices]
     overlap = [len(t & set(row.tolist())) / 5 for t, row in zip(top, log_q.topk(5).indices, strict=True)]
     assert result["mor@5"] == pytest.approx(np.mean(overlap))
-    assert set(result) == {"nll", "perplexity", "agreement", "kl", "cr@5", "mor@5"}
+    assert result["acceptance"] == pytest.approx(1 - 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1).mean().item())
+    assert set(result) == {"nll", "perplexity", "agreement", "kl", "cr@5", "mor@5", "acceptance"}
 
 
 def test_vocabularies_padded_to_different_sizes_are_compared_over_the_tokenizers(gpt2, characters):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from fakit.evaluation import cer, generate, generation_metrics, split_prompts
+from fakit.evaluation import cer, generate, generation, generation_metrics, split_prompts
 
 EOS, PAD = 1, 2
 PROMPTS = [[0, 5, 6], [0, 7, 8, 9, 10, 11], [0], [0, 20, 21, 22], [30, 31]]
@@ -144,3 +144,17 @@ def test_errors_of_the_metrics(gpt2, characters):
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match=r"pad None.*set tokenizer.pad_token"):
         generation_metrics(gpt2(), dataset, tokenizer)
+
+
+def test_of_several_answers_the_last_is_the_target():
+    row = {"input_ids": [1, 2, 3, 4, 5, 6, 7, 8], "labels": [-100, 2, 3, -100, -100, 6, 7, -100]}
+    assert split_prompts([row], 7) == ([[1, 2, 3, 4, 5]], [[6]])
+    assert split_prompts([row], {9}) == ([[1, 2, 3, 4, 5]], [[6, 7]])
+
+
+def test_what_ends_an_answer_is_read_off_the_labels(characters):
+    tokenizer = characters()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    end, letter = tokenizer.convert_tokens_to_ids(["<end>", "a"])
+    rows = [{"input_ids": [letter] * 3, "labels": [-100, letter, last]} for last in (end, letter)]
+    assert generation.ends_of(rows, tokenizer) == {tokenizer.eos_token_id, end}

@@ -1,13 +1,16 @@
 """`fakit evaluate`: any folder, beside its teacher."""
 
 import json
+import math
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fakit.__main__ import main
 from fakit.compression import low_rank
 from fakit.experiments import measured
+from fakit.experiments.baselines import prepare_run
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.measured import measure
 from fakit.experiments.run import run_experiment
@@ -59,6 +62,33 @@ def test_a_language_model_shows_what_it_writes_and_drafts(lines, tmp_path):
     assert len(found.samples) == 3 and {*found.samples[0]} == {"source", "reference", "student", "teacher"}
     assert found.draft["tokens"] == 3 and 0 <= found.draft["acceptance"] <= 1 and found.draft["speedup"] > 0
     assert "as a draft of its teacher: tokens 3" in str(found)
+
+
+def test_answers_are_written_and_counted_in_bits_per_byte(world, lines, tmp_path):
+    rows = [{"prompt": f"{word} a cat", "completion": f"{word} cat."} for word in ("mm", "no", "la", "so", "to", "he")]
+    rows = [{**row, "prompt": f"{n * 'x'} {row['prompt']}"} for n in range(8) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": str(tmp_path / "rows.jsonl"), "options": {"validation": 6, "test": 10}}
+    out = tmp_path / "student"
+    result = run_experiment(lines.replace(task=task, out=str(out)), progress=False)
+    found = measure(out, lines.replace(task=task))
+    written = {"bits_per_byte", "rougeL", "bleu", "cer"}
+    assert written <= result.test.keys() and written <= result.validation.keys() and written <= found.teacher.keys()
+    assert {name: found.scores[name] for name in result.test} == pytest.approx(result.test)
+    assert "cer_copy" not in found.scores and 0 < found.scores["acceptance"] < 1
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    prepared = prepare_run(lines.replace(task=task))
+    nll, size = 0.0, 0
+    for row in prepared.task.test:
+        ids = [*tokenizer(row["text"] + "\n" + row["answer"]).input_ids, 4]
+        begin = len(tokenizer(row["text"] + "\n").input_ids)
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        nll -= sum(log_p[place - 1, ids[place]].item() for place in range(begin, len(ids)))
+        size += len(row["answer"].encode())
+    assert found.scores["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-4)
+    assert found.samples[0]["reference"] == prepared.task.test[0]["answer"]
 
 
 def test_plain_texts_have_bits_per_byte(world, lines, tmp_path):

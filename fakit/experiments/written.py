@@ -1,0 +1,195 @@
+"""`write`: what a saved language model answers, beside its teacher; what `fakit generate` prints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fakit.files import write_whole
+from fakit.models.kinds import is_causal_lm
+from fakit.models.positions import longest_row
+from fakit.models.random_state import random_state_kept
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt and what came after it.
+
+    Attributes:
+        prompt: as it was given.
+        seen: as the model saw it, special tokens included.
+        text: what it wrote, without what ended it.
+        tokens: how many tokens that is.
+        ended: the model ended it; False where `max_new_tokens` did.
+    """
+
+    prompt: str
+    seen: str
+    text: str
+    tokens: int
+    ended: bool
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    template: str = "auto",
+    max_new_tokens: int = 128,
+    temperature: float | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[Written]:
+    """Answers of a language model, one a prompt.
+
+    Args:
+        model: a causal language model. tokenizer: its own.
+        prompts: a user's messages, or texts to be continued.
+        template: "auto" takes the tokenizer's chat template, or none where it has none; "none" continues the text; or
+            "…{prompt}…", as for tasks.
+        max_new_tokens: where a text that does not end is cut.
+        temperature: sample at it; greedy unless given.
+        top_p: sample among the likeliest tokens that reach this share.
+        seed: of the samples. Each prompt draws from its own place in the list, whatever the others are.
+
+    Raises:
+        ValueError: before any work: no prompts, an empty one, values out of range, prompts too long for the model.
+    """
+    from fakit.evaluation.batches import device_of, eval_mode
+    from fakit.evaluation.generation import generating, stops_of
+    from fakit.tasks.instructions import check_options, prompt_ids
+
+    check_options(template, "completion", "refuse")
+    prompts = list(prompts)
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ValueError(f"prompts: found {prompts!r:.80}, expected at least one text that is not empty.")
+    _whole("max_new_tokens", max_new_tokens, 1)
+    _whole("seed", seed, 0)
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: found {temperature!r}, expected a number above 0; leave it out to be greedy.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: found {top_p!r}, expected a share above 0, at most 1.")
+    asked = [prompt_ids(prompt, tokenizer, template) for prompt in prompts]
+    positions, longest = longest_row(model), max(map(len, asked))
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked of a model with "
+            f"{positions} positions; shorten it, or give a smaller max_new_tokens."
+        )
+    ends = stops_of(model, tokenizer)
+    ways: dict = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    ways |= {"max_new_tokens": max_new_tokens} | ({} if temperature is None else {"top_p": top_p, "top_k": 0})
+    fill = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    found = []
+    with torch.no_grad(), eval_mode(model), generating(model, ends, fill, **ways):
+        for number, (prompt, ids) in enumerate(zip(prompts, asked, strict=True)):
+            given = torch.tensor([ids], device=device_of(model))
+            with random_state_kept(given.device):
+                torch.manual_seed(seed + number)
+                new = model.generate(input_ids=given, attention_mask=torch.ones_like(given))[0, len(ids) :].tolist()
+            ended = bool(new) and new[-1] in ends
+            kept = new[:-1] if ended else new
+            text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            found.append(Written(prompt, tokenizer.decode(ids), text, len(kept), ended))
+    return found
+
+
+def answers(
+    model: str | Path,
+    prompts: Sequence[str],
+    file: Path | None = None,
+    beside: str | Path | None = None,
+    out: Path | None = None,
+    **ways,
+) -> list[dict]:
+    """Print what a saved model writes after each prompt, and what another one does; `write` has the `ways`.
+
+    Returns:
+        a row a prompt: {"prompt", "text", "tokens", "ended"} and with `beside` the same of the other under "beside".
+
+    Raises:
+        ValueError: nothing to answer, a model that cannot be loaded or is no causal language model; see `write`.
+    """
+    from fakit.experiments.quiet import without_side_bars
+
+    asked = read_prompts(prompts, file)
+    if not asked:
+        raise ValueError("there is no prompt: give some, each in quotes, or --file with one a line.")
+    with without_side_bars():
+        loaded = [load(one) for one in (model, beside) if one is not None]
+    rows: list[dict] = []
+    both = [write(one, tokenizer, asked, **ways) for one, tokenizer in loaded]
+    for each in zip(*both, strict=True):
+        told = [{"text": one.text, "tokens": one.tokens, "ended": one.ended} for one in each]
+        rows.append({"prompt": each[0].prompt, **told[0], **({"beside": told[1]} if beside else {})})
+        print(_in_words(rows[-1], str(model), str(beside)), end="\n\n", flush=True)
+    if out is not None:
+        write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def load(model: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model with its tokenizer: a folder, also of pairs of low rank, a hub id or "smollm2"."""
+    from fakit.compression import low_rank
+    from fakit.models.load import load_teacher, load_tokenizer, resolve_model
+    from fakit.models.low_rank_linear import FILE as PAIRS
+
+    source = resolve_model(model)
+    tokenizer = load_tokenizer(source)
+    if (Path(source) / PAIRS).is_file():
+        found = low_rank.load(Path(source))
+    else:
+        found = load_teacher(source, "causal-lm")
+    if not (found.can_generate() and is_causal_lm(found)):
+        raise ValueError(f"{model} holds a {type(found).__name__}, which writes no text; give a causal language model.")
+    return found, tokenizer
+
+
+def _in_words(row: dict, model: str, beside: str) -> str:
+    def told(name: str, of: dict) -> str:
+        cut = "" if of["ended"] else f"  [cut after {of['tokens']} tokens]"
+        return f"{name}: {of['text']}{cut}"
+
+    lines = [f"> {row['prompt']}", told(Path(model).name, row)]
+    return "\n".join([*lines, *([told(Path(beside).name, row["beside"])] if "beside" in row else [])])
+
+
+def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
+    """Prompts of a command: the ones given, then one a line of a text file, or the field "prompt" of a .jsonl file.
+
+    Raises:
+        ValueError: no such file, or a line of a .jsonl file without a prompt.
+    """
+    prompts = list(given)
+    if file is None:
+        return prompts
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file of prompts.")
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            prompts.append(line)
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: is no JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise ValueError(f'{file}, line {number}: has no text under "prompt"; it is {line!r:.60}.')
+        prompts.append(row["prompt"])
+    return prompts
+
+
+def _whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: found {value!r}, expected a whole number, at least {least}.")
