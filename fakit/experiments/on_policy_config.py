@@ -65,6 +65,8 @@ def check_prompts(task: TextTask) -> None:
         found = f"instruction data with labels on {task.tokens} tokens, which do not say where an answer begins"
     elif "turns" not in columns and "source" not in columns:
         found = f"texts without prompts (columns {', '.join(columns)})"
+    elif task.packing:
+        found = "packed: a sequence holds several prompts (options.packing)"
     else:
         return
     raise ValueError(

@@ -14,7 +14,7 @@ from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.objective.breakdown import total
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.over_layers import OverLayers
-from fakit.objective.positions import common_mask, kept
+from fakit.objective.positions import Tokens, check_tokens, common_mask, kept, learned_tokens
 from fakit.objective.schedules import Schedule
 from fakit.objective.term import choose
 from fakit.tracing.trace import Trace
@@ -45,6 +45,8 @@ class Attention(OverLayers):
         relation_heads: R, of "relations" and "minilm"; the largest number up to the student's heads that divides both
             widths unless given, MiniLM's own where both sides have as many heads.
         layer_map: for this term alone; the objective's unless given.
+        tokens: "all", or "labeled": the maps of those tokens that carry a label (of texts without any label all), over
+            every key that they see; of a language model that learns answers, where the answers' tokens look.
     """
 
     embeddings = False  # they do not attend
@@ -55,6 +57,7 @@ class Attention(OverLayers):
     relations: tuple[str, ...] = ("queries", "keys", "values")
     relation_heads: int | None = None
     layer_map: LayerMap | None = None
+    tokens: Tokens = "all"
 
     def __init__(
         self,
@@ -64,7 +67,10 @@ class Attention(OverLayers):
         relations: tuple[str, ...] = ("queries", "keys", "values"),
         relation_heads: int | None = None,
         layer_map: LayerMap | None = None,
+        tokens: Tokens = "all",
     ):
+        check_tokens("Attention", tokens)
+        self.tokens = tokens
         self.loss, self.weight, self.heads, self.relations = loss, weight, heads, tuple(relations)
         self.relation_heads, self.layer_map = relation_heads, layer_map
         self.function = choose("Attention", loss, ATTENTION_LOSSES)
@@ -76,6 +82,11 @@ class Attention(OverLayers):
             raise ValueError(
                 f"Attention(relations={self.relations!r}): relations are of 'queries', 'keys' and 'values', one or "
                 "more of them."
+            )
+        if callable(loss) and tokens != "all":
+            raise ValueError(
+                f"Attention(a function, tokens={tokens!r}): a function of maps is given the mask of all tokens, and "
+                "would compare them all; name a loss, or take tokens='all'."
             )
         self._made = True
 
@@ -91,6 +102,8 @@ class Attention(OverLayers):
         return frozenset(("queries", "keys", "values") if self.loss == "minilm" else ("queries", "keys"))
 
     def count(self, batch: CountedBatch) -> Tensor:
+        if self.tokens == "labeled":
+            return batch.labeled_pairs if self.loss in ("mse", "score_mse") else batch.labeled_tokens.sum()
         return batch.pairs if self.loss in ("mse", "score_mse") else batch.tokens
 
     def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
@@ -100,20 +113,27 @@ class Attention(OverLayers):
         if callable(self.loss) or (self.loss in ("kl", "mse") and not shown):
             return self._compare_maps(student, teacher, pair, mask)
         ours, theirs = self._inputs_at(student, teacher, pair)
+        queries = self._queries(student, mask, ours.query.transpose(1, 2))
         if self.loss == "relations":
-            return self._compare_relations(ours, theirs, self.relations, mask)
+            return self._compare_relations(ours, theirs, self.relations, mask, queries)
         heads = self._heads(pair, ours.query.shape[1], theirs.query.shape[1])
         loss, same = ("kl" if self.loss == "minilm" else self.loss), theirs
         if self.heads == "best-match":
-            costs = streamed.head_costs(loss, ours, theirs, mask)
+            costs = streamed.head_costs(loss, ours, theirs, mask, queries)
             self.place.matches[pair] = streamed.match_heads(costs)
             same = theirs.select_heads(self.place.matches[pair])
-        found = streamed.streamed_loss(loss, ours, same, mask, heads)
-        return found + self._compare_relations(ours, theirs, ("values",), mask) if self.loss == "minilm" else found
+        found = streamed.streamed_loss(loss, ours, same, mask, heads, queries)
+        if self.loss == "minilm":
+            found = found + self._compare_relations(ours, theirs, ("values",), mask, queries)
+        return found
+
+    def _queries(self, student: Trace, mask: Tensor | None, like: Tensor) -> Tensor | None:
+        """Those whose maps are compared, bool (B, T); None: all that the mask counts."""
+        return None if self.tokens == "all" else learned_tokens(self.place.name, student, mask, like)
 
     def _compare_maps(self, student: Trace, teacher: Trace, pair: Pair, mask: Tensor | None) -> Tensor:
         ours, theirs = student.attention_maps(pair[0]), teacher.attention_maps(pair[1])  # (B, H, T, T)
-        heads = self._heads(pair, ours.shape[1], theirs.shape[1])
+        heads, mask = self._heads(pair, ours.shape[1], theirs.shape[1]), self._by_pair(student, teacher, mask, ours)
         if self.heads == "best-match":
             measure = attention_losses.map_kl if callable(self.loss) else self.function
             costs = attention_losses.head_costs(measure, ours.detach(), theirs, mask)
@@ -121,13 +141,23 @@ class Attention(OverLayers):
             theirs = theirs[:, self.place.matches[pair]]
         elif heads is not None:
             ours, theirs = attention_losses.group_mean(ours, heads), attention_losses.group_mean(theirs, heads)
-        if student.causal and teacher.causal and not callable(self.loss):  # the future takes no part in a mean
-            past = torch.ones(ours.shape[-2:], dtype=torch.bool, device=ours.device).tril()
-            tokens = torch.ones(ours.shape[0::2], dtype=torch.bool, device=ours.device) if mask is None else mask
-            mask = past & tokens[:, None, :, None] & tokens[:, None, None, :]  # (B, 1, T, T)
-            if student.documents is not None:
-                mask = mask & (student.documents[:, None, :, None] == student.documents[:, None, None, :])
         return self.function(ours, theirs, mask)
+
+    def _by_pair(self, student: Trace, teacher: Trace, mask: Tensor | None, maps: Tensor) -> Tensor | None:
+        """The mask (B, T) as a function wants it; of named losses pair by pair, (B, 1, T, T), where some do not count:
+        the future takes no part in a mean.
+        """
+        causal = student.causal and teacher.causal
+        queries = self._queries(student, mask, maps.transpose(1, 2))
+        if callable(self.loss) or (not causal and queries is None):
+            return mask
+        tokens = torch.ones(maps.shape[0::2], dtype=torch.bool, device=maps.device) if mask is None else mask
+        queries = tokens if queries is None else queries.to(tokens.device) & tokens
+        pairs = queries[:, None, :, None] & tokens[:, None, None, :]
+        pairs = pairs.tril() if causal else pairs
+        if causal and student.documents is not None:
+            pairs = pairs & (student.documents[:, None, :, None] == student.documents[:, None, None, :])
+        return pairs
 
     def _inputs_at(self, student: Trace, teacher: Trace, pair: Pair) -> list[Any]:
         """Both sides' attention inputs; ValueError where a side shows its maps alone."""
@@ -140,13 +170,15 @@ class Attention(OverLayers):
                 )
         return [kept(trace, "attentions", layer) for trace, layer in zip((student, teacher), pair, strict=True)]
 
-    def _compare_relations(self, ours: AttentionInputs, theirs: AttentionInputs, of: tuple[str, ...], mask) -> Tensor:
+    def _compare_relations(
+        self, ours: AttentionInputs, theirs: AttentionInputs, of: tuple[str, ...], mask, queries
+    ) -> Tensor:
         heads = self.relation_heads
         heads = streamed.relation_heads(ours, theirs, of) if heads is None else heads
         losses = []
         for which in of:
             sides = streamed.relation_inputs(ours, which, heads), streamed.relation_inputs(theirs, which, heads)
-            losses.append(streamed.streamed_loss("kl", *sides, mask))
+            losses.append(streamed.streamed_loss("kl", *sides, mask, queries=queries))
         return total(losses) / len(losses)
 
     def _heads(self, pair: Pair, student: int, teacher: int) -> int | None:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fakit.losses import features as feature_losses
 from fakit.objective.loss_parameters import checked, ends
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.over_layers import OverLayers
-from fakit.objective.positions import common_mask, kept, labeled_tokens
+from fakit.objective.positions import Tokens, check_tokens, common_mask, kept, learned_tokens
 from fakit.objective.projections import KINDS as PROJECTIONS
 from fakit.objective.projections import LeastSquares, Projection, make_projection
 from fakit.objective.schedules import Schedule
@@ -24,8 +24,6 @@ from fakit.objective.standardization import Moments, Standardization, Standardiz
 from fakit.tracing.trace import Trace
 
 At = Literal["block", "attention", "mlp", "up", "gate", "queries", "keys", "values"]
-Tokens = Literal["all", "labeled"]
-TOKENS: tuple[str, ...] = get_args(Tokens)
 # where a trace holds them
 PLACES = {
     "block": "hidden_states",
@@ -98,8 +96,7 @@ class Features(OverLayers):
         tokens: Tokens = "all",
         **more: Any,
     ):
-        if tokens not in TOKENS:
-            raise ValueError(f"Features(tokens={tokens!r}) is not known; choose one of {', '.join(map(repr, TOKENS))}.")
+        check_tokens("Features", tokens)
         self.tokens = tokens
         if at not in PLACES:
             raise ValueError(f"Features(at={at!r}) is not known; choose one of {', '.join(map(repr, PLACES))}.")
@@ -201,16 +198,7 @@ class Features(OverLayers):
 
     def _learned(self, mask: Tensor | None, student: Trace, like: Tensor) -> Tensor | None:
         """The mask (B, T) without tokens that are not compared."""
-        if self.tokens == "all" or student.labels is None:
-            return mask
-        mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask
-        if student.labels.shape != mask.shape:
-            raise ValueError(
-                f"{self.place.name} compares tokens that carry a label (tokens='labeled'), and the labels are "
-                f"{tuple(student.labels.shape)} beside {tuple(mask.shape)} tokens (B, T); take tokens='all' where "
-                "labels are of texts, and for the encoder of an encoder-decoder."
-            )
-        return labeled_tokens(mask, student.labels, student.documents)
+        return mask if self.tokens == "all" else learned_tokens(self.place.name, student, mask, like)
 
     def _standardization_of(self, layer: int, like: Tensor) -> Standardization:
         name, modules = self._standardization_name(layer), self.place.modules

@@ -157,7 +157,7 @@ class CountedBatch(Mapping):
     @property
     def labeled_tokens(self) -> Tensor:
         """The tokens with a label, and all of texts without one; all where labels are not the tokens'. bool (B, T)"""
-        labels = self.get("labels")
+        labels = self._own_labels
         if labels is None or labels.shape != self.mask.shape:
             return self.mask
         return labeled_tokens(self.mask, labels, self.documents)
@@ -167,6 +167,19 @@ class CountedBatch(Mapping):
         """The number of pairs (query, key) that attention maps are over. ()"""
         lengths = self.lengths
         return (lengths * (lengths + 1) // 2 if self.causal else lengths**2).sum()
+
+    @property
+    def labeled_pairs(self) -> Tensor:
+        """The number of pairs whose query is one of `labeled_tokens`. ()"""
+        keys = self.mask.long().cumsum(1)  # that a causal model's query sees
+        if self.documents is not None:
+            before = torch.where(self.mask, keys - 1, keys)
+            first = torch.zeros_like(keys).scatter_reduce(1, self.documents, before, "amin", include_self=False)
+            keys = keys - first.gather(1, self.documents)
+        if not self.causal:
+            of = self.documents if self.documents is not None else torch.zeros_like(keys)
+            keys = torch.zeros_like(keys).scatter_add_(1, of, self.mask.long()).gather(1, of)
+        return (keys * self.labeled_tokens).sum()
 
     @property
     def positions(self) -> Tensor:
@@ -195,11 +208,12 @@ class CountedBatch(Mapping):
     @property
     def labels(self) -> Tensor | None:
         """Labels as the task's loss sees them: without those that nothing predicts."""
-        labels = self.get("labels")
-        if labels is None:
-            return None
-        own = Trace(mask=self.mask, documents=self.documents, causal=self.causal).own_labels(labels)
+        own = self._own_labels
         return own[:, 1:] if own is not None and self.causal and own.dim() == 2 else own
+
+    @property
+    def _own_labels(self) -> Tensor | None:
+        return Trace(mask=self.mask, documents=self.documents, causal=self.causal).own_labels(self.get("labels"))
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> Tensor:

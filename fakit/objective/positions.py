@@ -1,10 +1,15 @@
 """Which tokens two traces are compared at."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from fakit.layer_maps import Pair
 from fakit.tracing.trace import Trace
+
+Tokens = Literal["all", "labeled"]
+TOKENS: tuple[str, ...] = get_args(Tokens)
 
 
 def predicting(student: Trace, teacher: Trace, labels: Tensor | None, like: Tensor) -> Tensor:
@@ -74,6 +79,33 @@ def labeled_tokens(mask: Tensor, labels: Tensor, documents: Tensor | None = None
         return torch.where(labeled.any(dim=1, keepdim=True), labeled, mask)
     of_document = torch.zeros_like(documents).scatter_add_(1, documents, labeled.long()).gather(1, documents)
     return torch.where(of_document > 0, labeled, mask)
+
+
+def check_tokens(term: str, tokens: str) -> None:
+    """Raise ValueError for what a term cannot be compared at."""
+    if tokens not in TOKENS:
+        raise ValueError(f"{term}(tokens={tokens!r}) is not known; choose one of {', '.join(map(repr, TOKENS))}.")
+
+
+def learned_tokens(name: str, student: Trace, mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """Of a mask (B, T) `labeled_tokens`, for tokens="labeled" of a term; without labels the mask itself.
+
+    Args:
+        like: (B, T, …), of the tokens that the mask is of; None of it counts all of them.
+
+    Raises:
+        ValueError: labels that are not the tokens'.
+    """
+    if student.labels is None:
+        return mask
+    mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask
+    if student.labels.shape != mask.shape:
+        raise ValueError(
+            f"{name} compares tokens that carry a label (tokens='labeled'), and the labels are "
+            f"{tuple(student.labels.shape)} beside {tuple(mask.shape)} tokens (B, T); take tokens='all' where labels "
+            "are of texts, and for the encoder of an encoder-decoder."
+        )
+    return labeled_tokens(mask, student.labels, student.documents)
 
 
 def common_mask(student: Trace, teacher: Trace, pair: Pair) -> Tensor | None:

@@ -105,6 +105,7 @@ def test_what_has_no_prompts_is_refused_before_a_teacher_is_loaded(pairs, world,
             {"name": str(tmp_path / "talks.jsonl"), "options": {"tokens": "all", **options}},
             "instruction data with labels on all",
         ),
+        ({"name": str(tmp_path / "talks.jsonl"), "options": {"packing": True, **options}}, "packed: a sequence holds"),
     ):
         with pytest.raises(ValueError, match=f"on_policy: the student writes answers to prompts, and .* is {found}"):
             prepare(pairs.replace(task=task, teacher=nobody))

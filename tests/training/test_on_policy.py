@@ -232,7 +232,7 @@ def test_a_step_is_the_divergence_and_the_states_of_what_the_student_wrote(outpu
     objective = Objective(
         LayerMap([(2, 2), (3, 3)]),
         Features("mse", weight=0.5, tokens="labeled"),
-        None,
+        Attention("kl", weight=0.25, tokens="labeled"),
         Outputs(**outputs, temperature=2.0, weight=1.5),
         Task(weight=0.7),
     )
@@ -244,22 +244,27 @@ def test_a_step_is_the_divergence_and_the_states_of_what_the_student_wrote(outpu
 
     prompts = [row["input_ids"][: row["labels"].count(-100)] for row in rows()[:4]]
     answers = sampled_by_hand(first, prompts, 5, 0.8, seed_of(3, 0, 0, 0))
-    total, states, tokens = 0.0, [0.0, 0.0], 0
+    total, states, maps, tokens = 0.0, 0.0, 0.0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
         ids, start = torch.tensor([prompt + answer]), len(prompt)
         with torch.no_grad():
             ours, theirs = (model(input_ids=ids, output_hidden_states=True) for model in (first, teacher))
         p, q = ((side.logits[0, start - 1 : -1] / 2.0).log_softmax(-1) for side in (theirs, ours))
         total += 4.0 * divergence(outputs["loss"], p, q).sum().item()
-        for number, layer in enumerate((2, 3)):
+        for layer in (2, 3):
             with torch.no_grad():
-                s, t = (capture(m, {"input_ids": ids}, [layer]).hidden_states[layer] for m in (first, teacher))
-            states[number] += (s - t)[0, start:].square().mean(-1).sum().item()
+                s, t = (capture(m, {"input_ids": ids}, [layer], [layer]) for m in (first, teacher))
+            difference = (s.hidden_states[layer] - t.hidden_states[layer])[0, start:]
+            states += difference.square().mean(-1).sum().item() / 2
+            for place in range(start, start + len(answer)):
+                a, b = (side.attention_maps(layer)[0, :, place, : place + 1] for side in (s, t))  # (H, keys)
+                maps += (b * (b.log() - a.log())).sum(-1).mean().item() / 2
         tokens += len(answer)
     assert "task" not in entry
     assert entry["outputs"] == pytest.approx(total / tokens, abs=1e-6)
-    assert entry["features"] == pytest.approx(sum(states) / 2 / tokens, abs=1e-6)
-    assert entry["loss"] == pytest.approx(1.5 * total / tokens + 0.5 * sum(states) / 2 / tokens, abs=1e-4)
+    assert entry["features"] == pytest.approx(states / tokens, abs=1e-6)
+    assert entry["attention"] == pytest.approx(maps / tokens, abs=1e-6)
+    assert entry["loss"] == pytest.approx((1.5 * total + 0.5 * states + 0.25 * maps) / tokens, abs=1e-4)
     assert entry["on_policy/share"] == 1.0 and entry["on_policy/tokens"] == tokens / 4
     assert entry["on_policy/ended"] == sum(answer[-1] == EOS for answer in answers) / 4
     assert entry["on_policy/tokens_per_second"] > 0

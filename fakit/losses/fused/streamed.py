@@ -48,7 +48,12 @@ def streamed_map_kl(
 
 
 def streamed_loss(
-    loss: str, student: AttentionInputs, teacher: AttentionInputs, mask: Tensor | None = None, heads: int | None = None
+    loss: str,
+    student: AttentionInputs,
+    teacher: AttentionInputs,
+    mask: Tensor | None = None,
+    heads: int | None = None,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """`map_kl` or `map_mse` of two layers' maps, or `score_mse` of their scores, computed without storing them. A
     scalar with gradient for the student.
@@ -59,6 +64,7 @@ def streamed_loss(
         mask: bool (B, T), True = counts, as query and as key.
         heads: average neighboring heads' maps (scores) down to this many on both sides first; None compares head h with
             head h.
+        queries: bool (B, T), those of `mask` whose maps are compared, over all keys of `mask`; None compares all.
 
     Maps are over the keys that count, whether or not the layer itself masks the padding. The KL takes no account of
     attention sinks (its rows sum to 1 over the tokens, as in `map_kl`); the MSE compares maps that a sink has taken its
@@ -72,20 +78,26 @@ def streamed_loss(
     learned = [student.query, student.key, *student.biases()]
     if _learns_sinks(loss, student):
         learned.append(student.sinks)
-    return _Streamed.apply(loss, student, teacher.detach(), mask, heads, *learned)
+    return _Streamed.apply(loss, student, teacher.detach(), mask, heads, queries, *learned)
 
 
-def head_costs(loss: str, student: AttentionInputs, teacher: AttentionInputs, mask: Tensor | None = None) -> Tensor:
+def head_costs(
+    loss: str,
+    student: AttentionInputs,
+    teacher: AttentionInputs,
+    mask: Tensor | None = None,
+    queries: Tensor | None = None,
+) -> Tensor:
     """The loss of every student head against every teacher head, without graph. (H_S, H_T)"""
     with torch.no_grad(), in_full(student.query):
         ours, theirs = _sides(student, teacher, mask, loss)
-        valid = ours.valid
+        compared = _compared(ours.valid, queries)
         costs = ours.query.new_zeros(ours.query.shape[1], theirs.query.shape[1])
         for start, end, keys in _blocks(student, teacher):
             log_s, log_t = (side.rows(start, end, keys) for side in (ours, theirs))
-            counts = valid[:, None, start:end, None]
+            counts = compared[:, None, start:end, None]
             if loss == "score_mse":  # scores may be large and close: their squares apart would be no sum to trust
-                pairs = _pairs(loss, ours, theirs, start, end, keys)
+                pairs = _pairs(loss, ours, theirs, start, end, keys) & counts
                 scores = log_t.masked_fill(~pairs, 0.0)
                 for h, one in enumerate(log_s.masked_fill(~pairs, 0.0).split(1, dim=1)):
                     costs[h] += (scores - one).square().sum((0, 2, 3))
@@ -96,7 +108,7 @@ def head_costs(loss: str, student: AttentionInputs, teacher: AttentionInputs, ma
                 p, q = log_t.exp() * counts, log_s.exp() * counts
                 costs += q.square().sum((0, 2, 3))[:, None] + p.square().sum((0, 2, 3))
                 costs -= 2 * torch.einsum("bhqk,bgqk->hg", q, p)
-        return costs / valid.sum()
+        return costs / compared.sum()
 
 
 def match_heads(costs: Tensor) -> Tensor:
@@ -266,27 +278,28 @@ class _Side:
 
 class _Streamed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, student, teacher, mask, heads, *learned):
+    def forward(ctx, loss, student, teacher, mask, heads, queries, *learned):
         with in_full(student.query):
             ours, theirs = _sides(student, teacher, mask, loss)
-            valid = ours.valid
+            valid = _compared(ours.valid, queries)
             compare = {"kl": _kl, "mse": _mse, "score_mse": _score_mse}[loss]
             needs_grad = any(tensor.requires_grad for tensor in learned)
             if needs_grad:
                 ours.gradients()
             total, pairs = ours.query.new_zeros(()), valid.new_zeros((), dtype=torch.long)
             for start, end, keys in _blocks(student, teacher):
-                counts = valid[:, None, start:end, None]  # (B, 1, rows, 1): padded queries take no part
+                rows = counts = valid[:, None, start:end, None]  # (B, 1, rows, 1): padded queries take no part
                 log_s, log_t = (side.rows(start, end, keys) for side in (ours, theirs))
                 ours.hides_more = ours.hidden is not None and not _same(ours.hidden, theirs.hidden)
                 if loss != "kl":
-                    looked_at = _pairs(loss, ours, theirs, start, end, keys)
+                    looked_at = _pairs(loss, ours, theirs, start, end, keys) & rows
                     pairs += looked_at.any(1).sum()
                     counts = looked_at if loss == "score_mse" else counts
                 value, grad = compare(log_s, log_t, ours, counts, heads, needs_grad)
                 total += value
                 if needs_grad:
-                    ours.back(grad, start, end, keys)
+                    # of queries that are padding what follows is dropped at the end; of others it is not
+                    ours.back(grad if queries is None else grad * rows, start, end, keys)
             compared = (student.query.shape[1] if heads is None else heads) * (valid.sum() if loss == "kl" else pairs)
             if needs_grad:
                 ctx.save_for_backward(compared, *ours.collected())
@@ -297,7 +310,12 @@ class _Streamed(torch.autograd.Function):
     def backward(ctx, grad):
         compared, *saved = ctx.saved_tensors
         factor = grad / compared
-        return None, None, None, None, None, *(None if g is None else g * factor for g in saved)
+        return None, None, None, None, None, None, *(None if g is None else g * factor for g in saved)
+
+
+def _compared(valid: Tensor, queries: Tensor | None) -> Tensor:
+    """The queries whose maps are compared. bool (B, T)"""
+    return valid if queries is None else valid & queries.to(valid.device)
 
 
 def _kl(log_s: Tensor, log_t: Tensor, ours: _Side, counts: Tensor, heads: int | None, needs_grad: bool):
