@@ -21,6 +21,7 @@ SLOW = (
     "house/test_install.py",
     "teaching/test_notebooks_runner.py",
     "training/test_teacher_cache.py",
+    "training/test_teacher_cache_published.py",
     "training/test_teacher_cache_top_k.py",
     "training/test_trainer_checkpoints.py",
     "widgets/test_planner.py",

@@ -11,12 +11,11 @@ from types import SimpleNamespace
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from fakit.files import check_room, locked, sha256, whole
+from fakit.files import check_room, locked
 from fakit.models.blocks import check_model
 from fakit.models.head_kinds import problem_type
 from fakit.models.tables import check_data, tables
@@ -33,6 +32,7 @@ from fakit.training.teacher_cache.fingerprints import (
 )
 from fakit.training.teacher_cache.manifest import (
     VERSION,
+    append_shard,
     check_shards,
     columns_in,
     hashed_columns,
@@ -41,7 +41,6 @@ from fakit.training.teacher_cache.manifest import (
     read_manifest,
     refuse_foreign,
     refuse_missing,
-    write_manifest,
 )
 from fakit.training.teacher_cache.packing import unpack, unpack_all, unpack_top_k
 from fakit.training.teacher_cache.reading import Place, attention_of, check_lengths, documents_of
@@ -217,14 +216,7 @@ class TeacherCache:
         for start in tqdm(range(done, len(dataset), shard_rows), "teacher cache", unit="shard", disable=None):
             numbers = range(start, min(start + shard_rows, len(dataset)))
             shard = make_shard(teacher, [dataset[i] for i in numbers], content, columns, batch_size, padding_side)
-            shard[HASH] = torch.tensor([hashes[i] for i in numbers])
-            path = folder / f"shard-{len(manifest['shards']):05d}.safetensors"
-            with whole(path) as partial:
-                save_file(shard, partial)
-            manifest["shards"].append(
-                {"file": path.name, "rows": len(numbers), "bytes": path.stat().st_size, "sha256": sha256(path)}
-            )
-            write_manifest(folder, manifest)
+            append_shard(folder, manifest, shard, [hashes[i] for i in numbers])
         return cls(folder, read_manifest(folder))
 
     # -- opening --------------------------------------------------------------------------------------------------

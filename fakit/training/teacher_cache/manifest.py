@@ -4,13 +4,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from fakit.files import sha256, write_whole
+from fakit.files import sha256, whole, write_whole
 from fakit.training.teacher_cache.content import CacheContent
 from fakit.training.teacher_cache.fingerprints import MODEL_INPUTS
+from fakit.training.teacher_cache.size import HASH
 
 VERSION = 2
+# What stands for the fingerprint of a teacher whose answers came as files begins so.
+PUBLISHED = "published:"
 _KEYS = ("version", "teacher", "tokenizer", "data", "rows", "content", "name", "config", "causal", "sizes", "shards")
 
 
@@ -43,6 +49,17 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
+def append_shard(folder: Path, manifest: dict, shard: dict[str, Tensor], hashes: Sequence[int]) -> None:
+    """Write a shard, whole or not at all, and what the manifest says of it. `hashes`: of its rows."""
+    path = folder / f"shard-{len(manifest['shards']):05d}.safetensors"
+    with whole(path) as partial:
+        save_file(shard | {HASH: torch.tensor(hashes)}, partial)
+    manifest["shards"].append(
+        {"file": path.name, "rows": len(hashes), "bytes": path.stat().st_size, "sha256": sha256(path)}
+    )
+    write_manifest(folder, manifest)
+
+
 def refuse_foreign(folder: Path, found: dict, asked: dict) -> None:
     """Raise ValueError when the cache that was found is not the one that is asked for: what both are, and the fix."""
     names = {
@@ -59,6 +76,8 @@ def refuse_foreign(folder: Path, found: dict, asked: dict) -> None:
         ours, theirs = (
             json.loads(json.dumps(side.get(key, default))) for side in (asked, found)
         )  # a file has no tuples
+        if key == "teacher" and PUBLISHED in (str(ours)[: len(PUBLISHED)], str(theirs)[: len(PUBLISHED)]):
+            continue  # nobody knows its weights
         if key == "tokenizer" and None in (ours, theirs):  # not given on one side; token ids are in `data`
             continue
         if theirs != ours:

@@ -59,6 +59,17 @@ def pack_top_k(logits: Tensor, top_k: int, dtype: str, temperatures: Sequence[fl
     return packed | {".rest": rest}
 
 
+def pack_known(values: Tensor, indices: Tensor, classes: int, dtype: str) -> dict[str, Tensor]:
+    """As `pack_top_k` at temperature 1, of log-probabilities (N, k) in float64 that are known already. The rest is what
+    they lack of 1: right to the rounding of the values.
+    """
+    packed = pack(values.float(), dtype)
+    packed[".indices"] = indices.to(torch.uint16 if classes <= 2**16 else torch.int32)
+    if values.shape[-1] == classes:
+        return packed | {".logsumexp": torch.zeros(len(values))}
+    return packed | {".rest": torch.log1p(-values.exp().sum(-1, keepdim=True).clamp_max(1.0)).float()}
+
+
 def unpack_all(stored: dict[str, Tensor], classes: int) -> Tensor:
     """Logits (N, V), all of which were among the V largest."""
     kept = _kept(stored)
