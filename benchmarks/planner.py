@@ -107,36 +107,52 @@ def measure(name: str) -> dict[str, float]:
     before any model was made. FLOPs by torch's counter; NaN with a quantized teacher, whose kernels it does not see.
     """
     case = CASES[name]
-    options = {"dtype": "fp32", "terms": ("features", "attention", "outputs", "task")} | case.options
-    task, mixed = options["task"], options["dtype"] == "bf16"
-    _warm_up(task, options)
+    _warm_up(case)
     gc.collect()
     baseline = _resident("VmRSS")
-    torch.manual_seed(0)
-    teacher, student = _models(case, options)
-    objective = _objective(options["terms"], teacher, student)
-    trained = [*student.parameters(), *objective.parameters()]
-    make = {"adamw": lambda p: torch.optim.AdamW(p, fused=True), "sgd": torch.optim.SGD}
-    optimizer = make[options.get("optimizer", "adamw")](trained)
-    batch = _batch(case, task)
+    run = Run(case)
     for step in range(2):
         gc.collect()
         if step:
             Path("/proc/self/clear_refs").write_text("5")
-        _step(teacher, student, objective, batch, mixed)
-        optimizer.step()
-        optimizer.zero_grad()
+        run.step()
     measured = 1024 * (_resident("VmHWM") - baseline)
     flops = math.nan
-    if not options.get("quantize"):
-        batch["attention_mask"].fill_(1)  # every position counts, as in a plan
-        flops = count_flops(lambda: _step(teacher, student, objective, batch, mixed))
+    if not run.options.get("quantize"):
+        run.batch["attention_mask"].fill_(1)  # every position counts, as in a plan
+        flops = count_flops(run.forward_and_backward)
     return {"bytes": measured, "flops": flops}
 
 
-def _step(teacher, student, objective, batch, mixed: bool) -> None:
+class Run:
+    """A case's models, optimizer and batch on a device, and its training step."""
+
+    def __init__(self, case: Case, device: str = "cpu"):
+        self.options = {"dtype": "fp32", "terms": ("features", "attention", "outputs", "task")} | case.options
+        self.device = torch.device(device)
+        torch.manual_seed(0)
+        self.teacher, self.student = _models(case, self.options, device)
+        self.objective = _objective(self.options["terms"], self.teacher, self.student).to(device)
+        trained = [*self.student.parameters(), *self.objective.parameters()]
+        make = {"adamw": lambda p: torch.optim.AdamW(p, fused=True), "sgd": torch.optim.SGD}
+        self.optimizer = make[self.options.get("optimizer", "adamw")](trained)
+        self.batch = {key: value.to(device) for key, value in _batch(case, self.options["task"]).items()}
+
+    def step(self) -> None:
+        """Forward, backward, optimizer."""
+        self.forward_and_backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def forward_and_backward(self) -> None:
+        """Without the optimizer."""
+        mixed = self.options["dtype"] == "bf16"
+        _step(self.teacher, self.student, self.objective, self.batch, mixed, self.device.type)
+
+
+def _step(teacher, student, objective, batch, mixed: bool, device: str) -> None:
     given, needs = objective.needs("teacher"), objective.needs("student")
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+    with torch.autocast(device, torch.bfloat16, enabled=mixed):
         with torch.no_grad():
             theirs = capture(teacher, batch, given.hidden_states, given.attentions, given.capture_logits)
         ours = capture(student, batch, needs.hidden_states, needs.attentions, needs.capture_logits)
@@ -145,7 +161,7 @@ def _step(teacher, student, objective, batch, mixed: bool) -> None:
     total.backward()
 
 
-def _models(case: Case, options: dict):
+def _models(case: Case, options: dict, device: str):
     config, task = case.config(), options["task"]
     dtype = torch.bfloat16 if options["dtype"] == "bf16" else torch.float32
     teacher = (
@@ -164,13 +180,13 @@ def _models(case: Case, options: dict):
             teacher.save_pretrained(folder)
             del teacher
             gc.collect()
-            teacher = load_teacher(folder, task, options["quantize"], dtype=dtype, device="cpu")
+            teacher = load_teacher(folder, task, options["quantize"], dtype=dtype, device=device)
         for tensor in [
             *teacher.parameters(),
             *teacher.buffers(),
         ]:  # what is not quantized is the mapped file itself: let it go
             tensor.data = tensor.data.clone()
-    return teacher, student
+    return teacher if options.get("quantize") else teacher.to(device), student.to(device)
 
 
 def _objective(terms: tuple[str, ...], teacher, student) -> Objective:
@@ -195,26 +211,21 @@ def _batch(case: Case, task: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _warm_up(task: str, options: dict) -> None:
+def _warm_up(case: Case) -> None:
     """A step of tiny models: libraries are loaded and threads started before anything is measured."""
-    kind = {"causal-lm": "gpt2", "masked-lm": "bert", "sequence-classification": "bert"}[task]
+    kind = {"causal-lm": "gpt2", "masked-lm": "bert", "sequence-classification": "bert"}[case.options["task"]]
     small = {
         "gpt2": dict(n_embd=32, n_head=2),
         "bert": dict(hidden_size=32, num_attention_heads=2, intermediate_size=64),
     }
     MODELS["warm up"] = (kind, small[kind])
-    case = Case("warm up", 2, "1", 2, 16, options)
-    teacher, student = _models(case, options)
-    objective = _objective(options["terms"], teacher, student)
-    _step(teacher, student, objective, _batch(case, task), options["dtype"] == "bf16")
-    optimizer = torch.optim.AdamW(student.parameters(), fused=True)
-    optimizer.step()
+    Run(Case("warm up", 2, "1", 2, 16, case.options | {"optimizer": "adamw"})).step()
 
 
-def predict(name: str) -> Plan:
-    """The plan of a case, for the CPU, from its configuration."""
+def predict(name: str, device: str = "cpu") -> Plan:
+    """The plan of a case from its configuration, for the CPU or a GPU."""
     case = CASES[name]
-    return plan(case.config(), case.student, case.batch, case.seq, device="cpu", **{"dtype": "fp32"} | case.options)
+    return plan(case.config(), case.student, case.batch, case.seq, device=device, **{"dtype": "fp32"} | case.options)
 
 
 def row(name: str) -> str:

@@ -62,24 +62,24 @@ def loss_of(objective: Objective, teacher: nn.Module, student: nn.Module, batch:
     return objective(ours, theirs, batch["labels"]).total
 
 
-def by_fakit(objective: Callable[[], Objective], size: Size) -> Way:
+def by_fakit(objective: Callable[[], Objective], size: Size, device: torch.device | str = "cpu") -> Way:
     """The kit's way, under fused attention."""
-    teacher, student = models(size)
+    teacher, student = models(size, device=device)
     return Way(partial(loss_of, objective(), teacher, student), list(student.parameters()))
 
 
-def heads(whole: bool, size: Size) -> Way:
+def heads(whole: bool, size: Size, device: torch.device | str = "cpu") -> Way:
     """The output loss from hidden states (N, d) and two heads (V, d): through whole logits,
     or a chunk of tokens at a time.
     """
     vocabulary = 151_936 if size == FULL else size.vocabulary
     torch.manual_seed(0)
-    teacher = torch.randn(vocabulary, size.width) / size.width**0.5
-    student = nn.Parameter(torch.randn(vocabulary, size.width) / size.width**0.5)
+    teacher = (torch.randn(vocabulary, size.width) / size.width**0.5).to(device)
+    student = nn.Parameter((torch.randn(vocabulary, size.width) / size.width**0.5).to(device))
 
     def loss(batch: Batch) -> Tensor:
         random = torch.Generator().manual_seed(0)
-        ours, theirs = torch.randn(2, batch["input_ids"].numel(), size.width, generator=random)
+        ours, theirs = torch.randn(2, batch["input_ids"].numel(), size.width, generator=random).to(device)
         ours.requires_grad_()
         if whole:
             return hand_written.output_loss(F.linear(ours, student), F.linear(theirs, teacher))
@@ -89,7 +89,7 @@ def heads(whole: bool, size: Size) -> Way:
     return Way(loss, [student])
 
 
-WAYS: dict[str, dict[str, Callable[[Size], Way]]] = {
+WAYS: dict[str, dict[str, Callable[..., Way]]] = {  # each is given a size, and a device
     "all terms": {
         "by hand": partial(hand_written.by_hand, hand_written.all_terms, "eager"),
         "floor": partial(hand_written.by_hand, hand_written.floor, "sdpa"),

@@ -18,6 +18,8 @@ SLOW = (
     "planner/",
     "scale/",
     "house/test_benchmarks.py",
+    "house/test_gpu.py",
+    "house/test_gpu_card.py",
     "house/test_install.py",
     "teaching/test_notebooks_runner.py",
     "training/test_teacher_cache.py",

@@ -43,7 +43,7 @@ Student = str | int | tuple[int, int | None] | Sequence[int]
 
 # What a GPU holds beside tensors: the driver's context, cuBLAS' workspaces and loaded kernels; and the share of what
 # comes and goes in a step that the caching allocator cannot use, for its blocks do not fit together. Both are
-# assumptions: no GPU has measured them here.
+# assumptions, which `make gpu` measures.
 CONTEXT = 0.7 * GB
 FRAGMENTS = 0.05
 # There before and after every step.
@@ -285,8 +285,8 @@ class Plan:
         lines += self._times()
         if setup.accelerator:
             lines.append(
-                f"Overhead ({CONTEXT / GB:.1g} GB context, {FRAGMENTS:.0%} fragments) and times are assumptions: no "
-                "GPU has measured them here."
+                f"Overhead ({CONTEXT / GB:.1g} GB context, {FRAGMENTS:.0%} fragments) and times are assumptions; "
+                "docs/gpu.md says which cards have measured them."
             )
         return "\n".join(lines)
 

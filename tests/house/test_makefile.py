@@ -63,6 +63,7 @@ SET_UP = [
         ("test", ["-m tests.browser.find", "-m pytest -n 2 --dist loadfile"]),
         ("unit", ["-m pytest -n 2 --dist loadfile -m not slow"]),
         ("bench", ["-m benchmarks"]),
+        ("gpu", ["-m benchmarks.gpu"]),
         ("data-llm", ["-m fakit.models.smollm2"]),
     ],
 )
@@ -91,6 +92,12 @@ def test_lab_opens_the_notebooks_folder(folder):
     done, calls = make(folder, "lab", "ARGS=--no-browser")
     assert done.returncode == 0, done.stderr
     assert calls[-1].startswith("-m jupyterlab --ServerApp.root_dir=notebooks") and "--no-browser" in calls[-1]
+
+
+def test_gpu_runs_in_an_environment_that_is_there(folder):
+    done, calls = make(folder, "gpu", "VENV=none", "ARGS=--device cpu")
+    assert done.returncode == 0 and calls == ["-m benchmarks.gpu --device cpu"], done.stderr
+    assert not (folder / ".venv").exists()
 
 
 def test_the_profile_is_handed_on(folder):
@@ -154,7 +161,7 @@ def test_what_unit_leaves_out_is_there():
 
 def test_help_names_every_command(folder):
     done, _ = make(folder)
-    for target in ("run", "lab", "test", "unit", "bench", "setup", "clean"):
+    for target in ("run", "lab", "test", "unit", "bench", "gpu", "setup", "clean"):
         assert f"make {target} " in done.stdout
 
 

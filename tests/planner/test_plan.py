@@ -147,7 +147,7 @@ def test_it_draws_and_prints_itself(small):
     bundle = small._repr_mimebundle_()
     assert set(bundle) == {"application/vnd.plotly.v1+json", "image/svg+xml", "text/plain"}
     text = bundle["text/plain"]
-    assert "no GPU has measured them" in text and "Does not fit" in text and "openai-community/gpt2" in text
+    assert "times are assumptions" in text and "Does not fit" in text and "openai-community/gpt2" in text
     figure = small.figure()
     assert [trace.name for trace in figure.plotly.data] == [part for part in small.memory]
     assert list(figure.plotly.data[0].y)[-1] == "as asked"

@@ -7,7 +7,7 @@ divides by the number of targets that are not -100 and leaves τ² to its caller
 and gradients of the three equal ours to 4e-7. Any β but ½ is computed by `chunked` itself:
 releases of Liger differ in which side β weighs.
 
-No machine of ours has a GPU: the compiled path was never run, neither for its result nor for its speed and memory.
+The compiled path runs on a GPU alone: `make gpu` compares its result, speed and memory (docs/gpu.md).
 """
 
 from importlib import import_module
