@@ -10,7 +10,7 @@ from fakit.__main__ import main
 from fakit.experiments import ExperimentConfig, RunStore, Study
 from fakit.experiments import study as study_module
 from fakit.experiments.baselines import baseline_id
-from fakit.experiments.statistics import Interval, main_effects, mean_interval, paired_difference
+from fakit.experiments.statistics import Interval, main_effects, mean_interval, paired_difference, paired_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = {
@@ -19,6 +19,7 @@ RECORDED = {
     "maps": "maps.yaml",
     "weights": "weights.yaml",
     "skew_and_dynamics": "skew_and_dynamics.yaml",
+    "recipes": "recipes.yaml",
 }
 
 
@@ -102,6 +103,25 @@ def test_the_record_of_the_weights_is_whole_and_small():
     runs = store.runs()
     assert (runs["steps"] == runs["config.training.steps"]).all() and runs["score"].between(0, 1).all()
     assert sum(path.stat().st_size for path in store.path.iterdir()) < 1_000_000
+
+
+def test_the_recipes_side_by_side_are_as_the_readme_says():
+    """Counts and intervals of the README, from the record; docs/losses.md has the table, which a test of its holds."""
+    runs = RunStore(ROOT / "data/recorded/recipes").runs()
+    runs = runs[runs["kind"] == "run"]
+    none, soft = (paired_table(runs, "score", arm).set_index("arm") for arm in ("none", "distilbert"))
+    ahead, behind = ((none["p_holm"] < 0.05) & (sign * none["gain"] > 0) for sign in (1, -1))
+    others = soft[soft["p_holm"] < 0.05].drop(index="none")
+    best = others[others["gain"] > 0]
+
+    def told(row) -> str:
+        return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * row[key] for key in ("gain", "gain_low", "gain_high")))
+
+    text = (ROOT / "README.md").read_text()
+    assert f"**{ahead.sum()} of {len(none) - 1} published recipes beat labels alone" in text
+    assert f"Three fall behind ({', '.join(f'`{arm}`' for arm in behind[behind].index)})" in text and behind.sum() == 3
+    assert f"DistilBERT's gain {told(none.loc['distilbert'])}" in text
+    assert list(best.index) == ["mobilebert"] and f"`mobilebert` {told(best.loc['mobilebert'])} points" in text
 
 
 def test_what_skew_and_dynamics_are_worth_is_as_the_recipe_says():
