@@ -36,14 +36,14 @@ HEAD = (
     "another architecture), and measure them against outputs alone.",
 )
 SIDE_BY_SIDE = (
-    "All recipes that the kit had on 29 November 2026, on one student at equal steps: 2 of MiniLM's 6 layers, copied, on "
-    "`glosses` with 350 labels and 120 batches of 16, five paired seeds; `fakit study configs/recipes.yaml --out "
+    "All recipes that the kit had on 29 November 2026, on one student at equal steps: 2 of MiniLM's 6 layers, copied, "
+    "on `glosses` with 350 labels and 120 batches of 16, five paired seeds; `fakit study configs/recipes.yaml --out "
     "data/recorded/recipes`.",
-    "In brackets: 95 % intervals over seeds; p is that of a paired t test after Holm's correction for all recipes of its "
-    "column.",
+    "In brackets: 95 % intervals over seeds; p is that of a paired t test after Holm's correction for all recipes of "
+    "its column.",
     "What it cannot say: what a recipe is worth with its own data, length and student.",
-    "`minilm` and `minilmv2` have neither the task nor outputs in them: the copied classifier then reads a body that was "
-    "trained away from it, and a fine-tuning that this study leaves out belongs behind them.\n",
+    "`minilm` and `minilmv2` have neither the task nor outputs in them: the copied classifier then reads a body that "
+    "was trained away from it, and a fine-tuning that this study leaves out belongs behind them.\n",
 )
 RELATIONS = (
     "KL of softmax(X Xᵀ/√d_r) for queries, keys and values, re-split into relation heads. MiniLMv2 (Wang et al. 2021); "
