@@ -89,15 +89,13 @@ class Trace:
         return self.mask if self.encoder_layers is None else self.decoder_mask
 
     def own_labels(self, labels: Tensor | None) -> Tensor | None:
-        """Labels without those that a causal model has nothing to go by for:
-        -100 where a text begins behind padding or another text.
-        """
+        """Labels without those that a causal model has nothing to go by for: -100 where a text begins."""
         mask, documents = self.mask, self.documents
         if labels is None or mask is None or not self.causal or labels.shape != mask.shape:
             return labels
         begins = mask[:, 1:] & ~mask[:, :-1]  # (B, T - 1)
         begins = begins if documents is None else begins | (documents.diff(dim=1) != 0)
-        return labels.masked_fill(pad(begins, (1, 0)).to(labels.device), -100)
+        return labels.masked_fill(pad(begins, (1, 0), value=True).to(labels.device), -100)
 
     def attention_maps(self, layer: int) -> Tensor:
         """Attention maps of one layer, before dropout, in float32 or better. (B, H, T, T)

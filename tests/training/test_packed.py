@@ -42,6 +42,7 @@ def rows() -> Dataset:
         ids = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
         labels = [-100] * (length // 3) + ids[length // 3 :]
         made.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
+    made[3]["labels"] = made[3]["input_ids"]  # nothing predicts its first
     made[-1]["labels"] = [-100] * 8
     return Dataset.from_list(made)
 
@@ -100,12 +101,13 @@ def test_packed_is_one_by_one(family, implementation, collator):
         {"attention": Attention("relations")},
         {"attention": Attention("minilm")},
         {"attention": Attention("kl", heads="best-match")},
-        {"features": Features("cosine", tokens="labeled")},
+        {"features": Features("cosine", tokens="labeled"), "attention": Attention("mse", tokens="labeled")},
+        {"attention": Attention("kl", tokens="labeled")},
         {"outputs": Outputs("jsd", beta=0.3)},
         {"outputs": Outputs("rlkd")},
         {"terms": {"dynamics": Dynamics(), "mixed": LayerAttention(layer_map=LayerMap([(1, 1), (1, 2), (2, 3)]))}},
     ],
-    ids=lambda changes: str(*changes.values())[:40],
+    ids=lambda changes: " ".join(f"{name} {term}" for name, term in changes.items())[:60],
 )
 def test_packed_is_one_by_one_for_other_terms(changes):
     teacher = tiny("llama")
