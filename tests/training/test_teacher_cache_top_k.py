@@ -25,7 +25,8 @@ from fakit import (
     shrink,
 )
 from fakit.losses import outputs
-from fakit.losses.top_k import SERVED, TopK, buckets
+from fakit.losses.top_k import SERVED, TopK, buckets, excess_at_most
+from fakit.tasks import embedded_teacher, load_task
 from fakit.training.teacher_cache import CacheContent
 from tests.families import VOCAB, tiny, tokenizer
 from tests.training.runs import At, arguments, logged, weights
@@ -173,6 +174,22 @@ def test_packed_by_the_collator_and_in_the_rows(tmp_path):
     how = {"train": packed, "collate": collate}
     found, expected = (logged(run(tmp_path, outputs_alone, given, **how)) for given in (cache, None))
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_bounds_hold_on_the_distributions_of_a_trained_teacher():
+    live, words = embedded_teacher("scans")
+    batch = {"input_ids": torch.tensor(load_task("scans").encode("validation", words, 64)["input_ids"][0][:40])[None]}
+    ours, theirs = (capture(model, batch).logits.double() for model in (shrink(live, 2), live))
+    for k in (1, 4, 16):
+        values, indices = theirs.log_softmax(-1).topk(k)
+        rest = theirs.log_softmax(-1).scatter(-1, indices, -torch.inf).logsumexp(-1)
+        top = TopK(values, indices, {1.0: rest}, theirs.shape[-1])
+        joined = buckets(ours, top)
+        for loss in SERVED:
+            full = outputs.PER_POSITION[loss](ours, theirs)
+            assert (outputs.PER_POSITION[loss](*joined) <= full * (1 + 1e-6) + 1e-9).all(), loss
+        lost = outputs.PER_POSITION["forward_kl"](ours, theirs) - outputs.PER_POSITION["forward_kl"](*joined)
+        assert (lost <= excess_at_most(ours, top) + 1e-9).all() and lost.mean() > 1e-4
 
 
 # -- its size ---------------------------------------------------------------------------------------------------------
