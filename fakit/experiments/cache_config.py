@@ -66,7 +66,8 @@ class TeacherCacheConfig(Section):
 
 
 def cache_of(configured: TeacherCacheConfig | None, **given: Any) -> TeacherCacheConfig | None:
-    """What a configuration and a command ask for together; None where neither asks for a cache.
+    """What a configuration and a command ask for together; None where neither asks for a cache. A dtype alone asks for
+    none.
 
     Args:
         given: at the command, by key; None where it says nothing. It goes before the configuration.
@@ -75,7 +76,7 @@ def cache_of(configured: TeacherCacheConfig | None, **given: Any) -> TeacherCach
         ValueError: a cache without a folder, or a value that it cannot have.
     """
     given = {key: value for key, value in given.items() if value is not None}
-    if configured is None and not given:
+    if configured is None and not given.keys() - {"dtype"}:
         return None
     asked = TeacherCacheConfig() if configured is None else configured
     asked = TeacherCacheConfig(**{key: getattr(asked, key) for key in asked.keys()} | given)  # noqa: SIM118 (no dict)

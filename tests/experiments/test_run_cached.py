@@ -101,7 +101,7 @@ def test_the_command_goes_before_the_file():
     filed = TeacherCacheConfig(folder="a", top_k=8, dtype="float16")
     assert cache_of(filed, folder=None, dtype=None, top_k=None) == filed
     assert cache_of(filed, folder="b", top_k=4) == TeacherCacheConfig(folder="b", top_k=4, dtype="float16")
-    assert cache_of(None, folder=None, dtype=None) is None
+    assert cache_of(None, folder=None, dtype=None) is None and cache_of(None, dtype="int8") is None
     with pytest.raises(ValueError, match=r"\(top_k 4\) and no folder for it"):
         cache_of(None, top_k=4)
     with pytest.raises(ValueError, match=r"teacher_cache\.top_k: found 0"):
