@@ -80,8 +80,8 @@ def test_prompts_of_one_length_go_together_where_padding_on_the_left_is_read(mon
     student.register_forward_pre_hook(lambda _, args, given: asked.append(given["input_ids"].shape), with_kwargs=True)
     prompts = [*PROMPTS, [9], [6, 6, 6]]
     written = write(student, prompts, OnPolicy(max_new_tokens=3, temperature=0), ends=(-1,), seed=0)
-    first = [shape for number, shape in enumerate(asked) if number % 3 == 0]
-    assert first == [(2, 1), (2, 3), (1, 4), (1, 5)]
+    lengths = [(2, 1), (2, 3), (1, 4), (1, 5)]
+    assert asked == [shape for rows, length in lengths for shape in ((rows, length), (rows, 1), (rows, 1))]  # a cache
     assert written == [greedy_by_hand(student, prompt, 3, ends=()) for prompt in prompts]
 
 
@@ -483,7 +483,21 @@ def test_a_teacher_cache_and_no_end(tmp_path):
     student.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="no token is known to end an answer"):
         run(tmp_path, (teacher, student, objective), OnPolicy(**SHORT))
+    with pytest.raises(ValueError, match=r"token 50 is to end an answer, .* writes tokens 0–49"):
+        run(tmp_path, (teacher, student, objective), OnPolicy(eos_token_id=(7, 50), **SHORT))
     run(tmp_path, (teacher, student, objective), OnPolicy(eos_token_id=7, **SHORT))
+
+
+def test_a_student_in_shards(tmp_path, monkeypatch):
+    made = DistillationTrainer.create_accelerator_and_postprocess
+
+    def sharded(trainer):
+        made(trainer)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(DistillationTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ValueError, match="on-policy distillation and a student in shards"):
+        run(tmp_path, on_policy=OnPolicy(**SHORT))
 
 
 def test_a_weight_that_is_set_to_0_while_training_is_named(tmp_path):

@@ -57,6 +57,13 @@ def rollouts(
         raise ValueError(no_prompts("rows that pack several texts (DataCollatorWithFlattening)"))
     own = on_policy.eos_token_id
     ends = ends_of(tokenizer, student) if own is None else (own,) if isinstance(own, int) else tuple(own)
+    size = student.config.get_text_config().vocab_size
+    if beyond := [end for end in ends if not 0 <= end < size]:
+        raise ValueError(
+            f"on-policy distillation: token {beyond[0]} is to end an answer, and the student "
+            f"({type(without_adapter(student)).__name__}) writes tokens 0–{size - 1}; give OnPolicy(eos_token_id=…) "
+            "one of these."
+        )
     _check_room(on_policy, longest_prompt(rows), student=student, teacher=teacher)
     vocabulary = teacher.config.get_text_config().vocab_size
     fill = student.config.get_text_config().pad_token_id
