@@ -21,11 +21,12 @@ from fakit.models.random_state import random_state_kept
 from fakit.objective.comparison import compare
 from fakit.objective.needs import LAYERS, Needs
 from fakit.objective.objective import Objective
+from fakit.objective.term import Term
 from fakit.objective.units import Units
 from fakit.tracing.capture import capture
 from fakit.tracing.inputs import evaluated, find_documents, refuse_mixing
 from fakit.tracing.trace import BY_TOKEN, Trace
-from fakit.training.teacher_cache.content import CacheContent
+from fakit.training.teacher_cache import TeacherCache
 from fakit.training.teacher_cache.training import ROW, CachedTeacher
 
 _COLUMNS = ("input_ids", "attention_mask", "position_ids", "seq_idx", "labels", ROW)
@@ -59,15 +60,17 @@ def check_packed(
     asked = {name: objective.needs_of(name, "teacher") for name in objective.terms}
     theirs = None
     if cached is not None:
-        asked = {name: needs for name, needs in asked.items() if _holds(cached.cache.content, needs)}
+        asked = {n: needs for n, needs in asked.items() if _holds(cached.cache, objective.terms[n], needs)}
         theirs = partial(cached.statistics, rows, args.device) if any(asked.values()) else None
     check_terms(objective, list(asked), student, models.get("teacher"), batch, theirs)
 
 
-def _holds(content: CacheContent, needs: Needs) -> bool:
+def _holds(cache: TeacherCache, term: Term, needs: Needs) -> bool:
     """Whether a cache can answer a term; one that it cannot is refused when its weight is set above 0."""
+    content = cache.content
+    lacking = needs.logits and any(content.missing_logits(term, cache.manifest.get("classes")))
     layers = all(getattr(needs, name) <= set(getattr(content, name)) for name in LAYERS)
-    return layers and (content.logits or not needs.logits) and not needs.lens
+    return layers and not lacking and not needs.lens
 
 
 def _joins(collator: Callable) -> bool:
@@ -226,6 +229,8 @@ class Split:
             attention={i: self._attention(inputs) for i, inputs in trace.attention.items()},
             maps={i: x[rows[:, None, None], :, places[:, :, None], places[:, None]] for i, x in trace.maps.items()},
             logits=self.tokens(trace.logits) if by_token else trace.logits,
+            top_k=None if trace.top_k is None else trace.top_k.map(self.tokens),
+            logits_known=None if trace.logits_known is None else self.tokens(trace.logits_known),
             head=None if trace.head is None else replace(trace.head, hidden=self.tokens(trace.head.hidden)),
             mask=self.mask,
             documents=None,

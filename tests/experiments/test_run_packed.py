@@ -45,6 +45,15 @@ def test_a_cache_gives_what_the_live_teacher_gives_and_texts_are_counted(tmp_pat
     assert results[0].score == pytest.approx(results[1].score, rel=1e-4)
 
 
+def test_the_largest_logits_of_packed_rows(tmp_path):
+    """Before the first step they are compared with those of rows of their own, also where some rows have no label."""
+    how = {"progress": False, "count_flops": False, "teacher_cache": tmp_path / "cache", "cache_dtype": "float32"}
+    result = run_experiment(config(tmp_path), cache_top_k=8, **how)
+    live = run_experiment(config(tmp_path), progress=False, count_flops=False)
+    assert result.teacher_cache == "float32, top 8"
+    assert 0 < result.history[0]["outputs"] <= live.history[0]["outputs"] * 1.0001  # a lower bound, of the same student
+
+
 def test_what_mixes_texts_is_refused_before_the_teacher_is_cached(tmp_path):
     pooled = {"terms": {"pooled": {"kind": "pooled"}}}
     with pytest.raises(ValueError, match=r"the pooled term \(Pooled\) takes a row for one text: over"):

@@ -150,10 +150,11 @@ class CacheContent:
             if needs.lens:
                 found.append(f"the teacher's own norm and head, which no cache holds ({name} term)")
             if needs.logits:
-                found += [f"{what} ({name} term)" for what in self._missing_logits(term, classes)]
+                found += [f"{what} ({name} term)" for what in self.missing_logits(term, classes)]
         return found
 
-    def _missing_logits(self, term: Term, classes: int | None) -> Iterator[str]:
+    def missing_logits(self, term: Term, classes: int | None) -> Iterator[str]:
+        """What it has not of the logits that a term asks for."""
         if not self.logits:
             yield "the logits"
             return
