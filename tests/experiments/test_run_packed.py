@@ -33,8 +33,8 @@ def config(folder, family: str = "llama", **changes) -> ExperimentConfig:
 
 def test_a_cache_gives_what_the_live_teacher_gives_and_texts_are_counted(tmp_path):
     results = [
-        run_experiment(config(tmp_path), progress=False, count_flops=False, teacher_cache=cache, cache_dtype="float32")
-        for cache in (None, tmp_path / "cache")
+        run_experiment(config(tmp_path), progress=False, count_flops=False, **cache)
+        for cache in ({}, {"teacher_cache": tmp_path / "cache", "cache_dtype": "float32"})  # which has logits at labels
     ]
     assert [(result.labeled, result.unlabeled) for result in results] == [(32, 5)] * 2
     names = {"features", "attention", "outputs", "task", "loss"}
