@@ -106,8 +106,8 @@ def run_one(check: Check, bench: Bench) -> Outcome:
     except Exception as error:  # a check that breaks is a finding, and the next one runs
         status, reason = FAILED, f"{type(error).__name__}: {_first_line(error)}"
     taken = time.perf_counter() - start
-    gc.collect()
     if not bench.on_cpu:
+        gc.collect()
         _empty_cache()
     return Outcome(check.group, check.name, status, reason, numbers, taken)
 

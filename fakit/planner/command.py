@@ -10,7 +10,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options; each is a keyword of `fakit.planner.plan`."""
     add = parser.add_argument
     add("--teacher", required=True, metavar="ID_OR_PATH", help="a folder, a hub id, or a recorded model (Llama-3.1-8B)")
-    add("--student", required=True, metavar="LAYERS[xWIDTH]", help="4: four layers of the teacher's width; 4x1024")
+    students = "4: four layers of the teacher's width; 4x1024; or a model of its own (Llama-3.2-1B), as --teacher"
+    add("--student", required=True, metavar="LAYERS[xWIDTH]|MODEL", help=students)
     add("--batch", type=int, default=8, metavar="N", help="rows of a batch (%(default)s)")
     add("--seq", type=int, default=512, metavar="T", help="tokens of a row (%(default)s)")
     add("--quantize", choices=("8bit", "4bit"), help="the teacher; not unless given")

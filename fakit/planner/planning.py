@@ -5,11 +5,9 @@ and how long will it take? From configurations alone.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +21,9 @@ from fakit.models.kinds import untied
 from fakit.models.load import check_stored_precision, resolve_model, stored_precision
 from fakit.models.pretrained import CLASSES, in_one_sentence
 from fakit.planner.cards import CARDS, GB, Card, find_card
-from fakit.planner.presets import PRESETS, config_text, guess_task, read_config
+from fakit.planner.presets import config_text, guess_task, read_config, recorded
 from fakit.planner.step import OPTIMIZERS, TERMS, Setup, Step, built, position_limit, simulate
+from fakit.planner.students import Student, check_vocabularies, is_model, parse_student, whole
 from fakit.training.precision import bf16_is_fast
 
 if TYPE_CHECKING:
@@ -38,8 +37,6 @@ _NEEDS_DATA = (
     fake_tensor.UnsupportedFakeTensorException,
     fake_tensor.UnsupportedOperatorException,
 )
-
-Student = str | int | tuple[int, int | None] | Sequence[int]
 
 # What a GPU holds beside tensors: the driver's context, cuBLAS' workspaces and loaded kernels; and the share of what
 # comes and goes in a step that the caching allocator cannot use, for its blocks do not fit together. Both are
@@ -258,7 +255,8 @@ class Plan:
         lines = [
             f"teacher  {self.teacher}, {step.depths['teacher']} layers × {step.widths['teacher']}, "
             f"{millions['teacher']:,.0f} M parameters, {setup.quantize or _DTYPES[setup.dtype]}",
-            f"student  {step.depths['student']} layers × {step.widths['student']}, {millions['student']:,.0f} M "
+            f"student  {setup.student_name and setup.student_name + ', '}{step.depths['student']} layers × "
+            f"{step.widths['student']}, {millions['student']:,.0f} M "
             "parameters, float32" + (" under bf16 autocast" if setup.dtype == "bf16" else ""),
             f"step     {setup.batch} × {setup.seq} tokens, {', '.join(setup.terms)}, {setup.optimizer}"
             + (", gradient checkpointing" if setup.checkpointing else ""),
@@ -348,7 +346,8 @@ def plan(
     Args:
         teacher: a recorded model ("meta-llama/Llama-3.1-8B", or what stands after the slash), a folder, a hub id, a
             configuration or a model.
-        student: layers, or layers and width: 4, "4", (4, 1024), "4x1024"; or the teacher's block numbers, [1, 8, 16].
+        student: layers, or layers and width: 4, "4", (4, 1024), "4x1024"; or the teacher's block numbers, [1, 8, 16];
+            or another model, as for the teacher ("meta-llama/Llama-3.2-1B").
         batch: rows of a batch, in one micro-step.
         seq: tokens of a row, padding included.
         quantize: the teacher's: None, "8bit" or "4bit"; of a checkpoint that is quantized already, as it is stored.
@@ -366,13 +365,15 @@ def plan(
         device: "gpu", or "cpu", which takes the sizes and kernels of a CPU and no overhead.
 
     Raises:
-        ValueError: nothing to be read as teacher, a student that it does not allow, or a setting that is not known.
+        ValueError: nothing to be read as teacher or student, a student that the teacher does not allow (another
+            vocabulary), or a setting that is not known.
 
     >>> plan("gpt2", "4x256", batch=4, seq=128, memory="T4").fits
     True
     """
     name, config = read_config(teacher)
-    layers, width = parse_student(student)
+    own = read_config(student) if is_model(student) else None
+    layers, width = parse_student(student) if own is None else (0, None)
     choices = {
         "quantize": (quantize, (None, "8bit", "4bit")),
         "dtype": (dtype, ("auto", *_DTYPES)),
@@ -384,7 +385,7 @@ def plan(
     for what, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{what} is {value!r}; choose one of {', '.join(map(str, known))}.")
-    batch, seq = _whole("batch", batch), _whole("seq", seq)
+    batch, seq = whole("batch", batch), whole("seq", seq)
     for what, number, most in (
         ("tokens", 1 if tokens is None else tokens, "finite"),
         ("utilization", utilization, "at most 1"),
@@ -409,11 +410,9 @@ def plan(
         dtype = "bf16" if device == "gpu" or bf16_is_fast(torch.device("cpu")) else "fp32"
     how = (quantize, dtype, optimizer, checkpointing, used, pairs, device == "gpu")
     setup = Setup(config_text(config), task or guess_task(config), layers, width, batch, seq, *how)
-    source = config if name in PRESETS or isinstance(teacher, PreTrainedConfig) else teacher
-    source = resolve_model(source) if isinstance(source, str | Path) else source
-    with in_one_sentence(name, f"as a {setup.task} model"):
-        made = built(setup.config, setup.task)
-    setup = replace(setup, untied=untied(made, source), stored=stored is not None)
+    setup = replace(setup, untied=_untied(name, teacher, config, setup.task), stored=stored is not None)
+    if own is not None:
+        setup = _with_student(setup, student, own, name)
     steps = None if tokens is None else math.ceil(tokens / (batch * seq))
     positions = position_limit(setup.config, setup.task)
     if positions is not None and seq > positions:
@@ -434,36 +433,34 @@ def plan(
     return Plan(name, setup, step, limit_name, limit, card, utilization, steps, assumed)
 
 
-def _whole(what: str, number: float) -> int:
-    """A whole number from 1 to 10⁹, also where it came as a float or from NumPy: torch counts no larger tensors."""
-    if isinstance(number, bool) or not isinstance(number, Real) or not float(number).is_integer() or number < 1:
-        raise ValueError(f"{what} is {number!r}; it is a whole number above 0.")
-    if number > 10**9:
-        raise ValueError(f"{what} is {number:.3g}; a step has no more than 10⁹ of them.")
-    return int(number)
+def _untied(name: str, model: Student, config: PreTrainedConfig, task: str) -> tuple[str, ...]:
+    """Parameters that the configuration ties, and the weights of the model do not."""
+    source = config if recorded(name) or isinstance(model, PreTrainedConfig) else model
+    source = resolve_model(source) if isinstance(source, str | Path) else source
+    with in_one_sentence(name, f"as a {task} model"):
+        made = built(config_text(config), task)
+    return untied(made, source)
 
 
-def parse_student(student: Student) -> tuple[int | tuple[int, ...], int | None]:
-    """(layers, width) of 4, "4", "4x1024", (4, 1024) or [1, 8, 16]; width None is the teacher's."""
-    if isinstance(student, int) and not isinstance(student, bool):
-        return student, None
-    if isinstance(student, tuple) and len(student) == 2:
-        layers, width = student
-        return _whole("student layers", layers), None if width is None else _whole("student width", width)
-    if isinstance(student, list):
-        return tuple(student), None
-    found = re.fullmatch(r"\s*(\d+)\s*(?:[x×]\s*(\d+)\s*)?", str(student))
-    if not found:
-        raise ValueError(
-            f"student {student!r} is no LAYERS[xWIDTH]; write 4 for four layers of the teacher's width, or 4x1024."
-        )
-    return int(found[1]), int(found[2]) if found[2] else None
+def _with_student(setup: Setup, student: Student, own: tuple[str, PreTrainedConfig], teacher: str) -> Setup:
+    """The set-up with a model of its own, (name, configuration), as the student."""
+    name, config = own
+    if stored_precision(config) is not None:
+        raise ValueError(f"the student {name} is stored in few bits (quantization_config), which cannot be trained.")
+    positions = position_limit(config_text(config), setup.task)
+    if positions is not None and setup.seq > positions:
+        raise ValueError(f"{setup.seq} tokens a row, and the student {name} has {positions} positions.")
+    if setup.task not in ("sequence-classification", "encoder"):
+        sizes = (side.get_text_config().vocab_size for side in (config, setup.teacher_config()))
+        check_vocabularies(*zip((name, teacher), sizes, strict=True))
+    tied_not = _untied(name, student, config, setup.task)
+    return replace(setup, student=config_text(config), student_name=name, student_untied=tied_not)
 
 
 def describe(setup: Setup) -> str:
     """The set-up in a few words: student, batch, length, and what is out of the ordinary."""
     depth = setup.layers if isinstance(setup.layers, int) else len(setup.layers)
-    student = f"{depth} layers" + (f" × {setup.width}" if setup.width else "")
+    student = setup.student_name.split("/")[-1] or f"{depth} layers" + (f" × {setup.width}" if setup.width else "")
     rest = [setup.quantize and f"{setup.quantize[0]}-bit teacher", setup.checkpointing and "checkpointing"]
     return ", ".join([student, f"batch {setup.batch} × {setup.seq}", *(word for word in rest if word)])
 

@@ -69,11 +69,33 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-4B": _decoder("qwen3", 2560, 9728, 36, 32, 8, 151_936, head_dim=128, **_TIED),
     "Qwen/Qwen3-8B": _decoder("qwen3", 4096, 12_288, 36, 32, 8, 151_936, head_dim=128),
     "mistralai/Mistral-7B-v0.3": _decoder("mistral", 4096, 14_336, 32, 32, 8, 32_768, sliding_window=None),
+    "HuggingFaceTB/SmolLM2-135M": _decoder("llama", 576, 1536, 30, 9, 3, 49_152, **_TIED),
     "meta-llama/Llama-3.2-1B": _decoder("llama", 2048, 8192, 16, 32, 8, 128_256, head_dim=64, **_TIED),
     "meta-llama/Llama-3.2-3B": _decoder("llama", 3072, 8192, 28, 24, 8, 128_256, head_dim=128, **_TIED),
     "meta-llama/Llama-3.1-8B": _decoder("llama", 4096, 14_336, 32, 32, 8, 128_256),
     "meta-llama/Llama-3.1-70B": _decoder("llama", 8192, 28_672, 80, 64, 8, 128_256),
 }
+
+# Models of the same shapes: what was trained further on instructions.
+VARIANTS: dict[str, str] = {
+    "Qwen/Qwen2.5-0.5B-Instruct": "Qwen/Qwen2.5-0.5B",
+    "Qwen/Qwen2.5-1.5B-Instruct": "Qwen/Qwen2.5-1.5B",
+    "Qwen/Qwen2.5-7B-Instruct": "Qwen/Qwen2.5-7B",
+    "mistralai/Mistral-7B-Instruct-v0.3": "mistralai/Mistral-7B-v0.3",
+    "meta-llama/Llama-3.2-1B-Instruct": "meta-llama/Llama-3.2-1B",
+    "meta-llama/Llama-3.2-3B-Instruct": "meta-llama/Llama-3.2-3B",
+    "meta-llama/Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B",
+    "meta-llama/Llama-3.1-70B-Instruct": "meta-llama/Llama-3.1-70B",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M",
+}
+
+
+def recorded(name: str) -> tuple[str, dict[str, Any]] | None:
+    """(hub id, numbers) of a recorded model or of a variant of one, by its id or what stands after the slash."""
+    for full in (*PRESETS, *VARIANTS):
+        if name.lower() in (full.lower(), full.split("/")[1].lower()):
+            return full, PRESETS[VARIANTS.get(full, full)]
+    return None
 
 
 def read_config(teacher: str | Path | PreTrainedConfig | PreTrainedModel) -> tuple[str, PreTrainedConfig]:
@@ -88,10 +110,9 @@ def read_config(teacher: str | Path | PreTrainedConfig | PreTrainedModel) -> tup
     if isinstance(teacher, PreTrainedConfig):
         return teacher.name_or_path or type(teacher).__name__.removesuffix("Config"), teacher
     name = str(teacher)
-    for preset, values in PRESETS.items():
-        if name.lower() in (preset.lower(), preset.split("/")[1].lower()):
-            values = dict(values)
-            return preset, AutoConfig.for_model(values.pop("model_type"), name_or_path=preset, **values)
+    if (known := recorded(name)) is not None:
+        full, values = known[0], dict(known[1])
+        return full, AutoConfig.for_model(values.pop("model_type"), name_or_path=full, **values)
     source = resolve_model(name)
     try:
         return name, pretrained.read_config(source)
@@ -101,7 +122,7 @@ def read_config(teacher: str | Path | PreTrainedConfig | PreTrainedModel) -> tup
         short = ", ".join(preset.split("/")[1] for preset in PRESETS)
         raise ValueError(
             f"no configuration of {name!r} on this machine or within reach: {error} Give a folder that holds a "
-            f"config.json, or one of the recorded models: {short}."
+            f"config.json, or one of the recorded models: {short}, and the instruct variants of these."
         ) from error
 
 

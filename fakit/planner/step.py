@@ -71,6 +71,9 @@ class Setup:
     accelerator: bool = True
     untied: tuple[str, ...] = ()  # parameters that the configuration ties and the teacher's weights do not
     stored: bool = False  # the checkpoint is quantized already
+    student: str | None = None  # the configuration of a student that is a model of its own, as JSON
+    student_name: str = ""
+    student_untied: tuple[str, ...] = ()
 
     def teacher_config(self) -> PreTrainedConfig:
         """The configuration as an object."""
@@ -117,9 +120,7 @@ def simulate(setup: Setup) -> Step:
     config = setup.teacher_config()
     teacher = meta_model(config, setup.task, torch.bfloat16 if mixed else torch.float32)
     untie(teacher, setup.untied)
-    with torch.device("meta"):
-        layers = setup.layers if isinstance(setup.layers, int) else list(setup.layers)
-        student = shrink(teacher, layers, setup.width, init="random")
+    student = _student(setup, teacher)
     if setup.accelerator:  # fused kernels drop attention themselves; torch's CPU kernel does not, and makes the maps
         _without_attention_dropout(student)
     logical = {"teacher": _numel(teacher), "student": _numel(student)}
@@ -178,6 +179,17 @@ def simulate(setup: Setup) -> Step:
     evaluation = _evaluation(replace(setup, batch=rows), teacher, student, [objective], state, fakes)
     step = _booked(ledger, logical, depths, teacher, student, trainable)
     return replace(step, evaluation=evaluation, evaluation_rows=rows)
+
+
+def _student(setup: Setup, teacher: PreTrainedModel) -> PreTrainedModel:
+    """On the meta device, in float32: a model of its own, or one of the teacher's layers."""
+    if setup.student is not None:
+        student = meta_model(_config(setup.student), setup.task, torch.float32)
+        untie(student, setup.student_untied)
+        return student
+    with torch.device("meta"):
+        layers = setup.layers if isinstance(setup.layers, int) else list(setup.layers)
+        return shrink(teacher, layers, setup.width, init="random")
 
 
 def _evaluation(setup: Setup, teacher, student, others, state: int, fakes: FakeTensorMode) -> int:

@@ -28,6 +28,7 @@ from fakit.losses import attention, features, outputs, relational
 from fakit.losses.fused import liger
 from fakit.objective.feature_terms import KINDS
 
+pytestmark = pytest.mark.timeout(2700)  # a minute and a half of CPU time, many times that on a busy machine
 CPU = Bench(torch.device("cpu"), full=False, repeats=1)
 
 
@@ -35,7 +36,7 @@ CPU = Bench(torch.device("cpu"), full=False, repeats=1)
 def whole(tmp_path_factory):
     """(exit status, record, page) of the command as `make gpu ARGS="--device cpu"` runs it."""
     folder = tmp_path_factory.mktemp("gpu")
-    status = command.main(["--device", "cpu", "--out", str(folder)])
+    status = command.main(["--device", "cpu", "--minutes", "40", "--out", str(folder)])
     (place,) = folder.iterdir()
     return status, json.loads((place / "record.json").read_text()), (place / "README.md").read_text()
 

@@ -34,7 +34,7 @@ from transformers import (
 from fakit import LayerMap
 from fakit.__main__ import main
 from fakit.models.pretrained import CLASSES
-from fakit.planner import CARDS, PRESETS, Plan, find_card, plan, planning, read_config
+from fakit.planner import CARDS, PRESETS, Plan, find_card, plan, planning, presets, read_config
 from fakit.planner.planning import CONTEXT, FRAGMENTS
 from fakit.planner.presets import config_text, guess_task
 from fakit.planner.step import position_limit, simulate
@@ -416,3 +416,35 @@ def test_a_checkpoint_that_is_quantized_already_is_planned_as_it_is_stored(store
 def test_a_checkpoint_that_is_stored_in_another_way_is_refused_by_its_name():
     with pytest.raises(ValueError, match=r"is stored in 'gptq' \(its quantization_config\)"):
         plan(LlamaConfig(**TEXT, quantization_config={"quant_method": "gptq", "bits": 4}), 2, 2, 16)
+
+
+def test_instruct_variants_have_the_shapes_of_their_base():
+    for variant, base in presets.VARIANTS.items():
+        name, config = presets.read_config(variant.split("/")[1].lower())
+        assert name == variant and base in presets.PRESETS
+        assert presets.config_text(config) == presets.config_text(presets.read_config(base)[1])
+
+
+def test_a_recorded_model_may_be_the_student():
+    made = plan("Qwen3-4B", "Qwen3-0.6B", 2, 64)
+    assert made.step.depths == {"teacher": 36, "student": 28} and made.step.widths["student"] == 1024
+    assert made.name == "Qwen3-0.6B, batch 2 × 64" and "Qwen/Qwen3-4B → Qwen3-0.6B" in repr(made)
+
+
+def test_heads_that_no_mean_brings_together_are_refused_as_in_training():
+    with pytest.raises(ValueError, match=r"12 divides not both 12 \(student\) and 16 \(teacher\)"):
+        plan("gpt2-medium", "gpt2", 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "seq", "said"),
+    [
+        ("gpt2", "Qwen3-0.6B", 64, r"student Qwen/Qwen3-0\.6B has 151,936 entries, .*gpt2 50,257"),
+        ("gpt2-medium", "gpt2", 1025, "1025 tokens a row"),
+        ("gpt2", "4by", 64, r"'4by' is no LAYERS\[xWIDTH\].*Another model is given by a recorded name"),
+        ("gpt2", "./nothing/here", 64, "no directory at"),
+    ],
+)
+def test_students_that_cannot_be(teacher, student, seq, said):
+    with pytest.raises(ValueError, match=said):
+        plan(teacher, student, 1, seq)

@@ -254,3 +254,36 @@ def test_the_optimizers_own_workspace_counts():
         LARGE, 1, 1, 8, task="masked-lm", optimizer="adafactor", dtype="bf16", device="cpu", terms=("features",)
     ).memory
     assert found["optimizer state"] >= 8 * 9_000 * 48  # its step is the peak of so small a batch
+
+
+# -- a model of its own as the student --------------------------------------------------------------------------------
+
+OTHER = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=9_000, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    torch.manual_seed(0)
+    shape = dict(hidden_size=48, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=9_000)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **shape)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("given", ["configuration", "model", "folder"])
+def test_another_model_as_the_student_costs_what_it_costs(decoder, given, tmp_path):
+    torch.manual_seed(0)
+    student = GPT2LMHeadModel(OTHER).train()
+    student.save_pretrained(tmp_path)
+    named = {"configuration": OTHER, "model": student, "folder": str(tmp_path)}[given]
+    made = plan(decoder.config, named, 16, 64, task="causal-lm", dtype="fp32", device="cpu")
+    terms = Features(), Attention(heads="group-mean"), Outputs(), Task()
+    objective = Objective(LayerMap.uniform(2, 4), *terms).prepare(32, 48)
+    batch = labeled(16, 64)
+    run(objective, decoder, student, batch)  # what is made once is there
+    student.zero_grad()
+    allocated = peak_memory(lambda: run(objective, decoder, student, batch))
+    counted = count_flops(lambda: run(objective, decoder, student, batch))
+    fixed = ("teacher weights", "student weights", "optimizer state")
+    assert made.flops == pytest.approx(counted, rel=0.03)
+    assert sum(size for part, size in made.memory.items() if part not in fixed) == pytest.approx(allocated, rel=0.07)
+    assert made.step.parameters["student"] == student.num_parameters()
+    assert made.step.trainable == sum(p.numel() for p in [*student.parameters(), *objective.parameters()])
