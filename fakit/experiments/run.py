@@ -37,6 +37,7 @@ from fakit.experiments.students import exported, make_student
 from fakit.files import check_room, write_whole
 from fakit.models.blocks import without_adapter
 from fakit.models.low_rank_linear import pairs
+from fakit.models.random_state import random_state_kept
 from fakit.training.checkpoints import (
     began_in_bf16,
     differences,
@@ -151,6 +152,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, aske
         for split in (rows.rows, prepared.validation, prepared.test):
             check_lengths(split, config.training.max_length, teacher=teacher, student=student)
         _rehearse(student, prepared, args.device)
+        _look_for_massive(objective, student, teacher, rows, task.collator(tokenizer))
         facts = {"versions": versions(), "data": data_fingerprint(rows.rows)}
         if finished is not None and (other := differences({key: finished[key] for key in facts}, facts)):
             raise ValueError(refusal(out, other))
@@ -266,12 +268,20 @@ def _rehearse(student, prepared: Prepared, device) -> None:
     """Evaluate the student on a few rows as it will be evaluated: what does not fit is said before training.
     Draws no random numbers.
     """
-    from fakit.models.random_state import random_state_kept
-
     task, tokenizer = prepared.task, prepared.tokenizer
     with random_state_kept(device):
         for split, teacher in ((prepared.validation, None), (prepared.test, prepared.teacher)):
             scores_of(student, _few(split, 2 if task.kind == "causal-lm" else 16), task, tokenizer, teacher)
+
+
+def _look_for_massive(objective, student, teacher, rows: TrainingRows, collator) -> None:
+    from fakit.training.massive import warn_of_massive
+
+    if teacher is not None and objective.needs_teacher():
+        device = next(teacher.parameters()).device
+        batch = collator(rows.rows.select(range(min(2, len(rows.rows)))).to_list())
+        with random_state_kept(device):
+            warn_of_massive(objective, student, teacher, {name: x.to(device) for name, x in batch.items()})
 
 
 def _few(split, rows: int):

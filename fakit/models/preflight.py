@@ -3,13 +3,20 @@
 from dataclasses import dataclass, field
 from html import escape
 
+import torch
 from torch import nn
 
 from fakit.models.blocks import check_model, depth, find_stacks, without_adapter
 from fakit.models.head_kinds import problem_type
 from fakit.models.kinds import is_causal_lm
 from fakit.models.load import is_quantized
+from fakit.models.massive import Massive, in_words, massive_activations
 from fakit.models.peft_students import is_adapted
+
+MASSIVE = (
+    "A squared difference of hidden states sees these few numbers alone: take Features('cosine'), "
+    "Features('mse', standardize='dimension'), or tokens='labeled' where they stand in prompts."
+)
 
 
 @dataclass
@@ -68,12 +75,16 @@ class PreflightReport:
         return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
 
 
-def preflight(teacher: nn.Module, student: nn.Module, tokenizer=None, student_tokenizer=None) -> PreflightReport:
+def preflight(
+    teacher: nn.Module, student: nn.Module, tokenizer=None, student_tokenizer=None, batch=None
+) -> PreflightReport:
     """Compare a teacher and a student before any work is done.
 
     Args:
         teacher, student: transformers models.
         tokenizer: the teacher's, and the student's too unless `student_tokenizer` is given.
+        batch: some texts as both models are given them; with it, massive activations of their hidden states are looked
+            for (`fakit.models.massive`), which takes a forward pass of each.
 
     Returns:
         a report whose rows are ok, warning or error, each with what both sides have and the fix.
@@ -122,7 +133,26 @@ def preflight(teacher: nn.Module, student: nn.Module, tokenizer=None, student_to
     if tokenizer is not None:
         _tokenizer_rows(row, tokenizer, student_tokenizer or tokenizer, t, s)
     _state_rows(row, teacher, student, t, s)
+    if batch is not None:
+        found = [_massive(model, batch) for model in (teacher, student)]
+        row("massive activations", "warning" if any(found) else "ok", *map(in_words, found), MASSIVE)
     return report
+
+
+def _massive(model, batch) -> list[Massive]:
+    """Of the embeddings and all blocks but the last, whose states some families norm before they hand them out."""
+    given = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask") if name in batch}
+    found = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            states = model(**given, output_hidden_states=True)
+    finally:
+        for module, training in found.items():
+            module.training = training
+    states = getattr(states, "hidden_states", None) or states.encoder_hidden_states
+    mask = given.get("attention_mask", torch.ones_like(given["input_ids"]))
+    return massive_activations(states[:-1], mask)
 
 
 def _headless(model) -> str:
