@@ -178,7 +178,7 @@ def ends_of(rows: Sequence[dict], tokenizer) -> set[int]:
     return {tokenizer.eos_token_id} | (last & set(tokenizer.added_tokens_decoder))
 
 
-def stops_of(model, tokenizer) -> list[int]:
+def stops_of(model, tokenizer, fix: str = "set tokenizer.eos_token") -> list[int]:
     """The tokens that end a text, as the tokenizer and the model's generation_config name them.
 
     Raises:
@@ -189,7 +189,7 @@ def stops_of(model, tokenizer) -> list[int]:
     if not ends:
         raise ValueError(
             "no token is known to end a text: neither the tokenizer nor the model's generation_config names an "
-            "eos_token_id; set tokenizer.eos_token."
+            f"eos_token_id; {fix}."
         )
     return list(ends)
 

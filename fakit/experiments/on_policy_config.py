@@ -48,10 +48,10 @@ class OnPolicyConfig(Section):
         Args:
             tokenizer: ends answers, beside what the student's generation_config names.
         """
+        from fakit.evaluation.generation import stops_of
         from fakit.training.on_policy import OnPolicy
-        from fakit.training.on_policy.fit import ends_of
 
-        ends = ends_of(tokenizer, student) if self.eos_token_id is None else (self.eos_token_id,)
+        ends = tuple(stops_of(student, tokenizer)) if self.eos_token_id is None else (self.eos_token_id,)
         own = {key: getattr(self, key) for key in self.keys()}
         return OnPolicy(**own | {"share": built(self.share), "eos_token_id": ends})
 

@@ -1,5 +1,6 @@
 """Arguments of transformers' Trainer that a configuration hands on, and the shipped recipe that uses them."""
 
+import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from fakit.experiments import ExperimentConfig, run_experiment
 from fakit.experiments.arguments import FIXED, SET_BY
 from fakit.experiments.baselines import baseline_id
 from fakit.experiments.build import build_arguments
+from tests.families import tiny
+from tests.tasks.test_instructions import CHATML, letters, messages
 
 LARGE = Path(__file__).parents[2] / "configs" / "distill_large_lm.yaml"
+CHAT = LARGE.with_name("llama3_8b_to_1b.yaml")
 
 
 def test_every_argument_is_handed_on_or_decided_by_the_kit(tmp_path):
@@ -26,7 +30,9 @@ def test_every_argument_is_handed_on_or_decided_by_the_kit(tmp_path):
 
 def test_the_value_arrives(tmp_path):
     config = ExperimentConfig(device="cpu")
-    assert build_arguments(config, tmp_path).per_device_eval_batch_size == 64
+    for size, expected in ((32, 32), (200, 64)):  # what fits a step fits an evaluation
+        args = build_arguments(config.replace(**{"training.batch_size": size}), tmp_path)
+        assert args.per_device_eval_batch_size == expected
     args = build_arguments(config.replace(training_args={"per_device_eval_batch_size": 2}), tmp_path)
     assert (args.per_device_eval_batch_size, args.save_total_limit) == (2, 2)
 
@@ -73,3 +79,38 @@ def test_the_recipe_for_a_large_teacher_runs_on_a_small_one(config, world):
     assert (seen.optimizer, seen.recomputes) == ("SGD", True)
     assert (result.metric, result.steps) == ("perplexity", 6)
     assert {"features", "attention", "outputs", "task"} <= result.history[0].keys()
+
+
+def test_the_recipe_from_a_chat_model_to_a_smaller_one_runs_on_small_ones(tmp_path):
+    """The shipped file: two models of their own, of other depth and width, and packed rows of several turns."""
+    chat = ExperimentConfig.from_yaml(CHAT)
+    tokenizer = letters(CHATML)
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    for name, more in (("teacher", {}), ("student", {"num_hidden_layers": 2, "hidden_size": 16})):
+        tiny("llama", **size, **more).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    asked = [[f"is {n} a cat", "no", f"and {n + 1}", "it is"] for n in range(40)]
+    rows = [messages(*zip(("user", "assistant") * 2, turns, strict=True)) for turns in asked]
+    text = "".join(json.dumps({"messages": row}) + "\n" for row in rows)
+    (tmp_path / "chats.jsonl").write_text(text)
+    small = chat.replace(
+        **{
+            "task.name": str(tmp_path / "chats.jsonl"),
+            "task.options": {**chat.task.options, "validation": 5, "test": 5},
+        },
+        **{
+            "teacher.id": str(tmp_path / "teacher"),
+            "teacher.quantize": None,
+            "student.path": str(tmp_path / "student"),
+        },
+        **{"training.steps": 3, "training.accumulation": 1, "training.max_length": 200, "training.log_every": 1},
+        **{"training.save_every": None, "training.bf16": False},
+        device="cpu",
+        out=None,
+        training_args=chat.training_args | {"optim": "sgd"},
+    )
+    seen = _Seen()
+    result = run_experiment(small, callbacks=[seen], progress=False)
+    assert (seen.optimizer, seen.recomputes, result.steps) == ("SGD", True, 3)
+    assert {"features", "outputs", "task"} <= result.history[0].keys()
+    assert {"perplexity", "rougeL", "bits_per_byte", "acceptance"} <= result.test.keys()

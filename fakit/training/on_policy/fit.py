@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
+from fakit.evaluation.generation import stops_of
 from fakit.models.blocks import is_encoder_decoder, without_adapter
 from fakit.models.kinds import is_causal_lm
 from fakit.models.positions import longest_row
@@ -56,7 +57,8 @@ def rollouts(
     if isinstance(collator, DataCollatorWithFlattening):
         raise ValueError(no_prompts("rows that pack several texts (DataCollatorWithFlattening)"))
     own = on_policy.eos_token_id
-    ends = ends_of(tokenizer, student) if own is None else (own,) if isinstance(own, int) else tuple(own)
+    fix = "give OnPolicy(eos_token_id=…)"
+    ends = tuple(stops_of(student, tokenizer, fix)) if own is None else (own,) if isinstance(own, int) else tuple(own)
     size = student.config.get_text_config().vocab_size
     if beyond := [end for end in ends if not 0 <= end < size]:
         raise ValueError(
@@ -83,22 +85,6 @@ def _check_student(student: PreTrainedModel) -> None:
             "on-policy distillation of a student with learned prompts: what it reads is not what it is given. Use an "
             "adapter of weights (LoRA), or leave on_policy out."
         )
-
-
-def ends_of(tokenizer, student: PreTrainedModel) -> tuple[int, ...]:
-    """Tokens that end an answer, as the tokenizer and the student's generation_config name them.
-
-    Raises:
-        ValueError: neither names one.
-    """
-    given = [getattr(side, "eos_token_id", None) for side in (tokenizer, student.generation_config)]
-    ends = dict.fromkeys(i for of in given if of is not None for i in ([of] if isinstance(of, int) else of))
-    if not ends:
-        raise ValueError(
-            "on-policy distillation: no token is known to end an answer (neither the tokenizer nor the student's "
-            "generation_config names an eos_token_id); give OnPolicy(eos_token_id=…)."
-        )
-    return tuple(ends)
 
 
 def longest_prompt(rows) -> int:
