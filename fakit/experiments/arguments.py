@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from fakit.experiments.schema import did_you_mean
+from fakit.models.peft_students import LORA
 
 SET_BY = {
     "output_dir": "out",
@@ -61,8 +62,6 @@ def check_training_args(given: Mapping[str, Any]) -> None:
             )
 
 
-LORA = {"target_modules": "all-linear"}
-"""What an adapter is unless its keys say otherwise."""
 LORA_SET_BY = {"task_type": "task.name", "inference_mode": "training.steps", "base_model_name_or_path": "student.path"}
 
 

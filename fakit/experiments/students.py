@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fakit.experiments.arguments import LORA
 from fakit.experiments.build import Prepared, build_objective, pad_as
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.smaller import Made, kept, make_smaller
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import without_adapter
+from fakit.models.peft_students import LORA, TASK_TYPES
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     from fakit.tasks import TextTask
-
-
-TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}  # PEFT's words for ours
 
 
 def make_student(

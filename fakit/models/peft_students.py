@@ -9,6 +9,9 @@ from torch import nn
 from fakit.models.blocks import without_adapter
 
 ADAPTER = "adapter_config.json"
+LORA = {"target_modules": "all-linear"}
+"""What an adapter is unless its keys say otherwise."""
+TASK_TYPES = {"sequence-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}  # PEFT's words for ours
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--task", help=f"{tasks}; guessed from the configuration unless given")
     add("--optimizer", default="adamw", help="adamw, adamw-8bit, adafactor or sgd (%(default)s)")
     add("--checkpointing", action="store_true", help="recompute the student's activations in the backward pass")
+    add("--lora", type=int, metavar="RANK", help="train an adapter of this rank in place of the student's weights")
     add("--terms", default="features,attention,outputs,task", help="terms of the objective (%(default)s)")
     add("--tokens", type=float, metavar="N", help="tokens to train on, for the time of the whole: 1e8")
     add(

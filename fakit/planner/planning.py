@@ -258,6 +258,7 @@ class Plan:
             f"student  {setup.student_name and setup.student_name + ', '}{step.depths['student']} layers × "
             f"{step.widths['student']}, {millions['student']:,.0f} M "
             "parameters, float32" + (" under bf16 autocast" if setup.dtype == "bf16" else ""),
+            *self._adapter(),
             f"step     {setup.batch} × {setup.seq} tokens, {', '.join(setup.terms)}, {setup.optimizer}"
             + (", gradient checkpointing" if setup.checkpointing else ""),
             f"dtype    {self.precision}",
@@ -287,6 +288,15 @@ class Plan:
                 "docs/gpu.md says which cards have measured them."
             )
         return "\n".join(lines)
+
+    def _adapter(self) -> list[str]:
+        if self.setup.lora is None:
+            return []
+        trained = self.step.trainable / 1e6
+        return [
+            f"adapter  LoRA of rank {self.setup.lora} on every linear layer but the head: {trained:,.1f} M parameters "
+            "trained, with the projections"
+        ]
 
     def _unquantized(self) -> list[str]:
         """Why few bits save little on a mixture of experts."""
@@ -336,6 +346,7 @@ def plan(
     tokens: float | None = None,
     utilization: float = 0.4,
     device: str = "gpu",
+    lora: int | None = None,
 ) -> Plan:
     """Memory, FLOPs and time of a distillation step, from configurations alone.
 
@@ -363,6 +374,7 @@ def plan(
         tokens: how many tokens to train on, all epochs together, for the time of the whole.
         utilization: share of a card's FLOP/s that a step is taken to reach.
         device: "gpu", or "cpu", which takes the sizes and kernels of a CPU and no overhead.
+        lora: the rank of an adapter on every linear layer of the student but its head; the rest is frozen.
 
     Raises:
         ValueError: nothing to be read as teacher or student, a student that the teacher does not allow (another
@@ -411,6 +423,7 @@ def plan(
     how = (quantize, dtype, optimizer, checkpointing, used, pairs, device == "gpu")
     setup = Setup(config_text(config), task or guess_task(config), layers, width, batch, seq, *how)
     setup = replace(setup, untied=_untied(name, teacher, config, setup.task), stored=stored is not None)
+    setup = setup if lora is None else replace(setup, lora=whole("lora", lora))
     if own is not None:
         setup = _with_student(setup, student, own, name)
     steps = None if tokens is None else math.ceil(tokens / (batch * seq))
@@ -461,7 +474,8 @@ def describe(setup: Setup) -> str:
     """The set-up in a few words: student, batch, length, and what is out of the ordinary."""
     depth = setup.layers if isinstance(setup.layers, int) else len(setup.layers)
     student = setup.student_name.split("/")[-1] or f"{depth} layers" + (f" × {setup.width}" if setup.width else "")
-    rest = [setup.quantize and f"{setup.quantize[0]}-bit teacher", setup.checkpointing and "checkpointing"]
+    rest = [setup.lora and f"LoRA r {setup.lora}"]
+    rest += [setup.quantize and f"{setup.quantize[0]}-bit teacher", setup.checkpointing and "checkpointing"]
     return ", ".join([student, f"batch {setup.batch} × {setup.seq}", *(word for word in rest if word)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -18,6 +19,7 @@ from fakit.evaluation.language_modeling import summed_nll
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import find_blocks, stack_depths
 from fakit.models.kinds import remember_causal, untie
+from fakit.models.peft_students import LORA, TASK_TYPES
 from fakit.models.positions import longest_row
 from fakit.models.shrink import shrink
 from fakit.objective.attention import Attention
@@ -74,6 +76,7 @@ class Setup:
     student: str | None = None  # the configuration of a student that is a model of its own, as JSON
     student_name: str = ""
     student_untied: tuple[str, ...] = ()
+    lora: int | None = None  # the rank of the student's adapter, which is then all that is trained of it
 
     def teacher_config(self) -> PreTrainedConfig:
         """The configuration as an object."""
@@ -121,6 +124,8 @@ def simulate(setup: Setup) -> Step:
     teacher = meta_model(config, setup.task, torch.bfloat16 if mixed else torch.float32)
     untie(teacher, setup.untied)
     student = _student(setup, teacher)
+    if setup.lora is not None:
+        student = _adapted(student, setup)
     if setup.accelerator:  # fused kernels drop attention themselves; torch's CPU kernel does not, and makes the maps
         _without_attention_dropout(student)
     logical = {"teacher": _numel(teacher), "student": _numel(student)}
@@ -150,7 +155,7 @@ def simulate(setup: Setup) -> Step:
         ledger.book([*_tensors(student), *_tensors(objective)])
         ledger.phase = "student activations"
         batch = _batch(setup, teacher)
-        trainable = [p for model in (student, objective) for p in model.parameters()]
+        trainable = [p for model in (student, objective) for p in model.parameters() if p.requires_grad]
         state = optimizer_bytes(setup.optimizer, trainable)
         ledger.phase = "optimizer state"
         kept = torch.empty(state, dtype=torch.uint8)
@@ -190,6 +195,16 @@ def _student(setup: Setup, teacher: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         layers = setup.layers if isinstance(setup.layers, int) else list(setup.layers)
         return shrink(teacher, layers, setup.width, init="random")
+
+
+def _adapted(student: PreTrainedModel, setup: Setup) -> PreTrainedModel:
+    """With an adapter on every linear layer but the head, as `student: {lora: {r: …}}` trains it."""
+    from peft import LoraConfig, get_peft_model
+
+    kind = {"task_type": TASK_TYPES[setup.task]} if setup.task in TASK_TYPES else {}
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name of before
+        return get_peft_model(student, LoraConfig(r=setup.lora, **LORA, **kind))
 
 
 def _evaluation(setup: Setup, teacher, student, others, state: int, fakes: FakeTensorMode) -> int:

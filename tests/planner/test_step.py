@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
@@ -153,6 +154,35 @@ def test_the_peak_is_that_of_a_fresh_process():
     fixed = sum(made.memory[part] for part in ("teacher weights", "student weights", "optimizer state"))
     assert made.peak - fixed == pytest.approx(measured["bytes"] - fixed, rel=0.15)
     assert made.flops == pytest.approx(measured["flops"], rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapted_student_trains_its_adapter_alone(checkpointing):
+    """FLOPs and memory of a step against the same step with PEFT's own model, whose weights are frozen."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=9_000, tie_word_embeddings=True)
+    teacher = LlamaForCausalLM(config).eval().requires_grad_(False)
+    student = get_peft_model(shrink(teacher, 2), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    student.train()
+    if checkpointing:
+        student.activation_checkpointing_enable({"use_reentrant": False})
+    objective = Objective(LayerMap.uniform(2, 4), Features(), Attention(), Outputs(), Task())
+    batch = labeled(8, 64)
+    run(objective, teacher, student, batch)
+    student.zero_grad()
+    allocated = peak_memory(lambda: run(objective, teacher, student, batch))
+    options = {"task": "causal-lm", "dtype": "fp32", "device": "cpu", "checkpointing": checkpointing}
+    made, whole = (plan(config, 2, 8, 64, lora=rank, **options) for rank in (4, None))
+    assert made.step.trainable == sum(p.numel() for p in student.parameters() if p.requires_grad)
+    assert made.memory["optimizer state"] == 8 * made.step.trainable < whole.memory["optimizer state"] / 10
+    fixed = ("teacher weights", "student weights", "optimizer state")
+    above = sum(size for part, size in made.memory.items() if part not in fixed)
+    assert above == pytest.approx(allocated, rel=0.05)
+    student.zero_grad()
+    counted = count_flops(lambda: run(objective, teacher, student, batch))
+    assert made.flops == pytest.approx(counted, rel=0.02)
+    assert f"{made.step.trainable / 1e6:,.1f} M parameters trained" in str(made) and "LoRA r 4" in made.name
 
 
 def test_an_evaluation_takes_what_evaluate_allocates_and_less_than_a_step():
