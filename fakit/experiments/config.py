@@ -126,9 +126,17 @@ class StudentConfig(Section):
     low_rank: StudentLowRank | None = None
     # train an adapter in place of all weights: keys of peft.LoraConfig, such as {r: 16, lora_alpha: 32}
     lora: dict[str, Any] | None = None
+    # the weights under an adapter in 8 or 4 bits (QLoRA), of a language model at `path`
+    quantize: Literal["8bit", "4bit"] | None = None
 
     def _check(self) -> None:
         _check_filled("student.path", self.path)
+        if self.quantize is not None and (self.path is None or self.lora is None):
+            raise ValueError(
+                f"student.quantize: found {self.quantize} with path {describe(self.path)} and lora "
+                f"{describe(self.lora)}; weights of few bits are not trained: give student.path, a saved model, and "
+                "student.lora, the adapter that is (lora: {r: 16})."
+            )
         made = [key for key in ("layerwise", "low_rank", "path") if getattr(self, key) is not None]
         if len(made) > 1:
             raise ValueError(f"student.{made[0]} and student.{made[1]}: each makes a student; keep one of them.")
@@ -150,7 +158,7 @@ class StudentConfig(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Without compressions where there is none, and with one without what it stands for: ids of runs stay."""
-        aside = {key for key in ("layerwise", "low_rank", "lora") if getattr(self, key) is None}
+        aside = {key for key in ("layerwise", "low_rank", "lora", "quantize") if getattr(self, key) is None}
         aside |= {*self.shrunk, "path"} if self.compression else set()
         return {key: value for key, value in super().to_dict().items() if key not in aside}
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fakit.experiments.build import Prepared, build_objective, pad_as
@@ -16,6 +17,7 @@ from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.smaller import Made, kept, make_smaller
 from fakit.layer_maps import LayerMap
 from fakit.models.blocks import without_adapter
+from fakit.models.load import full_precision_state, is_quantized
 from fakit.models.peft_students import LORA, TASK_TYPES
 
 if TYPE_CHECKING:
@@ -80,9 +82,41 @@ def _adapted(model: PreTrainedModel, lora: Mapping[str, Any], task: TextTask) ->
 
 def exported(student: nn.Module) -> PreTrainedModel:
     """What is saved and evaluated of a trained student: an adapter merged into a copy of its model; else itself."""
-    if without_adapter(student) is student:
+    base = without_adapter(student)
+    if base is student:
         return student
+    if is_quantized(base):
+        return _merged_in_full_precision(student, base)
     return copy.deepcopy(student).merge_and_unload(safe_merge=True)
+
+
+def _merged_in_full_precision(student: nn.Module, base: PreTrainedModel) -> PreTrainedModel:
+    """The weights that the adapter was trained beside, turned back from few bits, and the adapter added to them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    prefix = "base_layer."
+    state = {name.replace(prefix, ""): x for name, x in full_precision_state(base).items() if ".lora_" not in name}
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            for adapter in module.active_adapters:
+                delta, weight = module.get_delta_weight(adapter), f"{name}.weight"
+                if getattr(module.base_layer, "source_cls", None) is Conv1D:  # GPT-2 holds (in, out)
+                    delta = delta.T
+                state[weight] = state[weight].float() + delta.to(state[weight].device)
+    config = copy.deepcopy(base.config)
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    lacking = plain.load_state_dict({name: x.float() for name, x in state.items()}, strict=False)
+    tied = {name for name in lacking.missing_keys if name not in plain.all_tied_weights_keys}
+    buffers = {name for name, _ in plain.named_buffers()}
+    if lacking.unexpected_keys or tied - buffers:
+        raise ValueError(
+            f"{type(base).__name__} could not be turned back from few bits: "
+            f"{', '.join([*lacking.unexpected_keys, *sorted(tied - buffers)][:3])}."
+        )
+    return plain.to(base.device)
 
 
 def _check_alone(config: ExperimentConfig) -> None:
@@ -130,9 +164,19 @@ def _shrunk(config: ExperimentConfig, prepared: Prepared) -> Made:
 
 
 def _saved(config: ExperimentConfig, prepared: Prepared) -> PreTrainedModel:
-    from fakit.models.load import load_student
+    from fakit.models.load import load_student, load_teacher
 
     task, teacher = prepared.task, prepared.teacher
+    if config.student.quantize is not None:
+        if task.model_task != "causal-lm":
+            raise ValueError(
+                f"student.quantize: {config.student.quantize} was asked for {task.name}, a {task.kind} task; the kit "
+                "turns language models back from few bits. Leave it out."
+            )
+        options = {"quantize": config.student.quantize, "device": teacher.device}
+        model = load_teacher(config.student.path, task.model_task, **options)
+        pad_as(model, teacher)
+        return model
     classes = task.num_labels if task.model_task == "sequence-classification" else None
     model = load_student(config.student.path, task.model_task, num_labels=classes, device=teacher.device)
     pad_as(model, teacher)

@@ -229,10 +229,11 @@ def full_precision_state(model: nn.Module) -> dict[str, Tensor]:
     state = dict(model.named_parameters(remove_duplicate=False))
     if not is_quantized(model):
         return state
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     for name, module in model.named_modules():
-        if type(module).__name__ in ("Linear8bitLt", "Linear4bit"):
+        if isinstance(module, Linear8bitLt | Linear4bit):  # PEFT has classes of these names, too
             _unpack(module)
             weight = dequantize_bnb_weight(module.weight, getattr(module, "state", None))
             weight = weight.reshape(module.out_features, module.in_features)

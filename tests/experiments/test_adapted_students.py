@@ -2,20 +2,25 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from fakit.experiments.build import prepare
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.run import run_experiment
 from fakit.experiments.store import RunStore
 from fakit.experiments.students import exported, make_student
+from fakit.models.load import full_precision_state, is_quantized
+from tests.families import tiny
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 
 
 class _StopAt(TrainerCallback):
+    def __init__(self, step: int = 5):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
+        if state.global_step == self.step:
             raise KeyboardInterrupt
 
 
@@ -83,6 +88,63 @@ def test_a_causal_student_has_an_adapter_too(world, tmp_path):
     )
     result = run_experiment(config, progress=False)
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "student"), result.student)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_on_weights_of_few_bits_is_exported_as_a_plain_model(world, tmp_path, bits, family):
+    """The export's weights are those of few bits, turned back, and the adapter's product; it resumes bit by bit."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "causal", trust_remote_code=False)
+    size = {"max_position_embeddings" if family == "llama" else "n_positions": 160}
+    tiny(family, vocab_size=len(tokenizer), **size).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = ExperimentConfig.from_dict(
+        {
+            "task": {"name": str(world / "pairs.jsonl"), "options": {"validation": 8, "test": 8}},
+            "teacher": {"id": str(tmp_path / "base")},
+            "student": {"path": str(tmp_path / "base"), "quantize": bits, "lora": {"r": 2, "init_lora_weights": False}},
+            "training": {"steps": 3, "batch_size": 4, "max_length": 150, "bf16": False, "save_every": 1},
+            "attention": None,
+            "device": "cpu",
+            "out": str(tmp_path / "student"),
+        }
+    )
+    adapted = make_student(config, prepare(config)).model
+    base = adapted.get_base_model()
+    state = full_precision_state(base)
+    plain = dict(exported(adapted).named_parameters())
+    checked = 0
+    for name, module in base.named_modules():
+        if hasattr(module, "lora_A"):
+            product = 4.0 * module.lora_B["default"].weight @ module.lora_A["default"].weight  # lora_alpha 8 over r 2
+            product = product.T if family == "gpt2" else product
+            torch.testing.assert_close(plain[f"{name}.weight"], state[f"{name}.base_layer.weight"].float() + product)
+            checked += 1
+    assert checked and is_quantized(base)
+    batch = {"input_ids": torch.arange(5, 25).view(2, 10)}
+    if bits == "4bit":  # whose products are in float32; those of 8 bits round what they are given
+        with torch.no_grad():
+            ours, theirs = exported(adapted).eval()(**batch).logits, adapted.eval()(**batch).logits
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    result = run_experiment(config, progress=False, count_flops=False)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "student", trust_remote_code=False)
+    assert not is_quantized(saved) and same(saved, result.student) and saved.dtype == torch.float32
+    again = config.replace(out=str(tmp_path / "again"))
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(again, progress=False, count_flops=False, callbacks=[_StopAt(2)])
+    assert same(run_experiment(again, progress=False, count_flops=False, resume=True).student, result.student)
+
+
+@pytest.mark.parametrize("student", [{"quantize": "8bit", "lora": {"r": 2}}, {"quantize": "4bit", "path": "somewhere"}])
+def test_few_bits_want_a_saved_model_and_an_adapter(student):
+    with pytest.raises(ValueError, match=r"student.quantize: found .bit with path .* and lora .* give student.path"):
+        ExperimentConfig.from_dict({"student": student})
+
+
+def test_a_classifier_of_few_bits_is_refused_before_work(config, world):
+    student = {"quantize": "8bit", "path": str(world / "teacher"), "lora": {"r": 2}}
+    with pytest.raises(ValueError, match=r"student.quantize: 8bit was asked for .* a sequence-classification task"):
+        run_experiment(config.replace(student=student), progress=False)
 
 
 @pytest.mark.parametrize(
