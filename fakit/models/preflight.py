@@ -15,7 +15,7 @@ from fakit.models.peft_students import is_adapted
 
 MASSIVE = (
     "A squared difference of hidden states sees these few numbers alone: take Features('cosine'), "
-    "Features('mse', standardize='dimension'), or tokens='labeled' where they stand in prompts."
+    "Features('mse', standardize='dimension'), or tokens='later' where they are of first tokens."
 )
 
 

@@ -14,7 +14,7 @@ from fakit.losses.fused.attention_inputs import AttentionInputs
 from fakit.objective.breakdown import total
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.over_layers import OverLayers
-from fakit.objective.positions import Tokens, check_tokens, common_mask, kept, learned_tokens
+from fakit.objective.positions import Tokens, check_tokens, common_mask, compared_tokens, kept
 from fakit.objective.schedules import Schedule
 from fakit.objective.term import choose
 from fakit.tracing.trace import Trace
@@ -46,7 +46,8 @@ class Attention(OverLayers):
             widths unless given, MiniLM's own where both sides have as many heads.
         layer_map: for this term alone; the objective's unless given.
         tokens: "all", or "labeled": the maps of those tokens that carry a label (of texts without any label all), over
-            every key that they see; of a language model that learns answers, where the answers' tokens look.
+            every key that they see; of a language model that learns answers, where the answers' tokens look; or
+            "later", all but the first token of each text, which sees itself alone.
     """
 
     embeddings = False  # they do not attend
@@ -102,8 +103,9 @@ class Attention(OverLayers):
         return frozenset(("queries", "keys", "values") if self.loss == "minilm" else ("queries", "keys"))
 
     def count(self, batch: CountedBatch) -> Tensor:
-        if self.tokens == "labeled":
-            return batch.labeled_pairs if self.loss in ("mse", "score_mse") else batch.labeled_tokens.sum()
+        if self.tokens != "all":
+            compared = batch.compared(self.tokens)
+            return batch.pairs_of(compared) if self.loss in ("mse", "score_mse") else compared.sum()
         return batch.pairs if self.loss in ("mse", "score_mse") else batch.tokens
 
     def compare_pair(self, student: Trace, teacher: Trace, pair: Pair) -> Tensor:
@@ -129,7 +131,7 @@ class Attention(OverLayers):
 
     def _queries(self, student: Trace, mask: Tensor | None, like: Tensor) -> Tensor | None:
         """Those whose maps are compared, bool (B, T); None: all that the mask counts."""
-        return None if self.tokens == "all" else learned_tokens(self.place.name, student, mask, like)
+        return None if self.tokens == "all" else compared_tokens(self.place.name, self.tokens, student, mask, like)
 
     def _compare_maps(self, student: Trace, teacher: Trace, pair: Pair, mask: Tensor | None) -> Tensor:
         ours, theirs = student.attention_maps(pair[0]), teacher.attention_maps(pair[1])  # (B, H, T, T)

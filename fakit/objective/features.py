@@ -15,7 +15,7 @@ from fakit.losses import features as feature_losses
 from fakit.objective.loss_parameters import checked, ends
 from fakit.objective.needs import CountedBatch, Needs
 from fakit.objective.over_layers import OverLayers
-from fakit.objective.positions import Tokens, check_tokens, common_mask, kept, learned_tokens
+from fakit.objective.positions import Tokens, check_tokens, common_mask, compared_tokens, kept
 from fakit.objective.projections import KINDS as PROJECTIONS
 from fakit.objective.projections import LeastSquares, Projection, make_projection
 from fakit.objective.schedules import Schedule
@@ -66,7 +66,8 @@ class Features(OverLayers):
         standardize_batches: have the trainer gather them over this many of the first training batches, before its first
             step.
         tokens: "all", or "labeled": those with a label, and of texts without any label all, as the outputs term does
-            it; of a language model that learns answers, the answers' tokens.
+            it; of a language model that learns answers, the answers' tokens; or "later", all but the first of each
+            text, where decoders keep their massive activations (`fakit.models.massive`).
     """
 
     loss: str | Callable = "mse"
@@ -168,7 +169,7 @@ class Features(OverLayers):
 
     def counted(self, batch: CountedBatch) -> Tensor:
         """The tokens that are compared. bool (B, T)"""
-        return batch.mask if self.tokens == "all" else batch.labeled_tokens
+        return batch.compared(self.tokens)
 
     def cached(self) -> Needs:
         return self._needs(self._layers("teacher", self.possible_pairs()))
@@ -198,7 +199,7 @@ class Features(OverLayers):
 
     def _learned(self, mask: Tensor | None, student: Trace, like: Tensor) -> Tensor | None:
         """The mask (B, T) without tokens that are not compared."""
-        return mask if self.tokens == "all" else learned_tokens(self.place.name, student, mask, like)
+        return compared_tokens(self.place.name, self.tokens, student, mask, like)
 
     def _standardization_of(self, layer: int, like: Tensor) -> Standardization:
         name, modules = self._standardization_name(layer), self.place.modules

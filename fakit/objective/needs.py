@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fakit.objective.positions import labeled_tokens, predicting_positions
+from fakit.objective.positions import labeled_tokens, later_tokens, predicting_positions
 from fakit.tracing.inputs import find_documents
 from fakit.tracing.trace import Trace
 
@@ -168,9 +168,14 @@ class CountedBatch(Mapping):
         lengths = self.lengths
         return (lengths * (lengths + 1) // 2 if self.causal else lengths**2).sum()
 
-    @property
-    def labeled_pairs(self) -> Tensor:
-        """The number of pairs whose query is one of `labeled_tokens`. ()"""
+    def compared(self, tokens: str) -> Tensor:
+        """The tokens that a term of these `tokens` compares: "all", "labeled" or "later". bool (B, T)"""
+        if tokens == "labeled":
+            return self.labeled_tokens
+        return later_tokens(self.mask, self.documents) if tokens == "later" else self.mask
+
+    def pairs_of(self, queries: Tensor) -> Tensor:
+        """The number of pairs whose query is one of these. bool (B, T) -> ()"""
         keys = self.mask.long().cumsum(1)  # that a causal model's query sees
         if self.documents is not None:
             before = torch.where(self.mask, keys - 1, keys)
@@ -179,7 +184,7 @@ class CountedBatch(Mapping):
         if not self.causal:
             of = self.documents if self.documents is not None else torch.zeros_like(keys)
             keys = torch.zeros_like(keys).scatter_add_(1, of, self.mask.long()).gather(1, of)
-        return (keys * self.labeled_tokens).sum()
+        return (keys * queries).sum()
 
     @property
     def positions(self) -> Tensor:

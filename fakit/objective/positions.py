@@ -8,7 +8,7 @@ from torch import Tensor
 from fakit.layer_maps import Pair
 from fakit.tracing.trace import Trace
 
-Tokens = Literal["all", "labeled"]
+Tokens = Literal["all", "labeled", "later"]
 TOKENS: tuple[str, ...] = get_args(Tokens)
 
 
@@ -81,14 +81,27 @@ def labeled_tokens(mask: Tensor, labels: Tensor, documents: Tensor | None = None
     return torch.where(of_document > 0, labeled, mask)
 
 
+def later_tokens(mask: Tensor, documents: Tensor | None = None) -> Tensor:
+    """The tokens of a mask (B, T) but the first of each text, where decoders keep their attention sinks. bool (B, T)
+
+    `documents` (B, T) numbers those of packed rows, each a text of its own.
+    """
+    if documents is None:
+        return mask & (mask.cumsum(dim=1) > 1)
+    before = torch.zeros_like(mask)
+    before[:, 1:] = mask[:, :-1] & (documents[:, 1:] == documents[:, :-1])
+    return mask & before
+
+
 def check_tokens(term: str, tokens: str) -> None:
     """Raise ValueError for what a term cannot be compared at."""
     if tokens not in TOKENS:
         raise ValueError(f"{term}(tokens={tokens!r}) is not known; choose one of {', '.join(map(repr, TOKENS))}.")
 
 
-def learned_tokens(name: str, student: Trace, mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Of a mask (B, T) `labeled_tokens`, for tokens="labeled" of a term; without labels the mask itself.
+def compared_tokens(name: str, tokens: str, student: Trace, mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """Of a mask (B, T) what a term compares by its `tokens`: all, `labeled_tokens` (without labels all), or
+    `later_tokens`.
 
     Args:
         like: (B, T, …), of the tokens that the mask is of; None of it counts all of them.
@@ -96,8 +109,11 @@ def learned_tokens(name: str, student: Trace, mask: Tensor | None, like: Tensor)
     Raises:
         ValueError: labels that are not the tokens'.
     """
-    if student.labels is None:
+    if tokens == "all" or (tokens == "labeled" and student.labels is None):
         return mask
+    if tokens == "later":
+        every = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask
+        return later_tokens(every, student.documents)
     mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask
     if student.labels.shape != mask.shape:
         raise ValueError(

@@ -41,7 +41,7 @@ def warn_of_massive(
         if share > MOST:
             logger.warning(
                 "%s: %.0f %% of its value at the start is due to the teacher's massive activations (%s). The student "
-                "would learn these few numbers first: take loss: cosine, or tokens: labeled, or "
+                "would learn these few numbers first: take loss: cosine, tokens: later, or "
                 "standardize: dimension with standardize_batches: 8.",
                 name,
                 100 * share,

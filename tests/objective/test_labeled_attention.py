@@ -160,13 +160,14 @@ def test_pairs_are_counted_over_the_keys_that_a_query_sees(causal, packed):
     made = batch(packed)
     every = made | {"labels": torch.full_like(made["input_ids"], -100)}  # no text has a label, so all tokens count
     counted = CountedBatch(every, causal, True)
-    assert counted.labeled_pairs == counted.pairs
+    assert counted.pairs_of(counted.labeled_tokens) == counted.pairs
     one = {name: x[1:2] for name, x in made.items()}
     one["labels"] = torch.full_like(one["input_ids"], -100)
     one["labels"][0, 6] = 7
     seen = {(True, False): 7, (True, True): 3, (False, False): 9, (False, True): 5}[causal, packed]
     others = sum(range(1, 5)) if causal else 16  # of the first document, which has no label
-    assert CountedBatch(one, causal, True).labeled_pairs == seen + packed * others
+    counted = CountedBatch(one, causal, True)
+    assert counted.pairs_of(counted.labeled_tokens) == seen + packed * others
 
 
 def test_a_cached_teacher_gives_the_same(tmp_path):

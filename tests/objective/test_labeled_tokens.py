@@ -9,7 +9,7 @@ from fakit import Attention, Features, LayerMap, Objective, capture
 from fakit.experiments.config import ExperimentConfig
 from fakit.objective.feature_terms import Dynamics, Flow, LayerAttention, Pooled
 from fakit.objective.needs import CountedBatch
-from fakit.objective.positions import labeled_tokens
+from fakit.objective.positions import labeled_tokens, later_tokens
 from fakit.training.token_counts import counts, shares
 from tests.families import tiny
 from tests.objective.states import EVERY, MASK, OURS, THEIRS
@@ -39,6 +39,50 @@ def test_which_tokens_carry_a_label():
     labels = torch.tensor([[-100, 7, 7, -100, -100, 7]])
     wanted = torch.tensor([[0, 1, 1, 1, 1, 1]]).bool()  # the second document has no label, so all of it counts
     assert torch.equal(labeled_tokens(packed, labels, documents), wanted)
+
+
+def test_which_tokens_are_later_ones():
+    padded = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0]]).bool()
+    wanted = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]).bool()
+    assert torch.equal(later_tokens(padded), wanted)
+    packed, documents = torch.tensor([[1, 1, 1, 1, 1, 1, 0]]).bool(), torch.tensor([[0, 0, 0, 1, 1, 2, 3]])
+    assert torch.equal(later_tokens(packed, documents), torch.tensor([[0, 1, 1, 0, 1, 0, 0]]).bool())
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_the_first_token_of_a_text_has_no_part_in_later_ones(name):
+    found = loss(TERMS[name](tokens="later"), OURS, THEIRS)
+    narrowed = [replace(side, mask=later_tokens(MASK)) for side in (OURS, THEIRS)]
+    assert found == pytest.approx(loss(TERMS[name](), *narrowed), rel=1e-12)
+    assert found == loss(TERMS[name](tokens="later"), OURS, THEIRS, labels=None)  # labels say nothing here
+    assert found != pytest.approx(loss(TERMS[name](), OURS, THEIRS), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["kl", "mse", "score_mse"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_later_tokens_count_as_they_are_compared(kind, packed):
+    """Attention by the numbers that a term counts: all pairs are those of first tokens and of later ones."""
+    model, other = tiny("llama", seed=1), tiny("llama")
+    batch = {"input_ids": torch.randint(3, 30, (2, 7), generator=torch.Generator().manual_seed(1))}
+    if packed:
+        batch["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 2)
+    else:
+        batch["attention_mask"] = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
+    sides = [capture(m, batch, attentions=[1]) for m in (model, other)]
+    counted, one = CountedBatch(batch, causal=True, token_logits=True), LayerMap([(1, 1)])
+    values, numbers = [], []
+    for tokens in ("later", "all"):
+        term = Attention(kind, tokens=tokens, layer_map=one)
+        values.append(Objective(terms={"it": term})(*sides).terms["it"].item())
+        numbers.append(term.count(counted).item())
+    texts = 4 if packed else 2
+    assert numbers[1] - numbers[0] == texts  # a first token sees itself alone
+    first = 0.0
+    if kind == "score_mse":  # the only kind that does not end with a softmax over one key
+        one_key = sum(numbers[side] * values[side] * (1 - 2 * (side == 0)) for side in (0, 1))
+        first = one_key
+        assert first > 0
+    assert values[0] * numbers[0] + first == pytest.approx(values[1] * numbers[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", TERMS)
