@@ -43,6 +43,7 @@ _NEEDS_DATA = (
 # assumptions, which `make gpu` measures.
 CONTEXT = 0.7 * GB
 FRAGMENTS = 0.05
+TOP = 64  # logits of a small cache
 # There before and after every step.
 FIXED = ("teacher weights", "student weights", "optimizer state")
 # Share of a card's memory bandwidth that eager kernels reach.
@@ -281,6 +282,7 @@ class Plan:
         lines += ["", self.verdict, *self.advice(), ""]
         phases = ", ".join(f"{phase} {flops / 1e12:.3g}" for phase, flops in step.flops.items())
         lines.append(f"FLOPs of a step: {self.flops / 1e12:.4g} T ({phases})")
+        lines += self._cache()
         lines += self._times()
         if setup.accelerator:
             lines.append(
@@ -288,6 +290,24 @@ class Plan:
                 "docs/gpu.md says which cards have measured them."
             )
         return "\n".join(lines)
+
+    def _cache(self) -> list[str]:
+        """What a teacher cache would take, and with the largest logits alone."""
+        kept = self.step.cached
+        if not kept:
+            return []
+        parts = ", ".join(f"{name} {_size(number)}" for name, number in kept.items())
+        whole, tokens = sum(kept.values()), self.setup.batch * self.setup.seq * (self.steps or 0)
+        line = f"A teacher cache in bfloat16 takes {_size(whole)} a token ({parts})"
+        line += f", {_size(whole * tokens)} for {tokens:,.0f} tokens" if tokens else ""
+        if self.setup.task != "causal-lm" or "logits" not in kept:
+            return [line + "."]
+        index = 2 if kept["logits"] <= 2 * 2**16 else 4  # bytes of a token's number
+        few = whole - kept["logits"] + (2 + index) * TOP + 4
+        if few >= whole:
+            return [line + "."]
+        line += f"; with the {TOP} largest logits alone {_size(few)}"
+        return [line + (f", {_size(few * tokens)} in all." if tokens else ".")]
 
     def _adapter(self) -> list[str]:
         if self.setup.lora is None:
@@ -504,6 +524,13 @@ def _changes(setup: Setup, largest_batch: int) -> Iterator[tuple[str, dict]]:
         yield "4-bit teacher", {"quantize": "4bit"}
     if setup.optimizer == "adamw":
         yield "8-bit AdamW", {"optimizer": "adamw-8bit"}
+
+
+def _size(size: float) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size:.3g} B"
 
 
 def _duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -31,6 +31,7 @@ from fakit.planner.fake import give_fake_weights, loops_of, meta_model, quantize
 from fakit.planner.ledger import Ledger
 from fakit.tracing.capture import capture
 from fakit.tracing.head_finder import remember_finish
+from fakit.tracing.trace import Trace
 
 TERMS = ("features", "attention", "outputs", "task")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor", "sgd")
@@ -98,6 +99,7 @@ class Step:
         depths: "teacher", "student" → layers; widths: the same → hidden size.
         stacked: number of the teacher's weights that are experts of a mixture, all of a layer's in one tensor,
             which is never quantized.
+        cached: what a teacher cache in bfloat16 keeps → bytes a token, logits whole; of a classifier's logits, a row.
         evaluation: bytes at the peak of evaluating a batch, weights and optimizer state included.
         evaluation_rows: rows of that batch.
     """
@@ -112,6 +114,7 @@ class Step:
     depths: dict[str, int]
     widths: dict[str, int]
     stacked: int = 0
+    cached: dict[str, float] = field(default_factory=dict)
     evaluation: int = 0
     evaluation_rows: int = 0
 
@@ -145,7 +148,7 @@ def simulate(setup: Setup) -> Step:
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         remember_finish(model, None if cap is None else lambda z, cap=cap: cap * torch.tanh(z / cap))
         remember_causal(model, setup.task == "causal-lm")
-    ledger, needs = Ledger(), objective.needs("teacher")
+    ledger, needs, cached = Ledger(), objective.needs("teacher"), {}
     # layer i is what block i gives and block i + 1 is given
     run_one_of_each(find_blocks(teacher), needs.layers, ledger)
     with fakes, ledger:
@@ -167,6 +170,7 @@ def simulate(setup: Setup) -> Step:
                 with torch.no_grad():
                     theirs = _trace(teacher, batch, needs)
                 ledger.move("captured traces", booked="teacher activations")
+                cached = _cached(theirs, setup)
             ledger.phase = "student activations"
             ours = _trace(student, batch, objective.needs("student", labels is not None))
             ledger.phase = "losses"
@@ -183,7 +187,22 @@ def simulate(setup: Setup) -> Step:
     rows = min(EVALUATED, max(1, TOKENS // setup.seq))
     evaluation = _evaluation(replace(setup, batch=rows), teacher, student, [objective], state, fakes)
     step = _booked(ledger, logical, depths, teacher, student, trainable)
-    return replace(step, evaluation=evaluation, evaluation_rows=rows)
+    return replace(step, cached=cached, evaluation=evaluation, evaluation_rows=rows)
+
+
+def _cached(theirs: Trace, setup: Setup) -> dict[str, float]:
+    """Bytes a token that a cache in bfloat16 takes for a trace, by what it is."""
+    inputs = [x for layer in theirs.attention.values() for x in (layer.query, layer.key)]
+    numbers = {
+        "hidden states": sum(x.numel() for x in theirs.hidden_states.values()),
+        "queries and keys": sum(x.numel() for x in inputs),
+    }
+    logits, head = theirs.logits, theirs.head
+    if head is not None:
+        numbers["logits"] = head.hidden.shape[:-1].numel() * head.weight.shape[0]
+    elif logits is not None:
+        numbers["logits"] = logits.numel()
+    return {name: 2 * number / (setup.batch * setup.seq) for name, number in numbers.items() if number}
 
 
 def _student(setup: Setup, teacher: PreTrainedModel) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from transformers import (
     default_data_collator,
 )
 
-from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, capture, load_teacher, shrink
+from fakit import Attention, Features, LayerMap, Objective, Outputs, Task, TeacherCache, capture, load_teacher, shrink
 from fakit.evaluation import evaluate
 from fakit.evaluation.cost import count_flops, forward_flops, peak_memory
 from fakit.losses.fused import chunked, streamed
@@ -154,6 +154,23 @@ def test_the_peak_is_that_of_a_fresh_process():
     fixed = sum(made.memory[part] for part in ("teacher weights", "student weights", "optimizer state"))
     assert made.peak - fixed == pytest.approx(measured["bytes"] - fixed, rel=0.15)
     assert made.flops == pytest.approx(measured["flops"], rel=0.02)
+
+
+@pytest.mark.parametrize("vocabulary", [50, 9_000])
+def test_a_teacher_cache_takes_what_is_built(tmp_path, vocabulary):
+    """Bytes a token, by what is kept, whole and with the largest logits alone."""
+    teacher = tiny("llama", vocab_size=vocabulary)
+    rows = [{"input_ids": list(range(5, 45)), "attention_mask": [1] * 40} for _ in range(30)]
+    objective = Objective(LayerMap.uniform(2, 3), Features(), Attention(), Outputs(), Task()).prepare(32, 32)
+    made = plan(teacher, 2, 4, 40, dtype="fp32", device="cpu", tokens=160 * 5)
+    whole = TeacherCache.build(tmp_path / "whole", teacher, rows, objective, dtype="bfloat16")
+    assert sum(made.step.cached.values()) == pytest.approx(whole.bytes / (30 * 40), rel=0.02)
+    assert f"a token (hidden states {made.step.cached['hidden states']:.3g} B" in str(made)
+    assert (" for 800 tokens; with the 64 largest logits alone " in str(made)) == (vocabulary > 64)
+    if vocabulary > 64:
+        few = TeacherCache.build(tmp_path / "few", teacher, rows, objective, dtype="bfloat16", top_k=64)
+        kept = sum(made.step.cached.values()) - made.step.cached["logits"] + 4 * 64 + 4
+        assert kept == pytest.approx(few.bytes / (30 * 40), rel=0.02)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
