@@ -68,7 +68,7 @@ def write(
     from fakit.evaluation.generation import generating, stops_of
     from fakit.tasks.instructions import check_options, prompt_ids
 
-    check_options(template, "completion", "refuse")
+    check_options(template, "completion")
     prompts = list(prompts)
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError(f"prompts: found {prompts!r:.80}, expected at least one text that is not empty.")

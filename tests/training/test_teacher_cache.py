@@ -136,15 +136,15 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
 _HALF_A_BUILD = """
     import sys, time
     from fakit import TeacherCache
-    from fakit.training.teacher_cache import cache
+    from fakit.training.teacher_cache import manifest
     from tests.training.test_teacher_cache import bert, rows_of_lengths
 
-    write = cache.write_manifest
-    def write_and_wait(folder, manifest):
-        write(folder, manifest)
+    write = manifest.write_manifest
+    def write_and_wait(folder, what):
+        write(folder, what)
         print("a shard is there", flush=True)
         time.sleep(60)  # the parent kills here
-    cache.write_manifest = write_and_wait
+    manifest.write_manifest = write_and_wait
     TeacherCache.build(sys.argv[1], bert(), rows_of_lengths(), hidden_states=[2], attentions=[2], shard_rows=2, top_k=2)
 """
 

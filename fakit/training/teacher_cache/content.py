@@ -124,12 +124,12 @@ class CacheContent:
         """True where this is what is asked, or the same with the logits of more tokens."""
         return self in (asked, replace(asked, tokens="all"))
 
-    def missing(self, objective: Objective, classes: int | None) -> list[str]:
+    def missing(self, objective: Objective, classes: int | None = None) -> list[str]:
         """What the objective asks of its teacher at the weights and layer maps of this moment, or once a schedule lets
         a weight rise, and this content has not.
 
         Args:
-            classes: of the teacher's logits; None where it has none.
+            classes: of the teacher's logits; None where it has none, or they are not known.
         """
         found = []
         for name, term in objective.terms.items():
