@@ -109,19 +109,19 @@ def compared_tokens(name: str, tokens: str, student: Trace, mask: Tensor | None,
     Raises:
         ValueError: labels that are not the tokens'.
     """
-    if tokens == "all" or (tokens == "labeled" and student.labels is None):
+    labels = student.labels
+    if tokens == "all" or (tokens == "labeled" and labels is None):
         return mask
-    if tokens == "later":
-        every = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask
-        return later_tokens(every, student.documents)
     mask = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if mask is None else mask
-    if student.labels.shape != mask.shape:
+    if tokens == "later" or labels is None:
+        return later_tokens(mask, student.documents)
+    if labels.shape != mask.shape:
         raise ValueError(
             f"{name} compares tokens that carry a label (tokens='labeled'), and the labels are "
-            f"{tuple(student.labels.shape)} beside {tuple(mask.shape)} tokens (B, T); take tokens='all' where labels "
+            f"{tuple(labels.shape)} beside {tuple(mask.shape)} tokens (B, T); take tokens='all' where labels "
             "are of texts, and for the encoder of an encoder-decoder."
         )
-    return labeled_tokens(mask, student.labels, student.documents)
+    return labeled_tokens(mask, labels, student.documents)
 
 
 def common_mask(student: Trace, teacher: Trace, pair: Pair) -> Tensor | None:
