@@ -20,6 +20,7 @@ RECORDED = {
     "weights": "weights.yaml",
     "skew_and_dynamics": "skew_and_dynamics.yaml",
     "recipes": "recipes.yaml",
+    "smollm2": "study_smollm2.yaml",
 }
 
 
@@ -103,6 +104,32 @@ def test_the_record_of_the_weights_is_whole_and_small():
     runs = store.runs()
     assert (runs["steps"] == runs["config.training.steps"]).all() and runs["score"].between(0, 1).all()
     assert sum(path.stat().st_size for path in store.path.iterdir()) < 1_000_000
+
+
+def test_smollm2_is_as_its_page_says():
+    page = (ROOT / "docs/instruction_data.md").read_text()
+    every = RunStore(ROOT / "data/recorded/smollm2").runs()
+    runs, teacher = every[every["kind"] == "run"], every[every["arm"] == "teacher"].iloc[0]
+    columns = {"test.bits_per_byte": (1, 2), "test.rougeL": (100, 1), "test.agreement": (100, 1)}
+    columns |= {"test.acceptance": (100, 1)}
+    told = {}
+    for metric, (factor, digits) in columns.items():
+        for row in paired_table(runs, metric, "none").to_dict("records"):
+            values = [factor * row[key] for key in ("mean", "low", "high")]
+            told.setdefault(row["arm"], []).append("{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*values, d=digits))
+            if row["arm"] == "outputs" and factor == 100:
+                change = [factor * row[f"difference{end}"] for end in ("", "_low", "_high")]
+                assert "{:+.1f} [{:+.1f}, {:+.1f}] points".format(*change) in page, metric
+    for arm, cells in told.items():
+        assert f"| {arm} | {' | '.join(cells)} |" in page
+    own = f"{teacher['test.bits_per_byte']:.2f} | {100 * teacher['test.rougeL']:.1f} | – | – |"
+    assert f"| *teacher* | {own}" in page
+    beside = runs[runs["arm"] != "none"]
+    apart = {metric: paired_table(beside, metric, "outputs").set_index("arm").loc["all"] for metric in columns}
+    bits = apart.pop("test.bits_per_byte")
+    cost = [bits[f"difference{end}"] for end in ("", "_low", "_high")]
+    assert "cost {:.2f} [{:.2f}, {:.2f}] bits per byte".format(*cost) in page
+    assert all(row["difference_low"] < 0 < row["difference_high"] for row in apart.values())
 
 
 def test_the_recipes_side_by_side_are_as_the_readme_says():
