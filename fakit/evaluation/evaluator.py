@@ -11,7 +11,7 @@ from torch import Tensor
 from fakit.evaluation import calibration, metrics
 from fakit.evaluation.batches import device_of, eval_mode, length_sorted_batches, rows_of
 from fakit.evaluation.fidelity import Agreement
-from fakit.evaluation.generation import SCORED, Generations, generation_metrics
+from fakit.evaluation.generation import SCORED, Generations, generation_metrics, written_text
 from fakit.evaluation.labeled import UNLABELED, labeled_logits
 from fakit.evaluation.language_modeling import exponential, summed_nll
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS
@@ -125,8 +125,7 @@ def written_metrics(task) -> tuple[str, ...]:
 def _answer_bytes(dataset, tokenizer) -> int:
     """UTF-8 bytes of all labeled text, without special tokens."""
     kept = [[label for label in row["labels"] if label != UNLABELED] for row in rows_of(dataset)]
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    return max(1, sum(len(tokenizer.decode(labels, **options).encode()) for labels in kept))
+    return max(1, sum(len(written_text(tokenizer, labels).encode()) for labels in kept))
 
 
 def predictions(model, dataset, collator: Callable, batch_size: int = 64) -> Tensor:

@@ -194,6 +194,13 @@ def stops_of(model, tokenizer, fix: str = "set tokenizer.eos_token") -> list[int
     return list(ends)
 
 
+def written_text(tokenizer, ids: Sequence[int]) -> str:
+    """The text of token ids, without special tokens; cleaning up blanks before punctuation would change what CER
+    counts.
+    """
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 def check_references(rows: Sequence[dict], eos_token_id: int) -> None:
     """Raise ValueError where a target does not end: it was cut,
     and a whole text would be compared with a part of its reference.
@@ -246,9 +253,7 @@ def generation_metrics(
     outputs = generate(model, prompts, sorted(ends), tokenizer.pad_token_id, max_new_tokens, batch_size)
 
     def decode(sequences: list[list[int]]) -> list[str]:
-        # Cleaning up blanks before punctuation would change what CER counts.
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return [tokenizer.decode(ids, **options) for ids in sequences]
+        return [written_text(tokenizer, ids) for ids in sequences]
 
     sources = [source.removesuffix(separator) for source in decode(prompts)]
     references, texts = decode(targets), decode(outputs)

@@ -12,6 +12,7 @@ from fakit.experiments.baselines import prepare_run
 from fakit.experiments.build import Prepared, check_lengths, pad_as, tokenizer_beside
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.quiet import without_side_bars
+from fakit.experiments.schema import check_whole
 from fakit.experiments.scores import parameters_of, scores_of
 from fakit.experiments.store import strict_json
 from fakit.files import write_whole
@@ -113,8 +114,8 @@ def measure(
     if split not in ("test", "validation"):
         raise ValueError(f"split: {split!r} is not one of test, validation.")
     for name, value in (("rows", rows), ("draft", draft)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: found {value!r}, expected a whole number, at least 1.")
+        if value is not None:
+            check_whole(name, value)
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder; give the folder of a saved model.")
     with without_side_bars():

@@ -365,3 +365,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError for what is no whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: found {value!r}, expected a whole number, at least {least}.")

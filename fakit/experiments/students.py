@@ -91,32 +91,21 @@ def exported(student: nn.Module) -> PreTrainedModel:
 
 
 def _merged_in_full_precision(student: nn.Module, base: PreTrainedModel) -> PreTrainedModel:
-    """The weights that the adapter was trained beside, turned back from few bits, and the adapter added to them."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    """The adapter merged, by PEFT, into the weights that it was trained beside, turned back from few bits."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 
-    prefix = "base_layer."
-    state = {name.replace(prefix, ""): x for name, x in full_precision_state(base).items() if ".lora_" not in name}
-    for name, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            for adapter in module.active_adapters:
-                delta, weight = module.get_delta_weight(adapter), f"{name}.weight"
-                if getattr(module.base_layer, "source_cls", None) is Conv1D:  # GPT-2 holds (in, out)
-                    delta = delta.T
-                state[weight] = state[weight].float() + delta.to(state[weight].device)
     config = copy.deepcopy(base.config)
     del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    lacking = plain.load_state_dict({name: x.float() for name, x in state.items()}, strict=False)
-    tied = {name for name in lacking.missing_keys if name not in plain.all_tied_weights_keys}
-    buffers = {name for name, _ in plain.named_buffers()}
-    if lacking.unexpected_keys or tied - buffers:
-        raise ValueError(
-            f"{type(base).__name__} could not be turned back from few bits: "
-            f"{', '.join([*lacking.unexpected_keys, *sorted(tied - buffers)][:3])}."
-        )
-    return plain.to(base.device)
+    bare = full_precision_state(copy.deepcopy(student).unload())
+    lacking = plain.load_state_dict({name: x.float() for name, x in bare.items()}, strict=False)
+    derived = plain.all_tied_weights_keys.keys() | {name for name, _ in plain.named_buffers()}
+    if lost := [*lacking.unexpected_keys, *(name for name in lacking.missing_keys if name not in derived)]:
+        raise ValueError(f"{type(base).__name__} could not be turned back from few bits: {', '.join(lost[:3])}.")
+    adapted = get_peft_model(plain, copy.deepcopy(student.peft_config[student.active_adapter]))
+    set_peft_model_state_dict(adapted, get_peft_model_state_dict(student))
+    return adapted.merge_and_unload(safe_merge=True).to(base.device)
 
 
 def _check_alone(config: ExperimentConfig) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fakit.experiments.schema import check_whole
 from fakit.files import write_whole
 from fakit.models.kinds import is_causal_lm
 from fakit.models.positions import longest_row
@@ -65,15 +66,15 @@ def write(
         ValueError: before any work: no prompts, an empty one, values out of range, prompts too long for the model.
     """
     from fakit.evaluation.batches import device_of, eval_mode
-    from fakit.evaluation.generation import generating, stops_of
+    from fakit.evaluation.generation import generating, stops_of, written_text
     from fakit.tasks.instructions import check_options, prompt_ids
 
     check_options(template, "completion")
     prompts = list(prompts)
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError(f"prompts: found {prompts!r:.80}, expected at least one text that is not empty.")
-    _whole("max_new_tokens", max_new_tokens, 1)
-    _whole("seed", seed, 0)
+    check_whole("max_new_tokens", max_new_tokens)
+    check_whole("seed", seed, least=0)
     if temperature is not None and not 0 < temperature < math.inf:
         raise ValueError(f"temperature: found {temperature!r}, expected a number above 0; leave it out to be greedy.")
     if not 0 < top_p <= 1:
@@ -98,8 +99,7 @@ def write(
                 new = model.generate(input_ids=given, attention_mask=torch.ones_like(given))[0, len(ids) :].tolist()
             ended = bool(new) and new[-1] in ends
             kept = new[:-1] if ended else new
-            text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            found.append(Written(prompt, tokenizer.decode(ids), text, len(kept), ended))
+            found.append(Written(prompt, tokenizer.decode(ids), written_text(tokenizer, kept), len(kept), ended))
     return found
 
 
@@ -188,8 +188,3 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
             raise ValueError(f'{file}, line {number}: has no text under "prompt"; it is {line!r:.60}.')
         prompts.append(row["prompt"])
     return prompts
-
-
-def _whole(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: found {value!r}, expected a whole number, at least {least}.")

@@ -66,10 +66,13 @@ def _looked_at(objective, student, teacher, batch) -> dict[str, tuple[float, str
             sides.append(capture(model, batch, hidden_states=layers, logits=False))
     ours, theirs = sides
     ours = replace(ours, labels=batch.get("labels"))
-    mask = theirs.mask
-    if mask is None:
-        return {}
-    massive = massive_activations(theirs.hidden_states, mask)
+    masks = {layer: theirs.layer_mask(layer) for layer in theirs.hidden_states}  # a decoder's are of other tokens
+    massive = [
+        one
+        for layer, x in theirs.hidden_states.items()
+        if (mask := masks[layer]) is not None
+        for one in massive_activations({layer: x}, mask)
+    ]
     if not massive:
         return {}
     found = {}
@@ -78,15 +81,17 @@ def _looked_at(objective, student, teacher, batch) -> dict[str, tuple[float, str
         for pair in pairs[name]:
             with torch.no_grad():
                 whole += term.compare_pair(ours, theirs, pair).item()
-                rest += term.compare_pair(*_without(ours, theirs, pair, mask), pair).item()
+                rest += term.compare_pair(*_without(ours, theirs, pair, masks[pair[1]]), pair).item()
         layers = {pair[1] for pair in pairs[name]}
         where = in_words([one for one in massive if one.layer in layers])
         found[name] = (max(0.0, 1 - rest / whole) if whole > 0 else 0.0), where
     return found
 
 
-def _without(ours: Trace, theirs: Trace, pair, mask: Tensor) -> tuple[Trace, Trace]:
+def _without(ours: Trace, theirs: Trace, pair, mask: Tensor | None) -> tuple[Trace, Trace]:
     """Both traces with 0 at a pair where the teacher's states are massive."""
+    if mask is None:
+        return ours, theirs
     student, teacher = ours.hidden_states[pair[0]], theirs.hidden_states[pair[1]]
     massive = are_massive(teacher, teacher[mask].abs().float().median().item()) & mask.unsqueeze(-1)
     if student.shape == teacher.shape:

@@ -135,6 +135,35 @@ def test_an_adapter_on_weights_of_few_bits_is_exported_as_a_plain_model(world, t
     assert same(run_experiment(again, progress=False, count_flops=False, resume=True).student, result.student)
 
 
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}], ids=str)
+def test_what_else_an_adapter_trains_on_few_bits_is_exported_too(world, tmp_path, more):
+    tokenizer = AutoTokenizer.from_pretrained(world / "causal", trust_remote_code=False)
+    base = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=160, tie_word_embeddings=False)
+    base.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = ExperimentConfig.from_dict(
+        {
+            "task": {"name": str(world / "pairs.jsonl"), "options": {"validation": 8, "test": 8}},
+            "teacher": {"id": str(tmp_path)},
+            "student": {
+                "path": str(tmp_path),
+                "quantize": "4bit",
+                "lora": {"r": 2, "init_lora_weights": False, **more},
+            },
+            "training": {"max_length": 150},
+            "device": "cpu",
+        }
+    )
+    adapted = make_student(config, prepare(config)).model.eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.mul_(1.25)  # as training would move it
+        batch = {"input_ids": torch.arange(5, 25).view(2, 10)}
+        ours, theirs = exported(adapted).eval()(**batch).logits, adapted(**batch).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("student", [{"quantize": "8bit", "lora": {"r": 2}}, {"quantize": "4bit", "path": "somewhere"}])
 def test_few_bits_want_a_saved_model_and_an_adapter(student):
     with pytest.raises(ValueError, match=r"student.quantize: found .bit with path .* and lora .* give student.path"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fakit import Features, LayerMap, Objective, capture, preflight, shrink
+from fakit.models.blocks import stack_depths
 from fakit.models.massive import in_words, massive_activations
 from fakit.training.massive import share_of_massive, warn_of_massive
 from tests.families import tiny
@@ -97,3 +98,14 @@ def test_terms_that_do_not_see_them_are_not_warned_of(batch, caplog):
     narrow = Objective(MAP, features=Features()).prepare(16, 32)
     warn_of_massive(narrow, shrink(teacher, 2, 16), teacher, batch)
     assert "massive" not in caplog.text
+
+
+def test_a_decoder_of_other_tokens_than_its_encoder_is_looked_at_by_its_own_mask():
+    teacher = planted(family="t5")
+    batch = {"input_ids": torch.randint(4, 50, (2, 9)), "attention_mask": torch.ones(2, 9).long()}
+    batch["labels"] = torch.full((2, 5), 7)
+    batch["decoder_input_ids"] = torch.full((2, 5), 3)
+    student = shrink(tiny("t5", seed=1), 2)
+    pairs = LayerMap.uniform(stack_depths(student), stack_depths(teacher))
+    found = share_of_massive(Objective(pairs, features=Features()), student, teacher, batch)
+    assert found["features"] > 0.1  # of the decoder alone: the planted token is nowhere in the encoder's texts
