@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -87,6 +87,22 @@ def _arguments_of_launcher() -> list[str] | None:
 
 # -- sharding
 # -----------------------------------------------------------------------------------------------------------
+
+
+def forget_state() -> None:
+    """Before an `Accelerator` is made: forget what an earlier trainer of this process computed in.
+
+    Accelerate keeps one state a process, its precision included, which new `TrainingArguments` empty. Arguments that
+    were made before another trainer, as those of a run whose student is healed first, would be refused, or disobeyed.
+    """
+    AcceleratorState._shared_state = {}
+
+
+def own_state(accelerator: Accelerator) -> None:
+    """Have this process compute as this accelerator was made for, whatever trainer was made since."""
+    state = accelerator.state
+    state.__dict__ = dict(state.__dict__)  # its own: new arguments empty what is shared
+    AcceleratorState._shared_state = dict(state.__dict__)
 
 
 @contextmanager

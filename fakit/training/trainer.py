@@ -43,7 +43,14 @@ from fakit.training.checkpoints import last_whole_checkpoint, versions
 from fakit.training.checkpoints import rotate as rotate_checkpoints
 from fakit.training.checkpoints import seal as seal_checkpoint
 from fakit.training.distiller import Distiller, refuse_reentrant, traced
-from fakit.training.distributed import check_sharding, load_whole_state, shards_on_cpus, whole_state
+from fakit.training.distributed import (
+    check_sharding,
+    forget_state,
+    load_whole_state,
+    own_state,
+    shards_on_cpus,
+    whole_state,
+)
 from fakit.training.fit import check_fit, check_parameters, refuse_shared
 from fakit.training.logged import Logged
 from fakit.training.on_policy.fit import rollouts
@@ -239,8 +246,10 @@ class DistillationTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Set up Accelerate; `--use_fsdp` shards on CPUs, too."""
+        forget_state()
         with shards_on_cpus():
             super().create_accelerator_and_postprocess()
+        own_state(self.accelerator)
         check_sharding(self.accelerator)
 
     def gather_as_asked(self) -> None:
@@ -398,7 +407,13 @@ class DistillationTrainer(Trainer):
         if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
             one = bytes_of_checkpoint(self.student, self.objective, self.args.optim)
             check_room(self.args.output_dir, (1 + (self.args.save_total_limit or 1)) * one, "checkpoints")
+        own_state(self.accelerator)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        """The Trainer's, in this trainer's precision."""
+        own_state(self.accelerator)
+        return super().evaluation_loop(*args, **kwargs)
 
     @property
     def _labeled(self) -> bool:

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import default_data_collator
 
+from fakit import DistillationTrainer
 from fakit.training import precision
 from fakit.training.precision import autocast, bf16_cost, bf16_is_fast, settle, use_bf16
-from tests.training.runs import arguments, make
+from tests.training.runs import arguments, data, logged, make, parts
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,3 +186,36 @@ def test_no_notebook_script_or_configuration_decides_by_itself():
     assert len(read) > 15
     for path, text in read.items():
         assert not re.search(r"torch\.autocast|bf16=True|bf16: (true|yes|on)\b", text), path
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_trainer_keeps_its_precision_beside_one_of_the_other(processor, tmp_path, asked):
+    """Accelerate holds one precision a process, and the newest arguments empty it."""
+    processor("avx512_bf16", cost=0.5)
+    alone = make(tmp_path, bf16=asked, max_steps=2)
+    alone.train()
+    first = make(tmp_path, bf16=asked, max_steps=2, evaluated=data())
+    later = make(tmp_path, bf16=not asked, max_steps=2)
+    assert (first.precision, later.precision) == (("bf16", "float32") if asked else ("float32", "bf16"))
+    before = later.evaluate(data())["eval_loss"]
+    first.train()
+    assert logged(first) == logged(alone)
+    assert later.evaluate(data())["eval_loss"] == before
+    later.train()
+    assert later.precision != first.precision and logged(later) != logged(alone)
+
+
+def test_a_trainer_within_the_making_of_another_leaves_that_its_precision(processor, tmp_path):
+    """As in a run whose student is healed layer by layer, in bf16, before the run itself begins, in float32."""
+    processor("avx512_bf16", cost=0.5)
+    made, asked = parts(), arguments(tmp_path, bf16=False, max_steps=1)
+    make(tmp_path, bf16=True, max_steps=1).train()
+    trainer = DistillationTrainer(
+        *made, args=asked, train_dataset=data(), data_collator=default_data_collator, callbacks=[]
+    )
+    seen = []
+    trainer.student.base_model.encoder.layer[0].intermediate.dense.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.dtype)
+    )
+    trainer.train()
+    assert trainer.precision == "float32" and set(seen) == {torch.float32}
