@@ -14,6 +14,7 @@ SLOW = (
     "experiments/test_run_packed.py",
     "experiments/test_students.py",
     "experiments/test_study.py",
+    "experiments/test_two_tokenizer_runs.py",
     "figures/test_every_figure.py",
     "planner/",
     "scale/",

@@ -36,11 +36,13 @@ def evaluate_baselines(config: ExperimentConfig) -> list[dict[str, Any]]:
     set_seed(config.seed)
     with without_side_bars():
         student = make_student(config, prepared).model
-    scores = {"teacher": {name: scores_of(teacher, split, task, tokenizer) for name, split in splits.items()}}
+    teachers = {name: prepared.of_teacher(name) for name in splits}
+    scores = {"teacher": {n: scores_of(teacher, rows, task, own) for n, (own, rows) in teachers.items()}}
     copied = f"{task.metric}_copy"
     if copied in scores["teacher"]["test"]:
         scores["copy"] = {name: {task.metric: scores["teacher"][name][copied]} for name in splits}
-    scores["untrained"] = {n: scores_of(student, split, task, tokenizer, teacher) for n, split in splits.items()}
+    reference = None if prepared.teacher_tokenizer is not None else teacher
+    scores["untrained"] = {n: scores_of(student, split, task, tokenizer, reference) for n, split in splits.items()}
     parameters = {"teacher": parameters_of(teacher), "untrained": parameters_of(student)}
     return [
         {

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -132,7 +133,9 @@ class Prepared:
     """What runs of one task, teacher, seed and length have in common, see `prepare`.
 
     Attributes:
+        tokenizer: of the rows that students read: the teacher's, or that of `student.path`.
         validation, test: encoded splits.
+        teacher_tokenizer: the teacher's, where it is another one.
         compressed: the last student that was compressed from the teacher, and what it was asked as; see `make_student`.
     """
 
@@ -142,6 +145,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     validation: Dataset
     test: Dataset
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
     compressed: tuple[Any, Any] | None = None
     _logits: Tensor | None = None
     _scores: dict[str, float] | None = None
@@ -151,14 +155,32 @@ class Prepared:
         if self._scores is None:
             from fakit.evaluation import evaluate
 
-            collator = self.task.collator(self.tokenizer)
-            self._scores = evaluate(self.teacher, self.test, collator, self.task, self.tokenizer)
+            tokenizer, rows = self.of_teacher("test")
+            collator = self.task.collator(tokenizer)
+            self._scores = evaluate(self.teacher, rows, collator, self.task, tokenizer)
         return self._scores
 
-    def reference(self) -> PreTrainedModel | Tensor:
+    def of_teacher(self, split: str) -> tuple[PreTrainedTokenizerBase, Dataset]:
+        """The teacher's tokenizer, and "validation" or "test" in its tokens."""
+        if self.teacher_tokenizer is None:
+            return self.tokenizer, getattr(self, split)
+        tokenizer = self.teacher_tokenizer
+        return tokenizer, self.task.encode(split, tokenizer, self.config.training.max_length)
+
+    def collator(self) -> Callable:
+        """Makes batches of training rows: those of `build_training_rows`."""
+        from fakit.tasks.two_tokenizers import both_collator
+
+        if self.teacher_tokenizer is None:
+            return self.task.collator(self.tokenizer)
+        return both_collator(self.task, self.tokenizer, self.teacher_tokenizer)
+
+    def reference(self) -> PreTrainedModel | Tensor | None:
         """What students are compared with on the test split: a classifier's logits (N, C), asked once;
-        else the teacher itself.
+        else the teacher itself; None where it reads other tokens.
         """
+        if self.teacher_tokenizer is not None:
+            return None
         if self.task.kind == "causal-lm":
             return self.teacher
         if self._logits is None:
@@ -177,7 +199,16 @@ class Prepared:
     def differs(self, config: ExperimentConfig) -> dict[str, tuple]:
         """Keys in which a run's configuration needs other parts than these: {key: (ours, the run's)}."""
         keys = {name: attrgetter(name) for name in ("task", "teacher", "seed", "training.max_length")}
-        return {n: (of(self.config), of(config)) for n, of in keys.items() if of(self.config) != of(config)}
+        found = {n: (of(self.config), of(config)) for n, of in keys.items() if of(self.config) != of(config)}
+        ours, asked = self.config.student.path, config.student.path
+        if not found and ours != asked:  # a tokenizer lies beside each
+            from fakit.tasks.two_tokenizers import differ
+
+            teachers = self.teacher_tokenizer or self.tokenizer
+            own = student_tokenizer(config)
+            if differ(teachers if own is None else own, self.tokenizer):
+                found["student.path"] = ours, asked
+        return found
 
     def check(self, config: ExperimentConfig) -> None:
         """Raise ValueError where a run's configuration needs other parts than these."""
@@ -193,11 +224,13 @@ def prepare(config: ExperimentConfig, device: str | torch.device = "cpu") -> Pre
 
     task = build_task(config)
     teacher, tokenizer = build_teacher(config, task, device)
+    own = own_tokenizer(config, task, tokenizer)
+    teachers, tokenizer = (None, tokenizer) if own is None else (tokenizer, own)
     splits = {name: task.encode(name, tokenizer, config.training.max_length) for name in ("validation", "test")}
     if "target" in task.test.column_names:
         for split in splits.values():
             check_references(list(split)[:SCORED], tokenizer.eos_token_id)
-    return Prepared(config, task, teacher, tokenizer, **splits)
+    return Prepared(config, task, teacher, tokenizer, **splits, teacher_tokenizer=teachers)
 
 
 def student_tokenizer(config: ExperimentConfig) -> PreTrainedTokenizerBase | None:
@@ -211,6 +244,24 @@ def student_tokenizer(config: ExperimentConfig) -> PreTrainedTokenizerBase | Non
     return tokenizer_beside(Path(resolve_model(config.student.path)))
 
 
+def own_tokenizer(config: ExperimentConfig, task: TextTask, teachers: PreTrainedTokenizerBase):
+    """The tokenizer of the model at `student.path`, where it is not the teacher's; else None.
+
+    Raises:
+        ValueError: a task that two tokenizers cannot read.
+    """
+    from fakit.tasks.two_tokenizers import check_both, differ
+
+    own = student_tokenizer(config)
+    if own is None or not differ(own, teachers):
+        return None
+    check_tokenizer(own, config.student.path)
+    check_both(task, (own, teachers))
+    if own.pad_token_id is None:
+        own.pad_token = own.eos_token
+    return own
+
+
 def tokenizer_beside(model: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies in a model's folder; None where none does."""
     from fakit.models.load import load_tokenizer
@@ -220,19 +271,19 @@ def tokenizer_beside(model: Path) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(model)
 
 
-def pad_as(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Have a model without a token for padding take its teacher's: a classifier of several texts at once needs to know
+def pad_as(model: PreTrainedModel, token: int | None) -> None:
+    """Have a model without a token for padding take this one: a classifier of several texts at once needs to know
     where they end.
     """
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = teacher.config.pad_token_id
+        model.config.pad_token_id = token
 
 
-def check_lengths(rows: Dataset, max_length: int, **models: PreTrainedModel) -> None:
+def check_lengths(rows: Dataset, max_length: int, column: str = "input_ids", **models: PreTrainedModel) -> None:
     """Raise ValueError where a row is longer than a model has positions."""
     from fakit.models.positions import longest_row
 
-    longest = max(map(len, rows["input_ids"]))
+    longest = max(map(len, rows[column]))
     for side, model in models.items():
         positions = longest_row(model)
         if positions is not None and longest > positions:
@@ -299,11 +350,31 @@ class TrainingRows:
 
 
 def training_texts(
-    task: TextTask, tokenizer: PreTrainedTokenizerBase, max_length: int, pool: bool = True
+    task: TextTask,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    pool: bool = True,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Dataset, int]:
-    """The encoded training texts, labeled ones first, then the pool's; and how many of them carry a label."""
+    """The encoded training texts, labeled ones first, then the pool's; and how many of them carry a label.
+
+    Args:
+        teacher_tokenizer: where it is not the student's; the rows are then in the tokens of both, without the pool,
+            whose texts have no answers to align.
+    """
     from datasets import concatenate_datasets
 
+    if teacher_tokenizer is not None:
+        from fakit.tasks.task import say
+        from fakit.tasks.two_tokenizers import encode_both
+
+        if pool and task.pool is not None:
+            say(
+                f"{task.name}: the {len(task.pool):,} unlabeled texts of its pool are left out: teacher and student "
+                "have tokenizers of their own, which are aligned by labeled tokens."
+            )
+        rows = encode_both(task, "train", tokenizer, teacher_tokenizer, max_length)
+        return rows, len(rows)
     rows = task.encode("train", tokenizer, max_length)
     if not pool or task.pool is None:
         return rows, len(rows)
@@ -312,11 +383,16 @@ def training_texts(
 
 
 def build_training_rows(
-    config: ExperimentConfig, task: TextTask, tokenizer: PreTrainedTokenizerBase, processes: int = 1
+    config: ExperimentConfig,
+    task: TextTask,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: int = 1,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TrainingRows:
     """Labeled rows, and the unlabeled pool when a transfer term is on; without one, unlabeled text teaches nothing."""
     training = config.training
-    rows, labeled = training_texts(task, tokenizer, training.max_length, pool=bool(config.transfers))
+    pool = bool(config.transfers)
+    rows, labeled = training_texts(task, tokenizer, training.max_length, pool, teacher_tokenizer)
     each = training.accumulation * processes  # batches of an optimizer step
     plan = batch_plan(
         labeled,

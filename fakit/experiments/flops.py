@@ -21,6 +21,8 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
     (dropout) do not count, and what an objective learns from a batch by itself (`EarthMover`'s masses) is put back: the
     run goes on as if nothing was measured.
     """
+    from accelerate.utils import send_to_device
+
     from fakit.evaluation.cost import count_flops
     from fakit.models.load import is_quantized
     from fakit.models.random_state import random_state_kept
@@ -43,7 +45,7 @@ def step_flops(trainer: DistillationTrainer, rows: TrainingRows, batches: int = 
     with random_state_kept(device), objective.buffers_kept():
         distiller.train()
         for examples in rows.typical_batches(batches):
-            batch = {name: value.to(device) for name, value in trainer.data_collator(examples).items()}
+            batch = send_to_device(trainer.data_collator(examples), device)
 
             def step(batch=batch):
                 torch.autograd.grad(distiller(**batch)["loss"], trainable, allow_unused=True)

@@ -125,20 +125,33 @@ def measure(
             raise ValueError(f"draft: {task.name} is a {task.kind} task; a draft proposes tokens of a language model.")
         model = _load(folder, task, teacher)
         _check(folder, model, prepared)
-    encoded = {"test": prepared.test, "validation": prepared.validation}[split]
-    encoded = encoded if rows is None else encoded.select(range(min(rows, len(encoded))))
-    check_lengths(encoded, config.training.max_length, model=model)
+    two = prepared.teacher_tokenizer is not None
+    if two and draft is not None:
+        raise ValueError(
+            f"draft: {folder} has a tokenizer of its own, and a draft proposes the teacher's own tokens; leave it out."
+        )
+    # of each side, with its own tokenizer where there are two
+    sides = [(tokenizer, {"test": prepared.test, "validation": prepared.validation}[split]), prepared.of_teacher(split)]
+    sides = [(of, x if rows is None else x.select(range(min(rows, len(x))))) for of, x in sides]
+    encoded = sides[0][1]
+    for side, one, (_, x) in zip(("model", "teacher"), (model, teacher), sides, strict=True):
+        if side == "model" or two:
+            check_lengths(x, config.training.max_length, **{side: one})
     texts = {"test": task.test, "validation": task.validation}[split]
     writes = bool(written_metrics(task))
-    written = [generation_metrics(one, encoded, tokenizer) if writes else None for one in (model, teacher)]
-    scores = scores_of(model, encoded, task, tokenizer, teacher, generated=written[0])
-    theirs = scores_of(teacher, encoded, task, tokenizer, generated=written[1])
+    written = [
+        generation_metrics(one, x, of) if writes else None for one, (of, x) in zip((model, teacher), sides, strict=True)
+    ]
+    scores = scores_of(model, encoded, task, tokenizer, None if two else teacher, generated=written[0])
+    theirs = scores_of(teacher, sides[1][1], task, sides[1][0], generated=written[1])
     samples: list[dict[str, str]] = []
     if writes:
         samples = _beside(*written, scores, theirs)
     elif task.kind == "causal-lm":
-        _read(model, teacher, list(texts["text"])[:rows], tokenizer, config, scores, theirs)
-    batch, seconds = _timed((model, teacher), prepared, encoded)
+        both = ((model, tokenizer, scores), (teacher, sides[1][0], theirs))
+        _read(both, list(texts["text"])[:rows], config)
+    timed = [_timed(one, task, *side) for one, side in zip((model, teacher), sides, strict=True)]
+    (batch, _), seconds = timed[0], [found for _, found in timed]
     found = Measured(
         model=str(folder),
         task=task.name,
@@ -180,17 +193,28 @@ def _load(folder: Path, task: TextTask, teacher: PreTrainedModel) -> PreTrainedM
                 f"{folder} holds a {type(model).__name__}, and {task.name} is a {task.kind} task; give the "
                 "configuration of the model's own task (--config)."
             )
-    pad_as(model, teacher)
+    pad_as(model, teacher.config.pad_token_id)
     return model
 
 
 def _check(folder: Path, model: PreTrainedModel, prepared: Prepared) -> None:
     """Raise ValueError where model and teacher do not read the same tokens or answer with the same outputs."""
     from fakit.models.preflight import preflight
+    from fakit.tasks.two_tokenizers import differ
 
-    own = tokenizer_beside(folder)
-    report = preflight(prepared.teacher, model, None if own is None else prepared.tokenizer, own)
-    report.rows = [row for row in report.rows if row.name != "trainable"]  # it is only looked at
+    own, aside = tokenizer_beside(folder), ["trainable"]  # it is only looked at
+    if prepared.teacher_tokenizer is None:
+        report = preflight(prepared.teacher, model, None if own is None else prepared.tokenizer, own)
+    else:
+        report = preflight(prepared.teacher, model)
+        aside.append("vocabulary (logits)")
+        if own is None or differ(own, prepared.tokenizer):
+            raise ValueError(
+                f"{folder} has {'no' if own is None else 'another'} tokenizer than the model at student.path "
+                f"({prepared.config.student.path}), in whose tokens the task is encoded; give the configuration of "
+                "this model (--config)."
+            )
+    report.rows = [row for row in report.rows if row.name not in aside]
     report.raise_if_error()
 
 
@@ -206,17 +230,19 @@ def _beside(ours: Generations, its: Generations, scores, theirs) -> list[dict[st
     return [dict(zip(names, row, strict=True)) for row, _ in zip(beside, range(SHOWN), strict=False)]
 
 
-def _read(model, teacher, texts, tokenizer, config, scores, theirs) -> None:
-    """Adds bits per byte of the raw texts, by which they compare with models of any tokenizer."""
+def _read(both, texts, config) -> None:
+    """Adds bits per byte of the raw texts, by which they compare with models of any tokenizer, to the scores of each
+    (model, tokenizer, scores).
+    """
     from fakit.evaluation import perplexity
 
-    for one, of_one in ((model, scores), (teacher, theirs)):
+    for one, tokenizer, of_one in both:
         positions = getattr(one.config.get_text_config(), "max_position_embeddings", None)
         window = min(config.training.max_length, positions or config.training.max_length)
         of_one["bits_per_byte"] = perplexity(one, tokenizer, texts, window=window).bits_per_byte
 
 
-def _timed(models, prepared, encoded, rows: int = 8) -> tuple[int, list[float]]:
+def _timed(model, task, tokenizer, encoded, rows: int = 8) -> tuple[int, float]:
     """Median seconds of a forward pass over rows of median length."""
     from fakit.evaluation import latency
     from fakit.evaluation.batches import to_device
@@ -225,8 +251,8 @@ def _timed(models, prepared, encoded, rows: int = 8) -> tuple[int, list[float]]:
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     first = max(0, len(order) // 2 - rows // 2)
     chosen = encoded.select(sorted(order[first : first + rows])).to_list()
-    batch = prepared.task.collator(prepared.tokenizer)(chosen)
-    return len(chosen), [latency(model, to_device(batch, model.device)).median for model in models]
+    batch = task.collator(tokenizer)(chosen)
+    return len(chosen), latency(model, to_device(batch, model.device)).median
 
 
 def _drafted(model, teacher, encoded, tokenizer, tokens: int) -> dict[str, float]:

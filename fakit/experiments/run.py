@@ -121,7 +121,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, aske
 
     from fakit.tasks.packing import documents
     from fakit.tracing.inputs import refuse_mixing
-    from fakit.training.fit import check_fit
+    from fakit.training.fit import check_fit, check_two_tokenizers
     from fakit.training.ownership import bytes_of_checkpoint, data_fingerprint
     from fakit.training.packed import check_packed
     from fakit.training.progress import ProgressBar
@@ -140,25 +140,32 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, aske
         prepared = prepared or prepare(config, args.device)
         prepared.check(config)
         task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
+        teachers = prepared.teacher_tokenizer
         if task.packing:
             refuse_mixing(teacher, config.training.batch_size)
         set_seed(config.seed)  # the student's first weights depend on the seed alone, not on what loading drew
         work = None if out is None else out / COMPRESSED
         made = make_student(config, prepared, work, resume)
         student = made.model
-        rows = build_training_rows(config, task, tokenizer, processes=args.world_size)
         objective = build_objective(config, student, teacher, made.kept)
-        check_fit(teacher, student, objective, tokenizer, student_tokenizer(config))
+        check_fit(teacher, student, objective, teachers or tokenizer, student_tokenizer(config))
+        if teachers is not None:
+            check_two_tokenizers(objective, asked is not None, config.on_policy is not None)
+        rows = build_training_rows(config, task, tokenizer, args.world_size, teachers)
+        both = {"student": student} | ({"teacher": teacher} if teachers is None else {})
         for split in (rows.rows, prepared.validation, prepared.test):
-            check_lengths(split, config.training.max_length, teacher=teacher, student=student)
+            check_lengths(split, config.training.max_length, **both)
+        if teachers is not None:
+            check_lengths(rows.rows, config.training.max_length, "teacher_input_ids", teacher=teacher)
         _rehearse(student, prepared, args.device)
-        _look_for_massive(objective, student, teacher, rows, task.collator(tokenizer))
+        if teachers is None:
+            _look_for_massive(objective, student, teacher, rows, task.collator(tokenizer))
         facts = {"versions": versions(), "data": data_fingerprint(rows.rows)}
         if finished is not None and (other := differences({key: finished[key] for key in facts}, facts)):
             raise ValueError(refusal(out, other))
         if out is not None:
             check_room(out, bytes_of_checkpoint(student, objective, "none"), "the student")
-        cache, collator = None, task.collator(tokenizer)
+        cache, collator = None, prepared.collator()
         if asked is not None:
             # the trainer, which asks the same, is made when the teacher has been read
             check_packed(rows.rows, collator, objective, student.to(args.device), teacher, args)
@@ -270,8 +277,9 @@ def _rehearse(student, prepared: Prepared, device) -> None:
     """
     task, tokenizer = prepared.task, prepared.tokenizer
     with random_state_kept(device):
-        for split, teacher in ((prepared.validation, None), (prepared.test, prepared.teacher)):
-            scores_of(student, _few(split, 2 if task.kind == "causal-lm" else 16), task, tokenizer, teacher)
+        reference = prepared.teacher if prepared.teacher_tokenizer is None else None
+        for split, beside in ((prepared.validation, None), (prepared.test, reference)):
+            scores_of(student, _few(split, 2 if task.kind == "causal-lm" else 16), task, tokenizer, beside)
 
 
 def _look_for_massive(objective, student, teacher, rows: TrainingRows, collator) -> None:

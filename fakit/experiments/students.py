@@ -156,6 +156,7 @@ def _saved(config: ExperimentConfig, prepared: Prepared) -> PreTrainedModel:
     from fakit.models.load import load_student, load_teacher
 
     task, teacher = prepared.task, prepared.teacher
+    pads = teacher.config.pad_token_id if prepared.teacher_tokenizer is None else prepared.tokenizer.pad_token_id
     if config.student.quantize is not None:
         if task.model_task != "causal-lm":
             raise ValueError(
@@ -164,9 +165,9 @@ def _saved(config: ExperimentConfig, prepared: Prepared) -> PreTrainedModel:
             )
         options = {"quantize": config.student.quantize, "device": teacher.device}
         model = load_teacher(config.student.path, task.model_task, **options)
-        pad_as(model, teacher)
+        pad_as(model, pads)
         return model
     classes = task.num_labels if task.model_task == "sequence-classification" else None
     model = load_student(config.student.path, task.model_task, num_labels=classes, device=teacher.device)
-    pad_as(model, teacher)
+    pad_as(model, pads)
     return model

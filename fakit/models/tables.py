@@ -19,6 +19,8 @@ from fakit.models.head_kinds import problem_type
 
 _LABELS = ("labels", "label", "label_ids")
 _COLUMNS = ("input_ids", "token_type_ids", "position_ids", "decoder_input_ids", *_LABELS)
+# In a batch: what a teacher with a tokenizer of its own is given (`fakit.tasks.two_tokenizers`).
+TEACHER_BATCH = "teacher_batch"
 _ROWS = 10_000  # looked through at a time
 
 
@@ -286,7 +288,10 @@ class CheckedCollator:
         """What the collator makes of the rows, or ValueError."""
         batch = self.collator(features)
         if isinstance(batch, Mapping):
-            check_extent(extent_of_batch(batch), self.sides, "a batch", self.task)
+            own, sides = batch.get(TEACHER_BATCH), dict(self.sides)
+            if own is not None and "teacher" in sides:
+                check_extent(extent_of_batch(own), {"teacher": sides.pop("teacher")}, "a teacher's batch", False)
+            check_extent(extent_of_batch(batch), sides, "a batch", self.task)
         return batch
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fakit.layer_maps import Pair
 from fakit.objective.needs import Needs
-from fakit.objective.over_heads import compare_over_heads, with_logits
+from fakit.objective.over_heads import by_rows, compare_over_heads, with_logits
 from fakit.objective.term import Term
 from fakit.tracing.trace import Trace
 
@@ -48,8 +48,9 @@ def compare(
     """
     student = replace(student, labels=labels)
     together, at_once = compare_over_heads(terms, weights, student, teacher, labels, scales)
+    heads = {name for name, term in terms.items() if name not in at_once and by_rows(term, student, teacher)}
     whole = (student, teacher)
-    if _want_logits(term for name, term in terms.items() if name not in at_once):
+    if _want_logits(term for name, term in terms.items() if name not in at_once and name not in heads):
         whole = with_logits(student), None if teacher is None else with_logits(teacher)
     values: dict[str, Tensor] = {}
     per_layer: dict[str, dict[Pair, Tensor]] = {}
@@ -57,7 +58,7 @@ def compare(
         if name in at_once:
             values[name] = at_once[name]
             continue
-        found = term.compare(*whole, labels)
+        found = term.compare(*((student, teacher) if name in heads else whole), labels)
         by_pair = found if isinstance(found, Mapping) else {}
         if by_pair:
             pair_shares = term.shares() or dict.fromkeys(by_pair, 1 / len(by_pair))

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fakit.objective.positions import labeled_tokens, later_tokens, predicting_positions
+from fakit.models.tables import TEACHER_BATCH
+from fakit.objective.positions import (
+    corresponding_positions,
+    labeled_tokens,
+    later_tokens,
+    predicting_positions,
+)
 from fakit.tracing.inputs import find_documents
 from fakit.tracing.trace import Trace
 
@@ -197,6 +203,15 @@ class CountedBatch(Mapping):
         if not self.causal and labels is not None and labels.shape != self.mask.shape:  # a decoder's
             return (labels != -100).sum()
         return predicting_positions(self.mask, labels, self.causal, self.documents).sum()
+
+    def corresponding(self, how: str) -> Tensor | None:
+        """The number of positions at which the teacher, with tokens of its own, is compared; None where it has the
+        student's. ()
+        """
+        same = (self.get(TEACHER_BATCH) or {}).get(f"same_{how}")
+        if same is None:
+            return None
+        return corresponding_positions(self.mask, self.get("labels"), same, self.causal, self.documents).sum()
 
     @property
     def labeled_positions(self) -> Tensor:

@@ -2,24 +2,29 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from fakit.layer_maps import LayerMap
 from fakit.losses import outputs as output_losses
 from fakit.losses.logits import ANY_VOCABULARIES, asked_of, check_vocabularies
-from fakit.losses.reduce import values_known
+from fakit.losses.reduce import check_mask, values_known
+from fakit.losses.shared_tokens import over_shared
 from fakit.losses.task import REGRESSION, SEVERAL_LABELS
 from fakit.losses.top_k import SERVED, buckets
 from fakit.objective.loss_parameters import checked, ends
 from fakit.objective.needs import CountedBatch, Needs
-from fakit.objective.positions import aligned, predicting
+from fakit.objective.positions import aligned, corresponding, predicting
 from fakit.objective.schedules import Schedule
 from fakit.objective.temperature import LearnedTemperature, Softened
 from fakit.tracing.trace import Trace
+
+Alignment = Literal["order", "text"]
+ALIGNMENTS: tuple[str, ...] = get_args(Alignment)
 
 
 @dataclass(init=False)
@@ -34,6 +39,11 @@ class Outputs(Softened):
         weight: γ.
         vocab_size: cut both vocabularies to their first `vocab_size` entries, for families that pad the head
             differently.
+        align: of a teacher with a tokenizer of its own (`fakit.tasks.two_tokenizers`), which positions are compared:
+            "order", the k-th labeled token of an answer with its k-th, for "uld" alone, which takes it unless told
+            otherwise; or "text", where both have read the same of the answer. "uld" then compares sorted probabilities,
+            the losses of `fakit.losses.shared_tokens.SERVED` those of the tokens that both have. None asks for one
+            tokenizer; where there is one, `align` changes nothing.
         chunked: over a large vocabulary, make and compare logits a chunk of tokens at a time, where both models have a
             plain linear head and the loss is one of the named; the same number with a fraction of the memory.
             False always makes them whole.
@@ -56,6 +66,7 @@ class Outputs(Softened):
     reversal: float | Schedule | None = None
     temperature_range: float | None = None
     temperature_rate: float | None = None
+    align: Alignment | None = None
 
     def __init__(
         self,
@@ -68,10 +79,11 @@ class Outputs(Softened):
         reversal: float | Schedule | None = None,
         temperature_range: float | None = None,
         temperature_rate: float | None = None,
+        align: Alignment | None = None,
         **more: Any,
     ):
         self.loss, self.temperature, self.weight = loss, temperature, weight
-        self.vocab_size, self.chunked = vocab_size, chunked
+        self.vocab_size, self.chunked, self.align = vocab_size, chunked, align
         self.reversal, self.temperature_range, self.temperature_rate = reversal, temperature_range, temperature_rate
         self._check_reversal()
         self.parameters = dict(parameters or {}) | more
@@ -85,7 +97,52 @@ class Outputs(Softened):
                 f"Outputs({loss!r}, vocab_size={vocab_size}): {loss} compares vocabularies of any two sizes by their "
                 "sorted probabilities, and a cut would drop some; leave vocab_size out."
             )
+        self._check_alignment()
+        self.same_tokens = align is None and loss not in ANY_VOCABULARIES
         self._made = True
+
+    def _check_alignment(self) -> None:
+        if self.align is None:
+            return
+        if self.align not in ALIGNMENTS:
+            raise ValueError(
+                f"Outputs(align={self.align!r}) is not known; choose one of {', '.join(map(repr, ALIGNMENTS))}, None."
+            )
+        named = getattr(self.loss, "__name__", self.loss)
+        if self.loss in ANY_VOCABULARIES:
+            return
+        if self.align == "order":
+            raise ValueError(
+                f"Outputs({named!r}, align='order'): the k-th tokens of two tokenizers stand for different text, whose "
+                "probabilities can be compared by their size alone: Outputs('uld'), or align='text'."
+            )
+        if self.loss not in SERVED or self.learns_temperature:
+            what = f"a learned temperature of {named}" if self.loss in SERVED else named
+            raise ValueError(
+                f"Outputs({named!r}, align='text'): over the tokens that two vocabularies share, and one class for all "
+                f"others, {what} is not defined; take uld, or {', '.join(SERVED)} with a temperature that is set."
+            )
+        if self.vocab_size is not None:
+            raise ValueError(
+                f"Outputs({named!r}, align='text', vocab_size={self.vocab_size}): the tokens that both have are "
+                "compared, wherever in a vocabulary they stand; leave vocab_size out."
+            )
+
+    def alignment(self, teacher: Trace) -> Alignment | None:
+        """How the teacher's positions are found; None where it was given the student's tokens.
+
+        Raises:
+            ValueError: it has tokens of its own, and the term compares token by token.
+        """
+        if teacher.same is None:
+            return None
+        if self.same_tokens:
+            raise ValueError(
+                f"the teacher was given the texts in tokens of its own, and Outputs({self.loss!r}) compares token by "
+                "token: Outputs('uld') takes the tokens of an answer in their order, and Outputs(…, align='text') "
+                "those behind which both have read the same."
+            )
+        return self.align or "order"
 
     @property
     def function(self) -> Callable:
@@ -148,9 +205,24 @@ class Outputs(Softened):
         return Needs(logits=True, in_chunks=self.in_chunks)
 
     def count(self, batch: CountedBatch) -> Tensor:
+        corresponding = batch.corresponding(self.align or "order")
+        if corresponding is not None:
+            return corresponding
         return batch.labeled_positions if self.needs_labels else batch.positions
 
+    def by_rows(self, teacher: Trace) -> bool:
+        """Whether `compare` makes the student's logits of its head, at the compared positions alone: beside a teacher
+        whose logits are there already (a cache's), or whose tokens are others.
+        """
+        if not self.in_chunks:
+            return False
+        if self.alignment(teacher) is not None:
+            return self.loss not in ANY_VOCABULARIES or teacher.head is None
+        return teacher.head is None and self.loss not in ANY_VOCABULARIES
+
     def compare(self, student: Trace, teacher: Trace, labels: Tensor | None) -> Tensor:
+        if self.alignment(teacher) is not None or (student.logits is None and student.head is not None):
+            return self._compare_rows(student, teacher, labels)
         ours, theirs = self._logits(student, teacher)  # (B, C) or (B, T, V)
         mask = None
         problem = problem_type(student, teacher, ours, labels)
@@ -169,6 +241,46 @@ class Outputs(Softened):
         given = {"labels": labels} if self.needs_labels else {}
         loss = self.function(ours, theirs, mask, temperature=self.tau, **given)
         if teacher.logits_known is None or mask is None:
+            return loss
+        return _where_known(loss, mask, teacher.logits_known, self.loss)
+
+    def _compare_rows(self, student: Trace, teacher: Trace, labels: Tensor | None) -> Tensor:
+        """The loss from logits at the compared positions alone, (N, V)."""
+        how = self.alignment(teacher)
+        like = _by_token(student, "student")  # (B, T, …)
+        if how is not None:
+            assert teacher.same is not None, "of an alignment"
+            same = teacher.same[how].to(like.device)
+            mask = corresponding(student, labels, same)
+        else:
+            mask = predicting(student, teacher, labels, like)
+        if how is not None and not mask.any():  # of these rows no position corresponds, as their share of the step says
+            valid = torch.ones_like(mask) if student.logits_mask is None else student.logits_mask
+            return _logits_at(student, *(x[:1] for x in valid.nonzero(as_tuple=True))).sum() * 0.0
+        check_mask(str(self.loss), mask, mask.shape)
+        row, place = mask.nonzero(as_tuple=True)  # (N,)
+        at = place if how is None else same[row, place]
+        ours, theirs = _logits_at(student, row, place), None
+        if teacher.top_k is None:
+            theirs = _logits_at(teacher, row, at).to(ours.device)
+        top = None if teacher.top_k is None else teacher.top_k.map(lambda x: x[row.to(x.device), at.to(x.device)])
+        if how is not None and self.loss not in ANY_VOCABULARIES:
+            if theirs is None or teacher.shared_tokens is None:
+                raise ValueError(
+                    "the teacher was given the texts in tokens of its own, and its trace holds "
+                    f"{'the largest logits alone' if theirs is None else 'no shared_tokens'}; give all logits, and "
+                    "fakit.tasks.two_tokenizers.shared_tokens of the tokenizers."
+                )
+            ours, theirs = over_shared(ours, theirs, teacher.shared_tokens, self.tau)
+        else:
+            found = Trace(logits=ours), Trace(logits=theirs, top_k=top)
+            ours, theirs = self._logits(*found)
+        given = {}
+        if self.needs_labels:
+            assert labels is not None, "without labels the term is off"
+            given["labels"] = (labels[:, 1:] if student.causal else labels).to(row.device)[row, place]
+        loss = self.function(ours, theirs, None, temperature=self.tau, **given)
+        if teacher.logits_known is None:
             return loss
         return _where_known(loss, mask, teacher.logits_known, self.loss)
 
@@ -203,6 +315,25 @@ class Outputs(Softened):
         if self.learns_temperature or isinstance(self.written("temperature"), Schedule):
             return "its temperature changes, and the mass of the rest with it"
         return None
+
+
+def _by_token(trace: Trace, side: str) -> Tensor:
+    """What logits are made of at each token: the head's input, or they themselves. (B, T, …)"""
+    found = trace.logits if trace.head is None else trace.head.hidden
+    if found is None or found.dim() != 3:
+        shape = None if found is None else tuple(found.shape)
+        raise ValueError(
+            f"output matching at single positions needs logits (B, T, V), and the {side}'s trace has {shape}; "
+            "capture(..., logits=True)."
+        )
+    return found
+
+
+def _logits_at(trace: Trace, row: Tensor, place: Tensor) -> Tensor:
+    """(N, V)"""
+    every = _by_token(trace, "teacher")
+    chosen = every[row.to(every.device), place.to(every.device)]
+    return chosen if trace.head is None else replace(trace.head, hidden=chosen).logits()
 
 
 def _where_known(loss: Tensor, mask: Tensor, known: Tensor, kind: str | Callable) -> Tensor:

@@ -33,10 +33,15 @@ def compare_over_heads(
     if student.head is None:
         return None, {}
     outputs = {}
+    rows = {name for name, term in terms.items() if isinstance(term, Outputs) and by_rows(term, student, teacher)}
     if teacher is not None and teacher.head is not None:
-        outputs = {name: term for name, term in terms.items() if isinstance(term, Outputs) and term.in_chunks}
+        outputs = {
+            name: term
+            for name, term in terms.items()
+            if isinstance(term, Outputs) and term.in_chunks and name not in rows
+        }
     task = next((name for name, term in terms.items() if isinstance(term, Task)), None)
-    if any(isinstance(t, Outputs) and n not in outputs for n, t in terms.items()):
+    if any(isinstance(t, Outputs) and n not in outputs and n not in rows for n, t in terms.items()):
         task = None  # logits are made in full anyway
     total, found = None, {}
     with_task = next((name for name, term in outputs.items() if _in_place(term)), None)
@@ -55,7 +60,8 @@ def _pass(terms, weights, name: str | None, task: str | None, student, teacher, 
     ours = student.head
     mask, theirs = None, ours.detach()  # not looked at by the task alone
     if name is not None and not _in_place(settings):
-        *hidden, mask = aligned(student, teacher, labels, ours.hidden, teacher.head.hidden)
+        how = settings.alignment(teacher)
+        *hidden, mask = aligned(student, teacher, labels, ours.hidden, teacher.head.hidden, how)
         ours, theirs = (replace(h, hidden=x) for h, x in zip((ours, teacher.head), hidden, strict=True))
         labels = None
     else:
@@ -78,6 +84,11 @@ def _pass(terms, weights, name: str | None, task: str | None, student, teacher, 
         shares=(shares.get(name), shares.get(task)),
     )
     return total, {n: value for n, value in ((name, outputs), (task, task_value)) if value is not None}
+
+
+def by_rows(term: Term, student: Trace, teacher: Trace | None) -> bool:
+    """Whether the term makes the student's logits itself, of its head and at the positions that it compares."""
+    return isinstance(term, Outputs) and teacher is not None and student.head is not None and term.by_rows(teacher)
 
 
 def _in_place(term: Outputs) -> bool:

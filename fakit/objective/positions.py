@@ -20,17 +20,25 @@ def predicting(student: Trace, teacher: Trace, labels: Tensor | None, like: Tens
 
 
 def aligned(
-    student: Trace, teacher: Trace, labels: Tensor | None, ours: Tensor, theirs: Tensor
+    student: Trace, teacher: Trace, labels: Tensor | None, ours: Tensor, theirs: Tensor, how: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers of tokens (B, T_S, …), (B, T_T, …) side by side, where the two sides may have been given the texts in
-    tokens of their own: the k-th predicting position of each row beside the teacher's k-th, as long as both have one.
+    tokens of their own: by the teacher's map `how` ("order", "text"), or where it has none the k-th predicting position
+    of each row beside the teacher's k-th, as long as both have one.
 
-    Labels say which tokens predict on the student's side, and on the teacher's where it has as many tokens; else its
-    mask does.
+    Without a map, labels say which tokens predict on the student's side, and on the teacher's where it has as many
+    tokens; else its mask does.
 
     Returns:
-        (B, K, …), (B, K, …) and a mask (B, K), K the shorter side's length.
+        (B, K, …), (B, K, …) and a mask (B, K), K the student's positions, or without a map the shorter side's.
     """
+    if how is not None:
+        assert teacher.same is not None, "asked by the term"
+        same = teacher.same[how].to(ours.device)
+        mask = corresponding(student, labels, same)
+        rows = torch.arange(len(theirs), device=theirs.device).unsqueeze(1)
+        chosen = same[:, : mask.shape[1]].clamp_min(0).to(theirs.device)
+        return ours[:, : mask.shape[1]], theirs[rows, chosen], mask
     masks = []
     for trace, logits in ((student, ours), (teacher, theirs)):
         mask = trace.logits_mask
@@ -44,6 +52,32 @@ def aligned(
         sides.append(values[torch.arange(len(values), device=first.device).unsqueeze(1), first])
     counts = torch.stack([mask.sum(1) for mask in masks]).amin(0)  # (B,)
     return sides[0], sides[1], torch.arange(K, device=ours.device) < counts.unsqueeze(1)
+
+
+def corresponding_positions(
+    mask: Tensor, labels: Tensor | None, same: Tensor, causal: bool, documents: Tensor | None = None
+) -> Tensor:
+    """Which tokens of a student's mask (B, T) predict something, where a token of the teacher's stands for them (`same`
+    (B, T), -1 where none does). bool (B, T), or (B, T - 1) in causal models
+    """
+    mask = predicting_positions(mask, labels, causal, documents)
+    return mask & (same[:, : mask.shape[1]].to(mask.device) >= 0)
+
+
+def corresponding(student: Trace, labels: Tensor | None, same: Tensor) -> Tensor:
+    """`corresponding_positions` of a trace.
+
+    Raises:
+        ValueError: a map that is not of the student's tokens.
+    """
+    mask = student.logits_mask
+    mask = torch.ones_like(same, dtype=torch.bool) if mask is None else mask
+    if same.shape != mask.shape:
+        raise ValueError(
+            f"the teacher's tokens are mapped to {tuple(same.shape)} of the student's, which read {tuple(mask.shape)} "
+            "(B, T): both sides of a batch must be of the same rows (fakit.tasks.two_tokenizers)."
+        )
+    return corresponding_positions(mask, labels, same, student.causal, student.documents)
 
 
 def predicting_positions(mask: Tensor, labels: Tensor | None, causal: bool, documents: Tensor | None = None) -> Tensor:

@@ -71,6 +71,8 @@ class Term:
     layer_map: LayerMap | None = None
     #: True where there is nothing to compare without labels.
     needs_labels: bool = False
+    #: True where both models must have been given the same tokens; False: the teacher's tokenizer may be its own.
+    same_tokens: bool = True
     #: Settings that may be set in an objective at any time, as its weight may.
     settable: ClassVar[frozenset[str]] = frozenset()
     _place: Place

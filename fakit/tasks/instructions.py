@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fakit.tasks.progress import NOWHERE, answer_of, laid_out, progress
 from fakit.tasks.special_tokens import added_tokens
 
 if TYPE_CHECKING:
@@ -68,8 +69,10 @@ def encode_turns(
     tokens: str,
     too_long: str,
     seen: Seen,
+    read: bool = False,
 ) -> dict[str, list]:
-    """Tokens, mask and labels of rows that have turns (, answer); `seen` is counted on.
+    """Tokens, mask and labels of rows that have turns (, answer); `seen` is counted on. With `read`, the number of each
+    row, too, and what is read behind each of its tokens (`fakit.tasks.progress`).
 
     Raises:
         ValueError: a row that the template cannot render, or that is too long where that is refused;
@@ -83,21 +86,24 @@ def encode_turns(
     begin, end = added_tokens(tokenizer)
     end = end or [tokenizer.eos_token_id]
     encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
+    if read:
+        encoded |= {"row": [], "read": []}
     for turns, answer in zip(rows["turns"], rows.get("answer") or [None] * len(rows["turns"]), strict=True):
         seen.read += 1
         try:
             if uses_chat(template, tokenizer):
                 text, answers = _chat(turns, answer, tokenizer)
-                ids, spans = _tokens(text, answers, tokenizer)
-                given = len(begin) if ids[: len(begin)] == begin else 0
+                ids, spans, offsets = _tokens(text, answers, tokenizer)
+                given, before = len(begin) if ids[: len(begin)] == begin else 0, 0
             else:
                 text, answers = _plain(turns, answer, template)
-                ids, spans = _tokens(text, answers, tokenizer)
-                given = len(begin)
+                ids, spans, offsets = _tokens(text, answers, tokenizer)
+                given = before = len(begin)
                 spans = [(first + given, last + given + len(end)) for first, last in spans]
                 ids = begin + ids + (end if spans else [])
         except ValueError as error:
             raise ValueError(f"row {seen.read} ({turns[0]['content']!r:.60}): {error}") from error
+        keys = _read(text, answers, turns, answer, offsets, before, len(ids)) if read else [NOWHERE] * len(ids)
         if (lost := max(0, len(ids) - max_length)) > 0:
             whole = len(ids) - spans[-1][0] if spans else 0  # from the last answer on
             if too_long == "refuse":
@@ -108,7 +114,9 @@ def encode_turns(
             if given + 1 + whole > max_length:
                 continue
             seen.cut += 1
-            ids = ids[:given] + ids[given + lost :]
+            ids, keys = (x[:given] + x[given + lost :] for x in (ids, keys))
+            whole_ones = {number for number, (first, _) in enumerate(spans) if first - lost > given}
+            keys = [key if answer_of(key) in whole_ones else NOWHERE for key in keys]
             spans = [(first - lost, last - lost) for first, last in spans if first - lost > given]
         seen.kept += 1
         learned = [False] * len(ids)
@@ -123,6 +131,9 @@ def encode_turns(
         encoded["labels"].append(
             [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
         )
+        if read:
+            encoded["row"].append(seen.read - 1)
+            encoded["read"].append(keys)
         if len(seen.shown) < 2:
             seen.shown.append(shown(ids, learned, tokenizer))
     return encoded
@@ -199,8 +210,30 @@ def _plain(turns: list[dict], answer: str | None, template: str) -> tuple[str, l
     return prompt + (answer or ""), [] if answer is None else [(len(prompt), len(prompt + answer))]
 
 
-def _tokens(text: str, answers: list[tuple[int, int]], tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a text, and each answer's first token and the one behind its last."""
+def _read(text, answers, turns, answer, offsets, before: int, tokens: int) -> list[int]:
+    """What of the row's answers is read behind each of its tokens.
+
+    Args:
+        before: tokens of the row before those that `offsets` are of.
+        tokens: of the row.
+    """
+    contents = [turn["content"] for turn in turns if turn["role"] == "assistant" and not turn.get("given")]
+    contents += [] if answer is None else [answer]
+    keys = [NOWHERE] * tokens
+    for number, ((first, last), content) in enumerate(zip(answers, contents, strict=True)):
+        skipped = 0
+        if not text.startswith(content, first):  # a template that strips it, or writes an empty thought before it
+            skipped, content = len(content) - len(content.lstrip()), content.strip()
+            first = text.index(content, first, last)
+        found = laid_out(progress(offsets, first, first + len(content), number, skipped), before, tokens)
+        keys = [key if new == NOWHERE else new for key, new in zip(keys, found, strict=True)]
+    return keys
+
+
+def _tokens(text: str, answers: list[tuple[int, int]], tokenizer):
+    """Token ids of a text, each answer's first token and the one behind its last, and which characters each token
+    stands for.
+    """
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     starts = [start for start, _ in found.offset_mapping]
     spans = []
@@ -209,7 +242,7 @@ def _tokens(text: str, answers: list[tuple[int, int]], tokenizer) -> tuple[list[
         if not inside:
             raise ValueError(f"the tokenizer makes no token of the answer {text[first:last]!r:.60}.")
         spans.append((inside[0], inside[-1] + 1))
-    return list(found.input_ids), spans
+    return list(found.input_ids), spans, found.offset_mapping
 
 
 def shown(ids: list[int], learned: list[bool], tokenizer) -> str:

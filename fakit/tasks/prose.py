@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fakit.tasks.instructions import IGNORED, shown
+from fakit.tasks.progress import laid_out, progress
 from fakit.tasks.special_tokens import added_tokens, with_end, without_begin
 
 if TYPE_CHECKING:
@@ -40,9 +41,15 @@ class SeenTexts:
 
 
 def encode_prose(
-    rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int, too_long: str, seen: SeenTexts
+    rows: dict[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    too_long: str,
+    seen: SeenTexts,
+    read: bool = False,
 ) -> dict[str, list]:
-    """Tokens, mask and labels of rows that have a text; `seen` is counted on.
+    """Tokens, mask and labels of rows that have a text; `seen` is counted on. With `read`, the number of each row, too,
+    and what is read behind each of its tokens (`fakit.tasks.progress`); a text is then one row.
 
     Raises:
         ValueError: a max_length that leaves no room, or a text that is too long where that is refused.
@@ -52,14 +59,26 @@ def encode_prose(
     if max_length < len(begin) + 2:
         raise ValueError(f"max_length={max_length} was requested; a row takes {len(begin) + 2} or more.")
     encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-    tokenized = tokenizer(rows["text"], add_special_tokens=False, verbose=False).input_ids
-    for written, ids in zip(rows["text"], tokenized, strict=True):
+    found = tokenizer(rows["text"], add_special_tokens=False, verbose=False, return_offsets_mapping=read)
+    if read:
+        encoded |= {"row": [], "read": []}
+    for number, (written, ids) in enumerate(zip(rows["text"], found.input_ids, strict=True)):
         seen.read += 1
         text, start, before = with_end(without_begin(ids, begin), end), 0, seen.rows
-        if too_long == "refuse" and len(begin) + len(text) > max_length:
+        if read:
+            keys, spelled = (
+                progress(found.offset_mapping[number], 0, len(written)),
+                len(ids) - len(without_begin(ids, begin)),
+            )
+            encoded["row"].append(seen.read - 1)
+            encoded["read"].append(laid_out(keys, len(begin) - spelled, len(begin + text)))
+        if (read or too_long == "refuse") and len(begin) + len(text) > max_length:
+            pieces = (
+                "or shorter texts: two tokenizers would cut it at different places" if read else "or too_long='pieces'"
+            )
             raise ValueError(
                 f"text {seen.read} ({written!r:.60}) has {len(begin) + len(text)} tokens, and max_length={max_length}; "
-                "give a larger one, or too_long='pieces'."
+                f"give a larger one, {pieces}."
             )
         while start < len(text):
             given = begin + text[start - 1 : start]  # nothing precedes the first token of a text

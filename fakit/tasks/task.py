@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fakit.tasks.instructions import Seen, encode_turns, uses_chat
 from fakit.tasks.packing import pack
+from fakit.tasks.progress import laid_out, progress
 from fakit.tasks.prose import SeenTexts, encode_prose
 from fakit.tasks.scans import SEPARATOR
 from fakit.tasks.special_tokens import added_tokens, with_end, without_begin
@@ -100,7 +101,9 @@ class TextTask:
         left_out = f"; left out: {counted(self.dropped)}" if self.dropped else ""
         return f"TextTask({self.name!r}: {self.kind}{classes}, {' and '.join(self.metrics)}; {sizes}{left_out})"
 
-    def encode(self, data: str | Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> Dataset:
+    def encode(
+        self, data: str | Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128, read: bool = False
+    ) -> Dataset:
         """Tokenize a split (by name) or a dataset with this task's columns.
 
         A causal LM gets the special tokens that the tokenizer adds by itself (a BOS), and an end (eos) where a text
@@ -108,6 +111,10 @@ class TextTask:
         where its target needs the room; a target that does not fit beside one token of its source is cut, too, and has
         no end. Rows of instruction data: see `fakit.tasks.instructions`. With `packing`, rows of train and pool are
         then put together into sequences of at most `max_length` tokens.
+
+        Args:
+            read: of a language model, also the columns "row", which of the rows each was made of, and "read", what of
+                the text is read behind each token (`fakit.tasks.progress`).
 
         Returns:
             A dataset with input_ids, attention_mask (, token_type_ids; of packed rows position_ids) and labels. Labels
@@ -137,14 +144,16 @@ class TextTask:
             )
         what = f"{self.name}, {data}" if isinstance(data, str) else self.name
         if "turns" in dataset.column_names:
-            encoded = self._encode_instructions(what, dataset, tokenizer, max_length)
+            encoded = self._encode_instructions(what, dataset, tokenizer, max_length, read)
         elif self.kind == "causal-lm" and not self._text_to_text:
-            encoded = self._encode_prose(what, dataset, tokenizer, max_length)
+            encoded = self._encode_prose(what, dataset, tokenizer, max_length, read)
         else:
-            cut, encode = Cut(), self._encode_pairs if self._text_to_text else self._encode_texts
+            cut, encode = Cut(), partial(self._encode_pairs, read=read) if self._text_to_text else self._encode_texts
             encoded = concatenate_datasets(
                 [Dataset.from_dict(encode(rows, tokenizer, max_length, cut)) for rows in _chunks(dataset)]
             )
+            if read:
+                encoded = encoded.add_column("row", list(range(len(encoded))))
             cut.say(what, len(dataset), max_length)
         trained_on = isinstance(data, str) and data in PACKED
         return self._packed(what, encoded, max_length) if self.packing and trained_on else encoded
@@ -173,7 +182,7 @@ class TextTask:
             )
         return Collator(tokenizer.pad_token_id, tokenizer.padding_side, per_token=self.kind == "causal-lm")
 
-    def _encode_instructions(self, what: str, dataset: Dataset, tokenizer, max_length: int) -> Dataset:
+    def _encode_instructions(self, what: str, dataset: Dataset, tokenizer, max_length: int, read: bool) -> Dataset:
         from datasets import Dataset, concatenate_datasets
 
         seen, encoded = Seen(), []
@@ -187,6 +196,7 @@ class TextTask:
                     self.tokens,
                     self.too_long,
                     seen,
+                    read,
                 )
             except ValueError as error:
                 raise ValueError(f"{what}: {error}") from error
@@ -200,13 +210,14 @@ class TextTask:
         say(seen.said(what, max_length, how, self.tokens))
         return concatenate_datasets(encoded)
 
-    def _encode_prose(self, what: str, dataset: Dataset, tokenizer, max_length: int) -> Dataset:
+    def _encode_prose(self, what: str, dataset: Dataset, tokenizer, max_length: int, read: bool) -> Dataset:
         from datasets import Dataset, concatenate_datasets
 
         seen, encoded = SeenTexts(), []
         for chunk in _chunks(dataset):
             try:
-                encoded.append(Dataset.from_dict(encode_prose(chunk, tokenizer, max_length, self.too_long, seen)))
+                rows = encode_prose(chunk, tokenizer, max_length, self.too_long, seen, read)
+                encoded.append(Dataset.from_dict(rows))
             except ValueError as error:
                 raise ValueError(f"{what}: {error}") from error
         say(seen.said(what, max_length))
@@ -240,7 +251,9 @@ class TextTask:
         encoded["labels"] = rows.get("label", [missing] * len(rows["text"]))
         return encoded
 
-    def _encode_pairs(self, rows: dict[str, list], tokenizer, max_length: int, cut: Cut) -> dict[str, list]:
+    def _encode_pairs(
+        self, rows: dict[str, list], tokenizer, max_length: int, cut: Cut, read: bool = False
+    ) -> dict[str, list]:
         begin, end = added_tokens(tokenizer)
         end = end or [tokenizer.eos_token_id]
         separator = tokenizer(SEPARATOR, add_special_tokens=False).input_ids
@@ -250,17 +263,22 @@ class TextTask:
                 "token of it; source and target would run together. Use a tokenizer that keeps line breaks."
             )
         sources = tokenizer(rows["source"], add_special_tokens=False, verbose=False).input_ids
-        targets = [[]] * len(sources)  # of an unlabeled row: the prompt alone
+        targets, keys = [[]] * len(sources), [[]] * len(sources)  # of an unlabeled row: the prompt alone
         if "target" in rows:
-            targets = tokenizer(rows["target"], add_special_tokens=False, verbose=False).input_ids
-            targets = [with_end(target, end) for target in targets]
+            found = tokenizer(rows["target"], add_special_tokens=False, verbose=False, return_offsets_mapping=read)
+            targets = [with_end(target, end) for target in found.input_ids]
+            if read:
+                both = zip(found.offset_mapping, rows["target"], strict=True)
+                keys = [progress(offsets, 0, len(text)) for offsets, text in both]
         encoded: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
+        if read:
+            encoded["read"] = []
         room = max_length - len(begin) - len(separator)  # for source and target
         if room < 2:
             raise ValueError(
                 f"{self.name}: max_length={max_length} was requested; a row takes {max_length - room + 2} or more."
             )
-        for source, target in zip(sources, targets, strict=True):
+        for source, target, known in zip(sources, targets, keys, strict=True):
             source = without_begin(source, begin)
             kept = min(len(source), room - len(target))
             if kept < min(1, len(source)):  # no room for the whole target: a source keeps up to half of it
@@ -268,7 +286,10 @@ class TextTask:
                 cut.targets += 1
             if (lost := len(source) + len(target) - kept - len(target[: room - kept])) > 0:
                 cut.rows, cut.tokens = cut.rows + 1, cut.tokens + lost
-            _append(encoded, begin + source[:kept] + separator, target[: room - kept])
+            given = begin + source[:kept] + separator
+            _append(encoded, given, target[: room - kept])
+            if read:
+                encoded["read"].append(laid_out(known, len(given), len(encoded["input_ids"][-1])))
         return encoded
 
 

@@ -41,6 +41,9 @@ class Trace:
             (`fakit.models.head_kinds.problem_type`); None where it does not
         name: the model's class, for messages
         labels: (B,), (B, C) or (B, T), those that it is compared beside; None outside of a comparison
+        same: of a teacher that was given the texts in tokens of its own, by kind of alignment ("order", "text"): its
+            token that stands for each of the student's, int64 (B, T_S), -1 where none does
+        shared_tokens: of such a teacher, int64 (n, 2): the tokens that both vocabularies have, the student's first
     """
 
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
@@ -63,6 +66,8 @@ class Trace:
     problem_type: str | None = None
     name: str = "model"
     labels: Tensor | None = field(default=None, kw_only=True)
+    same: dict[str, Tensor] | None = field(default=None, kw_only=True)
+    shared_tokens: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def queries(self) -> dict[int, Tensor]:

@@ -1,5 +1,7 @@
 """What `DistillationTrainer` trains: student, projections and the way from a batch to a loss, in one module."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -75,6 +77,7 @@ class Distiller(nn.Module):
         shares: dict[str, Tensor] | None = None,
         theirs: Trace | None = None,
         written: bool = False,
+        teacher_batch: dict[str, Tensor] | None = None,
         **inputs,
     ) -> dict[str, Tensor]:
         """Training: the objective's loss (). Eval: the student's logits and, where there are labels,
@@ -82,7 +85,8 @@ class Distiller(nn.Module):
 
         `shares`: what this batch counts for in the optimizer step, by term (see `fakit.training.token_counts`); None
         where it is all of the step. `theirs`: the teacher's trace, where it comes from a cache. `written`: the student
-        wrote the labeled tokens itself (`fakit.training.on_policy`); they are no answers.
+        wrote the labeled tokens itself (`fakit.training.on_policy`); they are no answers. `teacher_batch`: the rows in
+        the teacher's own tokens (`fakit.tasks.two_tokenizers`).
         """
         if not self.training:
             trace = capture(self.student, inputs | {"labels": labels})
@@ -96,7 +100,7 @@ class Distiller(nn.Module):
             ):  # whoever looked at it in between; with dropout it would say something else each time
                 self.teacher.eval()
             with torch.no_grad():
-                theirs = traced(self.teacher, asked, self.objective.needs("teacher"))
+                theirs = teacher_traced(self.teacher, asked, teacher_batch, self.objective.needs("teacher"))
         ours = traced(self.student, asked, self.objective.needs("student", labels is not None and not written))
         breakdown = self.objective(ours, theirs, labels, shares, written)
         self.breakdown = breakdown.detach()
@@ -109,6 +113,15 @@ class Distiller(nn.Module):
 def traced(model: PreTrainedModel, inputs: dict, needs: Needs) -> Trace:
     """`capture` of what an objective needs."""
     return capture(model, inputs, **needs.asked())
+
+
+def teacher_traced(teacher: PreTrainedModel, inputs: dict, own: dict[str, Tensor] | None, needs: Needs) -> Trace:
+    """`capture` of what an objective needs of the teacher, on the batch, or on the same rows in its `own` tokens."""
+    if own is None:
+        return traced(teacher, inputs, needs)
+    same = {name.removeprefix("same_"): x for name, x in own.items() if name.startswith("same_")}
+    given = {name: own[name] for name in ("input_ids", "attention_mask")}
+    return replace(traced(teacher, given, needs), same=same, shared_tokens=own.get("shared_tokens"))
 
 
 def refuse_reentrant(activation_checkpointing_kwargs: dict | None) -> None:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fakit.losses.logits import ANY_VOCABULARIES
 from fakit.models.blocks import check_model, stack_depths, without_adapter
 from fakit.models.head_kinds import problem_type, without_logits
 from fakit.models.preflight import preflight
@@ -16,6 +15,36 @@ from fakit.tracing.capture import check_attention
 from fakit.tracing.lens import find_lens
 
 SIDES = ("student", "teacher")
+
+
+_TWO_TOKENIZERS = (
+    "With a tokenizer of its own each, the outputs term alone can compare: outputs: {loss: uld}, or {align: text}; "
+    "features: null and attention: null."
+)
+
+
+def token_by_token(objective: Objective) -> list[str]:
+    """The terms that compare teacher and student token by token, so that both must have one tokenizer."""
+    return [name for name, term in objective.terms.items() if objective.needs_of(name, "teacher") and term.same_tokens]
+
+
+def check_two_tokenizers(objective: Objective, cached: bool = False, on_policy: bool = False) -> None:
+    """Raise ValueError for what takes a teacher and a student of one tokenizer."""
+    if names := token_by_token(objective):
+        raise ValueError(
+            "teacher and student have tokenizers of their own, and position t is not the same token in both, as "
+            f"{', '.join(names)} would take it. {_TWO_TOKENIZERS}"
+        )
+    if cached or on_policy:
+        asked, why = (
+            ("a teacher cache", "holds what the teacher said of the student's tokens")
+            if cached
+            else ("on_policy", "has the teacher score the student's tokens")
+        )
+        raise ValueError(
+            f"{asked} {why}, and the teacher has a tokenizer of its own; leave it out, or take a teacher and a student "
+            "of one tokenizer."
+        )
 
 
 def refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
@@ -47,10 +76,16 @@ def check_fit(
     objective.check_layers(stack_depths(student), stack_depths(teacher))
     both = teacher_tokenizer is not None and student_tokenizer is not None
     report = preflight(teacher, student, teacher_tokenizer if both else None, student_tokenizer if both else None)
+    if token_by_token(objective):
+        for row in report.rows:
+            if row.name == "tokenizer":
+                row.fix = f"{row.fix} {_TWO_TOKENIZERS}"
+    else:
+        report.rows = [row for row in report.rows if row.name != "tokenizer"]
     outputs = objective.of_kind(Outputs).values()
     compares = any(objective.needs_of(name, "teacher").logits for name in objective.terms)
     # cut to what both have, or of sorted probabilities
-    any_sizes = [term.vocab_size is not None or term.loss in ANY_VOCABULARIES for term in outputs]
+    any_sizes = [term.vocab_size is not None or not term.same_tokens for term in outputs]
     if not compares or (any_sizes and all(any_sizes)):
         report.rows = [row for row in report.rows if row.name not in ("labels", "vocabulary (logits)", "problem type")]
     report.raise_if_error()

@@ -24,7 +24,7 @@ from fakit.models.kinds import is_causal_lm, ties, untie, without_layerdrop, wit
 from fakit.models.load import is_quantized
 from fakit.models.peft_students import base_fingerprint, check_adapter, is_adapted
 from fakit.models.random_state import random_state_kept
-from fakit.models.tables import CheckedCollator, Tables, check_data, tables
+from fakit.models.tables import TEACHER_BATCH, CheckedCollator, Tables, check_data, tables
 from fakit.objective.balancing import GradientNorm, Uncertainty
 from fakit.objective.diagnosis import whose_numbers
 from fakit.objective.features import Features
@@ -32,6 +32,7 @@ from fakit.objective.needs import Needs
 from fakit.objective.objective import Objective
 from fakit.objective.outputs import Outputs
 from fakit.objective.units import Units, fit_units
+from fakit.tasks.two_tokenizers import COLUMNS, BothCollator
 from fakit.tracing.inputs import MODEL_INPUTS, left_padding, refuse_mixing, taken_columns
 from fakit.tracing.trace import Trace
 from fakit.training.callbacks import EpochCallback, ScheduleCallback, StandardizationCallback
@@ -42,7 +43,7 @@ from fakit.training.checkpoints import give_up as give_up_checkpoint
 from fakit.training.checkpoints import last_whole_checkpoint, versions
 from fakit.training.checkpoints import rotate as rotate_checkpoints
 from fakit.training.checkpoints import seal as seal_checkpoint
-from fakit.training.distiller import Distiller, refuse_reentrant, traced
+from fakit.training.distiller import Distiller, refuse_reentrant, teacher_traced, traced
 from fakit.training.distributed import (
     check_sharding,
     forget_state,
@@ -51,7 +52,7 @@ from fakit.training.distributed import (
     shards_on_cpus,
     whole_state,
 )
-from fakit.training.fit import check_fit, check_parameters, refuse_shared
+from fakit.training.fit import check_fit, check_parameters, check_two_tokenizers, refuse_shared
 from fakit.training.logged import Logged
 from fakit.training.on_policy.fit import rollouts
 from fakit.training.on_policy.rollouts import WRITTEN
@@ -82,7 +83,8 @@ class DistillationTrainer(Trainer):
         student: trained; `trainer.save_model(folder)` and `trainer.student.save_pretrained(folder)` export it alone.
         objective: its projections are made here and trained, and checkpointed beside the student.
         args: `transformers.TrainingArguments`; bf16 may be "auto", see `fakit.training.precision`.
-        teacher_tokenizer: compared with `processing_class` before training, if both are given.
+        teacher_tokenizer: compared with `processing_class` before training, if both are given. Where they differ, rows
+            and batches are those of `fakit.tasks.two_tokenizers`.
         teacher_cache: a `TeacherCache` of the training data, which is read in every step instead of running the
             teacher. The rows of train_dataset are found in it by their tokens, so that shuffling, subsets and padding
             do not matter; a row that it lacks, and a collator that changes tokens (masked language modeling),
@@ -152,6 +154,8 @@ class DistillationTrainer(Trainer):
                 "Units(batches=…) scores units by the teacher's own gradients, which a cache does not hold: score "
                 "them beforehand (fakit.objective.units.fit_units), or give the teacher, too."
             )
+        if isinstance(kwargs.get("data_collator"), BothCollator):
+            check_two_tokenizers(objective, teacher_cache is not None, on_policy is not None)
         self.rollouts = None
         if on_policy is not None:
             collator = kwargs.get("data_collator")
@@ -348,7 +352,8 @@ class DistillationTrainer(Trainer):
         theirs = self._last_inputs.get("theirs")
         if theirs is None and self.teacher is not None and self.objective.needs_of(name, "teacher"):
             with torch.no_grad():
-                theirs = traced(self.teacher, inputs, self.objective.needs("teacher"))
+                own = inputs.pop(TEACHER_BATCH, None)
+                theirs = teacher_traced(self.teacher, inputs, own, self.objective.needs("teacher"))
         return whose_numbers(self.objective.terms[name], pairs, None, theirs)
 
     def written(self) -> dict[str, float] | None:
@@ -379,7 +384,7 @@ class DistillationTrainer(Trainer):
                 self._signature_columns += sorted(
                     (MODEL_INPUTS if taken is None else taken) - {*self._signature_columns}
                 )
-            self._signature_columns.append(ROW)
+            self._signature_columns += [ROW, *COLUMNS]
 
     # -- checkpoints: the student as transformers writes it, the rest beside it ------------------------------------
 
@@ -427,7 +432,9 @@ class DistillationTrainer(Trainer):
 
     def _check_data(self) -> None:
         sides, task = self._sides(), self._labeled
-        check_data(self._bare_rows, self.data_collator, sides, "train_dataset", task)
+        own = isinstance(self.data_collator, BothCollator)  # the teacher reads other tokens, seen in each batch
+        read = {"student": sides["student"]} if own else sides
+        check_data(self._bare_rows, self.data_collator, read, "train_dataset", task)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for name, rows in evaluated.items():
             what = f"eval_dataset[{name!r}]" if name else "eval_dataset"
