@@ -1,4 +1,4 @@
-"""The commands: `fakit run`, `distill`, `compress`, `study`, `evaluate`, `plan` and `report`;
+"""The commands: `fakit run`, `distill`, `cache`, `compress`, `study`, `evaluate`, `plan` and `report`;
 each calls the function that a notebook would call.
 """
 
@@ -53,6 +53,24 @@ def distill(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":  # `accelerate launch` starts one process a device
         print(result)
         print(f"The student is in {config.out}, the run in {args.out}; `fakit report {args.out}` compares its runs.")
+    return 0
+
+
+def cache(args: argparse.Namespace) -> int:
+    """`fakit cache`: the teacher cache of one experiment, built without training, or only its size."""
+    from fakit.experiments import ExperimentConfig
+    from fakit.experiments.run import cache_experiment
+    from fakit.experiments.schema import settings
+
+    config = ExperimentConfig.from_yaml(args.config).replace(**settings(args.set))
+    folder = None if args.teacher_cache is None else str(args.teacher_cache)
+    how = {"folder": folder, "dtype": args.cache_dtype, "top_k": args.cache_top_k, "rows": args.cache_rows}
+    found = cache_experiment(config, plan=args.plan, **how)
+    if args.plan:
+        print(found)
+        return 0
+    size = sum(path.stat().st_size for path in found.folder.glob("*.safetensors"))
+    print(f"The teacher cache {found.folder} holds {len(found):,} rows in {size:,} bytes; `fakit distill` reads it.")
     return 0
 
 
@@ -147,6 +165,27 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--out", type=Path, default=Path("runs"), help="the runs directory (%(default)s)")
         return added
 
+    def cache_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--teacher-cache",
+            type=Path,
+            metavar="DIR",
+            help="let the teacher answer each text once, into DIR, and read it from there",
+        )
+        sub.add_argument(
+            "--cache-dtype",
+            choices=["float32", "bfloat16", "float16", "int8"],
+            help="its precision (bfloat16)",
+        )
+        sub.add_argument(
+            "--cache-top-k", type=int, metavar="K", help="only the K largest logits, and the mass of the rest"
+        )
+        sub.add_argument(
+            "--cache-rows",
+            choices=["planned", "all"],
+            help="the texts that this run's steps see, or all of them, for runs of other plans (planned)",
+        )
+
     sub = command(run, "Execute the notebooks and write them as HTML pages.")
     sub.add_argument("--profile", default="quick", help="quick, workshop or full: how long they train (%(default)s)")
     sub.add_argument("--only", metavar="02,05", help="these notebooks, by number or name; all by default")
@@ -160,23 +199,13 @@ def parser() -> argparse.ArgumentParser:
         example="--set training.steps=50 --set features.weight=0.3",
         resume="the last checkpoint (training.save_every)",
     )
-    sub.add_argument(
-        "--teacher-cache",
-        type=Path,
-        metavar="DIR",
-        help="let the teacher answer each text once, into DIR, and read it from there",
-    )
-    sub.add_argument(
-        "--cache-dtype",
-        choices=["float32", "bfloat16", "float16", "int8"],
-        help="its precision (bfloat16)",
-    )
-    sub.add_argument("--cache-top-k", type=int, metavar="K", help="only the K largest logits, and the mass of the rest")
-    sub.add_argument(
-        "--cache-rows",
-        choices=["planned", "all"],
-        help="the texts that this run's steps see, or all of them, for runs of other plans (planned)",
-    )
+    cache_options(sub)
+
+    sub = command(cache, "Build the teacher cache of one experiment, without training; what is finished of it stays.")
+    sub.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change any key of CONFIG.yaml")
+    sub.add_argument("--plan", action="store_true", help="say what it would take, and build nothing")
+    cache_options(sub)
 
     of_a_file(
         compress,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from fakit.objective.objective import Objective
-    from fakit.training.teacher_cache import TeacherCache
+    from fakit.training.teacher_cache import PlannedCache, TeacherCache
 
 DECIDING = ("dtype", "top_k")
 """Keys that a run's numbers follow from; where the cache lies, and which other texts it holds, changes none."""
@@ -45,24 +45,32 @@ class TeacherCacheConfig(Section):
             texts: all training rows, encoded.
             plan: the numbers of those that the steps see.
         """
-        from fakit.models.kinds import is_causal_lm
         from fakit.training.teacher_cache import TeacherCache
-        from fakit.training.teacher_cache.content import labels_suffice
 
+        return TeacherCache.build(
+            *self._parts(teacher, texts, plan, objective), **self._how(teacher, objective, tokenizer)
+        )
+
+    def plan(self, teacher, texts: Dataset, plan: np.ndarray, objective: Objective, tokenizer) -> PlannedCache:
+        """What `build` would still write. The teacher reads one row; nothing is written."""
+        from fakit.training.teacher_cache import TeacherCache
+
+        return TeacherCache.plan(
+            *self._parts(teacher, texts, plan, objective), **self._how(teacher, objective, tokenizer)
+        )
+
+    def _parts(self, teacher, texts: Dataset, plan: np.ndarray, objective: Objective):
         assert self.folder is not None, "asked in `cache_of`"
         if self.rows == "planned":
             texts = texts.select(np.unique(plan).tolist())
-        labeled = is_causal_lm(teacher) and labels_suffice(objective)
-        return TeacherCache.build(
-            self.folder,
-            teacher,
-            texts,
-            objective,
-            top_k=self.top_k,
-            dtype=self.dtype,
-            tokenizer=tokenizer,
-            tokens="labeled" if labeled else "all",
-        )
+        return self.folder, teacher, texts, objective
+
+    def _how(self, teacher, objective: Objective, tokenizer) -> dict[str, Any]:
+        from fakit.models.kinds import is_causal_lm
+        from fakit.training.teacher_cache.content import labels_suffice
+
+        tokens = "labeled" if is_causal_lm(teacher) and labels_suffice(objective) else "all"
+        return {"top_k": self.top_k, "dtype": self.dtype, "tokenizer": tokenizer, "tokens": tokens}
 
 
 def cache_of(configured: TeacherCacheConfig | None, **given: Any) -> TeacherCacheConfig | None:

@@ -23,7 +23,7 @@ from fakit.experiments.build import (
     prepare,
     student_tokenizer,
 )
-from fakit.experiments.cache_config import cache_of
+from fakit.experiments.cache_config import TeacherCacheConfig, cache_of
 from fakit.experiments.card import model_card
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.flops import step_flops
@@ -47,6 +47,8 @@ from fakit.training.precision import AUTO
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    from fakit.training.teacher_cache import PlannedCache, TeacherCache
 
 COMPRESSED = "compressed"  # where the folder of a run holds what is finished of a compression before it
 
@@ -92,7 +94,6 @@ def run_experiment(
             or that has no room.
     """
     given = {"folder": teacher_cache, "dtype": cache_dtype, "top_k": cache_top_k, "rows": cache_rows}
-    asked = cache_of(config.teacher_cache, **given | {"folder": None if teacher_cache is None else str(teacher_cache)})
     store = RunStore.open(store) if isinstance(store, str | Path) else store
     if store is not None and store.has(config.run_id):
         if resume:
@@ -101,27 +102,16 @@ def run_experiment(
             f"{config.run_id} is recorded in {store.path} already. resume=True (--resume) returns it; "
             "change the seed or another key for a new run."
         )
-    if asked is not None and not config.transfers:
-        raise ValueError(
-            f"a teacher cache was asked for in {asked.folder}, and the arm {config.arm!r} has no term that looks at a "
-            "teacher (features, attention, outputs): leave the cache out, or turn one on."
-        )
-    if asked is not None and config.on_policy is not None:
-        raise ValueError(
-            f"a teacher cache was asked for in {asked.folder}, and on_policy has the student write texts that are in "
-            "none: leave the cache out, or set on_policy: null."
-        )
+    asked = asked_cache(config, **given | {"folder": None if teacher_cache is None else str(teacher_cache)})
     with alone_in_folder(config, store):
         return _run(config, store, resume, callbacks, progress, prepared, count_flops, asked)
 
 
 def _run(config, store, resume, callbacks, progress, prepared, count_flops, asked) -> RunResult:
     """`run_experiment`, alone in its folder."""
-    from transformers import PrinterCallback, set_seed
+    from transformers import PrinterCallback
 
     from fakit.tasks.packing import documents
-    from fakit.tracing.inputs import refuse_mixing
-    from fakit.training.fit import check_fit, check_two_tokenizers
     from fakit.training.ownership import bytes_of_checkpoint, data_fingerprint
     from fakit.training.packed import check_packed
     from fakit.training.progress import ProgressBar
@@ -136,27 +126,10 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, aske
         if checkpoint is not None and config.training.bf16 == AUTO:
             began = began_in_bf16(checkpoint)
             args.bf16 = args.bf16 if began is None else began
-        set_seed(config.seed)
-        prepared = prepared or prepare(config, args.device)
-        prepared.check(config)
-        task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
-        teachers = prepared.teacher_tokenizer
-        if task.packing:
-            refuse_mixing(teacher, config.training.batch_size)
-        set_seed(config.seed)  # the student's first weights depend on the seed alone, not on what loading drew
         work = None if out is None else out / COMPRESSED
-        made = make_student(config, prepared, work, resume)
-        student = made.model
-        objective = build_objective(config, student, teacher, made.kept)
-        check_fit(teacher, student, objective, teachers or tokenizer, student_tokenizer(config))
-        if teachers is not None:
-            check_two_tokenizers(objective, asked is not None, config.on_policy is not None)
-        rows = build_training_rows(config, task, tokenizer, args.world_size, teachers)
-        both = {"student": student} | ({"teacher": teacher} if teachers is None else {})
-        for split in (rows.rows, prepared.validation, prepared.test):
-            check_lengths(split, config.training.max_length, **both)
-        if teachers is not None:
-            check_lengths(rows.rows, config.training.max_length, "teacher_input_ids", teacher=teacher)
+        prepared, made, rows, objective = parts_of(config, args, prepared, work, resume, asked is not None)
+        task, teacher, tokenizer, student = prepared.task, prepared.teacher, prepared.tokenizer, made.model
+        teachers = prepared.teacher_tokenizer
         _rehearse(student, prepared, args.device)
         if teachers is None:
             _look_for_massive(objective, student, teacher, rows, task.collator(tokenizer))
@@ -252,6 +225,86 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, aske
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
     return result
+
+
+def parts_of(config, args, prepared: Prepared | None, work: Path | None, resume: bool, cached: bool):
+    """What a run stands on: (`Prepared`, the student as made, training rows, objective), after what is refused of them.
+
+    Args:
+        prepared, resume: as of `run_experiment`. work: where a compression leaves what it has finished.
+        cached: a cache stands for the teacher.
+    """
+    from transformers import set_seed
+
+    from fakit.tracing.inputs import refuse_mixing
+    from fakit.training.fit import check_fit, check_two_tokenizers
+
+    set_seed(config.seed)
+    prepared = prepared or prepare(config, args.device)
+    prepared.check(config)
+    task, teacher, tokenizer = prepared.task, prepared.teacher, prepared.tokenizer
+    teachers = prepared.teacher_tokenizer
+    if task.packing:
+        refuse_mixing(teacher, config.training.batch_size)
+    set_seed(config.seed)  # the student's first weights depend on the seed alone, not on what loading drew
+    made = make_student(config, prepared, work, resume)
+    objective = build_objective(config, made.model, teacher, made.kept)
+    check_fit(teacher, made.model, objective, teachers or tokenizer, student_tokenizer(config))
+    if teachers is not None:
+        check_two_tokenizers(objective, cached, config.on_policy is not None)
+    rows = build_training_rows(config, task, tokenizer, args.world_size, teachers)
+    both = {"student": made.model} | ({"teacher": teacher} if teachers is None else {})
+    for split in (rows.rows, prepared.validation, prepared.test):
+        check_lengths(split, config.training.max_length, **both)
+    if teachers is not None:
+        check_lengths(rows.rows, config.training.max_length, "teacher_input_ids", teacher=teacher)
+    return prepared, made, rows, objective
+
+
+def asked_cache(config: ExperimentConfig, **given) -> TeacherCacheConfig | None:
+    """The cache that a configuration, or what is given beside it (`cache_of`), asks for.
+
+    Raises:
+        ValueError: one that the configuration has no use for.
+    """
+    asked = cache_of(config.teacher_cache, **given)
+    if asked is not None and not config.transfers:
+        raise ValueError(
+            f"a teacher cache was asked for in {asked.folder}, and the arm {config.arm!r} has no term that looks at a "
+            "teacher (features, attention, outputs): leave the cache out, or turn one on."
+        )
+    if asked is not None and config.on_policy is not None:
+        raise ValueError(
+            f"a teacher cache was asked for in {asked.folder}, and on_policy has the student write texts that are in "
+            "none: leave the cache out, or set on_policy: null."
+        )
+    return asked
+
+
+def cache_experiment(config: ExperimentConfig, plan: bool = False, **given) -> TeacherCache | PlannedCache:
+    """Build the teacher cache of a configuration without training, with what a run would check before it; a run of it
+    then opens it. What is finished of it stays.
+
+    Args:
+        plan: build nothing, and say what it would take.
+        given: folder, dtype, top_k and rows, as `TeacherCacheConfig` has them; what is given goes before it.
+
+    Raises:
+        ValueError: no cache that is asked for, or what `run_experiment` refuses.
+    """
+    from fakit.training.packed import check_packed
+
+    asked = asked_cache(config, **given)
+    if asked is None:
+        raise ValueError(
+            "the configuration names no teacher cache: teacher_cache: {folder: …} in it, or --teacher-cache DIR."
+        )
+    with without_side_bars(), tempfile.TemporaryDirectory() as folder:
+        args = build_arguments(config, folder)
+        prepared, made, rows, objective = parts_of(config, args, None, None, False, cached=True)
+        check_packed(rows.rows, prepared.collator(), objective, made.model.to(args.device), prepared.teacher, args)
+        build = asked.plan if plan else asked.build
+        return build(prepared.teacher, rows.rows, rows.plan, objective, prepared.tokenizer)
 
 
 def _save(student, out: Path, tokenizer) -> None:

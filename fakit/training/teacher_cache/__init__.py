@@ -10,9 +10,11 @@ from fakit.training.teacher_cache.cache import TeacherCache
 from fakit.training.teacher_cache.content import CacheContent
 from fakit.training.teacher_cache.fingerprints import data_fingerprint, fingerprint
 from fakit.training.teacher_cache.importing import completion_request, import_published, published_rows
+from fakit.training.teacher_cache.size import PlannedCache
 
 __all__ = [
     "CacheContent",
+    "PlannedCache",
     "TeacherCache",
     "completion_request",
     "data_fingerprint",

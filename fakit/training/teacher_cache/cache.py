@@ -44,7 +44,7 @@ from fakit.training.teacher_cache.manifest import (
 )
 from fakit.training.teacher_cache.packing import unpack, unpack_all, unpack_top_k
 from fakit.training.teacher_cache.reading import Place, attention_of, check_lengths, documents_of
-from fakit.training.teacher_cache.size import HASH, OFFSETS, PER_ROW, planned_bytes, said
+from fakit.training.teacher_cache.size import HASH, OFFSETS, PER_ROW, PlannedCache, planned_bytes, planned_cache
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,51 @@ class TeacherCache:
                 `tokens` keep, a folder that holds the cache of something else, whose finished shards are truncated or
                 corrupt, or whose disk has no room for what is to be written.
         """
+        taus, kept = tuple(temperatures), (tuple(hidden_states), tuple(attentions), tuple(inputs), logits, top_k, dtype)
+        if objective is not None:
+            content = CacheContent.for_objective(objective, top_k, dtype, tokens)
+        elif needs is not None:
+            needs = replace(needs, inputs=needs.inputs | set(inputs))
+            content = CacheContent.for_needs(needs, top_k, dtype, taus, tokens)
+        else:
+            content = CacheContent(*kept, tuple(attention_outputs), temperatures=taus or (1.0,), tokens=tokens)
+        work = cls._checked(
+            folder, teacher, dataset, objective, content, tokenizer, batch_size, padding_side, shard_rows
+        )
+        folder = work[0]
+        if (folder / "manifest.json").is_file() and not os.access(folder, os.W_OK):  # nothing to add to a finished one
+            return cls._build(*work)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "build.lock"):  # of several processes one builds, the others wait and open what it built
+            return cls._build(*work)
+
+    @classmethod
+    def plan(
+        cls,
+        folder: str | Path,
+        teacher: nn.Module,
+        dataset,
+        objective: Objective,
+        *,
+        top_k: int | None = None,
+        dtype: str = "bfloat16",
+        tokenizer=None,
+        shard_rows: int | None = None,
+        tokens: str = "all",
+    ) -> PlannedCache:
+        """What `build` of the same would still write, to the byte. The teacher reads one row, the longest; nothing is
+        written.
+
+        Raises:
+            ValueError: as `build`, but for a disk without room.
+        """
+        content = CacheContent.for_objective(objective, top_k, dtype, tokens)
+        work = cls._checked(folder, teacher, dataset, objective, content, tokenizer, 32, "right", shard_rows)
+        return cls._planned(*work)[0]
+
+    @classmethod
+    def _checked(cls, folder, teacher, dataset, objective, content, tokenizer, batch_size, padding_side, shard_rows):
+        """The arguments of `_build`, after all that is refused before anything is written."""
         if hasattr(type(dataset), "__len__") and len(dataset) == 0:
             raise ValueError("the data set has no rows; nothing to cache.")
         check_model("the teacher", teacher)
@@ -148,15 +193,6 @@ class TeacherCache:
         for name, number in (("batch_size", batch_size), ("shard_rows", shard_rows)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}={number}: the teacher reads at least 1 row at a time.")
-        taus = tuple(temperatures)
-        if objective is not None:
-            content = CacheContent.for_objective(objective, top_k, dtype, tokens)
-        elif needs is not None:
-            needs = replace(needs, inputs=needs.inputs | set(inputs))
-            content = CacheContent.for_needs(needs, top_k, dtype, taus, tokens)
-        else:
-            kept = (tuple(hidden_states), tuple(attentions), tuple(inputs), logits, top_k, dtype)
-            content = CacheContent(*kept, tuple(attention_outputs), temperatures=taus or (1.0,), tokens=tokens)
         folder = own_folder(folder)
         started = (folder / "manifest.json").is_file()
         check_data(dataset, TeacherCache, {"teacher": tables(teacher)}, "the data set", task=False)
@@ -166,23 +202,39 @@ class TeacherCache:
                 f"the objective {dict(objective.weights)} asks for what this cache would not hold: "
                 f"{', '.join(missing)}. Keep all of the logits (top_k=None), or change the objective."
             )
-        work = (folder, teacher, dataset, content, described, tokenizer, batch_size, padding_side, shard_rows)
-        if started and not os.access(folder, os.W_OK):  # nothing to add to a finished one
-            return cls._build(*work)
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "build.lock"):  # of several processes one builds, the others wait and open what it built
-            return cls._build(*work)
+        return folder, teacher, dataset, content, described, tokenizer, batch_size, padding_side, shard_rows
 
     @classmethod
     def _build(
         cls, folder: Path, teacher, dataset, content, described, tokenizer, batch_size, padding_side, shard_rows
     ):
         """The work of `build`, alone in the folder."""
+        asked = (folder, teacher, dataset, content, described, tokenizer, batch_size, padding_side, shard_rows)
+        planned, manifest, content, hashes, shard_rows = cls._planned(*asked)
+        if manifest is None:  # of more rows, and finished
+            return cls(folder, read_manifest(folder))
+        if planned.rows and "layout" in manifest:
+            check_room(folder, planned.bytes + _MANIFEST_BYTES * len(planned.files), "the teacher cache")
+            logger.warning("%s", planned)
+        columns = columns_in(manifest)
+        for start in tqdm(range(planned.done, len(dataset), shard_rows), "teacher cache", unit="shard", disable=None):
+            numbers = range(start, min(start + shard_rows, len(dataset)))
+            shard = make_shard(teacher, [dataset[i] for i in numbers], content, columns, batch_size, padding_side)
+            append_shard(folder, manifest, shard, [hashes[i] for i in numbers])
+        return cls(folder, read_manifest(folder))
+
+    @classmethod
+    def _planned(
+        cls, folder: Path, teacher, dataset, content, described, tokenizer, batch_size, padding_side, shard_rows
+    ):
+        """What is left to write, the manifest so far (None for a finished cache of more rows), the content, a hash of
+        every row, and rows a file.
+        """
         found = read_manifest(folder) if (folder / "manifest.json").is_file() else None
         if found is not None and (held := CacheContent(**found["content"])).serves(content):
             content = held
         of = described if found is None else found
-        columns, hashes = columns_in(of), row_hashes(dataset, hashed_columns(of, content))
+        hashes = row_hashes(dataset, hashed_columns(of, content))
         manifest = {
             "version": VERSION,
             "teacher": fingerprint(teacher),
@@ -198,7 +250,7 @@ class TeacherCache:
                 check_shards(folder, found)
                 cache = cls(folder, found)
                 refuse_missing(folder, {*hashes}, {*cache.hashes()})
-                return cache
+                return planned_cache(folder, [], [], False, len(cache)), None, content, hashes, shard_rows
             refuse_foreign(folder, found, manifest)
             manifest = found
             check_shards(folder, manifest)
@@ -206,18 +258,11 @@ class TeacherCache:
             manifest |= described | {"shards": []}
         if shard_rows is None:
             shard_rows = max(1, _SHARD_BYTES // (sum(manifest["sizes"].values()) * manifest["longest"] or 1))
-        if not is_finished(manifest) and "layout" in manifest:
-            done = sum(shard["rows"] for shard in manifest["shards"])
-            counts = counts_of(dataset, content.tokens != "all")[done:]
-            sizes = planned_bytes(manifest["layout"], counts, shard_rows)
-            check_room(folder, sum(sizes) + _MANIFEST_BYTES * len(sizes), "the teacher cache")
-            logger.warning(said(folder, counts, sizes, content.tokens != "all"))
-        done = sum(shard["rows"] for shard in manifest["shards"])
-        for start in tqdm(range(done, len(dataset), shard_rows), "teacher cache", unit="shard", disable=None):
-            numbers = range(start, min(start + shard_rows, len(dataset)))
-            shard = make_shard(teacher, [dataset[i] for i in numbers], content, columns, batch_size, padding_side)
-            append_shard(folder, manifest, shard, [hashes[i] for i in numbers])
-        return cls(folder, read_manifest(folder))
+        done, labeled = sum(shard["rows"] for shard in manifest["shards"]), content.tokens != "all"
+        counts = [] if is_finished(manifest) else counts_of(dataset, labeled)[done:]
+        # of a cache from before there were layouts the bytes are not known
+        sizes = planned_bytes(manifest["layout"], counts, shard_rows) if "layout" in manifest else []
+        return planned_cache(folder, counts, sizes, labeled, done), manifest, content, hashes, shard_rows
 
     # -- opening --------------------------------------------------------------------------------------------------
 

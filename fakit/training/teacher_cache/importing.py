@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from fakit.files import check_room, locked, sha256
 from fakit.training.teacher_cache.build import KNOWN, counts_of, predicting_tokens
 from fakit.training.teacher_cache.cache import TeacherCache
+from fakit.training.teacher_cache.compressed import Compression
 from fakit.training.teacher_cache.content import CacheContent
 from fakit.training.teacher_cache.fingerprints import combined, config_facts, row_hashes, tokenizer_fingerprint
 from fakit.training.teacher_cache.manifest import PUBLISHED, VERSION, append_shard, hashed_columns, own_folder
 from fakit.training.teacher_cache.packing import pack_known
 from fakit.training.teacher_cache.published import Answer, read_answers
-from fakit.training.teacher_cache.size import OFFSETS, bytes_of_one, layout_of, planned_bytes, said
+from fakit.training.teacher_cache.size import OFFSETS, bytes_of_one, layout_of, planned_bytes, planned_cache
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +40,19 @@ def completion_request(row: Mapping, model: str, top_k: int) -> dict:
     return {"model": model, "prompt": _ids(row), "max_tokens": 1, "temperature": 1.0} | asked
 
 
-def published_rows(files: Sequence[str | Path]) -> list[dict[str, list[int]]]:
+def published_rows(
+    files: Sequence[str | Path], compression: Mapping[str, Any] | None = None
+) -> list[dict[str, list[int]]]:
     """The texts of files that say their tokens, each token labeled: the data set of a published set of logits.
+
+    Args:
+        compression: DistillKit's settings, as of `import_published`.
 
     Raises:
         ValueError: an answer without its token ids.
     """
     rows = []
-    for answer in read_answers(files):
+    for answer in read_answers(files, compression=compression and Compression.of(compression)):
         if answer.input_ids is None:
             raise ValueError(f"{answer.where} does not say its token ids (prompt_token_ids, input_ids); give the rows.")
         ids = [int(token) for token in answer.input_ids]
@@ -62,6 +69,7 @@ def import_published(
     top_k: int | None = None,
     dtype: str = "float16",
     shard_rows: int | None = None,
+    compression: Mapping[str, Any] | None = None,
 ) -> TeacherCache:
     """Make a cache of answers in files, the i-th of them that of row i. It serves output terms at temperature 1 with a
     loss of `fakit.losses.top_k.SERVED`; of the teacher's weights nothing is known, so that no teacher is refused.
@@ -74,6 +82,8 @@ def import_published(
         config: the teacher's, of a causal language model: AutoConfig.from_pretrained(id, trust_remote_code=False).
         tokenizer: the rows'; its fingerprint is recorded, and messages show its tokens.
         top_k: keep so many; None: as many as every distribution has.
+        compression: of files with DistillKit's compressed columns the settings that they were packed with, by its own
+            names (`fakit.training.teacher_cache.compressed`): {"d": 128256, "k": 128, "exact_k": 16, …}.
         dtype, shard_rows: as `TeacherCache.build`; float16 is finer than bfloat16 for log-probabilities.
 
     Raises:
@@ -88,7 +98,8 @@ def import_published(
             f"{type(config).__name__} is of no causal language model, and answers are at every next token."
         )
     classes = config.get_text_config().vocab_size
-    k, longest = _checked(files, dataset, tokenizer, top_k, classes)
+    packing = None if compression is None else Compression.of(compression)
+    k, longest = _checked(files, dataset, tokenizer, top_k, classes, packing)
     content = CacheContent(top_k=k, dtype=dtype, tokens="labeled")
     hashes = row_hashes(dataset, hashed_columns({"columns": _COLUMNS}, content))
     layout = _layout(k, classes, dtype)
@@ -119,10 +130,10 @@ def import_published(
     counts = counts_of(dataset, labeled=True)
     sizes = planned_bytes(layout, counts, shard_rows)
     check_room(folder, sum(sizes) + 2**14 * len(sizes), "the teacher cache")
-    logger.warning(said(folder, counts, sizes, labeled=True))
+    logger.warning("%s", planned_cache(folder, counts, sizes, labeled=True))
     with locked(folder / "build.lock"):
         made: list[dict[str, Tensor]] = []
-        for number, tensors in enumerate(_rows(files, dataset, k, classes, dtype), 1):
+        for number, tensors in enumerate(_rows(files, dataset, k, classes, dtype, packing), 1):
             made.append(tensors)
             if len(made) == shard_rows or number == len(dataset):
                 shard = {key: torch.cat([one[key] for one in made]) for key in made[0]}
@@ -132,10 +143,10 @@ def import_published(
     return TeacherCache.open(folder)
 
 
-def _checked(files, dataset, tokenizer, top_k: int | None, classes: int) -> tuple[int, int]:
+def _checked(files, dataset, tokenizer, top_k: int | None, classes: int, packing) -> tuple[int, int]:
     """k, and the tokens of the longest row, after a look at every answer beside its row."""
     number, widths, longest = 0, set(), 0
-    for number, answer in enumerate(read_answers(files, top_k), 1):
+    for number, answer in enumerate(read_answers(files, top_k, packing), 1):
         if number > len(dataset):
             continue
         row = dataset[number - 1]
@@ -165,8 +176,8 @@ def _ids(row: Mapping) -> list[int]:
     return (ids if mask is None else ids[torch.as_tensor(mask).bool()]).tolist()
 
 
-def _rows(files, dataset, k: int, classes: int, dtype: str) -> Iterator[dict[str, Tensor]]:
-    for number, answer in enumerate(read_answers(files, k)):
+def _rows(files, dataset, k: int, classes: int, dtype: str, packing) -> Iterator[dict[str, Tensor]]:
+    for number, answer in enumerate(read_answers(files, k, packing)):
         yield _packed(answer, predicting_tokens(dataset[number], number), classes, dtype)
 
 

@@ -8,7 +8,9 @@ Read are JSON lines, a JSON array or object, and parquet, of two kinds:
   them, so that k + 1 entries occur. `prompt_token_ids` beside it (asked for by `return_token_ids`) says which text it
   is; without it, every token of the text must be among the entries in its place.
 * **Rows of columns**: `input_ids` (n), `top_ids` and `top_logprobs` (n or n - 1 lists of k), where entry t is of the
-  distribution behind token t, that of token t + 1.
+  distribution behind token t, that of token t + 1. In place of the latter two `compressed_logprobs` and
+  `bytepacked_indices` (n or n - 1 lists of bytes), DistillKit's, where its settings are given
+  (`fakit.training.teacher_cache.compressed`).
 
 Logarithms are natural, at temperature 1, of the full softmax (vLLM's `logprobs_mode: raw_logprobs`, its default).
 """
@@ -22,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fakit.training.teacher_cache.compressed import COMPRESSED, LEGACY, Compression
+
 COLUMNS = ("input_ids", "top_ids", "top_logprobs")
 IMPOSSIBLE = -9999.0
 """What vLLM writes for a logarithm of 0, as JSON has no infinity."""
-_COMPRESSED = ("compressed_logprobs", "bytepacked_indices", "packed_indices", "coeffs")  # of DistillKit
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,13 @@ class Answer:
                 )
 
 
-def read_answers(files: Sequence[str | Path], top_k: int | None = None) -> Iterator[Answer]:
+def read_answers(
+    files: Sequence[str | Path], top_k: int | None = None, compression: Compression | None = None
+) -> Iterator[Answer]:
     """The answers of files, one after another.
 
     Args:
+        compression: how DistillKit's columns are packed.
         top_k: keep so many of each distribution; None: as many as all of a text's have.
 
     Raises:
@@ -90,7 +96,7 @@ def read_answers(files: Sequence[str | Path], top_k: int | None = None) -> Itera
             body = found["response"].get("body") if isinstance(found.get("response"), Mapping) else found
             if found.get("error") or not isinstance(body, Mapping) or "error" in body:
                 raise ValueError(f"{where} is an error of the server: {found.get('error') or body!r:.200}.")
-            yield from _of_object(body, where, top_k)
+            yield from _of_object(body, where, top_k, compression)
 
 
 def _objects(file: Path) -> Iterator[Any]:
@@ -112,7 +118,7 @@ def _objects(file: Path) -> Iterator[Any]:
             raise ValueError(f"{file} is no JSON ({error}); answers are .jsonl, .json or .parquet.") from error
 
 
-def _of_object(body: Mapping, where: str, top_k: int | None) -> Iterator[Answer]:
+def _of_object(body: Mapping, where: str, top_k: int | None, compression: Compression | None) -> Iterator[Answer]:
     choices = body.get("choices")
     if isinstance(choices, list) and body.get("prompt_logprobs") is None:
         for choice in sorted(choices, key=lambda choice: choice.get("index", 0)):
@@ -123,11 +129,16 @@ def _of_object(body: Mapping, where: str, top_k: int | None) -> Iterator[Answer]
         yield _of_server(body["prompt_logprobs"], body.get("prompt_token_ids"), where, top_k)
     elif all(body.get(name) is not None for name in COLUMNS):
         yield _of_columns(*(body[name] for name in COLUMNS), where, top_k)
-    elif compressed := [name for name in _COMPRESSED if name in body]:
-        raise ValueError(
-            f"{where} holds {', '.join(compressed)}, DistillKit's compressed logits, which are read by their own "
-            f"settings alone: decompress them there, and write {', '.join(COLUMNS)}."
+    elif compression is not None and all(body.get(name) is not None for name in ("input_ids", *COMPRESSED)):
+        indices, values = compression.read(*(body[name] for name in COMPRESSED), where)
+        yield _of_columns(body["input_ids"], indices.tolist(), values.tolist(), where, top_k)
+    elif compressed := [name for name in (*COMPRESSED, *LEGACY) if name in body]:
+        fix = (
+            "give the settings that they were packed with, import_published(…, compression={d: …, k: …, …})"
+            if compressed[0] in COMPRESSED and compression is None
+            else f"its earlier format is not read: decompress them there, and write {', '.join(COLUMNS)}"
         )
+        raise ValueError(f"{where} holds {', '.join(compressed)}, DistillKit's compressed logits; {fix}.")
     else:
         raise ValueError(
             f"{where} holds {', '.join(body)}; expected prompt_logprobs (a server's answer) or {', '.join(COLUMNS)}."

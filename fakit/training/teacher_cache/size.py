@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,12 +61,48 @@ def planned_bytes(layout: Layout, counts: Sequence[tuple[int, int]], shard_rows:
     return [shard_bytes(layout, len(rows), *(sum(numbers) for numbers in zip(*rows, strict=True))) for rows in shards]
 
 
-def said(folder: object, counts: Sequence[tuple[int, int]], sizes: Sequence[int], labeled: bool) -> str:
-    """A line for the log, before anything is written."""
-    tokens, positions = (sum(numbers) for numbers in zip(*counts, strict=True))
-    total = sum(sizes)
-    at = f", logits at {positions:,} of them" if labeled else ""
-    return (
-        f"teacher cache {folder}: {len(counts):,} rows of {tokens:,} tokens{at}, will take {total:,} bytes in "
-        f"{len(sizes):,} file{'s' * (len(sizes) > 1)}, {total / max(positions if labeled else tokens, 1):,.0f} a token."
-    )
+@dataclass(frozen=True)
+class PlannedCache:
+    """What `TeacherCache.build` would write.
+
+    Attributes:
+        folder: of the cache.
+        rows, tokens, positions: that are not there yet; positions are those whose logits are kept.
+        files: bytes of each file that is not there yet.
+        labeled: logits are kept at labels alone.
+        done: rows that are there already.
+    """
+
+    folder: Path
+    rows: int
+    tokens: int
+    positions: int
+    files: tuple[int, ...]
+    labeled: bool
+    done: int
+
+    @property
+    def bytes(self) -> int:
+        """Of all files that are not there yet."""
+        return sum(self.files)
+
+    def __str__(self) -> str:
+        """A line for the log, before anything is written."""
+        if not self.rows:
+            return f"teacher cache {self.folder}: finished, all of its {self.done:,} rows are there."
+        at = f", logits at {self.positions:,} of them" if self.labeled else ""
+        each = self.bytes / max(self.positions if self.labeled else self.tokens, 1)
+        there = f" {self.done:,} rows are there already." if self.done else ""
+        return (
+            f"teacher cache {self.folder}: {self.rows:,} rows of {self.tokens:,} tokens{at}, will take "
+            f"{self.bytes:,} bytes in {len(self.files):,} file{'s' * (len(self.files) > 1)}, {each:,.0f} a token."
+            f"{there}"
+        )
+
+
+def planned_cache(
+    folder: Path, counts: Sequence[tuple[int, int]], sizes: Sequence[int], labeled: bool, done: int = 0
+) -> PlannedCache:
+    """Of rows of so many (tokens, positions), in files of these sizes."""
+    tokens, positions = (sum(numbers) for numbers in zip(*counts, strict=True)) if counts else (0, 0)
+    return PlannedCache(folder, len(counts), tokens, positions, tuple(sizes), labeled, done)
