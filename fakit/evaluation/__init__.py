@@ -18,7 +18,7 @@ nor captum.
 import importlib
 
 _HOME = {
-    "metrics": ("Score", "accuracy", "bleu", "cer", "f1", "matthews", "pearson", "rouge", "spearman"),
+    "metrics": ("Score", "accuracy", "aligned", "bleu", "cer", "f1", "matthews", "pearson", "rouge", "spearman"),
     "language_modeling": ("Perplexity", "perplexity"),
     "calibration": (
         "Reliability",
@@ -29,8 +29,8 @@ _HOME = {
     ),
     "fidelity": ("Agreement", "AttentionDivergence", "attention_jsd", "ranking_agreement"),
     "quantization": ("LayerFidelity", "QuantizationFidelity", "quantization_fidelity", "weight_bytes"),
-    "generation": ("Generations", "generate", "generation_metrics", "split_prompts"),
-    "drafts": ("DraftQuality", "draft_quality"),
+    "generation": ("Generations", "ends_of", "generate", "generation_metrics", "split_prompts"),
+    "drafts": ("DraftQuality", "DraftedText", "draft_quality", "drafted_texts"),
     "cost": (
         "Latency",
         "costs",

@@ -75,6 +75,60 @@ class DraftQuality:
         )
 
 
+@dataclass(frozen=True)
+class DraftedText:
+    """What the teacher writes after a prompt, and what the student would have written at each place of it.
+
+    Attributes:
+        tokens: N token ids, the teacher's greedy text.
+        proposed: N token ids, the student's likeliest at each place, after the teacher's tokens before it.
+        probability, teacher_probability: of the teacher's token, by the student and by the teacher, (N,).
+        acceptance: Σ_v min(P(v), Q(v)) at each place, (N,) float64.
+    """
+
+    tokens: list[int]
+    proposed: list[int]
+    probability: Tensor
+    teacher_probability: Tensor
+    acceptance: Tensor
+
+    @property
+    def same(self) -> Tensor:
+        """Whether the student would have written the teacher's token, (N,) bool."""
+        return torch.tensor(self.tokens) == torch.tensor(self.proposed)
+
+    def passes(self, tokens: int) -> list[int]:
+        """How many tokens each of the teacher's passes gives, if the student proposes `tokens` before each: those that
+        it got right, at most `tokens`, and the next one, which is the teacher's own. They add up to N.
+        """
+        _check_whole(tokens=tokens)
+        same, given, position = self.same, [], 0
+        while position < len(same):
+            right = int(same[position : position + tokens].int().cumprod(0).sum())
+            given.append(min(right + 1, len(same) - position))
+            position += given[-1]
+        return given
+
+
+def drafted_texts(
+    student,
+    teacher,
+    prompts: Sequence[Sequence[int]],
+    eos_token_id: int | Sequence[int],
+    pad_token_id: int,
+    max_new_tokens: int = 64,
+) -> list[DraftedText]:
+    """The teacher's greedy text after each prompt, and what the student makes of each place: one pass of either model.
+
+    Args and Raises: as `draft_quality`. A prompt after which the teacher writes nothing has an empty text.
+    """
+    _check_whole(max_new_tokens=max_new_tokens)
+    _check_pair(student, teacher, prompts, max_new_tokens)
+    written = generate(teacher, prompts, eos_token_id, pad_token_id, max_new_tokens)
+    with torch.no_grad(), eval_mode(student), eval_mode(teacher):
+        return [_beside(student, teacher, prompt, text) for prompt, text in zip(prompts, written, strict=True)]
+
+
 def draft_quality(
     student,
     teacher,
@@ -103,9 +157,30 @@ def draft_quality(
             states cannot be taken back), vocabularies or devices that differ, too few positions, no prompts, numbers
             below 1; what `generate` refuses. Later: a teacher that writes nothing.
     """
-    for name, value in (("tokens", tokens), ("repeats", repeats), ("max_new_tokens", max_new_tokens)):
+    _check_whole(tokens=tokens, repeats=repeats)
+    texts = drafted_texts(student, teacher, prompts, eos_token_id, pad_token_id, max_new_tokens)
+    if not any(text.tokens for text in texts):
+        raise ValueError(f"draft_quality: the teacher writes nothing after any of the {len(prompts)} prompts.")
+    with torch.no_grad(), eval_mode(student), eval_mode(teacher):
+        timed = _timed(student, teacher, prompts, eos_token_id, pad_token_id, max_new_tokens, tokens, repeats)
+    positions = sum(len(text.tokens) for text in texts)
+    return DraftQuality(
+        tokens=tokens,
+        positions=positions,
+        acceptance=float(torch.cat([text.acceptance for text in texts]).mean()),
+        greedy=sum(int(text.same.sum()) for text in texts) / positions,
+        tokens_a_pass=positions / sum(len(text.passes(tokens)) for text in texts),
+        **timed,
+    )
+
+
+def _check_whole(**numbers: int) -> None:
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"draft_quality: {name}={value!r} was asked; use a whole number of at least 1.")
+
+
+def _check_pair(student, teacher, prompts, max_new_tokens: int) -> None:
     for side, model in (("student", student), ("teacher", teacher)):
         _check_generates(side, model)
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
@@ -126,27 +201,6 @@ def draft_quality(
         raise ValueError(
             f"draft_quality: the student is on {device_of(student)}, the teacher on {device_of(teacher)}; move one."
         )
-    written = generate(teacher, prompts, eos_token_id, pad_token_id, max_new_tokens)
-    if not any(written):
-        raise ValueError(f"draft_quality: the teacher writes nothing after any of the {len(prompts)} prompts.")
-    overlap, same = [], []
-    with torch.no_grad(), eval_mode(student), eval_mode(teacher):
-        for prompt, text in zip(prompts, written, strict=True):
-            if text:
-                one, two = _beside(student, teacher, [*prompt, *text], len(prompt))
-                overlap.append(one)
-                same.append(two)
-        passes = sum(_passes(of_text, tokens) for of_text in same)
-        timed = _timed(student, teacher, prompts, eos_token_id, pad_token_id, max_new_tokens, tokens, repeats)
-    every = torch.cat(same)
-    return DraftQuality(
-        tokens=tokens,
-        positions=len(every),
-        acceptance=float(torch.cat(overlap).mean()),
-        greedy=float(every.double().mean()),
-        tokens_a_pass=len(every) / passes,
-        **timed,
-    )
 
 
 def _check_generates(side: str, model) -> None:
@@ -159,23 +213,19 @@ def _check_generates(side: str, model) -> None:
         )
 
 
-def _beside(student, teacher, ids: list[int], start: int) -> tuple[Tensor, Tensor]:
-    """Σ_v min(P, Q), float64, and whether the student would have written the token, for each token from `start` on."""
-    batch = {"input_ids": torch.tensor([ids], device=device_of(teacher))}
+def _beside(student, teacher, prompt: Sequence[int], text: list[int]) -> DraftedText:
+    if not text:
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return DraftedText([], [], nothing, nothing, nothing)
+    batch = {"input_ids": torch.tensor([[*prompt, *text]], device=device_of(teacher))}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    ours, theirs = (capture(model, batch).logits[0, start - 1 : -1].float() for model in (student, teacher))
-    overlap = torch.minimum(ours.softmax(-1), theirs.softmax(-1)).double().sum(-1)
-    return overlap.cpu(), (ours.argmax(-1) == batch["input_ids"][0, start:]).cpu()
-
-
-def _passes(same: Tensor, tokens: int) -> int:
-    """The teacher's passes over a text: each gives the tokens that the draft got right, at most γ, and the next one."""
-    passes = position = 0
-    while position < len(same):
-        ahead = same[position : position + tokens].int()
-        position += int(ahead.cumprod(0).sum()) + 1
-        passes += 1
-    return passes
+    places = slice(len(prompt) - 1, -1)  # each predicts the token behind it
+    ours, theirs = (capture(model, batch).logits[0, places].float() for model in (student, teacher))  # (N, V)
+    q, p = ours.softmax(-1), theirs.softmax(-1)
+    own = batch["input_ids"][0, len(prompt) :, None]  # (N, 1)
+    of_token, theirs_of_token = (side.gather(-1, own)[:, 0].double().cpu() for side in (q, p))
+    overlap = torch.minimum(p, q).double().sum(-1).cpu()
+    return DraftedText(text, ours.argmax(-1).tolist(), of_token, theirs_of_token, overlap)
 
 
 def _timed(student, teacher, prompts, eos, pad, max_new_tokens, tokens, repeats) -> dict[str, float]:

@@ -6,6 +6,7 @@ NumPy arrays or tensors. Values are fractions (accuracy 0.93, CER 0.086); only B
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,10 +106,12 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, flo
     """
     require("eval", "rouge_score")
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
     _check_texts(hypotheses, references)
     kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(kinds, use_stemmer=True)
+    # its default, given: else it logs through absl, which then configures the root logger for everybody
+    scorer = RougeScorer(kinds, tokenizer=DefaultTokenizer(use_stemmer=True))
     scores = [scorer.score(target=r, prediction=h) for h, r in zip(hypotheses, references, strict=True)]
     return {kind: float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds}
 
@@ -133,6 +136,31 @@ def cer(hypotheses: Sequence[str], references: Sequence[str]) -> float:
             hypothesis_transform=characters,
         )
     )
+
+
+def aligned(hypothesis: str, reference: str) -> list[tuple[str, str]]:
+    """Two texts character by character, by the fewest edits, those that `cer` counts (jiwer).
+
+    Returns:
+        ("a", "a") where they are the same, ("b", "a") a changed character, ("b", "") an added one, ("", "a") a missing
+        one; the first parts make the hypothesis, the second ones the reference.
+
+    >>> aligned("hose", "house")
+    [('h', 'h'), ('o', 'o'), ('', 'u'), ('s', 's'), ('e', 'e')]
+    """
+    require("eval", "jiwer")
+    import jiwer
+
+    if not reference:
+        return [(character, "") for character in hypothesis]
+    characters = jiwer.ReduceToListOfListOfChars()
+    found = jiwer.process_characters(reference, hypothesis, characters, characters)
+    pairs = []
+    for chunk in found.alignments[0]:
+        ours = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
+        wanted = reference[chunk.ref_start_idx : chunk.ref_end_idx]
+        pairs += itertools.zip_longest(ours, wanted, fillvalue="")
+    return pairs
 
 
 def _correlation(measure, predictions, targets) -> float:

@@ -23,6 +23,7 @@ from fakit.figures.similarity_steps import similarity_over_steps
 from fakit.figures.story import distillation_story, softened
 from fakit.figures.survey import what_is_aligned
 from fakit.figures.terms import loss_bars
+from fakit.figures.texts import draft_passes, texts_beside
 from fakit.figures.training import gradient_bars, gradient_conflict, loss_curves
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "by_temperature",
     "class_pulls",
     "distillation_story",
+    "draft_passes",
     "fitted_students",
     "gradient_bars",
     "gradient_conflict",
@@ -62,6 +64,7 @@ __all__ = [
     "similarity_panels",
     "softened",
     "term_pulls",
+    "texts_beside",
     "token_attributions",
     "weight_sensitivity",
     "what_is_aligned",

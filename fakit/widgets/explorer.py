@@ -52,8 +52,8 @@ def explorer(draw: Callable[..., Figure], labels: dict[str, str] | None = None, 
         draw: gives a `Figure`; the defaults of its arguments are where the controls start. It is called at once, and
             whenever a control is let go.
         labels: argument → what stands before its control; its name by default.
-        controls: argument → (lowest, highest, step) for a slider, or a list to choose from, as `ipywidgets.interact`
-            has it.
+        controls: argument → (lowest, highest, step) for a slider, of whole numbers where all three and the default are,
+            or a list to choose from, as `ipywidgets.interact` has it.
 
     Raises:
         ValueError: an argument that `draw` does not have, no argument, a range that is none, or a start outside of it.
@@ -81,7 +81,8 @@ def _control(name: str, given: tuple | list, start: Any, label: str) -> widgets.
     low, high, step = _range(name, given)
     if not isinstance(start, (int, float)) or not low <= start <= high:
         raise ValueError(f"{name} goes from {low:g} to {high:g}, and its default in draw is {start!r}")
-    return widgets.FloatSlider(
+    whole = all(type(number) is int for number in (start, low, high, step))
+    return (widgets.IntSlider if whole else widgets.FloatSlider)(
         value=start,
         min=low,
         max=high,

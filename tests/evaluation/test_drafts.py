@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from fakit.evaluation import draft_quality
-from fakit.evaluation.drafts import DraftQuality, _passes
+from fakit.evaluation import DraftedText, draft_quality, drafted_texts
+from fakit.evaluation.drafts import DraftQuality
 from fakit.evaluation.generation import generate
 from tests.families import tiny
 
@@ -60,12 +60,44 @@ def test_the_teachers_passes_are_those_that_generate_makes(pair, tokens, monkeyp
     assert written - found.positions in range(len(PROMPTS) + 1)
 
 
+def drafted(same):
+    """A text of tokens 7 at whose places the draft is right, or proposes 8."""
+    nothing = torch.zeros(len(same))
+    return DraftedText([7] * len(same), [7 if right else 8 for right in same], nothing, nothing, nothing)
+
+
 def test_passes_by_hand():
     yes, no = True, False
     # γ = 2: two and the next; none and the next; one and the next; one, and the text is over
     text = [yes, yes, no, no, yes, no, yes]
-    assert _passes(torch.tensor(text), 2) == 4
-    assert _passes(torch.tensor([no] * 5), 4) == 5 and _passes(torch.tensor([yes] * 10), 4) == 2
+    assert drafted(text).passes(2) == [3, 1, 2, 1]
+    assert drafted([no] * 5).passes(4) == [1] * 5 and drafted([yes] * 10).passes(4) == [5, 5]
+    assert drafted([yes] * 3).passes(9) == [3] and drafted([]).passes(1) == []
+    with pytest.raises(ValueError, match="tokens=0 was asked"):
+        drafted(text).passes(0)
+
+
+def test_a_drafted_text_is_what_both_models_say_of_each_place(pair):
+    student, teacher = pair
+    texts = drafted_texts(student, teacher, PROMPTS, EOS, PAD, max_new_tokens=12)
+    assert [text.tokens for text in texts] == generate(teacher, PROMPTS, EOS, PAD, 12)
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        for place, token in enumerate(text.tokens):
+            before = torch.tensor([[*prompt, *text.tokens[:place]]])
+            with torch.no_grad():
+                q, p = (model(before).logits[0, -1].double().softmax(-1) for model in (student, teacher))
+            assert text.probability[place] == pytest.approx(float(q[token]), abs=1e-6)
+            assert text.teacher_probability[place] == pytest.approx(float(p[token]), abs=1e-6)
+            assert text.proposed[place] == int(q.argmax()) and int(p.argmax()) == token
+        assert (text.acceptance >= text.probability.min(text.teacher_probability) - 1e-6).all()
+        assert sum(text.passes(3)) == len(text.tokens)
+
+
+def test_an_empty_text_is_kept(pair):
+    student, teacher = pair
+    first = generate(teacher, PROMPTS, EOS, PAD, 12)[0][0]  # what now ends the first text at once
+    texts = drafted_texts(student, teacher, PROMPTS, [EOS, first], PAD, max_new_tokens=12)
+    assert texts[0].tokens == [] and texts[0].passes(2) == [] and len(texts) == len(PROMPTS)
 
 
 def test_a_teacher_drafts_itself_perfectly_and_at_its_own_cost(gpt2):

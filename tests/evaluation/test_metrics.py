@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from fakit.evaluation import accuracy, bleu, cer, f1, matthews, pearson, rouge, spearman
+from fakit.evaluation import accuracy, aligned, bleu, cer, f1, matthews, pearson, rouge, spearman
 
 
 def edits(a: str, b: str) -> int:
@@ -149,3 +151,27 @@ def test_cer_without_a_reference_character():
 def test_a_correlation_needs_two_pairs():
     with pytest.raises(ValueError, match="at least 2 pairs, found 1"):
         pearson([1.0], [2.0])
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("hose", "house"),
+        ("kitten", "sitting"),
+        (" a  b ", "a b"),
+        ("", "ab"),
+        ("ab", ""),
+        ("", ""),
+        ("naïve\n", "naive"),
+    ],
+)
+def test_aligned_characters_make_both_texts_by_the_fewest_edits(text, reference):
+    pairs = aligned(text, reference)
+    assert "".join(own for own, _ in pairs) == text and "".join(wanted for _, wanted in pairs) == reference
+    assert sum(own != wanted for own, wanted in pairs) == edits(text, reference)
+
+
+def test_rouge_leaves_the_root_logger_alone():
+    code = "import logging; from fakit.evaluation import rouge; rouge(['a b'], ['a c']); print(logging.root.handlers)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]" and done.stderr == ""

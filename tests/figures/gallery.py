@@ -181,6 +181,13 @@ def examples() -> dict[str, draw.Figure]:
             np.linspace(-1, 3, 9), {"B": [1, 1, 1, 1.5, 2, 2.5, 3, 3, 3], "A": [3, 3, 3, 3, 3, 2.5, 2, 2, 2], "C": [2, 2, 2, 1.5, 1, 1, 1, 1, 1]},
             {"rlkd, k = 2": np.linspace(0, 1.5, 9), "MOR@2": [0.5] * 4 + [1.0] * 5}, 1.5,
         ),
+        "texts": draw.texts_beside(
+            "the house", {"teacher": [(c, c) for c in "the house"], "student": [("t", "t"), ("b", "h"), ("", "e"), (" ", ""), *((c, c) for c in " house")]},
+            {"student": "CER 33.3%"},
+        ),
+        "texts_long": draw.texts_beside("ab " * 40, {"student": [("x", "a"), *((c, c) for c in ("ab " * 40)[1:])]}),
+        "passes": draw.draft_passes(list("the house"), list("tbe house"), [0.9, 0.3, 0.8, 1.0, 0.7, 0.9, 0.95, 0.99, 0.6], [2, 3, 3, 1], 2, 0.5),
+        "passes_words": draw.draft_passes(["It", " is", " a", " substance", "."], ["It", " is", " a", " place", "."], [0.9, 0.8, 0.9, 0.2, 0.9], [4, 1], 4),
         "losses": draw.loss_curves(history, events=[{"step": 120, "name": "features", "old": 1.0, "new": 0.3}]),
         "loss_bars": draw.loss_bars({"features": 0.41, "outputs": 0.92, "task": 1.3}, {"features": 1.0, "attention": 0.0, "outputs": 0.5, "task": 1.0}),
         "gradients": draw.gradient_bars({"features": 2.31, "attention": 0.42, "outputs": 1.17, "task": 0.66}),

@@ -1,6 +1,7 @@
 """The explorer: a control for each argument, and the figure that the function gives for their values."""
 
 import pytest
+from ipywidgets import FloatSlider, IntSlider
 
 from fakit.figures import loss_bars
 from fakit.widgets import explorer
@@ -30,6 +31,19 @@ def test_moving_a_control_draws_anew_once():
     found.controls["weight"].value = 2.5
     assert calls == [1.0, 2.5]
     assert found.sentence == found.figure.summary == drawn(weight=2.5).summary
+
+
+def test_whole_numbers_stay_whole():
+    seen = []
+
+    def counted(place=2, weight=1.0):
+        seen.append(place)
+        return drawn(weight=weight)
+
+    found = explorer(counted, place=(1, 4, 1), weight=(0, 4, 1))
+    assert isinstance(found.controls["place"], IntSlider) and isinstance(found.controls["weight"], FloatSlider)
+    found.controls["place"].value = 3
+    assert seen == [2, 3] and all(type(place) is int for place in seen)
 
 
 def test_a_choice_changes_the_figure():

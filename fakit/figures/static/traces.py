@@ -159,7 +159,8 @@ def _markers(trace: Any, axes: Any, x: np.ndarray, y: np.ndarray) -> None:
             c=[colors[i] for i in rows],
             marker=SYMBOLS[kind],
             alpha=opacity,
-            edgecolors=rgba(edge) if edge and width else "face",
+            # a mark that is a line has no edge, and matplotlib warns of one
+            **({} if kind.startswith("line") else {"edgecolors": rgba(edge) if edge and width else "face"}),
             linewidths=width * PT if width else 1.5 * PT if kind.startswith("line") else 0,
             zorder=3,
         )
@@ -173,6 +174,7 @@ def _labels(trace: Any, axes: Any, x: np.ndarray, y: np.ndarray) -> None:
     gap = (size / 2 + 4) * PT
     color = trace.textfont.color or TEXT
     colors = [color] * len(x) if isinstance(color, str) else list(color)
+    family = "DejaVu Sans Mono" if "mono" in (trace.textfont.family or "").lower() else None
     for i, text in enumerate(texts):
         vertical, horizontal = places[i].split()
         shift_x = {"left": -gap, "right": gap, "center": 0}[horizontal] * (0.9 if vertical == "middle" else 0.5)
@@ -185,6 +187,7 @@ def _labels(trace: Any, axes: Any, x: np.ndarray, y: np.ndarray) -> None:
             va={"top": "bottom", "bottom": "top", "middle": "center_baseline"}[vertical],
             color=rgba(colors[i]),
             fontsize=(trace.textfont.size or SMALL) * PT,
+            fontfamily=family,
             zorder=4,
         )
 
