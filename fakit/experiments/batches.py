@@ -46,7 +46,7 @@ def batch_plan(
     """
     if labeled < 1:
         raise ValueError(f"a training set needs labeled rows; found {labeled} labeled and {pool} unlabeled ones.")
-    each = batch_size if pool == 0 else min(batch_size, max(1, round(labeled_fraction * batch_size)))
+    each = batch_size if pool == 0 else labeled_rows(batch_size, labeled_fraction)
     # two generators: how many pool rows are drawn must not move the order of the labeled ones
     labeled_rng, pool_rng = (np.random.default_rng([seed, stream]) for stream in (0, 1))
     plan = np.empty((batches, batch_size), dtype=np.int64)
@@ -61,6 +61,11 @@ def batch_plan(
             )
         _group_by_length(plan, each, np.asarray(lengths), np.random.default_rng([seed, 2]))
     return plan
+
+
+def labeled_rows(batch_size: int, labeled_fraction: float) -> int:
+    """How many rows of a batch carry a label, at least one, where there is a pool to take the others from."""
+    return min(batch_size, max(1, round(labeled_fraction * batch_size)))
 
 
 def _group_by_length(plan: np.ndarray, each: int, lengths: np.ndarray, rng: np.random.Generator) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fakit.experiments.batches import batch_plan
+from fakit.experiments.batches import batch_plan, labeled_rows
 from fakit.experiments.config import TRANSFER, ExperimentConfig
 from fakit.experiments.on_policy_config import check_prompts
 from fakit.experiments.schema import did_you_mean
@@ -306,9 +306,10 @@ def build_objective(
     def map_of(given: str | Pairs) -> LayerMap:
         if given == KEPT:
             if kept is None:
+                whose = f"the model saved at {config.student.path}" if config.student.path else "an untrained model"
                 raise ValueError(
-                    f"layer_map: {KEPT} is the teacher layer that each student layer was, and nobody knows that of the "
-                    f"model saved at {config.student.path}; give pairs [student layer, teacher layer], or a strategy."
+                    f"layer_map: {KEPT} is the teacher layer that each student layer was, and nobody knows that of "
+                    f"{whose}; give pairs [student layer, teacher layer], or a strategy."
                 )
             return LayerMap(kept)
         return LayerMap.named(given, stack_depths(student), stack_depths(teacher), seed=config.seed)
@@ -389,11 +390,14 @@ def build_training_rows(
     processes: int = 1,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TrainingRows:
-    """Labeled rows, and the unlabeled pool when a transfer term is on; without one, unlabeled text teaches nothing."""
+    """Labeled rows, and the unlabeled pool where batches have room for it and a transfer term is on; without one,
+    unlabeled text teaches nothing.
+    """
     training = config.training
-    pool = bool(config.transfers)
-    rows, labeled = training_texts(task, tokenizer, training.max_length, pool, teacher_tokenizer)
     each = training.accumulation * processes  # batches of an optimizer step
+    room = labeled_rows(training.batch_size * each, training.labeled_fraction) < training.batch_size * each
+    pool = room and bool(config.transfers)
+    rows, labeled = training_texts(task, tokenizer, training.max_length, pool, teacher_tokenizer)
     plan = batch_plan(
         labeled,
         len(rows) - labeled,

@@ -110,8 +110,8 @@ class StudentLowRank(LowRankConfig):
 
 
 class StudentConfig(Section):
-    """Who learns: the teacher shrunk to a number of evenly spaced layers, or to layers by number; `path`; or the
-    teacher compressed first, by `layerwise` or `low_rank`.
+    """Who learns: the teacher shrunk to a number of evenly spaced layers, or to layers by number; a model at
+    `path`; one of any family, `untrained`; or the teacher compressed first, by `layerwise` or `low_rank`.
     """
 
     section: ClassVar[str] = "student"
@@ -124,6 +124,8 @@ class StudentConfig(Section):
     freeze_embeddings: Truth = False  # keep the copied word embeddings: less to train and, with few labels, to forget
     layerwise: StudentLayerwise | None = None
     low_rank: StudentLowRank | None = None
+    # random weights of any family: model_type and keys of its configuration, as {model_type: mamba, hidden_size: 128}
+    untrained: dict[str, Any] | None = None
     # train an adapter in place of all weights: keys of peft.LoraConfig, such as {r: 16, lora_alpha: 32}
     lora: dict[str, Any] | None = None
     # the weights under an adapter in 8 or 4 bits (QLoRA), of a language model at `path`
@@ -137,15 +139,22 @@ class StudentConfig(Section):
                 f"{describe(self.lora)}; weights of few bits are not trained: give student.path, a saved model, and "
                 "student.lora, the adapter that is (lora: {r: 16})."
             )
-        made = [key for key in ("layerwise", "low_rank", "path") if getattr(self, key) is not None]
+        made = [key for key in ("layerwise", "low_rank", "untrained", "path") if getattr(self, key) is not None]
         if len(made) > 1:
             raise ValueError(f"student.{made[0]} and student.{made[1]}: each makes a student; keep one of them.")
         defaults = {key: type(self).model_fields[key].default for key in self.shrunk}
-        if self.compression and (also := [key for key in self.shrunk if getattr(self, key) != defaults[key]]):
+        if self._made_otherwise and (also := [key for key in self.shrunk if getattr(self, key) != defaults[key]]):
             raise ValueError(
                 f"student.{also[0]}: is of a teacher that is shrunk, and student.{made[0]} makes this student; "
                 "leave one of them out."
             )
+        if self.untrained is not None:
+            from fakit.models.untrained import check_settings
+
+            check_settings(self.untrained, "student.untrained")
+            if self.freeze_embeddings or self.lora is not None:
+                key = "freeze_embeddings" if self.freeze_embeddings else "lora"
+                raise ValueError(f"student.{key}: keeps weights as they are, and student.untrained has random ones.")
         if self.lora is not None:
             check_lora(self.lora)
             if self.low_rank is not None:
@@ -156,10 +165,15 @@ class StudentConfig(Section):
         """How the teacher is compressed before the run."""
         return self.layerwise or self.low_rank
 
+    @property
+    def _made_otherwise(self) -> bool:
+        return self.compression is not None or self.untrained is not None
+
     def to_dict(self) -> dict[str, Any]:
-        """Without compressions where there is none, and with one without what it stands for: ids of runs stay."""
-        aside = {key for key in ("layerwise", "low_rank", "lora", "quantize") if getattr(self, key) is None}
-        aside |= {*self.shrunk, "path"} if self.compression else set()
+        """Without later keys where they are not used, and with one without what it stands for: ids of runs stay."""
+        later = ("layerwise", "low_rank", "untrained", "lora", "quantize")
+        aside = {key for key in later if getattr(self, key) is None}
+        aside |= {*self.shrunk, "path"} if self._made_otherwise else set()
         return {key: value for key, value in super().to_dict().items() if key not in aside}
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from fakit.experiments.cells import RATE, gains_in_cells
 from fakit.experiments.map_report import map_report
 from fakit.experiments.map_study import SIMILARITY
 from fakit.experiments.statistics import Interval, crossed, main_effects
@@ -68,8 +69,9 @@ def report(
         table, text, figures = map_report(store, baselines)
     else:
         table = study_table(store, baselines)
-        figures = study_figures(table)
-        text = _text(store, table, figures, start=(baselines or BASELINES)[0])
+        in_cells = _cells(store)
+        figures = _cell_figures(store, in_cells) if in_cells is not None else study_figures(table)
+        text = _text(store, table, figures, in_cells, start=(baselines or BASELINES)[0])
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.save(folder / "figures" / f"{name}.svg")
@@ -157,7 +159,69 @@ def _quality(row: pd.Series) -> tuple[str, Callable[[pd.Series], tuple[float, fl
     return label, lambda r: (top - factor * r["mean"], top - factor * r["high"], top - factor * r["low"])
 
 
-def _text(store: RunStore, table: pd.DataFrame, figures: dict[str, Figure], start: str) -> str:
+def _cells(store: RunStore) -> pd.DataFrame | None:
+    """The gains in cells of a study that names what they are against, in the unit that they are shown in; None where it
+    names nothing, or no cell is complete.
+    """
+    against, runs = store.manifest.get("against"), store.runs()
+    if against is None:
+        return None
+    runs = runs[runs["kind"] == "run"]
+    gains = gains_in_cells(runs, "score", against, store.manifest.get("arms"))
+    if gains.empty:
+        return None
+    metrics = runs.groupby("task")["metric"].first()
+    factors = gains["task"].map(lambda task: scale(metrics[task])[0])
+    numbers = {key: factors * gains[key] for key in ("gain", "gain_low", "gain_high")}
+    units = gains["task"].map(lambda task: f"points of {metrics[task]}" if scale(metrics[task])[1] else metrics[task])
+    return gains.assign(unit=units, **numbers)
+
+
+def _cell_figures(store: RunStore, in_cells: pd.DataFrame) -> dict[str, Figure]:
+    from fakit.figures import gain_by_cell
+
+    tasks = list(in_cells.groupby("task", sort=False))
+    return {
+        "gain_by_cell" if len(tasks) == 1 else f"gain_by_cell_{number}": gain_by_cell(
+            rows, store.manifest["against"], rows["unit"].iloc[0]
+        )
+        for number, (_, rows) in enumerate(tasks, start=1)
+    }
+
+
+def _cell_tables(against: str, in_cells: pd.DataFrame) -> list[str]:
+    """One table a task: a line a cell, a column a level; bold where the correction leaves it sure."""
+    lines = []
+    for task, rows in in_cells.groupby("task", sort=False):
+        arms = list(dict.fromkeys(rows["arm"]))
+        judged = rows["verdict"].value_counts()
+        lines += [
+            f"| {task}: gain over {against}, {rows['unit'].iloc[0]} | {' | '.join(arms)} |",
+            f"|---|{'---|' * len(arms)}",
+        ]
+        for cell in dict.fromkeys(rows["cell"]):
+            of = {row["arm"]: row for row in rows[rows["cell"] == cell].to_dict("records")}
+            lines.append(f"| {', '.join(cell)} | {' | '.join(_gain_cell(of.get(arm)) for arm in arms)} |")
+        lines += [
+            "",
+            f"{len(rows)} comparisons: {judged.get('gain', 0)} gains, {judged.get('loss', 0)} losses are sure (bold), "
+            f"{judged.get('not sure', 0)} not; after Benjamini and Hochberg's correction for all, at {RATE}. In "
+            "brackets: 95 % intervals over paired seeds, not corrected; positive is better.",
+            "",
+        ]
+    return lines
+
+
+def _gain_cell(row: Mapping[str, object] | None) -> str:
+    if row is None:
+        return "–"
+    told = Interval(row["gain"], row["gain_low"], row["gain_high"], row["n"]).format(1.0, 1, sign=True)
+    return f"**{told}**" if row["verdict"] != "not sure" else told
+
+
+def _text(
+    store: RunStore, table: pd.DataFrame, figures: dict[str, Figure], in_cells: pd.DataFrame | None, start: str
+) -> str:
     manifest = store.manifest
     runs = table[table["kind"] == "run"]
     seeds = sorted({seed for of_arm in runs["seeds"] for seed in of_arm}) if len(runs) else []
@@ -170,6 +234,7 @@ def _text(store: RunStore, table: pd.DataFrame, figures: dict[str, Figure], star
         f"{versions}; {machine['processor']}, {machine['threads']} of {machine['cores']} threads, GPU: "
         f"{machine['gpu'] or 'none'}.",
         "",
+        *(_cell_tables(manifest["against"], in_cells) if in_cells is not None else []),
         to_markdown(table),
         "In brackets: 95 % intervals over seeds (Student t). Gains are paired by seed, in the metric's points; "
         f"positive is better. Gap closed: of the way from `{start}` to the teacher (Fieller's interval), – where the "

@@ -65,18 +65,25 @@ class RunStore:
         return cls.open(path, what)
 
     @classmethod
-    def open(cls, path: str | Path, what: str = "distillation runs", arms: Iterable[str] = ()) -> RunStore:
+    def open(
+        cls,
+        path: str | Path,
+        what: str = "distillation runs",
+        arms: Iterable[str] = (),
+        against: str | None = None,
+    ) -> RunStore:
         """Open a runs directory, or create it where the folder is missing or empty.
 
         Args:
-            what: what is recorded, for its manifest. arms: in the order that a study names them, likewise.
+            what: what is recorded, for its manifest. arms: in the order that a study names them, likewise. against: the
+                level that a study compares with in every cell, likewise.
         """
         path = Path(path)
         if _is_free(path):
             path.mkdir(parents=True, exist_ok=True)
             with locked(path / LOCK):
                 if _is_free(path):  # another process may have been first
-                    write_whole(path / "manifest.json", json.dumps(_manifest(what, arms), indent=2) + "\n")
+                    write_whole(path / "manifest.json", json.dumps(_manifest(what, arms, against), indent=2) + "\n")
         return cls(path)
 
     def append_run(self, record: Mapping[str, Any]) -> None:
@@ -231,13 +238,14 @@ def strict_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _manifest(what: str, arms: Iterable[str]) -> dict[str, Any]:
+def _manifest(what: str, arms: Iterable[str], against: str | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
         "what": what,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **({"arms": named} if (named := list(arms)) else {}),
+        **({"against": against} if against is not None else {}),
     } | environment()
 
 

@@ -45,6 +45,7 @@ def make_student(
     from transformers import set_seed
 
     from fakit.models.class_names import adopt_classes
+    from fakit.models.untrained import untrained
 
     asked, task = config.student, prepared.task
     if asked.compression is not None:
@@ -59,6 +60,9 @@ def make_student(
         held = prepared.compressed[1]
         made = Made(copy.deepcopy(held.model).requires_grad_(True), held.kept, held.facts)
         set_seed(config.seed)
+    elif asked.untrained is not None:
+        made = Made(untrained(asked.untrained, prepared.teacher, task.model_task), None)
+        pad_as(made.model, prepared.teacher)
     elif asked.path is not None:
         made = Made(_saved(config, prepared), None)
     else:

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field
 from fakit import warn_of_old_name
 from fakit.experiments.baselines import baseline_id, evaluate_baselines, prepare_run
 from fakit.experiments.build import Prepared
+from fakit.experiments.cells import factor_of
 from fakit.experiments.config import ARMS, ExperimentConfig
 from fakit.experiments.map_study import SIMILARITY, record_similarity
 from fakit.experiments.result import RunResult
@@ -51,6 +52,8 @@ class Study(Section):
             the copied input.
         similarity_texts: of a study of maps: on so many unlabeled texts the layers of the untrained student and the
             teacher are compared, for `map_scores`.
+        against: of a grid: the level, as "outputs", that `report` compares the others of its factor with in every cell
+            of the other factors, corrected for the number of comparisons (`fakit.experiments.cells`).
         count_flops: count a step's FLOPs in each run, which costs the time of some steps.
         what: what the study asks, as its report is headed.
 
@@ -71,6 +74,7 @@ class Study(Section):
     equal_compute: tuple[str, ...] = ()
     baselines: Truth = True
     similarity_texts: Annotated[Whole, Field(ge=8)] | None = None
+    against: str | None = None
     count_flops: Truth = True
     what: str = "arms with paired seeds"
 
@@ -107,6 +111,8 @@ class Study(Section):
         if len(set(tasks)) < len(tasks):
             raise ValueError(f"base: found {', '.join(tasks)}; one for each task, so that its runs can be paired.")
         self.runs()  # raises where an arm cannot be made
+        if self.against is not None:
+            factor_of(self.against, self.vary)  # raises where it is in none
         if unknown := [arm for arm in self.equal_compute if arm not in self.vary]:
             raise ValueError(f"equal_compute: {unknown[0]!r} is not among the arms, which are {', '.join(self.vary)}.")
         if self.equal_compute and len(self.vary) < 2:
@@ -130,10 +136,18 @@ class Study(Section):
         return f"**{self.what}**: {self}. Tasks: {tasks}. Arms: {', '.join(self.vary)}."
 
     def runs(self) -> list[ExperimentConfig]:
-        """The runs at equal steps, seed by seed, so that a study that was stopped early compares whole tasks."""
-        return [
-            self._varied(experiment, arm, seed) for seed in self.seeds for experiment in self.base for arm in self.vary
-        ]
+        """The runs at equal steps, seed by seed, so that a study that was stopped early compares whole tasks. Within
+        those, runs of the same data come together, which load them once.
+        """
+        found = []
+        for seed in self.seeds:
+            for experiment in self.base:
+                of_data: dict[str, list[ExperimentConfig]] = {}
+                for arm in self.vary:
+                    run = self._varied(experiment, arm, seed)
+                    of_data.setdefault(repr((run.task, run.teacher, run.training.max_length)), []).append(run)
+                found += [run for runs in of_data.values() for run in runs]
+        return found
 
     def equal_compute_runs(self, store: RunStore) -> list[ExperimentConfig]:
         """The equal-compute runs, whose steps follow from what the first seed's runs were measured to cost.
@@ -168,7 +182,7 @@ class Study(Section):
         """
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
             raise ValueError(f"workers: found {workers!r}, expected a whole number of processes, at least 1.")
-        store = RunStore.open(out, what=self.what, arms=list(self.vary))
+        store = RunStore.open(out, what=self.what, arms=list(self.vary), against=self.against)
         say = print if progress else _silent
         runs, first = self.runs(), [experiment.replace(seed=self.seeds[0]) for experiment in self.base]
         if self.baselines:

@@ -149,15 +149,17 @@ def published(names: Sequence[str] = tuple(RECIPES), none: bool = True) -> dict[
     return found
 
 
-def grid(**factors: Mapping[str, Changes]) -> dict[str, Change]:
+def grid(without: Sequence[Mapping[str, str]] = (), **factors: Mapping[str, Changes]) -> dict[str, Change]:
     """Every combination of the levels of several factors; `fakit report` says what each level is worth.
 
     Args:
+        without: combinations that cannot be run, or are left out, as {factor: level}; one that names some of the
+            factors stands for all levels of the others.
         factors: factor → name of a level → its changes. The arm's name is its levels, joined by ", ".
 
     Raises:
         ValueError: fewer than two factors or levels; a level whose name has a comma, by which names are joined; a key
-            that two factors change.
+            that two factors change; in `without`, a factor or a level that is not there, or nothing left.
 
     >>> arms = grid(student={"deep": {}, "flat": {"student.layers": 1}}, labels={"all": {}, "few": {"task.labels": 9}})
     >>> list(arms), arms["flat, few"]
@@ -179,10 +181,24 @@ def grid(**factors: Mapping[str, Changes]) -> dict[str, Change]:
             for key in changes:
                 if keys.setdefault(key, factor) != factor:
                     raise ValueError(f"grid: {key} is changed by {keys[key]} and by {factor}; let one of them do it.")
-    return {
-        ", ".join(name for name, _ in levels): {key: value for _, changes in levels for key, value in changes.items()}
-        for levels in product(*(of.items() for of in factors.values()))
-    }
+    for number, aside in enumerate(without):
+        where = f"grid.without[{number}]"
+        if not isinstance(aside, Mapping) or not aside:
+            raise ValueError(f"{where}: found {aside!r}, expected levels by factor: {{student: deep, labels: few}}.")
+        for factor, level in aside.items():
+            if factor not in factors or level not in factors[factor]:
+                there = factors.get(factor, factors)
+                raise ValueError(
+                    f"{where}.{factor}: {level!r} is not in the grid, which has {', '.join(map(str, there))}."
+                )
+    made: dict[str, Change] = {}
+    for levels in product(*(of.items() for of in factors.values())):
+        names = dict(zip(factors, (name for name, _ in levels), strict=True))
+        if not any(all(names[factor] == level for factor, level in aside.items()) for aside in without):
+            made[", ".join(names.values())] = {key: value for _, changes in levels for key, value in changes.items()}
+    if not made:
+        raise ValueError("grid.without: leaves no combination to run.")
+    return made
 
 
 def _is_factor(number: Any) -> bool:

@@ -5,6 +5,7 @@ from fakit import require
 require("study", "plotly", "matplotlib")
 
 from fakit.figures.attention import attention_pair, head_matching, head_profiles, rollout, token_attributions
+from fakit.figures.cells import gain_by_cell
 from fakit.figures.compression import layer_prices, rank_plan
 from fakit.figures.divergences import by_temperature, class_pulls, fitted_students, moved_logit
 from fakit.figures.fidelity import memory_bars, reliability
@@ -35,6 +36,7 @@ __all__ = [
     "distillation_story",
     "draft_passes",
     "fitted_students",
+    "gain_by_cell",
     "gradient_bars",
     "gradient_conflict",
     "head_matching",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fakit.files import shipped
 from fakit.tasks.assemble import task_from
 from fakit.tasks.scans import add_scan_noise
-from fakit.tasks.splits import labeled_subset
+from fakit.tasks.splits import labeled_subset, spread_order
 from fakit.tasks.task import TextTask
 
 if TYPE_CHECKING:
@@ -113,7 +113,14 @@ def _sha256(path: Path, changed: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load_embedded(name: str, *, labels: int | str | None = None, seed: int = 0, kind: str | None = None) -> TextTask:
+def load_embedded(
+    name: str,
+    *,
+    labels: int | str | None = None,
+    seed: int = 0,
+    kind: str | None = None,
+    unlabeled: int | None = None,
+) -> TextTask:
     """A task that ships with the kit.
 
     The splits are fixed (made when the file was built); `seed` chooses the student's labeled examples.
@@ -123,10 +130,11 @@ def load_embedded(name: str, *, labels: int | str | None = None, seed: int = 0, 
 
     Args:
         labels: labeled examples for the student; "all" for as many as there are; None for the task's default.
+        unlabeled: texts of the pool, chosen by `seed`; None for all of them.
         kind: "regression" makes `reviews` predict the raters' mean score (-4 … 4) instead of its sign.
 
     Raises:
-        ValueError: unknown name, too many labels, a kind the task does not have, or a damaged file.
+        ValueError: unknown name, too many labels or texts, a kind the task does not have, or a damaged file.
     """
     if name not in EMBEDDED:
         raise ValueError(f"{name!r} is no embedded task; they are {', '.join(EMBEDDED)}.")
@@ -146,7 +154,7 @@ def load_embedded(name: str, *, labels: int | str | None = None, seed: int = 0, 
         label_names=list(about.label_names) if kind == "sequence-classification" else None,
         metrics={"causal-lm": ("cer",), "regression": ("pearson", "spearman")}.get(kind, ("accuracy",)),
         train=labeled_subset(world, labels, seed, kind == "sequence-classification", name),
-        pool=splits["pool"],
+        pool=_part(splits["pool"], unlabeled, seed, name),
         validation=splits["validation"],
         test=splits["test"],
         teacher_train=splits["teacher_train"],
@@ -154,6 +162,14 @@ def load_embedded(name: str, *, labels: int | str | None = None, seed: int = 0, 
         license=about.license,
         more_tests={},
     )
+
+
+def _part(pool: Dataset, texts: int | None, seed: int, name: str) -> Dataset:
+    if texts is None:
+        return pool
+    if not isinstance(texts, int) or isinstance(texts, bool) or not 1 <= texts <= len(pool):
+        raise ValueError(f"unlabeled={texts!r} texts were asked of {name}; choose 1 to {len(pool)} (all it has).")
+    return pool.select(spread_order(pool, seed, classes=False)[:texts])
 
 
 def load_instructions(

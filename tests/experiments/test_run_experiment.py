@@ -36,6 +36,7 @@ def test_a_run_from_configuration_to_store(config, tmp_path):
 
     assert (result.arm, result.seed, result.metric, result.steps) == ("all", 0, "accuracy", 6)
     assert (result.labeled, result.unlabeled) == (30, 150)
+    assert run_experiment(config.replace(out=None, **{"training.labeled_fraction": 1.0}), progress=False).unlabeled == 0
     assert result.score == result.test["accuracy"]
     assert result.score * 60 == pytest.approx(round(result.score * 60))  # a share of the 60 test texts
     assert result.validation["accuracy"] * 40 == pytest.approx(round(result.validation["accuracy"] * 40))

@@ -184,3 +184,13 @@ def test_the_kept_map_of_a_shrunken_student_is_its_layers(config, tmp_path):
         ValueError, match=r"layer_map: kept is the teacher layer that each student layer was, and nobody"
     ):
         run_experiment(saved, progress=False)
+
+
+def test_a_student_of_another_family_runs_and_its_file_is_read_again(config):
+    family = {"model_type": "roberta", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = config.replace(student={"untrained": {**family, "intermediate_size": 8}}, layer_map="uniform")
+    result = run_experiment(config, progress=False)
+    assert type(result.student).__name__ == "RobertaForSequenceClassification" and 0 <= result.score <= 1
+    assert "layers" not in result.config["student"] and ExperimentConfig.from_dict(result.config) == config
+    with pytest.raises(ValueError, match="nobody knows that of an untrained model"):
+        run_experiment(config.replace(layer_map="kept"), progress=False)

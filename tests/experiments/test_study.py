@@ -9,7 +9,7 @@ from fakit.experiments.baselines import evaluate_baselines, prepare_run
 from fakit.experiments.config import ARMS, StudentConfig
 from fakit.experiments.run import run_experiment
 from fakit.experiments.study import equal_compute_steps
-from fakit.experiments.vary import KINDS, grid, published
+from fakit.experiments.vary import KINDS, grid, published, read_vary
 
 
 @pytest.fixture
@@ -236,6 +236,42 @@ def test_a_grid_makes_every_combination_and_refuses_what_is_not_one():
     ):
         with pytest.raises(ValueError, match=said):
             grid(**wrong)
+
+
+def test_a_grid_leaves_out_what_is_named():
+    levels = {"start": {"deep": {}, "flat": {"student.layers": 1}}, "terms": {"all": {}, "none": {"outputs": None}}}
+    made = read_vary({"kind": "grid", **levels, "without": [{"start": "flat", "terms": "none"}]})
+    assert list(made) == ["deep, all", "deep, none", "flat, all"]
+    assert list(grid(without=[{"terms": "all"}], **levels)) == ["deep, none", "flat, none"]
+    for aside, words in (
+        ({"terms": "features"}, r"grid.without\[0\].terms: 'features' is not in the grid, which has all, none"),
+        ({"begin": "deep"}, r"grid.without\[0\].begin: 'deep' is not in the grid, which has start, terms"),
+        ({}, r"grid.without\[0\]: found {}, expected levels by factor"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            grid(without=[aside], **levels)
+    with pytest.raises(ValueError, match="leaves no combination"):
+        grid(without=[{"start": "deep"}, {"start": "flat"}], **levels)
+
+
+def test_runs_of_the_same_data_come_together(config):
+    """Whatever the order of the factors: what they share is loaded once."""
+    data = {"few": {"task.labels": 6}, "many": {"task.labels": 12}}
+    vary = read_vary({"kind": "grid", "terms": {"all": {}, "none": {"outputs": None}}, "data": data})
+    runs = Study(config, vary, seeds=[0, 1]).runs()
+    assert [(run.seed, run.task.labels) for run in runs] == [(s, n) for s in (0, 1) for n in (6, 6, 12, 12)]
+    assert [run.arm for run in runs[:4]] == ["all, few", "none, few", "all, many", "none, many"]
+
+
+def test_what_cells_are_compared_with_is_a_level(config):
+    vary = read_vary(
+        {"kind": "grid", "terms": {"all": {}, "soft": {"features": None}}, "x": {"a": {}, "b": {"seed": 0}}}
+    )
+    with pytest.raises(
+        ValueError, match="against: 'outputs' was to be compared with in every cell, and is a level of no"
+    ):
+        Study(config, vary, seeds=[0], against="outputs")
+    assert Study(config, vary, seeds=[0], against="soft").against == "soft"
 
 
 def test_a_kind_without_options_is_its_name():

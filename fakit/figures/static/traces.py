@@ -92,13 +92,15 @@ def handle(trace: Any) -> Any:
     mode = trace.mode or "lines"
     color = trace.line.color if "lines" in mode else trace.marker.color
     color = rgba(color) if isinstance(color, str) else rgba(TEXT)
+    symbol = trace.marker.symbol or "circle"
+    symbol = (symbol if isinstance(symbol, str) else symbol[0]).removesuffix("-open")
     return Line2D(
         [],
         [],
         color=color,
         linestyle=DASHES[trace.line.dash or "solid"] if "lines" in mode else "none",
         linewidth=(trace.line.width or 2) * PT,
-        marker=SYMBOLS[trace.marker.symbol or "circle"] if "markers" in mode else "none",
+        marker=SYMBOLS[symbol] if "markers" in mode else "none",
         markersize=7 * PT,
     )
 
@@ -152,15 +154,18 @@ def _markers(trace: Any, axes: Any, x: np.ndarray, y: np.ndarray) -> None:
     edge, width = marker.line.color, marker.line.width or 0
     for kind in dict.fromkeys(symbols):
         rows = [i for i, name in enumerate(symbols) if name == kind]
+        shape, is_open = kind.removesuffix("-open"), kind.endswith("-open")
+        own = [colors[i] for i in rows]
+        edges = own if is_open else rgba(edge) if edge and width else "face"
         axes.scatter(
             x[rows],
             y[rows],
-            s=(sizes[rows] * PT) ** 2 * (0.8 if kind == "diamond" else 1.0),
-            c=[colors[i] for i in rows],
-            marker=SYMBOLS[kind],
+            s=(sizes[rows] * PT) ** 2 * (0.8 if shape == "diamond" else 1.0),
+            c="none" if is_open else own,
+            marker=SYMBOLS[shape],
             alpha=opacity,
             # a mark that is a line has no edge, and matplotlib warns of one
-            **({} if kind.startswith("line") else {"edgecolors": rgba(edge) if edge and width else "face"}),
+            **({} if kind.startswith("line") else {"edgecolors": edges}),
             linewidths=width * PT if width else 1.5 * PT if kind.startswith("line") else 0,
             zorder=3,
         )
