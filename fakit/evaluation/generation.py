@@ -7,6 +7,8 @@ with labels -100 on the prompt: the labels say where to cut.
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ import torch
 from fakit.evaluation.batches import by_length, device_of, eval_mode, rows_of
 from fakit.evaluation.metrics import bleu, cer, rouge
 from fakit.models.blocks import without_adapter
+from fakit.tracing.inputs import left_padding
+
+logger = logging.getLogger(__name__)
 
 SCORED = 200  # rows that are generated for and scored, unless asked otherwise
 
@@ -88,7 +93,7 @@ def generate(
             f"generate: {len(prompts)} prompts, empty ones at {empty[:5]}; give each at least one token (a BOS, say)"
         )
     longest = max(len(prompt) for prompt in prompts)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     if max_new_tokens < 1 or (positions and longest + max_new_tokens > positions):
         raise ValueError(
             f"generate: the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked of a model "
@@ -98,7 +103,7 @@ def generate(
     outputs: list[list[int]] = [[] for _ in prompts]
     ways = {"do_sample": False, "max_new_tokens": max_new_tokens}
     with torch.no_grad(), eval_mode(model), generating(model, eos_token_id, pad_token_id, **ways):
-        for indices in by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_size):
+        for indices in _batches(model, [len(prompt) for prompt in prompts], max_new_tokens, batch_size):
             width = max(len(prompts[index]) for index in indices)
             ids = torch.full((len(indices), width), pad_token_id)  # (B, T), padded on the left
             mask = torch.zeros_like(ids)
@@ -110,6 +115,36 @@ def generate(
             for index, tokens in zip(indices, generated, strict=True):
                 outputs[index] = list(itertools.takewhile(lambda token: token not in ends, tokens))
     return outputs
+
+
+def _batches(model, lengths: list[int], new: int, batch_size: int) -> list[list[int]]:
+    """Prompts that are continued together: of similar length; of one length where a model takes no padding on the left,
+    as a recurrent one does whose state padding changes.
+    """
+    found = by_length([length + new for length in lengths], batch_size)
+    if left_padding(model) != "moved":
+        return found
+    return [
+        [index for index in indices if lengths[index] == length]
+        for indices in found
+        for length in sorted({lengths[index] for index in indices})
+    ]
+
+
+def positions_of(model) -> int | None:
+    """How many tokens a model was made for, prompt and answer together; None where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_prompts_fit(model, rows: Sequence[dict], what: str) -> None:
+    """Raise ValueError where a prompt leaves no position to write at: said before a training, not after it."""
+    positions = positions_of(model)
+    longest = max((_last_run(row["labels"])[0] for row in rows), default=0)
+    if positions and longest >= positions:
+        raise ValueError(
+            f"{what} has a prompt of {longest} tokens, and {type(model).__name__} has {positions} positions, so "
+            f"nothing can be written behind it; set training.max_length to at most {positions}, or leave such rows out."
+        )
 
 
 @contextmanager
@@ -230,8 +265,8 @@ def generation_metrics(
         model: a causal language model. tokenizer: with pad and eos tokens.
         dataset: encoded rows, labels -100 on the prompt (see `split_prompts`).
         max_examples: the first so many rows.
-        max_new_tokens: None takes the longest target of these rows + 16, one limit for all, as far as the positions
-            reach.
+        max_new_tokens: None takes the longest target of these rows + 16; a prompt that leaves fewer positions takes
+            those.
         separator: ends a prompt and is no part of the source.
     """
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
@@ -246,11 +281,25 @@ def generation_metrics(
     ends = ends_of(rows, tokenizer)
     prompts, targets = split_prompts(rows, ends)
     if max_new_tokens is None:
-        max_new_tokens = max(len(target) for target in targets) + 16
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions:
-            max_new_tokens = min(max_new_tokens, positions - max(len(prompt) for prompt in prompts))
-    outputs = generate(model, prompts, sorted(ends), tokenizer.pad_token_id, max_new_tokens, batch_size)
+        check_prompts_fit(model, rows, "the data to write answers for")
+        most = max(len(target) for target in targets) + 16
+        room = [(positions_of(model) or math.inf) - len(prompt) for prompt in prompts]
+        limits = [int(min(most, free)) for free in room]
+        if short := sum(free < len(target) for free, target in zip(room, targets, strict=True)):
+            logger.warning(
+                "%d of %d prompts leave fewer positions than their target has tokens; what is written there ends "
+                "early.",
+                short,
+                len(prompts),
+            )
+    else:
+        limits = [max_new_tokens] * len(prompts)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for limit in sorted(set(limits)):
+        chosen = [number for number, own in enumerate(limits) if own == limit]
+        written = generate(model, [prompts[i] for i in chosen], sorted(ends), tokenizer.pad_token_id, limit, batch_size)
+        for number, ids in zip(chosen, written, strict=True):
+            outputs[number] = ids
 
     def decode(sequences: list[list[int]]) -> list[str]:
         return [written_text(tokenizer, ids) for ids in sequences]

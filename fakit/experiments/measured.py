@@ -132,13 +132,17 @@ def measure(
         )
     # of each side, with its own tokenizer where there are two
     sides = [(tokenizer, {"test": prepared.test, "validation": prepared.validation}[split]), prepared.of_teacher(split)]
-    sides = [(of, x if rows is None else x.select(range(min(rows, len(x))))) for of, x in sides]
+    texts = {"test": task.test, "validation": task.validation}[split]
+    writes = bool(written_metrics(task))
+    if rows is not None and task.kind == "causal-lm" and not writes:  # a text may be several rows
+        texts = texts.select(range(min(rows, len(texts))))
+        sides = [(of, task.encode(texts, of, config.training.max_length)) for of, _ in sides]
+    elif rows is not None:
+        sides = [(of, x.select(range(min(rows, len(x))))) for of, x in sides]
     encoded = sides[0][1]
     for side, one, (_, x) in zip(("model", "teacher"), (model, teacher), sides, strict=True):
         if side == "model" or two:
             check_lengths(x, config.training.max_length, **{side: one})
-    texts = {"test": task.test, "validation": task.validation}[split]
-    writes = bool(written_metrics(task))
     written = [
         generation_metrics(one, x, of) if writes else None for one, (of, x) in zip((model, teacher), sides, strict=True)
     ]
@@ -165,7 +169,7 @@ def measure(
         latency=seconds[0],
         teacher_latency=seconds[1],
         samples=samples,
-        draft=None if draft is None else _drafted(model, teacher, encoded, tokenizer, draft),
+        draft=None if draft is None else _drafted(model, teacher, encoded, tokenizer, draft, writes),
     )
     if write:
         facts = {**asdict(found), "config": config.to_dict()}
@@ -255,12 +259,14 @@ def _timed(model, task, tokenizer, encoded, rows: int = 8) -> tuple[int, float]:
     return len(chosen), latency(model, to_device(batch, model.device)).median
 
 
-def _drafted(model, teacher, encoded, tokenizer, tokens: int) -> dict[str, float]:
+def _drafted(model, teacher, encoded, tokenizer, tokens: int, writes: bool) -> dict[str, float]:
+    """Args: writes: whether rows are prompts and their answers; else a text's first tokens are the prompt."""
     from fakit.evaluation import draft_quality, split_prompts
+    from fakit.evaluation.generation import ends_of
 
     rows = encoded.select(range(min(16, len(encoded)))).to_list()
-    if any(label == -100 for label in rows[0]["labels"]):
-        prompts, targets = split_prompts(rows, tokenizer.eos_token_id)
+    if writes:
+        prompts, targets = split_prompts(rows, ends_of(rows, tokenizer))
         longest = max(len(target) for target in targets) + 1
     else:
         prompts, longest = [row["input_ids"][:PROMPT] for row in rows], 64

@@ -172,7 +172,7 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, aske
                 write_whole(out / RUN, json.dumps(begun, indent=1, allow_nan=False))
             with closing(bar):
                 trained = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            student = exported(trainer.whole_student())
+            student = exported(trainer.whole_student(), keep=False)
             done = {
                 "steps": trainer.state.global_step,
                 "seconds": trained.metrics["train_runtime"],
@@ -328,7 +328,13 @@ def _rehearse(student, prepared: Prepared, device) -> None:
     """Evaluate the student on a few rows as it will be evaluated: what does not fit is said before training.
     Draws no random numbers.
     """
+    from fakit.evaluation.evaluator import written_metrics
+    from fakit.evaluation.generation import SCORED, check_prompts_fit
+
     task, tokenizer = prepared.task, prepared.tokenizer
+    if written_metrics(task):
+        for name, split in (("validation", prepared.validation), ("test", prepared.test)):
+            check_prompts_fit(student, split.select(range(min(SCORED, len(split)))).to_list(), f"the {name} split")
     with random_state_kept(device):
         reference = prepared.teacher if prepared.teacher_tokenizer is None else None
         for split, beside in ((prepared.validation, None), (prepared.test, reference)):

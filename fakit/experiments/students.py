@@ -70,28 +70,47 @@ def make_student(
     made.model.get_input_embeddings().requires_grad_(not asked.freeze_embeddings)
     if task.label_names:
         adopt_classes(made.model, task.label_names)
-    return made if asked.lora is None else replace(made, model=_adapted(made.model, asked.lora, task))
+    return made if asked.lora is None else replace(made, model=adapted_student(made.model, asked.lora, task))
 
 
-def _adapted(model: PreTrainedModel, lora: Mapping[str, Any], task: TextTask) -> PeftModel:
+def adapted_student(model: PreTrainedModel, lora: Mapping[str, Any], task: TextTask) -> PeftModel:
     """The model with an adapter, and nothing but that to train; a classifier's head is trained whole beside it."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     settings = {**LORA, **lora, "task_type": TASK_TYPES[task.model_task]}
+    names: dict[int, list[str]] = {}  # of each weight; a tied one has several
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
     try:
-        return get_peft_model(model, LoraConfig(**settings))
+        adapted = get_peft_model(model, LoraConfig(**settings))
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"student.lora: {dict(lora)} does not fit {type(model).__name__}: {error}") from error
+    for name, layer in adapted.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, ModulesToSaveWrapper):
+            tied = names.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+            if len(tied) > 1:
+                raise ValueError(
+                    f"student.lora.target_modules: {name.rpartition('.')[2]} was to have an adapter, and its weight is "
+                    f"tied: it is {' and '.join(tied)}. Merged, the adapter would change both. Take it out of "
+                    "target_modules, or train the weight whole: modules_to_save."
+                )
+    return adapted
 
 
-def exported(student: nn.Module) -> PreTrainedModel:
-    """What is saved and evaluated of a trained student: an adapter merged into a copy of its model; else itself."""
+def exported(student: nn.Module, keep: bool = True) -> PreTrainedModel:
+    """What is saved and evaluated of a trained student: an adapter merged into its model; else itself.
+
+    Args:
+        keep: merge into a copy, and leave the student as it is; without it, the memory of a copy is spared.
+    """
     base = without_adapter(student)
     if base is student:
         return student
     if is_quantized(base):
         return _merged_in_full_precision(student, base)
-    return copy.deepcopy(student).merge_and_unload(safe_merge=True)
+    return (copy.deepcopy(student) if keep else student).merge_and_unload(safe_merge=True)
 
 
 def _merged_in_full_precision(student: nn.Module, base: PreTrainedModel) -> PreTrainedModel:
@@ -140,7 +159,7 @@ def _rehearse(config: ExperimentConfig, prepared: Prepared) -> None:
         stand_in = shrink(teacher, wanted)
         build_objective(config, stand_in, teacher, kept(range(1, wanted + 1), layers))
         if asked.lora is not None:
-            _adapted(stand_in, asked.lora, prepared.task)
+            adapted_student(stand_in, asked.lora, prepared.task)
 
 
 def _shrunk(config: ExperimentConfig, prepared: Prepared) -> Made:

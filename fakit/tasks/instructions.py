@@ -144,8 +144,13 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, template: str) -
     begin, _ = added_tokens(tokenizer)
     if uses_chat(template, tokenizer):
         return _tokens(_chat([{"role": "user", "content": prompt}], None, tokenizer)[0], [], tokenizer)[0]
-    text = prompt if template in ("auto", "none") else template.replace("{prompt}", prompt)
-    return begin + list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    if template in ("auto", "none"):
+        return begin + list(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+    text = template.replace("{prompt}", prompt)
+    # a token that would reach into the answer, as a blank before it does, is the answer's first
+    found = tokenizer(f"{text}a", add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    whole = sum(end <= len(text) for _, end in found.offset_mapping)
+    return begin + list(found.input_ids[:whole])
 
 
 def uses_chat(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -232,13 +237,17 @@ def _read(text, answers, turns, answer, offsets, before: int, tokens: int) -> li
 
 def _tokens(text: str, answers: list[tuple[int, int]], tokenizer):
     """Token ids of a text, each answer's first token and the one behind its last, and which characters each token
-    stands for.
+    stands for. A token that reaches into an answer is the answer's: many tokenizers make one of a blank and the word
+    behind it.
     """
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    starts = [start for start, _ in found.offset_mapping]
     spans = []
     for first, last in answers:
-        inside = [place for place, start in enumerate(starts) if first <= start < last]
+        inside = [
+            place
+            for place, (start, end) in enumerate(found.offset_mapping)
+            if start < last and (end > first or start >= first)
+        ]
         if not inside:
             raise ValueError(f"the tokenizer makes no token of the answer {text[first:last]!r:.60}.")
         spans.append((inside[0], inside[-1] + 1))

@@ -146,7 +146,8 @@ class TextTask:
         if "turns" in dataset.column_names:
             encoded = self._encode_instructions(what, dataset, tokenizer, max_length, read)
         elif self.kind == "causal-lm" and not self._text_to_text:
-            encoded = self._encode_prose(what, dataset, tokenizer, max_length, read)
+            learned = not (isinstance(data, str) and data == "pool")  # else every text would be its own label
+            encoded = self._encode_prose(what, dataset, tokenizer, max_length, read, learned)
         else:
             cut, encode = Cut(), partial(self._encode_pairs, read=read) if self._text_to_text else self._encode_texts
             encoded = concatenate_datasets(
@@ -210,16 +211,20 @@ class TextTask:
         say(seen.said(what, max_length, how, self.tokens))
         return concatenate_datasets(encoded)
 
-    def _encode_prose(self, what: str, dataset: Dataset, tokenizer, max_length: int, read: bool) -> Dataset:
+    def _encode_prose(
+        self, what: str, dataset: Dataset, tokenizer, max_length: int, read: bool, learned: bool
+    ) -> Dataset:
         from datasets import Dataset, concatenate_datasets
 
         seen, encoded = SeenTexts(), []
         for chunk in _chunks(dataset):
             try:
                 rows = encode_prose(chunk, tokenizer, max_length, self.too_long, seen, read)
-                encoded.append(Dataset.from_dict(rows))
             except ValueError as error:
                 raise ValueError(f"{what}: {error}") from error
+            if not learned:
+                rows["labels"] = [[IGNORED] * len(labels) for labels in rows["labels"]]
+            encoded.append(Dataset.from_dict(rows))
         say(seen.said(what, max_length))
         return concatenate_datasets(encoded)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from fakit.evaluation import cer, generate, generation, generation_metrics, split_prompts
 
@@ -158,3 +159,40 @@ def test_what_ends_an_answer_is_read_off_the_labels(characters):
     end, letter = tokenizer.convert_tokens_to_ids(["<end>", "a"])
     rows = [{"input_ids": [letter] * 3, "labels": [-100, letter, last]} for last in (end, letter)]
     assert generation.ends_of(rows, tokenizer) == {tokenizer.eos_token_id, end}
+
+
+def test_a_long_prompt_leaves_the_others_their_room(gpt2, characters, caplog):
+    model, tokenizer = gpt2(seed=5), characters()
+    with torch.no_grad():
+        model.transformer.wte.weight[EOS] *= 0.01  # hardly ever ends
+    short = [row(tokenizer, "a", "bcdefg"), row(tokenizer, "abcde", "b")]
+    alone = generation_metrics(model, Dataset.from_list(short), tokenizer).outputs
+    assert max(len(tokenizer(output)["input_ids"]) for output in alone) > 7
+    crowded = [short[0], row(tokenizer, "a" * 40, "bcdefgh"), short[1], row(tokenizer, "b" * 38, "b")]
+    with caplog.at_level("WARNING"):
+        together = generation_metrics(model, Dataset.from_list(crowded), tokenizer, max_examples=4).outputs
+    limits = {0: 23, 2: 23}
+    for own, place in enumerate(limits):
+        assert together[place][: len(alone[own])] == alone[own]
+    assert len(tokenizer(together[1])["input_ids"]) <= 48 - 41 and len(tokenizer(together[3])["input_ids"]) <= 48 - 39
+    assert not caplog.records  # 7 letters and no more are wanted where 7 have room
+    crowded[1] = row(tokenizer, "a" * 42, "bcdefgh")
+    with caplog.at_level("WARNING"):
+        generation_metrics(model, Dataset.from_list(crowded), tokenizer)
+    assert "1 of 4 prompts leave fewer positions than their target has tokens" in caplog.text
+    crowded[1] = row(tokenizer, "a" * 47, "b")
+    with pytest.raises(ValueError, match="has a prompt of 48 tokens, and GPT2LMHeadModel has 48 positions"):
+        generation_metrics(model, Dataset.from_list(crowded), tokenizer)
+
+
+def test_a_recurrent_model_writes_what_it_writes_alone():
+    """Padding on the left would change its state."""
+    torch.manual_seed(0)
+    config = RwkvConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16, eos_token_id=1)
+    model = RwkvForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5)
+    together = generate(model, PROMPTS, EOS, PAD, 6)
+    assert together == [generate(model, [prompt], EOS, PAD, 6)[0] for prompt in PROMPTS]
+    assert len({tuple(output) for output in together}) > 1

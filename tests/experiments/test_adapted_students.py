@@ -1,5 +1,7 @@
 """Students of which an adapter is trained, and teachers that are loaded in a way of their own."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
@@ -8,7 +10,7 @@ from fakit.experiments.build import prepare
 from fakit.experiments.config import ExperimentConfig
 from fakit.experiments.run import run_experiment
 from fakit.experiments.store import RunStore
-from fakit.experiments.students import exported, make_student
+from fakit.experiments.students import adapted_student, exported, make_student
 from fakit.models.load import full_precision_state, is_quantized
 from tests.families import tiny
 
@@ -220,3 +222,29 @@ def test_keys_of_a_teacher_belong_to_one_that_is_loaded(config):
         config.replace(**{"teacher.dtype": "bf16"})
     with pytest.raises(ValueError, match=r"teacher\.revision: found ' ' \(text\), expected a name"):
         config.replace(**{"teacher.revision": " "})
+
+
+@pytest.mark.parametrize(("family", "target"), [("llama", "embed_tokens"), ("llama", "lm_head"), ("gpt2", "wte")])
+def test_an_adapter_of_a_tied_weight_is_refused(family, target):
+    """Merged, it would change both sides, and another model than was trained would be saved and scored."""
+    model = tiny(family, tie_word_embeddings=True)
+    task = SimpleNamespace(model_task="causal-lm")
+    with pytest.raises(
+        ValueError, match=f"{target} was to have an adapter, and its weight is tied: it is .* and .*lm_head"
+    ):
+        adapted_student(model, {"r": 2, "target_modules": [target]}, task)
+    alone = tiny(family, tie_word_embeddings=False)
+    rows = torch.arange(6).view(1, 6)
+    made = adapted_student(alone, {"r": 2, "target_modules": [target], "init_lora_weights": False}, task).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(made)(input_ids=rows).logits, made(input_ids=rows).logits)
+
+
+def test_without_keeping_it_the_student_itself_is_merged(config):
+    config = config.replace(student={"layers": 2, "lora": {**LORA, "init_lora_weights": False}})
+    made = make_student(config, prepare(config)).model.eval()
+    weight = made.get_base_model().get_input_embeddings().weight
+    kept = exported(made)
+    merged = exported(made, keep=False)
+    assert same(merged, kept) and merged.get_input_embeddings().weight is weight
+    assert kept.get_input_embeddings().weight is not weight

@@ -2,9 +2,11 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fakit.__main__ import main
@@ -141,3 +143,32 @@ def test_what_cannot_be_measured_is_one_sentence(config, world, tmp_path, capsys
     ):
         assert main(["evaluate", *typed]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_of_plain_texts_in_pieces_all_scores_are_of_the_same_texts(world, lines, tmp_path):
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": row["target"]}) + "\n" for row in rows))
+    options = {"kind": "causal-lm", "validation": 20, "test": 20}
+    task = {"name": str(tmp_path / "texts.jsonl"), "options": options}
+    config = lines.replace(task=task, **{"training.max_length": 8})
+    AutoModelForCausalLM.from_pretrained(world / "causal").save_pretrained(tmp_path / "same")
+    prepared = prepare_run(config)
+    pieces = len(prepared.task.encode(prepared.task.test.select(range(3)), prepared.tokenizer, 8))
+    found = measure(tmp_path / "same", config, rows=3)
+    assert found.rows == pieces > 3
+
+
+def test_a_draft_of_plain_texts_goes_on_from_their_beginnings(world, lines, tmp_path, monkeypatch):
+    """Where the tokenizer puts a BOS without a label before them, too."""
+    seen = []
+
+    def quality(student, teacher, prompts, *rest):
+        seen.append(prompts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fakit.evaluation.draft_quality", quality)
+    encoded = Dataset.from_list([{"input_ids": [0, 5 + n, 6, 7], "labels": [-100, 5 + n, 6, 7]} for n in range(3)])
+    model = AutoModelForCausalLM.from_pretrained(world / "causal")
+    with pytest.raises(KeyboardInterrupt):
+        measured._drafted(model, model, encoded, SimpleNamespace(eos_token_id=1, pad_token_id=1), 2, writes=False)
+    assert seen == [[[0, 5 + n, 6, 7] for n in range(3)]]

@@ -217,3 +217,12 @@ def test_how_much_of_texts_is_cut_is_said(words, caplog):
     full = [len(words(text).input_ids) for text in task_rows["text"]]
     assert [len(row["input_ids"]) for row in encoded] == [8, 10] and full == [8, 15]
     assert "cut texts: 1 of 2 texts are cut to max_length=10; 5 tokens are left out." in caplog.text
+
+
+def test_a_pool_of_plain_texts_has_no_labels():
+    """Else `labels:` would limit nothing: every text is its own label."""
+    task = prose("the owl", pool=2)
+    rows = {name: task.encode(name, letters()) for name in ("train", "validation", "test", "pool")}
+    for name, of_split in rows.items():
+        assert all(len(row["labels"]) == len(row["input_ids"]) for row in of_split)
+        assert all((set(row["labels"]) == {-100}) == (name == "pool") for row in of_split), name

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fakit.experiments import ExperimentConfig, run_experiment
 from fakit.tasks import load_task, task_from
+from fakit.tasks.instructions import prompt_ids
 from fakit.tasks.task import say
 from tests.families import tiny
 
@@ -397,3 +398,38 @@ def test_the_configuration_of_the_page_distills_from_each_shape(tmp_path, name):
     result = run_experiment(config, progress=False, count_flops=False)
     assert (result.metric, result.steps) == ("perplexity", 2)
     assert {"features", "outputs", "task"} <= result.history[0].keys()
+
+
+def words(*known: str, spoken: str = "byte") -> PreTrainedTokenizerFast:
+    """A tokenizer that makes one token of a blank and the word behind it: byte-level, or by Metaspace."""
+    blank = "Ġ" if spoken == "byte" else "▁"
+    parts = pre_tokenizers.ByteLevel.alphabet() if spoken == "byte" else [blank, *map(chr, range(33, 127)), "\n", "é"]
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *sorted(set(parts))])}
+    merges = []
+    for word in known:
+        token = blank
+        for letter in word:
+            merges.append((token, letter))
+            token += letter
+            vocabulary.setdefault(token, len(vocabulary))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=list(dict.fromkeys(merges))))
+    if spoken == "byte":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.mark.parametrize("spoken", ["byte", "metaspace"])
+@pytest.mark.parametrize("answer", ["Paris", "Paris is it", "Nice", "é"])
+def test_a_token_of_a_blank_and_a_word_is_the_answers_first(spoken, answer):
+    """Behind a template that ends with a blank; the prompt alone ends where the row's labels begin."""
+    tokenizer, template = words("Paris", "is", "a", spoken=spoken), "Q: {prompt}\nA: "
+    (row,) = task({"prompt": "1+1", "completion": answer}, template=template).encode("test", tokenizer)
+    first = next(place for place, label in enumerate(row["labels"]) if label != -100)
+    assert tokenizer.decode(row["input_ids"][first:]).strip() == f"{answer}</s>"
+    if answer.startswith("Paris"):
+        assert prompt_ids("1+1", tokenizer, template) == row["input_ids"][:first]
+        assert tokenizer.decode(row["input_ids"][:first]).endswith("A:")

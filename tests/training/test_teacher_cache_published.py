@@ -5,6 +5,7 @@ answers/vllm_completion.json is written by hand in the shape that vLLM's code gi
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import BertConfig
 
 from fakit import LayerMap, Objective, Outputs, Task, TeacherCache, capture
 from fakit.training.teacher_cache import completion_request, import_published, published_rows
+from fakit.training.teacher_cache.packing import pack_known
 from fakit.training.teacher_cache.published import read_answers
 from tests.families import VOCAB, tokenizer
 from tests.training.runs import logged, weights
@@ -275,3 +277,23 @@ def test_the_rest_of_what_does_not_fit(tmp_path):
     imported(tmp_path, files)
     with pytest.raises(ValueError, match="holds a cache already"):
         imported(tmp_path, files)
+
+
+@pytest.mark.parametrize("digits", [None, 2, 1])
+def test_a_rest_that_rounding_ate_is_small_and_no_zero(digits):
+    """Confident teachers: the k largest sum to 1 or more as they are rounded, and a reverse KL divides by the rest."""
+    torch.manual_seed(0)
+    logits = torch.randn(64, 300).double()
+    logits[:, 7] += 16
+    values, indices = logits.log_softmax(-1).float().topk(20)
+    values = values.double() if digits is None else torch.round(values.double(), decimals=digits)
+    rest = pack_known(values, indices, 300, "float32")[".rest"].squeeze(-1)
+    assert torch.isfinite(rest).all() and (rest <= 0).all()
+    if digits is None:
+        exact = logits.log_softmax(-1).exp().scatter(-1, indices, 0.0).sum(-1)
+        assert ((rest.exp() - exact).abs() <= 3 * torch.finfo(torch.float32).eps).all()
+
+
+def test_a_rest_that_is_there_is_as_before():
+    values = torch.tensor([[0.5, 0.3]]).double().log()
+    assert pack_known(values, torch.tensor([[0, 1]]), 10, "float32")[".rest"].item() == pytest.approx(math.log(0.2))

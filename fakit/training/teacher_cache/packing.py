@@ -62,12 +62,16 @@ def pack_top_k(logits: Tensor, top_k: int, dtype: str, temperatures: Sequence[fl
 def pack_known(values: Tensor, indices: Tensor, classes: int, dtype: str) -> dict[str, Tensor]:
     """As `pack_top_k` at temperature 1, of log-probabilities (N, k) in float64 that are known already. The rest is what
     they lack of 1: right to the rounding of the values.
+
+    Rounded values may sum to 1 or more. The rest is at least what float32 can tell from 0, since a class without any
+    mass would make a reverse KL infinite.
     """
     packed = pack(values.float(), dtype)
     packed[".indices"] = indices.to(torch.uint16 if classes <= 2**16 else torch.int32)
     if values.shape[-1] == classes:
         return packed | {".logsumexp": torch.zeros(len(values))}
-    return packed | {".rest": torch.log1p(-values.exp().sum(-1, keepdim=True).clamp_max(1.0)).float()}
+    least = torch.finfo(torch.float32).eps
+    return packed | {".rest": (1 - values.exp().sum(-1, keepdim=True)).clamp_min(least).log().float()}
 
 
 def unpack_all(stored: dict[str, Tensor], classes: int) -> Tensor:
