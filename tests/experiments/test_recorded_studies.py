@@ -21,6 +21,7 @@ RECORDED = {
     "skew_and_dynamics": "skew_and_dynamics.yaml",
     "recipes": "recipes.yaml",
     "smollm2": "study_smollm2.yaml",
+    "head_to_head_glosses": "head_to_head_glosses.yaml",
 }
 
 
@@ -97,6 +98,19 @@ def test_each_run_of_the_weights_moves_one_weight_and_nothing_else():
         term, factor = arm.split(" × ")
         assert getattr(moved, term).weight == float(factor) * getattr(start, term).weight
         assert moved.replace(**{f"{term}.weight": getattr(start, term).weight, "name": "default"}) == start
+
+
+def test_the_head_to_head_is_as_the_readme_and_its_page_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from scripts import head_to_head_tables as tables
+
+    assert tables.recorded() == [name for name in RECORDED if name.startswith("head_to_head")]
+    assert f"\n{tables.readme()}\n" in (ROOT / "README.md").read_text()
+    for name in tables.recorded():
+        runs = RunStore(ROOT / "data/recorded" / name).runs()
+        sizes = runs[runs["kind"] == "run"].groupby("arm")["parameters"].first()
+        assert sizes.max() / sizes.min() < 1.01, "equal parameters"
+        assert f"\n{tables.page(name)}\n" in (ROOT / "docs/compression.md").read_text()
 
 
 def test_the_record_of_the_weights_is_whole_and_small():

@@ -4,6 +4,7 @@
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,23 @@ def _map_rows(rng):
             score = center + (0.03 * cka if kind == "increasing" else -0.02) + 0.01 * rng.normal()
             ends = {"low": score - 0.008, "high": score + 0.008, "scores": (score - 0.01, score, score + 0.01)}
             rows.append({"task": task, "map": name, "kind": kind, "cka": cka, "score": score, **ends})
+    return rows
+
+
+def _cell_rows(rng):
+    """As `gains_in_cells` gives them: alignment pays where the student starts from nothing; a state space model has no
+    attention.
+    """
+    rows = []
+    for cell in product(("copied", "random", "Mamba"), ("250", "1000", "4000"), ("100 steps", "400 steps")):
+        for terms in ("none", "outputs + features", "outputs + attention", "all"):
+            if cell[0] == "Mamba" and terms in ("outputs + attention", "all"):
+                continue
+            gain = rng.normal(0, 1.5) + 20 * (cell[0] == "random" and terms != "none")
+            half = abs(rng.normal(2, 1))
+            ends = {"gain": gain, "gain_low": gain - half, "gain_high": gain + half}
+            verdict = "gain" if gain - half > 1 else "loss" if gain + half < -1 else "not sure"
+            rows.append({"task": "scans", "cell": cell, "arm": terms, "n": 5, **ends, "verdict": verdict})
     return rows
 
 
@@ -207,6 +225,7 @@ def examples() -> dict[str, draw.Figure]:
             [[1, 0.65, 0.53, np.nan], [0.65, 1, 0.4, -0.34], [0.53, 0.4, 1, 0.88], [np.nan, -0.34, 0.88, 1]],
         ),
         "differences": draw.paired_differences(_summary(rng, tasks, ARMS[1:], -0.4, 2.5), metrics={t: "points gained over ‘none’" for t in tasks}),
+        "cells": draw.gain_by_cell(_cell_rows(rng), "outputs", "points of CER"),
         "scores": draw.scores_by_arm(
             _summary(rng, tasks, ARMS, 80, 3),
             {"glosses": {"teacher": 91.2}, "reviews": {"teacher": 90.1}, "scans": {"teacher": 92.0, "leave as is": 78.0}},
