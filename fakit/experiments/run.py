@@ -94,6 +94,8 @@ def run_experiment(
             or that has no room.
     """
     given = {"folder": teacher_cache, "dtype": cache_dtype, "top_k": cache_top_k, "rows": cache_rows}
+    given["folder"] = None if teacher_cache is None else str(teacher_cache)
+    cache_of(config.teacher_cache, **given)  # wrong values are wrong for a recorded run, too
     store = RunStore.open(store) if isinstance(store, str | Path) else store
     if store is not None and store.has(config.run_id):
         if resume:
@@ -102,7 +104,7 @@ def run_experiment(
             f"{config.run_id} is recorded in {store.path} already. resume=True (--resume) returns it; "
             "change the seed or another key for a new run."
         )
-    asked = asked_cache(config, **given | {"folder": None if teacher_cache is None else str(teacher_cache)})
+    asked = asked_cache(config, **given)
     with alone_in_folder(config, store):
         return _run(config, store, resume, callbacks, progress, prepared, count_flops, asked)
 
@@ -253,7 +255,7 @@ def parts_of(config, args, prepared: Prepared | None, work: Path | None, resume:
     if teachers is not None:
         check_two_tokenizers(objective, cached, config.on_policy is not None)
     rows = build_training_rows(config, task, tokenizer, args.world_size, teachers)
-    both = {"student": made.model} | ({"teacher": teacher} if teachers is None else {})
+    both = ({"teacher": teacher} if teachers is None else {}) | {"student": made.model}
     for split in (rows.rows, prepared.validation, prepared.test):
         check_lengths(split, config.training.max_length, **both)
     if teachers is not None:
