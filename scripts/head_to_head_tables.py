@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fakit.experiments import RunStore
+from fakit.experiments.cells import gains_in_cells
 from fakit.experiments.statistics import Interval, crossed, main_effects, mean_interval
 
 RECORDED = Path(__file__).resolve().parents[1] / "data/recorded"
@@ -38,17 +39,21 @@ def effects(name: str) -> list[str]:
 
 
 def scores(name: str) -> list[str]:
-    """One line a way and ranking: the mean score in %, with soft labels alone and with alignment."""
+    """One line a way and ranking: the mean score in % with soft labels alone, with alignment, and what that adds."""
     store = RunStore(RECORDED / name)
     runs = store.runs()
-    lines = []
+    runs, lines = runs[runs["kind"] == "run"], []
+    gains = gains_in_cells(runs, "score", TERMS[0], store.manifest["arms"]).set_index("cell")
     for way in dict.fromkeys(arm.split(", ")[0] for arm in store.manifest["arms"]):
         for ranking in ("without ranking", "with ranking"):
             told = [
                 mean_interval(runs[runs["arm"] == f"{way}, {terms}, {ranking}"]["score"]).format(100, 1)
                 for terms in TERMS
             ]
-            lines.append(f"| {way}, {ranking} | {' | '.join(told)} |")
+            row = gains.loc[[(way, ranking)]].iloc[0]
+            gain = Interval(row["gain"], row["gain_low"], row["gain_high"], row["n"]).format(100, 1, sign=True)
+            sure = "" if row["verdict"] == "not sure" else "**"
+            lines.append(f"| {way}, {ranking} | {' | '.join(told)} | {sure}{gain}{sure} |")
     return lines
 
 
@@ -61,7 +66,7 @@ def readme() -> str:
 def page(name: str) -> str:
     """The table of a study in docs/compression.md."""
     metric = STUDIES[name][0]
-    head = [f"| test {metric} % | {TERMS[0]} | {TERMS[1]} |", "|---|---|---|"]
+    head = [f"| test {metric} % | {TERMS[0]} | {TERMS[1]} | gain by alignment, points |", "|---|---|---|---|"]
     return "\n".join(head + scores(name))
 
 

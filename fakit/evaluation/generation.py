@@ -236,17 +236,18 @@ def written_text(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def check_references(rows: Sequence[dict], eos_token_id: int) -> None:
+def check_references(rows: Sequence[dict], tokenizer) -> None:
     """Raise ValueError where a target does not end: it was cut,
     and a whole text would be compared with a part of its reference.
     """
-    cut = [number for number, row in enumerate(rows) if row["labels"][-1] not in (-100, eos_token_id)]
+    ends = {-100} | ends_of(rows, tokenizer)
+    cut = [number for number, row in enumerate(rows) if row["labels"][-1] not in ends]
     if cut:
         longest = max(len(row["input_ids"]) for row in rows)
         raise ValueError(
-            f"{len(cut)} of {len(rows)} targets do not end with the eos token {eos_token_id} (row {cut[0]}, say): they "
-            f"were cut to fit {longest} tokens. Generated texts cannot be scored against parts of their references; "
-            "encode with a larger max_length, or leave these rows out."
+            f"{len(cut)} of {len(rows)} targets do not end with the eos token {tokenizer.eos_token_id} (row {cut[0]}, "
+            f"say): they were cut to fit {longest} tokens. Generated texts cannot be scored against parts of their "
+            "references; encode with a larger max_length, or leave these rows out."
         )
 
 
@@ -277,7 +278,7 @@ def generation_metrics(
     if max_examples < 1:
         raise ValueError(f"generation_metrics: max_examples={max_examples} was asked; use at least 1")
     rows = rows_of(dataset)[:max_examples]
-    check_references(rows, tokenizer.eos_token_id)
+    check_references(rows, tokenizer)
     ends = ends_of(rows, tokenizer)
     prompts, targets = split_prompts(rows, ends)
     if max_new_tokens is None:

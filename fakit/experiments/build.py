@@ -229,7 +229,7 @@ def prepare(config: ExperimentConfig, device: str | torch.device = "cpu") -> Pre
     splits = {name: task.encode(name, tokenizer, config.training.max_length) for name in ("validation", "test")}
     if "target" in task.test.column_names:
         for split in splits.values():
-            check_references(list(split)[:SCORED], tokenizer.eos_token_id)
+            check_references(list(split)[:SCORED], tokenizer)
     return Prepared(config, task, teacher, tokenizer, **splits, teacher_tokenizer=teachers)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,9 @@ from fakit.files import write_whole
 from fakit.models.kinds import is_causal_lm
 from fakit.models.positions import longest_row
 from fakit.models.random_state import random_state_kept
+from fakit.tasks.reading import SUFFIXES, read_file, text_of
+
+LEAST = 1e-6  # a temperature that logits of any size can be divided by in float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +68,7 @@ def write(
         ValueError: before any work: no prompts, an empty one, values out of range, prompts too long for the model.
     """
     from fakit.evaluation.batches import device_of, eval_mode
-    from fakit.evaluation.generation import generating, stops_of, written_text
+    from fakit.evaluation.generation import generating, positions_of, stops_of, written_text
     from fakit.tasks.instructions import check_options, prompt_ids
 
     check_options(template, "completion")
@@ -75,12 +77,18 @@ def write(
         raise ValueError(f"prompts: found {prompts!r:.80}, expected at least one text that is not empty.")
     check_whole("max_new_tokens", max_new_tokens)
     check_whole("seed", seed, least=0)
-    if temperature is not None and not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: found {temperature!r}, expected a number above 0; leave it out to be greedy.")
+    if seed >= 2**63 - len(prompts):
+        raise ValueError(f"seed: found {seed}, and torch counts to 2**63; give a smaller one.")
+    if temperature is not None and not LEAST <= temperature <= 1 / LEAST:
+        raise ValueError(
+            f"temperature: found {temperature!r}, expected a number from {LEAST:g} to {1 / LEAST:g}; leave it out to "
+            "be greedy."
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: found {top_p!r}, expected a share above 0, at most 1.")
     asked = [prompt_ids(prompt, tokenizer, template) for prompt in prompts]
-    positions, longest = longest_row(model), max(map(len, asked))
+    limits = [found for found in (longest_row(model), positions_of(model)) if found]
+    positions, longest = min(limits, default=None), max(map(len, asked))
     if positions is not None and longest + max_new_tokens > positions:
         raise ValueError(
             f"the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked of a model with "
@@ -124,6 +132,9 @@ def answers(
     asked = read_prompts(prompts, file)
     if not asked:
         raise ValueError("there is no prompt: give some, each in quotes, or --file with one a line.")
+    if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
+        what = "is a folder" if out.is_dir() else f"lies in {out.parent}, and there is no such folder"
+        raise ValueError(f"{out} {what}; name a file that the answers can be written to.")
     with without_side_bars():
         loaded = [load(one) for one in (model, beside) if one is not None]
     rows: list[dict] = []
@@ -164,27 +175,27 @@ def _in_words(row: dict, model: str, beside: str) -> str:
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
-    """Prompts of a command: the ones given, then one a line of a text file, or the field "prompt" of a .jsonl file.
+    """Prompts of a command: the ones given, then one a line of a text file, or the column "prompt" of a file of rows
+    (.jsonl, .json, .csv, .tsv, .parquet), as tasks read them.
 
     Raises:
-        ValueError: no such file, or a line of a .jsonl file without a prompt.
+        ValueError: no such file, one that cannot be read, or a row without a prompt.
     """
     prompts = list(given)
     if file is None:
         return prompts
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file of prompts.")
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        if file.suffix != ".jsonl":
-            prompts.append(line)
-            continue
+    if (file.with_suffix("") if file.suffix.lower() == ".gz" else file).suffix.lower() not in SUFFIXES:
         try:
-            row = json.loads(line)
+            lines = text_of(file).split("\n")
         except ValueError as error:
-            raise ValueError(f"{file}, line {number}: is no JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f'{file}, line {number}: has no text under "prompt"; it is {line!r:.60}.')
-        prompts.append(row["prompt"])
-    return prompts
+            raise ValueError(f"{file} cannot be read as text: {error}") from error
+        return prompts + [line.removesuffix("\r") for line in lines if line.strip()]
+    rows = read_file(file, ["prompt"])
+    if "prompt" not in rows.column_names:
+        raise ValueError(f'{file} has no column "prompt"; it has {", ".join(rows.column_names)}.')
+    for number, prompt in enumerate(rows["prompt"], 1):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f'{file}, row {number}: has no text under "prompt"; it is {prompt!r:.60}.')
+    return prompts + list(rows["prompt"])

@@ -169,6 +169,11 @@ def _chat(turns: list[dict], answer: str | None, tokenizer) -> tuple[str, list[t
     for place, message in enumerate(messages):
         if message["role"] != "assistant" or place in given:
             continue
+        if place == 0:
+            raise ValueError(
+                f"it begins with an answer, {message['content']!r:.60}, and nothing was asked before it; give it a "
+                "prompt, or leave the turn out."
+            )
         asked = _rendered(messages[:place], tokenizer, ask=True)
         if not whole.startswith(asked):
             raise ValueError(

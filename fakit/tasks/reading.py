@@ -60,7 +60,7 @@ def read_file(path: Path, wanted: Collection[str] = ()) -> Dataset:
     try:
         if suffix == ".parquet":
             return _parquet(path)
-        text = _text(path)
+        text = text_of(path)
         if suffix in (".json", ".jsonl"):
             return _from_objects(_objects(text), wanted)
         return _from_table(_csv(text) if suffix == ".csv" else _tsv(text))
@@ -68,7 +68,8 @@ def read_file(path: Path, wanted: Collection[str] = ()) -> Dataset:
         raise ValueError(f"{path} cannot be read as {suffix[1:]}: {error}") from error
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """A file's text, by its byte-order mark or as UTF-8. Raises ValueError with the line that is something else."""
     content = path.read_bytes()
     if path.suffix.lower() == ".gz":
         content = gzip.decompress(content)

@@ -175,3 +175,18 @@ def test_rouge_leaves_the_root_logger_alone():
     code = "import logging; from fakit.evaluation import rouge; rouge(['a b'], ['a c']); print(logging.root.handlers)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]" and done.stderr == ""
+
+
+def test_rouge_of_english_is_the_librarys_and_other_scripts_count():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    pairs = [("The QUICK_brown fox's jumping, 3.14!", "quick brown foxes jump 3 14"), ("running late", "he ran late")]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    for hypothesis, reference in pairs:
+        own = rouge([hypothesis], [reference])["rougeL"]
+        assert own == scorer.score(target=reference, prediction=hypothesis)["rougeL"].fmeasure
+    for text in ("Привет мир", "你好世界", "schön über", "हिन्दी भाषा", "สวัสดีครับ", "+ - ="):
+        assert rouge([text], [text])["rougeL"] == 1.0
+    assert rouge(["Привет всем"], ["Привет мир"])["rouge1"] == 0.5
+    assert rouge(["你好"], ["你坏"])["rouge1"] == 0.5
+    assert rouge(["schon"], ["schön"])["rouge1"] == 0.0

@@ -22,6 +22,7 @@ RECORDED = {
     "recipes": "recipes.yaml",
     "smollm2": "study_smollm2.yaml",
     "head_to_head_glosses": "head_to_head_glosses.yaml",
+    "head_to_head_scans": "head_to_head_scans.yaml",
 }
 
 

@@ -1,6 +1,7 @@
 """`fakit generate`: what a saved language model answers, as transformers' own generate has it."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fakit.__main__ import main
 from fakit.compression import low_rank
+from fakit.experiments import written
 from fakit.experiments.written import load, read_prompts, write
 from fakit.models.shrink import shrink
+from tests.families import tiny
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}>{{ m.content }}={% endfor %}{% if add_generation_prompt %}a>{% endif %}"
@@ -111,7 +114,10 @@ def test_prompts_come_from_lines_and_from_rows(tmp_path):
         ({"prompts": ["a", " "]}, "expected at least one text that is not empty"),
         ({"max_new_tokens": 0}, "max_new_tokens: found 0, expected a whole number, at least 1"),
         ({"max_new_tokens": 159}, "the longest prompt has 5 tokens and 159 new ones were asked of a model with 160"),
-        ({"temperature": 0.0}, "temperature: found 0.0, expected a number above 0; leave it out to be greedy"),
+        (
+            {"temperature": 0.0},
+            "temperature: found 0.0, expected a number from 1e-06 to 1e.06; leave it out to be greedy",
+        ),
         ({"top_p": 1.5}, "top_p: found 1.5"),
         ({"seed": -1}, "seed: found -1"),
         ({"template": "chat"}, "template='chat' is neither"),
@@ -129,7 +135,7 @@ def test_what_cannot_be_written_is_refused(model, tokenizer, given, said, monkey
         (["causal"], "there is no prompt"),
         (["teacher", "a cat"], "causal"),
         (["causal", "--file", "none.txt"], "there is no such file of prompts"),
-        (["causal", "--file", "broken.jsonl"], "line 2"),
+        (["causal", "--file", "broken.jsonl"], "row 2: has no text under"),
     ],
 )
 def test_commands_that_cannot_be_are_one_sentence(world, tmp_path, capsys, arguments, said):
@@ -139,3 +145,46 @@ def test_commands_that_cannot_be_are_one_sentence(world, tmp_path, capsys, argum
     assert main(["generate", *(places.get(word, word) for word in arguments)]) == 2
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
+
+
+def test_prompts_are_read_as_tasks_read_files(tmp_path):
+    said = ["the\u2028quick", "brown \x0b fox"]
+    rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in said]
+    texts = {
+        "a.jsonl": "\n".join(rows) + "\n",
+        "b.JSONL": "\ufeff" + "\n".join(rows),
+        "c.json": f"[{','.join(rows)}]",
+        "d.txt": "\ufeff" + "\r\n".join(said) + "\n\n",
+        "e.csv": "prompt\n" + "\n".join(f'"{prompt}"' for prompt in said),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+        assert read_prompts([], tmp_path / name) == said, name
+    (tmp_path / "f.txt").write_bytes("schön".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"f.txt cannot be read as text: line 1 is not UTF-8"):
+        read_prompts([], tmp_path / "f.txt")
+    (tmp_path / "g.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(ValueError, match='has no column "prompt"; it has text'):
+        read_prompts([], tmp_path / "g.jsonl")
+
+
+@pytest.mark.parametrize("out", ["nope/o.jsonl", "."])
+def test_where_answers_go_is_asked_before_they_are_written(tmp_path, monkeypatch, out):
+    monkeypatch.setattr(written, "load", lambda model: pytest.fail("loaded before it was asked"))
+    with pytest.raises(ValueError, match="name a file that the answers can be written to"):
+        written.answers("model", ["x"], out=tmp_path / out)
+
+
+@pytest.mark.parametrize(
+    ("ways", "words"),
+    [
+        ({"temperature": 1e-40}, "temperature: found 1e-40, expected a number from 1e-06 to 1e"),
+        ({"temperature": math.nan}, "temperature: found nan"),
+        ({"temperature": 1.0, "seed": 99999999999999999999}, "seed: found 99999999999999999999, and torch counts to"),
+        ({"max_new_tokens": 500}, "new ones were asked of a model with 64 positions"),
+    ],
+)
+def test_ways_that_cannot_be_are_refused(tokenizer, ways, words):
+    """Of a rotary model, too, which has positions without a table of them."""
+    with pytest.raises(ValueError, match=words):
+        write(tiny("llama", max_position_embeddings=64), tokenizer, ["a cat"], template="none", **ways)

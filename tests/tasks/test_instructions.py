@@ -13,8 +13,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from fakit.evaluation.generation import check_references
 from fakit.experiments import ExperimentConfig, run_experiment
 from fakit.tasks import load_task, task_from
+from fakit.tasks.conversations import as_turns
 from fakit.tasks.instructions import prompt_ids
 from fakit.tasks.task import say
 from tests.families import tiny
@@ -433,3 +435,63 @@ def test_a_token_of_a_blank_and_a_word_is_the_answers_first(spoken, answer):
     if answer.startswith("Paris"):
         assert prompt_ids("1+1", tokenizer, template) == row["input_ids"][:first]
         assert tokenizer.decode(row["input_ids"][:first]).endswith("A:")
+
+
+@pytest.mark.parametrize("name", ["gpt", "GPT", "chatgpt", "model", "Assistant", "assistant", "bing"])
+def test_who_answers_has_many_names(name):
+    rows = Dataset.from_list([{"conversations": [{"from": "Human", "value": "q"}, {"from": name, "value": "a"}]}])
+    (row,) = as_turns(rows, "conversations", "talk")
+    assert row["answer"] == "a" and row["turns"] == [{"role": "user", "content": "q"}]
+
+
+def test_what_nobody_knows_as_an_answer_is_refused():
+    rows = Dataset.from_list([{"conversations": [{"from": "human", "value": "q"}, {"from": "llama", "value": "a"}]}])
+    with pytest.raises(ValueError, match="row 1: message 2 is from 'llama', and nobody knows whether"):
+        as_turns(rows, "conversations", "talk")
+
+
+@pytest.mark.parametrize(
+    ("shape", "row"),
+    [
+        ("alpaca", {"instruction": "q", "input": "", "output": "a"}),
+        ("completion", {"prompt": "q", "completion": "a"}),
+        ("conversations", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+    ],
+)
+def test_a_column_of_systems_is_read_and_others_are_named(shape, row, caplog):
+    rows = Dataset.from_list([row | {"system": "Be brief.", "history": ["x"]}, row | {"system": "", "history": []}])
+    with caplog.at_level("WARNING"):
+        first, second = as_turns(rows, shape, "talk")
+    asked = {"role": "user", "content": "q"}
+    assert first["turns"] == [{"role": "system", "content": "Be brief."}, asked] and second["turns"] == [asked]
+    assert "not read, and so not seen by the models: history (1 rows)" in caplog.text
+
+
+def test_empty_messages_and_answers_without_weight():
+    def read(*turns: dict) -> dict:
+        return as_turns(Dataset.from_list([{"messages": list(turns)}]), "messages", "talk")[0]
+
+    system, asked = {"role": "system", "content": ""}, {"role": "user", "content": "q"}
+    answer = {"role": "assistant", "content": "a"}
+    assert read(system, asked, answer)["turns"] == [asked]
+    assert read(asked, {"role": "assistant", "content": ""}) == {"text": "q", "turns": [asked], "answer": None}
+    kept = read(asked, answer | {"weight": 0.0}, asked | {"weight": None}, {**answer, "content": "b", "weight": 1.0})
+    assert kept["answer"] == "b" and [turn.get("given") for turn in kept["turns"]] == [None, True, None]
+    assert read(asked, answer | {"weight": 0})["answer"] is None
+
+
+def test_a_conversation_that_begins_with_an_answer_is_refused_in_words():
+    rows = task({"messages": messages(("assistant", "Hi"), ("user", "q"), ("assistant", "a"))})
+    with pytest.raises(ValueError, match="it begins with an answer, 'Hi', and nothing was asked before it"):
+        rows.encode("test", letters(CHATML))
+
+
+def test_a_turn_may_end_with_another_token_than_the_text():
+    """Llama 3 instruct models, whose tokenizer's eos is <|end_of_text|>: nothing was cut."""
+    tokenizer = letters(LLAMA3)
+    tokenizer.add_special_tokens({"eos_token": "<|end_of_text|>"})
+    rows = task({"messages": messages(*TALK)}).encode("test", tokenizer, 512).to_list()
+    check_references(rows, tokenizer)
+    cut = [{"input_ids": [1, 20, 21], "labels": [-100, 20, 21]}]
+    with pytest.raises(ValueError, match="1 of 1 targets do not end with the eos token"):
+        check_references(cut, tokenizer)

@@ -16,7 +16,7 @@ from transformers import BertConfig
 from fakit import LayerMap, Objective, Outputs, Task, TeacherCache, capture
 from fakit.training.teacher_cache import completion_request, import_published, published_rows
 from fakit.training.teacher_cache.packing import pack_known
-from fakit.training.teacher_cache.published import read_answers
+from fakit.training.teacher_cache.published import _of_server, read_answers
 from tests.families import VOCAB, tokenizer
 from tests.training.runs import logged, weights
 from tests.training.test_teacher_cache_top_k import rows, run, teacher
@@ -297,3 +297,14 @@ def test_a_rest_that_rounding_ate_is_small_and_no_zero(digits):
 def test_a_rest_that_is_there_is_as_before():
     values = torch.tensor([[0.5, 0.3]]).double().log()
     assert pack_known(values, torch.tensor([[0, 1]]), 10, "float32")[".rest"].item() == pytest.approx(math.log(0.2))
+
+
+@pytest.mark.parametrize(
+    "place", [[0.5, 0.5], None, {"5": None}, {"5": -0.5}, {"5": {"rank": 1}}, {"x": {"logprob": -1.0}}]
+)
+def test_a_place_that_is_no_mapping_of_log_probabilities_is_named(place):
+    good = {"5": {"logprob": -0.5, "rank": 1}}
+    with pytest.raises(
+        ValueError, match=r"answer 1(, position 2, holds .* expected a mapping of token id| has no prompt_log)"
+    ):
+        _of_server([None, good, place, good], [1, 5, 5, 5], "answer 1", 1)

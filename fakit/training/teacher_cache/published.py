@@ -151,7 +151,7 @@ def _of_server(logprobs: Any, ids: list[int] | None, where: str, top_k: int | No
             f"{where} has no prompt_logprobs of a whole text (a list: null, then a mapping for every token); ask for "
             "prompt_logprobs=k, without a prefix that the server has cached."
         )
-    places = [_ranked(place) for place in logprobs[1:]]
+    places = [_ranked(place, f"{where}, position {number}") for number, place in enumerate(logprobs[1:], 1)]
     k = top_k or min((len(kept) for kept, _ in places), default=0)
     for place, (kept, _) in enumerate(places, 1):
         if len(kept) < max(k, 1):
@@ -167,8 +167,13 @@ def _of_server(logprobs: Any, ids: list[int] | None, where: str, top_k: int | No
     return Answer(where, len(logprobs), ids, indices, _checked(values, indices, where), given)
 
 
-def _ranked(place: Mapping[str, Mapping]) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+def _ranked(place: Mapping[str, Mapping], where: str) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
     """(token, log-probability) of the likeliest, as far as the ranks 1, 2, 3 … go, and of what comes beside them."""
+    if not isinstance(place, Mapping) or not all(
+        str(token).isdecimal() and isinstance(entry, Mapping) and isinstance(entry.get("logprob"), int | float)
+        for token, entry in place.items()
+    ):
+        raise ValueError(f"{where}, holds {place!r:.80}, expected a mapping of token id to {{logprob: …, rank: …}}.")
     entries = [(int(token), float(entry["logprob"]), entry.get("rank")) for token, entry in place.items()]
     if any(rank is None for *_, rank in entries):
         return sorted(((token, value) for token, value, _ in entries), key=lambda entry: -entry[1]), []
