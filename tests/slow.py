@@ -4,6 +4,7 @@
 SLOW = (
     "browser/",
     "experiments/test_adapted_students.py",
+    "experiments/test_doctor_planted.py",
     "experiments/test_map_search.py",
     "experiments/test_map_study.py",
     "experiments/test_measured.py",

@@ -107,6 +107,24 @@ def evaluate(
             f"evaluate: none of the {len(logits)} rows has a label (column labels, -100 = none); evaluate on a "
             "labeled split, or compare with a teacher alone through Agreement"
         )
+    return _score(logits, labels, labeled, teacher_logits, task)
+
+
+def score_predictions(logits: Tensor, labels: Tensor, task) -> dict[str, float]:
+    """The metrics of `evaluate`, of logits that are there already.
+
+    Args:
+        logits: (N, C), as `predictions` gives them. labels: (N,), -100 = none. task: a classification or regression.
+
+    Raises:
+        ValueError: no row has a label, or logits and task have other numbers of classes.
+    """
+    if not (labeled := labels != UNLABELED).any():
+        raise ValueError(f"score_predictions: none of the {len(logits)} rows has a label (-100 = none).")
+    return _score(logits, labels, labeled, None, task)
+
+
+def _score(logits, labels, labeled, teacher_logits, task) -> dict[str, float]:
     if task.kind == "regression":
         return _regression(logits, labels, labeled, teacher_logits)
     return _classification(logits, labels, labeled, teacher_logits, task.label_names)

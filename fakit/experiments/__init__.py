@@ -5,6 +5,7 @@ result = run_experiment(config, store="runs")
 Study(config, vary={"as it is": {}, "low": {"features.weight": 0.1}}, seeds=range(5)).run("runs/weights")
 Study.from_yaml("configs/study.yaml").run("runs/study")
 report("runs/study")
+diagnose("runs/study")
 """
 
 from fakit import require
@@ -25,6 +26,7 @@ require(
 )
 
 from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.doctor import diagnose
 from fakit.experiments.map_study import map_scores, recorded_similarity
 from fakit.experiments.report import Report, report
 from fakit.experiments.result import RunResult
@@ -42,6 +44,7 @@ __all__ = [
     "RunStore",
     "Study",
     "arms",
+    "diagnose",
     "gap_closed",
     "map_scores",
     "maps",

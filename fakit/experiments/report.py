@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from fakit.experiments.cells import RATE, gains_in_cells
+from fakit.experiments.doctor import Diagnosis, diagnose
 from fakit.experiments.map_report import map_report
 from fakit.experiments.map_study import SIMILARITY
 from fakit.experiments.statistics import Interval, crossed, main_effects
@@ -32,12 +33,14 @@ class Report:
         path: the folder written: report.html, report.md, table.csv, runs.csv, figures/NAME.svg.
         table: `study_table` of the runs, or `map_scores` of a map study. text: the report in markdown. figures:
             by name.
+        diagnosis: what `diagnose` found in the runs; the last section of the text.
     """
 
     path: Path
     table: pd.DataFrame
     text: str
     figures: dict[str, Figure] = field(repr=False)
+    diagnosis: Diagnosis = field(repr=False)
 
     def __str__(self) -> str:
         return f"{self.text}\nWritten to {self.path / 'report.html'}"
@@ -72,6 +75,8 @@ def report(
         in_cells = _cells(store)
         figures = _cell_figures(store, in_cells) if in_cells is not None else study_figures(table)
         text = _text(store, table, figures, in_cells, start=(baselines or BASELINES)[0])
+    diagnosis = diagnose(store, baselines)
+    text = f"{text.rstrip()}\n\n## What the doctor found\n\n{diagnosis.markdown()}"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.save(folder / "figures" / f"{name}.svg")
@@ -80,7 +85,7 @@ def report(
     write_whole(folder / "runs.csv", store.runs().to_csv(index=False))
     write_whole(folder / "report.md", text)
     write_whole(folder / "report.html", _page(text, figures))
-    return Report(folder, table, text, figures)
+    return Report(folder, table, text, figures, diagnosis)
 
 
 def study_figures(table: pd.DataFrame, baselines: Sequence[str] | None = None) -> dict[str, Figure]:

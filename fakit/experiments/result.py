@@ -35,6 +35,11 @@ class RunResult:
         labeled, unlabeled: training rows.
         compression: of a student that was compressed first: seconds, steps; rounds, or ranks and blocks.
         dropped: rows of the task's data that are in no split, by reason.
+        teacher: of a classifier, the teacher's own metrics on the test split.
+        softness: of each term of outputs, its last temperature and how many classes the teacher then spreads over.
+        texts: share of padding, texts cut, sizes of the splits, share of the largest class; see
+            `fakit.experiments.facts`. layers: depth of "student" and "teacher".
+        made_on: processor, gpu and commit.
         versions, data: what the run was made with, and the fingerprint of the texts it was evaluated on; None in
             records of before.
         history: the logged steps. student: the trained model; None when the run was read from a store.
@@ -65,6 +70,11 @@ class RunResult:
     dropped: dict[str, int] = field(default_factory=dict)
     compression: dict[str, Any] | None = None
     on_policy: dict[str, float] | None = None
+    teacher: dict[str, float] | None = None
+    softness: dict[str, dict[str, float]] | None = None
+    texts: dict[str, Any] | None = None
+    layers: dict[str, int] | None = None
+    made_on: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
     data: str | None = None
     history: list[dict[str, float]] = field(default_factory=list, repr=False)

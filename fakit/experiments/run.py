@@ -26,6 +26,7 @@ from fakit.experiments.build import (
 from fakit.experiments.cache_config import TeacherCacheConfig, cache_of
 from fakit.experiments.card import model_card
 from fakit.experiments.config import ExperimentConfig
+from fakit.experiments.facts import facts_of_texts, made_on, scores_of_teacher, softness
 from fakit.experiments.flops import step_flops
 from fakit.experiments.quiet import without_side_bars
 from fakit.experiments.result import RunResult
@@ -35,7 +36,7 @@ from fakit.experiments.statistics import LOWER_IS_BETTER
 from fakit.experiments.store import RunStore, now, strict_json
 from fakit.experiments.students import exported, make_student
 from fakit.files import check_room, write_whole
-from fakit.models.blocks import without_adapter
+from fakit.models.blocks import depth, without_adapter
 from fakit.models.low_rank_linear import pairs
 from fakit.models.random_state import random_state_kept
 from fakit.training.checkpoints import (
@@ -216,6 +217,11 @@ def _run(config, store, resume, callbacks, progress, prepared, count_flops, aske
         data=prepared.fingerprint(),
         dropped=task.dropped,
         compression=made.facts or None,
+        teacher=scores_of_teacher(prepared),
+        softness=softness(prepared, objective, done["history"]),
+        texts=facts_of_texts(task, rows),
+        layers={"student": depth(student), "teacher": depth(teacher)},
+        made_on=made_on(),
         student=student,
         **done,
     )

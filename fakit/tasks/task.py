@@ -54,6 +54,7 @@ class TextTask:
         template, tokens: of instruction data, how its rows are encoded (`fakit.tasks.instructions`).
         too_long: of a language model's rows, what becomes of those that are too long.
         packing: rows of train and pool share sequences (`fakit.tasks.packing`).
+        cut: of the splits encoded so far by name, how many texts were cut to the length, and of how many.
     """
 
     name: str
@@ -73,6 +74,7 @@ class TextTask:
     tokens: str = "completion"
     too_long: str = "cut"
     packing: bool = False
+    cut: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def metric(self) -> str:
@@ -143,8 +145,9 @@ class TextTask:
                 "tokenizer.eos_token."
             )
         what = f"{self.name}, {data}" if isinstance(data, str) else self.name
+        texts_cut = 0
         if "turns" in dataset.column_names:
-            encoded = self._encode_instructions(what, dataset, tokenizer, max_length, read)
+            encoded, texts_cut = self._encode_instructions(what, dataset, tokenizer, max_length, read)
         elif self.kind == "causal-lm" and not self._text_to_text:
             learned = not (isinstance(data, str) and data == "pool")  # else every text would be its own label
             encoded = self._encode_prose(what, dataset, tokenizer, max_length, read, learned)
@@ -156,6 +159,9 @@ class TextTask:
             if read:
                 encoded = encoded.add_column("row", list(range(len(encoded))))
             cut.say(what, len(dataset), max_length)
+            texts_cut = cut.rows
+        if isinstance(data, str):
+            self.cut[data] = texts_cut, len(dataset)
         trained_on = isinstance(data, str) and data in PACKED
         return self._packed(what, encoded, max_length) if self.packing and trained_on else encoded
 
@@ -183,7 +189,9 @@ class TextTask:
             )
         return Collator(tokenizer.pad_token_id, tokenizer.padding_side, per_token=self.kind == "causal-lm")
 
-    def _encode_instructions(self, what: str, dataset: Dataset, tokenizer, max_length: int, read: bool) -> Dataset:
+    def _encode_instructions(
+        self, what: str, dataset: Dataset, tokenizer, max_length: int, read: bool
+    ) -> tuple[Dataset, int]:
         from datasets import Dataset, concatenate_datasets
 
         seen, encoded = Seen(), []
@@ -209,7 +217,7 @@ class TextTask:
             )
         how = "by the tokenizer's chat template" if uses_chat(self.template, tokenizer) else "without a chat template"
         say(seen.said(what, max_length, how, self.tokens))
-        return concatenate_datasets(encoded)
+        return concatenate_datasets(encoded), seen.cut
 
     def _encode_prose(
         self, what: str, dataset: Dataset, tokenizer, max_length: int, read: bool, learned: bool

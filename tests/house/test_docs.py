@@ -13,7 +13,7 @@ from fakit.experiments import RunStore, Study, map_scores, recorded_similarity
 from fakit.experiments.map_report import map_correlations, map_markdown
 from fakit.losses import features, outputs
 from fakit.widgets import survey_map
-from scripts import losses_page
+from scripts import doctor_page, losses_page
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/instructor_guide.md").read_text()
@@ -55,6 +55,10 @@ def test_the_page_on_maps_is_the_recorded_study():
 def test_the_page_of_losses_is_what_the_code_says():
     assert (ROOT / "docs/losses.md").read_text() == losses_page.page(), "run python scripts/losses_page.py"
     assert losses_page.SURVEY.read_text() == survey_map(selected="feature_alignment").html(), "the same"
+
+
+def test_the_page_of_the_doctor_is_what_its_rules_say():
+    assert doctor_page.PAGE.read_text() == doctor_page.page(), "run python scripts/doctor_page.py"
 
 
 def test_losses_equal_released_code_or_the_page_says_why():
