@@ -130,9 +130,9 @@ class _Words:
     """What `rouge` counts; as rouge-score's DefaultTokenizer where a text is ASCII."""
 
     def __init__(self):
-        from nltk.stem.porter import PorterStemmer
+        from rouge_score.tokenizers import DefaultTokenizer
 
-        self.stem = PorterStemmer().stem
+        self.own = DefaultTokenizer(use_stemmer=True)
 
     def tokenize(self, text: str) -> list[str]:
         text = unicodedata.normalize("NFC", text.lower())
@@ -140,7 +140,7 @@ class _Words:
             f" {sign} " if NO_BLANKS.match(sign) else sign if unicodedata.category(sign)[0] in "LMN" else " "
             for sign in text
         )
-        words = [self.stem(word) if len(word) > 3 and word.isascii() else word for word in kept.split()]
+        words = [part for word in kept.split() for part in (self.own.tokenize(word) if word.isascii() else [word])]
         return words or [sign for sign in text if not sign.isspace()]
 
 
