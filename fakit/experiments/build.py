@@ -164,8 +164,10 @@ class Prepared:
         """The teacher's tokenizer, and "validation" or "test" in its tokens."""
         if self.teacher_tokenizer is None:
             return self.tokenizer, getattr(self, split)
+        from fakit.tasks.two_tokenizers import apart
+
         tokenizer = self.teacher_tokenizer
-        return tokenizer, self.task.encode(split, tokenizer, self.config.training.max_length)
+        return tokenizer, apart(self.task).encode(split, tokenizer, self.config.training.max_length)
 
     def collator(self) -> Callable:
         """Makes batches of training rows: those of `build_training_rows`."""

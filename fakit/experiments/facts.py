@@ -19,13 +19,15 @@ from fakit.objective.outputs import Outputs
 from fakit.training.environment import environment
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from fakit.tasks import TextTask
 
 LINES = 16  # of a language model's test rows, whose teacher outputs are looked at
 
 
 def facts_of_texts(task: TextTask, rows: TrainingRows) -> dict[str, Any]:
-    """What training and evaluation read.
+    """What training and evaluation read, in the student's tokens.
 
     Returns:
         padding: of all places in the planned batches, the share that is padding. cut: split → [texts that were cut,
@@ -64,13 +66,16 @@ def softness(prepared: Prepared, objective: Objective, history: Sequence[Mapping
 
     Returns:
         term → temperature; classes, the exponential of the mean entropy (nats) of softmax(logits / τ): as many classes
-        of equal probability are as uncertain; of, how many there are. None without such a term.
+        of equal probability are as uncertain; of, how many there are. None without such a term, and where none of the
+        first test rows fits in the tokens of a teacher that has its own.
     """
     terms = {name: term for name, term in objective.of_kind(Outputs).items() if term.loss != "logit_mse"}
     if not terms or prepared.task.kind == "regression":
         return None
     logits = _teacher_logits(prepared)  # (N, C)
-    last = history[-1] if history else {}
+    if logits is None:
+        return None
+    last = next((row for row in reversed(history) if any(key.startswith("temperature") for key in row)), {})
     found = {}
     for name, term in terms.items():
         tau = float(last.get(f"temperature/{name}", last.get("temperature", objective.taus[name])))
@@ -82,22 +87,41 @@ def softness(prepared: Prepared, objective: Objective, history: Sequence[Mapping
     return found
 
 
-def _teacher_logits(prepared: Prepared) -> Tensor:
+def _teacher_logits(prepared: Prepared) -> Tensor | None:
     """Of a classifier on the test split, (N, C); of a language model at the labels of the first test rows, (n, V)."""
     from fakit.evaluation.batches import eval_mode, to_device
     from fakit.evaluation.labeled import labeled_logits
     from fakit.tracing.capture import capture
 
-    if prepared.task.kind != "causal-lm":
+    if prepared.task.kind != "causal-lm":  # whose teacher and student read the same tokens
         return prepared.reference().float()
-    teacher, (tokenizer, test) = prepared.teacher, prepared.of_teacher("test")
-    rows = test.select(range(min(LINES, len(test)))).to_list()
+    teacher, (tokenizer, rows) = prepared.teacher, _rows_of_teacher(prepared)
+    if not rows:
+        return None
     batch = to_device(prepared.task.collator(tokenizer)(rows), teacher.device)
     labels = batch.pop("labels")
     with torch.no_grad(), eval_mode(teacher):
         trace = capture(teacher, batch, logits="head")
-        (logits, _), *_ = labeled_logits([trace], trace.own_labels(labels))
-    return logits[0].float().cpu()
+        logits, _ = next(labeled_logits([trace], trace.own_labels(labels)), ([None], None))
+    return None if logits[0] is None else logits[0].float().cpu()
+
+
+def _rows_of_teacher(prepared: Prepared) -> tuple[PreTrainedTokenizerBase, list[dict[str, Any]]]:
+    """The first test rows in the teacher's tokens, without those that are too long in them: when a run asks, it has
+    been trained, and must not end here.
+    """
+    from fakit.models.positions import longest_row
+
+    task, tokenizer = prepared.task, prepared.teacher_tokenizer
+    if tokenizer is None:
+        return prepared.tokenizer, prepared.test.select(range(min(LINES, len(prepared.test)))).to_list()
+    texts = task.test.select(range(min(LINES, len(task.test))))
+    try:
+        rows = task.encode(texts, tokenizer, prepared.config.training.max_length).to_list()
+    except ValueError:  # not one that fits, or one that does not where that is refused
+        return tokenizer, []
+    longest = longest_row(prepared.teacher)
+    return tokenizer, [row for row in rows if longest is None or len(row["input_ids"]) <= longest][:LINES]
 
 
 def made_on() -> dict[str, Any]:

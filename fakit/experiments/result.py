@@ -86,14 +86,16 @@ class RunResult:
 
     @classmethod
     def from_store(cls, store: RunStore, run_id: str) -> RunResult:
-        """A recorded run again, without its model."""
+        """A recorded run again, without its model, and without what only a newer fakit records."""
         steps = store.steps(run_id).drop(columns="run_id")
         history = [{k: v for k, v in row.items() if not pd.isna(v)} for row in steps.to_dict("records")]
         record = store.record(run_id)
-        for name in ("validation", "test"):  # JSON has no nan: a student that diverged has null for a score
-            record[name] = {metric: math.nan if value is None else value for metric, value in record[name].items()}
+        for name in ("validation", "test", "teacher"):  # JSON has no nan: a student that diverged has null for a score
+            if record.get(name) is not None:
+                record[name] = {metric: math.nan if value is None else value for metric, value in record[name].items()}
         record["score"] = math.nan if record["score"] is None else record["score"]
-        return cls(**record, history=history)
+        known = {f.name for f in fields(cls)} - {"history", "student"}
+        return cls(**{name: value for name, value in record.items() if name in known}, history=history)
 
     def __str__(self) -> str:
         agreement = f", agreement with the teacher {self.test['agreement']:.3f}" if "agreement" in self.test else ""

@@ -11,6 +11,7 @@ out is left out. Two maps say which of the teacher's tokens stands for each of t
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -76,9 +77,8 @@ def encode_both(
     from datasets import Dataset
 
     check_both(task, (tokenizer, teacher_tokenizer))
-    ours, theirs = (
-        task.encode(data, untrimmed(one), max_length, read=True).to_list() for one in (tokenizer, teacher_tokenizer)
-    )
+    sides = ((task, tokenizer), (apart(task), teacher_tokenizer))
+    ours, theirs = (of.encode(data, untrimmed(one), max_length, read=True).to_list() for of, one in sides)
     by_row = {row["row"]: row for row in theirs}
     rows = [_beside(row, by_row[row["row"]]) for row in ours if row["row"] in by_row]
     if not rows:
@@ -98,6 +98,11 @@ def encode_both(
         f"{labeled:,} labeled tokens the teacher has read the same of the answer."
     )
     return Dataset.from_list(rows)
+
+
+def apart(task: TextTask) -> TextTask:
+    """The task, to be encoded in a teacher's tokens: what is cut of its texts there is not cut of the student's."""
+    return dataclasses.replace(task, cut={})
 
 
 def _beside(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

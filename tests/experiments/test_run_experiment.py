@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import tempfile
 
@@ -68,6 +69,17 @@ def test_a_run_from_configuration_to_store(config, tmp_path):
     assert scores == {name: round(value, 4) for name, value in result.test.items()}
     assert f"| accuracy | {result.validation['accuracy']:.4f} | {result.test['accuracy']:.4f} |" in card.text
     assert "6 optimizer steps of 8 texts" in card.text and "AutoModelForSequenceClassification" in card.text
+
+
+def test_a_record_of_a_newer_fakit_is_read_without_what_is_not_known_here(config, tmp_path):
+    result = run_experiment(config, progress=False)
+    store = RunStore.open(tmp_path)
+    store.append_steps(config.run_id, result.history)
+    lost = {"teacher": {**result.teacher, "nll": None}, "student": "a path", "history": [], "tomorrow": {"found": 1}}
+    store.append_run({**result.record(), **lost})
+    again = RunResult.from_store(store, config.run_id)
+    assert again.test == result.test and again.history == result.history and again.student is None
+    assert math.isnan(again.teacher["nll"]) and again.teacher["accuracy"] == result.teacher["accuracy"]
 
 
 def test_a_recorded_run_is_not_run_again(config, tmp_path):

@@ -1,14 +1,16 @@
 """Runs of a student with a tokenizer of its own: trained, exported, evaluated; refusals before any work."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from fakit import capture
-from fakit.experiments import ExperimentConfig, run_experiment
-from fakit.experiments.build import build_training_rows, prepare
+from fakit.experiments import ExperimentConfig, RunResult, RunStore, run_experiment
+from fakit.experiments.build import build_objective, build_training_rows, prepare
+from fakit.experiments.facts import softness
 from fakit.experiments.measured import measure
 from fakit.models.load import load_student
 from tests.families import tiny
@@ -103,6 +105,43 @@ def test_a_student_is_exported_with_its_own_tokenizer_and_evaluated_beside_its_t
         measure(config.out, config, rows=4, draft=4)
     with pytest.raises(ValueError, match=r"another tokenizer than the model at student\.path"):
         measure(config.teacher.id, config, rows=4)
+
+
+def test_a_record_tells_the_students_texts_and_the_softness_of_the_teachers_tokens(config, tmp_path):
+    """At 54 tokens the student's letters are cut, and the teacher's words fit."""
+    config = config.replace(**{"training.max_length": 54, "training.steps": 1, "outputs.temperature": 2.0})
+    result = run(config, store=tmp_path, count_flops=False)
+    parts = prepare(config)
+    ours = {split: parts.task.encode(split, parts.tokenizer, 54) for split in ("train", "validation", "test")}
+    cut = {split: list(parts.task.cut[split]) for split in ours}
+    tokenizer, rows = parts.of_teacher("test")
+    assert cut["test"] == list(parts.task.cut["test"]), "what is cut of the teacher's rows is not counted on"
+    assert result.texts["cut"] == cut and all(of > 0 for of, _ in cut.values())
+    wide = parts.task.encode("train", parts.teacher_tokenizer, 54)
+    assert max(map(len, wide["input_ids"])) < 54 == max(map(len, ours["train"]["input_ids"]))
+    assert (
+        result.teacher is None and RunResult.from_store(RunStore(tmp_path), config.run_id).softness == result.softness
+    )
+
+    entropies = []
+    for row in rows.to_list()[:16]:
+        logits = capture(parts.teacher, {"input_ids": torch.tensor([row["input_ids"]])}).logits[0].double()
+        of_label = torch.tensor(row["labels"])[1:] != -100
+        entropies.append(torch.distributions.Categorical(logits=logits[:-1][of_label] / 2.0).entropy())
+    found = result.softness["outputs"]
+    assert (found["temperature"], found["of"]) == (2.0, len(tokenizer))
+    assert found["classes"] == pytest.approx(torch.cat(entropies).mean().exp().item(), abs=1e-3)
+
+
+def test_softness_is_left_out_where_no_test_row_fits_in_the_teachers_tokens(config):
+    """The run has been trained by then, and must not end there."""
+    parts = prepare(config)
+    objective = build_objective(config, load_student(config.student.path, "causal-lm"), parts.teacher)
+    assert softness(parts, objective, [])["outputs"]["of"] == len(parts.teacher_tokenizer)
+    parts = replace(parts, config=config.replace(**{"training.max_length": 8}))
+    with pytest.raises(ValueError, match="no answer of its 6 rows fits into max_length=8"):
+        parts.of_teacher("test")
+    assert softness(parts, objective, []) is None
 
 
 def test_labels_alone_train_on_the_students_own_tokens(config):
