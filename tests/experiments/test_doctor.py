@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -175,6 +176,17 @@ def test_a_fault_in_the_steps_is_found_by_its_rule(written, rule):
 def test_a_loss_that_falls_in_some_seeds_alone_is_noise(written):
     down, flat = STEPPED["loss still falls"]["losses"], [*FALL[:16], 1.0, 1.2, 1.1, 1.3]
     assert found(written(steps=lambda arm, seed: history(arm, losses=down if seed else flat))) == {}
+
+
+def test_a_loss_falls_from_its_highest(written):
+    """A student that training first harms: from its first value it would have fallen by more than all."""
+    losses = [1.0, 2.0, 4.0, 5.0, *(5.0 - 0.25 * i for i in range(16))]
+    (seen,) = diagnose(written(steps=lambda arm, seed: history(arm, losses=losses if arm == "all" else FALL))).of(
+        "loss still falls"
+    )
+    end, before = np.mean(losses[-4:]), np.mean(losses[-8:-4])
+    top = max(np.convolve(losses, np.ones(4) / 4, "valid"))
+    assert f"fell from {top:.3g} to {end:.3g}, by {(before - end) / (top - end):.0%} of that" in str(seen)
 
 
 def test_the_validation_loss_goes_before_the_training_loss(written):

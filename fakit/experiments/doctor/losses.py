@@ -122,6 +122,11 @@ def _windows(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, np.ones(size) / size, mode="valid")
 
 
+def _top(values: np.ndarray) -> float:
+    """Where a curve falls from: its first value, or a later height, as that of a student that training first harms."""
+    return max(float(values[0]), float(_windows(values).max()))
+
+
 def _falls(recorded: Recorded) -> Iterator[Seen | Lacking]:
     for arm, curves in _curves(recorded):
         if isinstance(curves, Lacking):
@@ -130,10 +135,10 @@ def _falls(recorded: Recorded) -> Iterator[Seen | Lacking]:
         parts = []
         for _, values in curves:
             size, means = max(2, len(values) // END), _windows(values)
-            before, end = means[-1 - size], means[-1]
-            parts.append((before - end) / (values[0] - end) if values[0] > end else 0.0)
+            before, end, top = means[-1 - size], means[-1], _top(values)
+            parts.append((before - end) / (top - end) if top > end else 0.0)
         if min(parts) > 0 and (part := float(np.median(parts))) >= FALLS:
-            first, last = np.mean([(values[0], _windows(values)[-1]) for _, values in curves], axis=0)
+            first, last = np.mean([(_top(values), _windows(values)[-1]) for _, values in curves], axis=0)
             numbers = f"the {curves[0][0]} fell from {first:.3g} to {last:.3g}, by {part:.0%} of that in the last fifth"
             yield Seen(arm.task, (arm.name,), f"{numbers} of {_steps(arm)}, {over(arm)}")
 
@@ -192,7 +197,7 @@ RULES = (
         "loss still falls",
         "warning",
         f"from the fourth fifth of the steps to the last, the mean loss fell by {FALLS:.0%} or more of all that it "
-        "fell, and it fell in every seed",
+        "fell from its highest, and it fell in every seed",
         "a straight line would fall by 20 % and more; a run that is long enough has made its way before",
         "The run may be too short: then arms are compared by how fast they learn, not by how far.",
         "More `training.steps`; then compare again, also at equal compute.",
