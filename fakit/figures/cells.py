@@ -40,6 +40,8 @@ def gain_by_cell(table: Any, against: str, unit: str = "", title: str | None = N
     ends = [*(ends or [row["gain"] for row in rows]), 0.0]
     air = 0.06 * ((max(ends) - min(ends)) or 1)
     figure = canvas(title or f"{tasks[0]}: gain over ‘{against}’", (WIDE, 150 + 210 * len(bands)), {"l": 84, "t": 112})
+    area = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
+    figure.update_layout(legend={"y": 1 + 26 / area, "yanchor": "bottom"})  # above the headings of the columns
     across, down = panels(len(columns), 0.025), panels(len(bands), 0.14 if len(bands) > 1 else 0.0)[::-1]
     shown: set[str] = set()
     for number, (column, of_band) in enumerate((c, b) for b in bands for c in columns):
@@ -61,7 +63,9 @@ def gain_by_cell(table: Any, against: str, unit: str = "", title: str | None = N
                 y=parts[0],
                 mode="markers",
                 marker=role.marker(
-                    9, symbol=[f"{role.symbol}{'' if s else '-open'}" for s in sure], line={"width": 1.6}
+                    9,
+                    symbol=[f"{role.symbol}{'' if s else '-open'}" for s in sure],
+                    line={"width": 1.6, "color": role.color},
                 ),
                 error_y=interval(*parts, role.color, 1.6),
                 name=name if own == name else f"+ {own}",
