@@ -18,6 +18,7 @@ import torch
 from fakit.evaluation.batches import by_length, device_of, eval_mode, rows_of
 from fakit.evaluation.metrics import bleu, cer, rouge
 from fakit.models.blocks import without_adapter
+from fakit.models.positions import declared_positions
 from fakit.tracing.inputs import left_padding
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def generate(
             f"generate: {len(prompts)} prompts, empty ones at {empty[:5]}; give each at least one token (a BOS, say)"
         )
     longest = max(len(prompt) for prompt in prompts)
-    positions = positions_of(model)
+    positions = declared_positions(model)
     if max_new_tokens < 1 or (positions and longest + max_new_tokens > positions):
         raise ValueError(
             f"generate: the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked of a model "
@@ -131,14 +132,9 @@ def _batches(model, lengths: list[int], new: int, batch_size: int) -> list[list[
     ]
 
 
-def positions_of(model) -> int | None:
-    """How many tokens a model was made for, prompt and answer together; None where it does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def check_prompts_fit(model, rows: Sequence[dict], what: str) -> None:
     """Raise ValueError where a prompt leaves no position to write at: said before a training, not after it."""
-    positions = positions_of(model)
+    positions = declared_positions(model)
     longest = max((_last_run(row["labels"])[0] for row in rows), default=0)
     if positions and longest >= positions:
         raise ValueError(
@@ -284,7 +280,7 @@ def generation_metrics(
     if max_new_tokens is None:
         check_prompts_fit(model, rows, "the data to write answers for")
         most = max(len(target) for target in targets) + 16
-        room = [(positions_of(model) or math.inf) - len(prompt) for prompt in prompts]
+        room = [(declared_positions(model) or math.inf) - len(prompt) for prompt in prompts]
         limits = [int(min(most, free)) for free in room]
         if short := sum(free < len(target) for free, target in zip(room, targets, strict=True)):
             logger.warning(

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fakit.evaluation.batches import device_of, eval_mode
 from fakit.evaluation.labeled import labeled_logits
+from fakit.models.positions import declared_positions
 from fakit.tracing.capture import capture
 
 
@@ -89,7 +90,7 @@ def perplexity(
         raise ValueError(f"perplexity: {type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
     if batch_size < 1:
         raise ValueError(f"perplexity: batch_size={batch_size} was asked; use at least 1")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    positions = declared_positions(model) or 1024
     window = min(positions, 1024) if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     if not 2 <= window <= positions:

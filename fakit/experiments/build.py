@@ -128,6 +128,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
         )
 
 
+def shared(config: ExperimentConfig) -> dict[str, Any]:
+    """The keys that `Prepared` is made by, and their values."""
+    return {name: attrgetter(name)(config) for name in ("task", "teacher", "seed", "training.max_length")}
+
+
 @dataclass
 class Prepared:
     """What runs of one task, teacher, seed and length have in common, see `prepare`.
@@ -200,8 +205,8 @@ class Prepared:
 
     def differs(self, config: ExperimentConfig) -> dict[str, tuple]:
         """Keys in which a run's configuration needs other parts than these: {key: (ours, the run's)}."""
-        keys = {name: attrgetter(name) for name in ("task", "teacher", "seed", "training.max_length")}
-        found = {n: (of(self.config), of(config)) for n, of in keys.items() if of(self.config) != of(config)}
+        theirs = shared(config)
+        found = {name: (ours, theirs[name]) for name, ours in shared(self.config).items() if ours != theirs[name]}
         ours, asked = self.config.student.path, config.student.path
         if not found and ours != asked:  # a tokenizer lies beside each
             from fakit.tasks.two_tokenizers import differ

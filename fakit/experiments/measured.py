@@ -16,7 +16,7 @@ from fakit.experiments.schema import check_whole
 from fakit.experiments.scores import parameters_of, scores_of
 from fakit.experiments.store import strict_json
 from fakit.files import write_whole
-from fakit.models.positions import longest_row
+from fakit.models.positions import declared_positions, longest_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -241,7 +241,7 @@ def _read(both, texts, config) -> None:
     from fakit.evaluation import perplexity
 
     for one, tokenizer, of_one in both:
-        positions = getattr(one.config.get_text_config(), "max_position_embeddings", None)
+        positions = declared_positions(one)
         window = min(config.training.max_length, positions or config.training.max_length)
         of_one["bits_per_byte"] = perplexity(one, tokenizer, texts, window=window).bits_per_byte
 

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field
 
 from fakit import warn_of_old_name
 from fakit.experiments.baselines import baseline_id, evaluate_baselines, prepare_run
-from fakit.experiments.build import Prepared
+from fakit.experiments.build import Prepared, shared
 from fakit.experiments.cells import factor_of
 from fakit.experiments.config import ARMS, ExperimentConfig
 from fakit.experiments.map_study import SIMILARITY, record_similarity
@@ -145,7 +145,7 @@ class Study(Section):
                 of_data: dict[str, list[ExperimentConfig]] = {}
                 for arm in self.vary:
                     run = self._varied(experiment, arm, seed)
-                    of_data.setdefault(repr((run.task, run.teacher, run.training.max_length)), []).append(run)
+                    of_data.setdefault(repr(shared(run)), []).append(run)
                 found += [run for runs in of_data.values() for run in runs]
         return found
 

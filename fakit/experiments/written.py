@@ -13,9 +13,9 @@ import torch
 from fakit.experiments.schema import check_whole
 from fakit.files import write_whole
 from fakit.models.kinds import is_causal_lm
-from fakit.models.positions import longest_row
+from fakit.models.positions import declared_positions, longest_row
 from fakit.models.random_state import random_state_kept
-from fakit.tasks.reading import SUFFIXES, read_file, text_of
+from fakit.tasks.reading import SUFFIXES, read_file, suffix_of, text_of
 
 LEAST = 1e-6  # a temperature that logits of any size can be divided by in float32
 
@@ -68,7 +68,7 @@ def write(
         ValueError: before any work: no prompts, an empty one, values out of range, prompts too long for the model.
     """
     from fakit.evaluation.batches import device_of, eval_mode
-    from fakit.evaluation.generation import generating, positions_of, stops_of, written_text
+    from fakit.evaluation.generation import generating, stops_of, written_text
     from fakit.tasks.instructions import check_options, prompt_ids
 
     check_options(template, "completion")
@@ -87,8 +87,7 @@ def write(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: found {top_p!r}, expected a share above 0, at most 1.")
     asked = [prompt_ids(prompt, tokenizer, template) for prompt in prompts]
-    limits = [found for found in (longest_row(model), positions_of(model)) if found]
-    positions, longest = min(limits, default=None), max(map(len, asked))
+    positions, longest = longest_row(model) or declared_positions(model), max(map(len, asked))
     if positions is not None and longest + max_new_tokens > positions:
         raise ValueError(
             f"the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked of a model with "
@@ -186,7 +185,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
         return prompts
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file of prompts.")
-    if (file.with_suffix("") if file.suffix.lower() == ".gz" else file).suffix.lower() not in SUFFIXES:
+    if suffix_of(file) not in SUFFIXES:
         try:
             lines = text_of(file).split("\n")
         except ValueError as error:

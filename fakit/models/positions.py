@@ -25,8 +25,14 @@ def longest_row(model: PreTrainedModel) -> int | None:
         ):
             padding = getattr(module, "padding_idx", None)
             limits.append(len(module.weight) - getattr(module, "offset", 0 if padding is None else padding + 1))
-    declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min([*limits, declared or math.inf]) if limits else None
+    return min([*limits, declared_positions(model) or math.inf]) if limits else None
+
+
+def declared_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a model was made for, as its configuration says, of rotary positions too; None where it does
+    not say.
+    """
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _not_of_text(model: PreTrainedModel) -> set[nn.Module]:

@@ -32,13 +32,18 @@ QUOTED_TSV = re.compile(r'(?:(?:"(?:[^"]++|"")*+"|[^"\t\r\n]*+)(?:\t|\r\n?|\n|\Z
 ESCAPED_QUOTE = re.compile(r'(?:^|\t)"(?:[^"\t\r\n]++|"")*?""(?:[^"\t\r\n]++|"")*+"(?:\t|\r|\n|\Z)', re.MULTILINE)
 
 
+def suffix_of(path: Path) -> str:
+    """A file's suffix in small letters, below .gz where it is compressed."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
 def format_of(path: Path) -> str:
     """The suffix that says how a file is read, below .gz where it is compressed.
 
     Raises:
         ValueError: a suffix that is not read.
     """
-    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    suffix = suffix_of(path)
     if suffix not in SUFFIXES:
         raise ValueError(f"{path.name}: files that end in {path.suffix!r} are not read; {', '.join(SUFFIXES)} are.")
     return suffix

@@ -189,7 +189,9 @@ def _surface(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
     """From a vocabulary's entry to the bytes of text that it stands for, by how the tokenizer decodes."""
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
     if '"ByteLevel"' in decoder:
-        bytes_of = _bytes_of_characters()
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        bytes_of = {character: bytes([byte]) for byte, character in bytes_to_unicode().items()}  # GPT-2's table
         return lambda token: b"".join(bytes_of.get(character, character.encode()) for character in token)
     if '"WordPiece"' in decoder:
         prefix = json.loads(decoder)["prefix"]
@@ -208,14 +210,6 @@ def _surface(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], bytes]:
 
         return of_sentence
     return str.encode
-
-
-def _bytes_of_characters() -> dict[str, bytes]:
-    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
-    printed = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in printed]
-    table = {chr(byte): bytes([byte]) for byte in printed}
-    return table | {chr(256 + place): bytes([byte]) for place, byte in enumerate(others)}
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from fakit.experiments.config import TRANSFER
 from fakit.experiments.map_study import SIMILARITY, recorded_similarity
 from fakit.experiments.store import RunStore
 from fakit.experiments.table import distinct_arms, distinct_tasks, scale, study_table
@@ -18,7 +19,6 @@ from fakit.experiments.terms import built
 from fakit.layer_maps import STRATEGIES, LayerMap
 from fakit.objective.schedules import Schedule
 
-TRANSFER = ("features", "attention", "outputs")
 Pairs = list[tuple[int, int]]
 
 

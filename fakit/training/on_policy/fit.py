@@ -7,7 +7,7 @@ from transformers import DataCollatorWithFlattening, PreTrainedModel
 from fakit.evaluation.generation import stops_of
 from fakit.models.blocks import is_encoder_decoder, without_adapter
 from fakit.models.kinds import is_causal_lm
-from fakit.models.positions import longest_row
+from fakit.models.positions import declared_positions, longest_row
 from fakit.objective.balancing import GradientNorm
 from fakit.objective.objective import Objective
 from fakit.training.on_policy.rollouts import Rollouts, without_labels
@@ -122,7 +122,7 @@ def _list(values) -> list[int]:
 
 def _check_room(on_policy: OnPolicy, longest: int, **models: PreTrainedModel) -> None:
     for side, model in models.items():
-        positions = longest_row(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        positions = longest_row(model) or declared_positions(model)
         if positions and longest + on_policy.max_new_tokens > positions:
             raise ValueError(
                 f"on-policy distillation: the longest prompt has {longest} tokens, max_new_tokens is "
